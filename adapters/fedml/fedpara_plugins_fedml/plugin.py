@@ -1,0 +1,24 @@
+"""What pluggy finds: the adapter announces itself and says what it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedpara_plugins.plugins import Adapter, hookimpl
+
+ADAPTER = Adapter(
+    name="fedml",
+    module="fedpara_plugins_fedml",
+    requires="fedml==0.9.6",
+    lacks=(
+        "a FedMLRunner that converts the model and keeps private factors per client",
+        "a codec for FedML's messages",
+        "repairs of FedML's own optimizers",
+    ),
+)
+
+
+@hookimpl
+def fedpara_register_adapters(register: Callable[[Adapter], None]) -> None:
+    """Register the adapter."""
+    register(ADAPTER)

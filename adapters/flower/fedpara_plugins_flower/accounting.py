@@ -1,0 +1,119 @@
+"""Counts the bytes of every message that carries arrays, and says what a round cost."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flwr.common import Message
+
+from fedpara_plugins import Ledger, LedgerEntry
+from fedpara_plugins_flower.records import array_bytes, raw_bytes
+
+__all__ = ["Accounting", "Direction", "Size"]
+
+log = logging.getLogger("flwr.fedpara")
+
+Direction = Literal["up", "down"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a message holds before encoding.
+
+    Attributes:
+        tensors: number of tensors that are sent.
+        raw: their bytes.
+        dense: bytes of the same part of the dense model.
+    """
+
+    tensors: int = 0
+    raw: int = 0
+    dense: int = 0
+
+    def __add__(self, other: Size) -> Size:
+        return Size(self.tensors + other.tensors, self.raw + other.raw, self.dense + other.dense)
+
+
+class Accounting:
+    """The run's ledger, fed with Flower's messages.
+
+    Bytes are those of the arrays as Flower serialises them (the payload, or NumPy arrays with their
+    headers); names, metrics and the transport's own framing are not counted.
+
+    Args:
+        path: of the ledger's file, or None to keep it in memory.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.ledger = Ledger(path)
+        self._round = 0
+
+    def sent(self, message: Message, size: Size) -> None:
+        """Enter a message to a client, as it travels; a new round logs the one before."""
+        found = _round_of(message)
+        if found is not None and found != self._round:
+            self.log_round()
+            self._round = found
+        self._enter(message, "down", message.metadata.dst_node_id, size)
+
+    def received(self, message: Message, size: Size) -> None:
+        """Enter a client's message, as it has travelled."""
+        self._enter(message, "up", message.metadata.src_node_id, size)
+
+    def plain(self, message: Message, direction: Direction) -> None:
+        """Enter a message that nobody encodes."""
+        records = message.content.array_records.values() if message.has_content() else ()
+        tensors = sum(len(record) for record in records)
+        raw = sum(map(raw_bytes, records))
+        enter = self.sent if direction == "down" else self.received
+        enter(message, Size(tensors, raw, raw))
+
+    def _enter(self, message: Message, direction: Direction, node: int, size: Size) -> None:
+        if not message.has_content() or not message.content.array_records:
+            return
+        self.ledger.record(
+            LedgerEntry(
+                round=self._round,
+                kind=message.metadata.message_type,
+                direction=direction,
+                client=str(node),
+                tensors=size.tensors,
+                raw_bytes=size.raw,
+                encoded_bytes=sum(map(array_bytes, message.content.array_records.values())),
+                dense_bytes=size.dense,
+            )
+        )
+
+    def log_round(self) -> None:
+        """Say in one line what the current round has cost."""
+        if self.ledger.totals(round=self._round).messages:
+            log.info("fedpara: %s", self.ledger.line(self._round))
+
+    def log_run(self) -> None:
+        """Say in one line what the run has cost, and the dense model would have."""
+        self.log_round()
+        up, down = self.ledger.totals(direction="up"), self.ledger.totals(direction="down")
+        sent, dense = (
+            [total.encoded_bytes / 1e6 for total in (up, down)],
+            [total.dense_bytes / 1e6 for total in (up, down)],
+        )
+        if sum(sent):
+            log.info(
+                "fedpara: whole run: up %.2f MB, down %.2f MB; dense: up %.2f MB, down %.2f MB "
+                "(%.1f times fewer)",
+                *sent,
+                *dense,
+                sum(dense) / sum(sent),
+            )
+
+
+def _round_of(message: Message) -> int | None:
+    """Strategies write the round into a config record; the legacy ones into the group."""
+    for record in message.content.config_records.values():
+        if "server-round" in record:
+            return int(str(record["server-round"]))
+    group = message.metadata.group_id
+    return int(group) if group and group.isdecimal() else None

@@ -1,0 +1,167 @@
+"""The client side: a mod that decodes what arrives and encodes what leaves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from flwr.common import Context, Message, RecordDict
+from torch import Tensor
+
+from fedpara_plugins import ConfigError, FedParaError, ModelSpec, merge
+from fedpara_plugins.codecs import peek_header, reference_hash
+from fedpara_plugins_flower.checkpoint import write_checkpoint
+from fedpara_plugins_flower.client_state import ClientState
+from fedpara_plugins_flower.coding import check_finite, decode, encode, spec_of
+from fedpara_plugins_flower.marker import Marker
+from fedpara_plugins_flower.records import (
+    carried_payload,
+    payload_record,
+    to_record,
+    to_tensors,
+)
+from fedpara_plugins_flower.run import Run, open_run
+from fedpara_plugins_flower.settings import Settings
+
+__all__ = ["client_mod"]
+
+log = logging.getLogger("flwr.fedpara")
+
+App = Callable[[Message, Context], Message]
+
+DEFLATE_BOUND = 1100
+"""zlib cannot expand by more; a client has no model at hand that would bound a message better."""
+
+
+@dataclass(frozen=True)
+class _Received:
+    """One record of a message, decoded."""
+
+    spec: ModelSpec
+    shared: dict[str, Tensor]
+    full: dict[str, Tensor]
+    fresh: bool
+
+
+def client_mod(message: Message, context: Context, call_next: App) -> Message:
+    """Decode the message, run the app on ordinary arrays, encode the reply.
+
+    Put it first: ``ClientApp(mods=[fedpara.client_mod, ...])``. Mods after it see what they would
+    see without the plugin.
+
+    Raises:
+        ConfigError: bad options, or the server side of the plugin is missing.
+        MismatchError: the app builds another model than the server's message describes.
+        PayloadError: the message is damaged, or training gave NaN.
+    """
+    settings = Settings.from_run_config(context.run_config)
+    if not settings.active or not message.has_content():
+        with open_run(Run(settings, side="client")):
+            return call_next(message, context)
+    state = ClientState(context.state)
+    if _lost_reference(message, state):
+        log.warning("fedpara: this client lost what it held; it asks for the whole model")
+        return Message(Marker(lost=True).attached_to(RecordDict()), reply_to=message)
+    received = {
+        name: _receive(name, carried_payload(record), state)
+        for name, record in message.content.array_records.items()
+    }
+    for name, part in received.items():
+        message.content[name] = to_record(part.full)
+    reply = _call_app(message, context, call_next, settings, received)
+    if reply.has_error():
+        return reply
+    _export(message, context, settings, received)
+    return _encode_reply(reply, settings, state, received)
+
+
+def _lost_reference(message: Message, state: ClientState) -> bool:
+    for name, record in message.content.array_records.items():
+        payload = carried_payload(record)
+        if payload is not None:
+            wanted = peek_header(payload).reference
+            if wanted is not None and wanted not in state.reference(name):
+                return True
+    return False
+
+
+def _receive(name: str, payload: bytes | None, state: ClientState) -> _Received:
+    if payload is None:
+        raise ConfigError(
+            f"fedpara: record {name!r} arrived without a payload, so the server side of the plugin "
+            f"is missing while this run's config turns it on. Add to the server: "
+            f"app = fedpara.server_app(ServerApp())"
+        )
+    limit = DEFLATE_BOUND * len(payload)
+    decoded = decode(payload, references=state.reference(name), limit=limit)
+    spec = spec_of(decoded)
+    private, fresh = state.private(spec, decoded.tensors)
+    return _Received(
+        spec=spec,
+        shared=decoded.tensors,
+        full=merge(spec, decoded.tensors, private),
+        fresh=fresh and bool(private),
+    )
+
+
+def _call_app(
+    message: Message,
+    context: Context,
+    call_next: App,
+    settings: Settings,
+    received: Mapping[str, _Received],
+) -> Message:
+    expected = next((part.spec for part in received.values()), None)
+    with open_run(Run(settings, side="client", expected=expected)):
+        try:
+            return call_next(message, context)
+        except FedParaError as error:
+            # Flower forwards only the text of an error: it must say whose it is.
+            raise type(error)(f"fedpara: {str(error).removeprefix('fedpara: ')}") from error
+
+
+def _encode_reply(
+    reply: Message, settings: Settings, state: ClientState, received: Mapping[str, _Received]
+) -> Message:
+    """Encode everything first, keep state last: a reply that fails must leave no trace."""
+    private: dict[str, Tensor] = {}
+    outgoing: dict[str, bytes] = {}
+    for name, record in reply.content.array_records.items():
+        part = received.get(name) or next(iter(received.values()), None)
+        tensors = to_tensors(record)
+        check_finite(tensors)
+        spec = part.spec if part else ModelSpec(weights={}, keys=tuple(tensors), seed=0)
+        reference = received[name].shared if name in received else None
+        outgoing[name] = encode(tensors, spec=spec, codec=settings.codec, reference=reference)
+        if name in received:
+            private.update({k: v for k, v in tensors.items() if k in spec.private_keys})
+    for name, payload in outgoing.items():
+        reply.content[name] = payload_record(payload)
+    state.keep_private(private)
+    for name, part in received.items():
+        state.keep_reference(name, part.shared)
+    marker = Marker(
+        holds={name: reference_hash(part.shared) for name, part in received.items()},
+        fresh=any(part.fresh for part in received.values()),
+    )
+    reply.content = marker.attached_to(reply.content)
+    return reply
+
+
+def _export(
+    message: Message, context: Context, settings: Settings, received: Mapping[str, _Received]
+) -> None:
+    """Write the client's own dense model, where it lives, each time it has been evaluated."""
+    folder = settings.client_checkpoints
+    if folder is None or not message.metadata.message_type.startswith("evaluate"):
+        return
+    who = context.node_config.get("partition-id", context.node_id)
+    for part in received.values():
+        write_checkpoint(
+            folder / f"client-{who}.safetensors",
+            part.spec.dense_state(part.full),
+            model=f"the own model of client {who}",
+            method=settings.config.method,
+        )
+        return

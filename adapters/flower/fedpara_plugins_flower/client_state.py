@@ -1,0 +1,73 @@
+"""What a client keeps between rounds, in Flower's ``Context.state``: it never leaves the node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flwr.common import ArrayRecord, RecordDict
+from torch import Tensor
+
+from fedpara_plugins import ModelSpec
+from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec, reference_hash
+from fedpara_plugins_flower.records import carried_payload, payload_record
+
+__all__ = ["ClientState"]
+
+PRIVATE = "fedpara.private"
+REFERENCE = "fedpara.reference."
+
+
+class ClientState:
+    """The client's private factors, and per record the last tensors it received.
+
+    Args:
+        state: ``Context.state`` of the node; written only by the two ``keep`` methods.
+    """
+
+    def __init__(self, state: RecordDict) -> None:
+        self._state = state
+
+    def private(
+        self, spec: ModelSpec, shared: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], bool]:
+        """The private factors by name, and whether they are the seeded first ones.
+
+        Factors of another model (other names or shapes) count as none.
+
+        Args:
+            spec: the model.
+            shared: its shared state, for the dtypes.
+        """
+        first = spec.initial_private(shared)
+        kept = self._load(PRIVATE)
+        if kept is not None and _same_shapes(kept, first):
+            return kept, False
+        return first, True
+
+    def keep_private(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the private factors."""
+        if tensors:
+            self._save(PRIVATE, tensors)
+
+    def reference(self, record: str) -> dict[str, dict[str, Tensor]]:
+        """The tensors last received in the record of that name, under their hash; {} if none."""
+        held = self._load(REFERENCE + record)
+        return {} if held is None else {reference_hash(held): held}
+
+    def keep_reference(self, record: str, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the tensors last received in the record of that name."""
+        self._save(REFERENCE + record, tensors)
+
+    def _load(self, key: str) -> dict[str, Tensor] | None:
+        record = self._state.get(key)
+        payload = carried_payload(record) if isinstance(record, ArrayRecord) else None
+        if payload is None:
+            return None
+        return decode_payload(payload, limit=2 * len(payload)).tensors
+
+    def _save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        self._state[key] = payload_record(encode_payload(dict(tensors), codec=parse_codec("none")))
+
+
+def _same_shapes(kept: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> bool:
+    return kept.keys() == first.keys() and all(kept[k].shape == first[k].shape for k in first)

@@ -1,0 +1,81 @@
+"""A record's tensors to a payload and back: what both sides of the adapter do alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedpara_plugins import ModelSpec, PayloadError
+from fedpara_plugins.codecs import Codec, Payload, decode_payload, encode_payload
+from fedpara_plugins.split import shared_names
+
+__all__ = ["check_finite", "decode", "encode", "shared_part", "spec_of"]
+
+Tensors = Mapping[str, Tensor]
+
+
+def shared_part(spec: ModelSpec, tensors: Tensors) -> dict[str, Tensor]:
+    """What of ``tensors`` may be sent: everything but the model's private names."""
+    allowed = set(shared_names(spec)) | (set(tensors) - set(spec.keys))
+    return {name: value for name, value in tensors.items() if name in allowed}
+
+
+def encode(tensors: Tensors, *, spec: ModelSpec, codec: Codec, reference: Tensors | None) -> bytes:
+    """The payload of the shared part of ``tensors``.
+
+    Args:
+        tensors: by name, private names allowed (they are left out).
+        spec: the model they belong to.
+        codec: the run's codec.
+        reference: what the receiver holds of the same names; without it (or with other names)
+            the codec's first-contact chain is used.
+    """
+    shared = shared_part(spec, tensors)
+    usable = reference is not None and _alike(shared, reference)
+    return encode_payload(
+        shared,
+        codec=codec,
+        reference=dict(reference) if usable and reference is not None else None,
+        model=spec.to_json(),
+    )
+
+
+def decode(payload: bytes, *, references: Mapping[str, Tensors], limit: int) -> Payload:
+    """The payload's tensors and header; deltas are taken against one of ``references``."""
+    held = {name: dict(tensors) for name, tensors in references.items()}
+    return decode_payload(payload, references=held, limit=limit)
+
+
+def spec_of(payload: Payload) -> ModelSpec:
+    """The model that a payload describes.
+
+    Raises:
+        PayloadError: it describes none, or an unsound one.
+    """
+    if payload.header.model is None:
+        raise PayloadError("fedpara: the message describes no model; was it made by this plugin?")
+    return ModelSpec.from_json(payload.header.model, tuple(payload.tensors))
+
+
+def check_finite(tensors: Tensors) -> None:
+    """Raise for the first tensor that holds NaN or infinity.
+
+    Raises:
+        PayloadError: names the tensor and counts the values.
+    """
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            bad = int((~torch.isfinite(value)).sum())
+            raise PayloadError(
+                f"fedpara: tensor {name!r} holds {bad} NaN or infinite values of {value.numel()}; "
+                f"training has diverged (try a smaller learning rate)"
+            )
+
+
+def _alike(tensors: Tensors, reference: Tensors) -> bool:
+    return tensors.keys() == reference.keys() and all(
+        value.shape == reference[name].shape and value.dtype == reference[name].dtype
+        for name, value in tensors.items()
+    )

@@ -1,0 +1,46 @@
+"""The record that the client's mod adds to each reply, and the server's grid takes off again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from flwr.common import ConfigRecord, RecordDict
+
+__all__ = ["Marker"]
+
+MARKER_KEY = "fedpara"
+HOLDS = "holds."
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What a client tells the server beside its arrays.
+
+    Attributes:
+        holds: by record name, the hash of what the client has received and kept.
+        fresh: the client had no private state and started from the seeded first one.
+        lost: the client no longer holds what the message was coded against; nothing was done.
+    """
+
+    holds: Mapping[str, str] = field(default_factory=dict)
+    fresh: bool = False
+    lost: bool = False
+
+    def attached_to(self, content: RecordDict) -> RecordDict:
+        """The same content with this marker in it."""
+        record = ConfigRecord({"fresh": self.fresh, "lost": self.lost})
+        for name, value in self.holds.items():
+            record[HOLDS + name] = value
+        content[MARKER_KEY] = record
+        return content
+
+    @classmethod
+    def taken_from(cls, content: RecordDict) -> Marker | None:
+        """Remove and return the marker; None if there is none, so no plugin on that client."""
+        record = content.get(MARKER_KEY)
+        if not isinstance(record, ConfigRecord):
+            return None
+        del content[MARKER_KEY]
+        holds = {k[len(HOLDS) :]: str(v) for k, v in record.items() if k.startswith(HOLDS)}
+        return cls(holds=holds, fresh=bool(record.get("fresh")), lost=bool(record.get("lost")))

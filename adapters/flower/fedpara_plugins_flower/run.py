@@ -1,0 +1,136 @@
+"""The run that is going on in this process, and the models that are built in it.
+
+User code builds its model in many places, some of which (an ``evaluate_fn``) know nothing of the
+run's config. The client mod and the server wrapper therefore open a `Run` around the user's code,
+and `factorised` asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
+
+from flwr.common import ArrayRecord
+from torch import Tensor, nn
+
+from fedpara_plugins import ConfigError, ModelSpec, convert
+from fedpara_plugins_flower.settings import Settings
+
+__all__ = ["Run", "active_run", "factorised", "open_run", "to_dense"]
+
+P = ParamSpec("P")
+M = TypeVar("M", bound=nn.Module)
+
+_active: ContextVar[Run | None] = ContextVar("fedpara_run", default=None)
+
+
+@dataclass
+class Run:
+    """One run on one side.
+
+    Attributes:
+        settings: the run's options.
+        side: ``"client"`` or ``"server"``.
+        expected: on a client, the model that the server's message describes.
+        specs: the models that `factorised` built here, by their set of names.
+        on_loaded: called with every complete state that such a model loads.
+    """
+
+    settings: Settings
+    side: str
+    expected: ModelSpec | None = None
+    specs: dict[frozenset[str], ModelSpec] = field(default_factory=dict)
+    on_loaded: Callable[[dict[str, Tensor]], None] | None = None
+
+    def converted(self, model: M) -> M:
+        """Convert a model that the user's code has just built, and remember its spec.
+
+        Raises:
+            MismatchError: the server's message describes another model.
+        """
+        model = convert(model, self.settings.config)
+        spec = ModelSpec.of(model)
+        if self.expected is not None:
+            spec.check_equal(self.expected, here="this client", there="the server")
+        self.specs[frozenset(spec.keys)] = spec
+        if self.on_loaded is not None:
+            model.register_load_state_dict_post_hook(_announce_loaded)  # type: ignore[no-untyped-call]
+        return model
+
+
+def active_run() -> Run | None:
+    """The run that is going on in this context, if any."""
+    return _active.get()
+
+
+@contextlib.contextmanager
+def open_run(run: Run) -> Iterator[Run]:
+    """Make ``run`` the active one while user code runs."""
+    token = _active.set(run)
+    try:
+        yield run
+    finally:
+        _active.reset(token)
+
+
+def factorised(factory: Callable[P, M]) -> Callable[P, M]:
+    """Wrap a model class or factory: what it returns is converted as the active run says.
+
+    Use it right after the imports, ``Net = fedpara.factorised(Net)``: every ``Net()`` of the file,
+    in helper functions and in an ``evaluate_fn`` too, then builds the run's model. With method
+    ``none`` the model is returned as it is.
+
+    Args:
+        factory: the model's class, or any function that returns a new model.
+
+    Returns:
+        A function with the same arguments. It raises `ConfigError` when it is called outside a run,
+        where the config is not known.
+    """
+
+    @functools.wraps(factory, updated=())
+    def build(*args: P.args, **kwargs: P.kwargs) -> M:
+        run = active_run()
+        if run is None:
+            name = getattr(factory, "__name__", "the model")
+            raise ConfigError(
+                f"fedpara: {name}() was called outside a run of the plugin, where its config is "
+                f"not known. On the server wrap the app, app = fedpara.server_app(ServerApp()); on "
+                f"the client put the mod first, ClientApp(mods=[fedpara.client_mod]); and build "
+                f"the model inside the app's functions. For the plain model elsewhere call the "
+                f"original class, {name}.__wrapped__()."
+            )
+        return run.converted(factory(*args, **kwargs))
+
+    return build
+
+
+def to_dense(arrays: ArrayRecord | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The dense state of a converted model's arrays, for ``load_state_dict`` of the plain model.
+
+    To be called inside the app, for example on ``result.arrays``. For pFedPara on the server it is
+    W1, the shared model (private part zero).
+
+    Raises:
+        ConfigError: called outside a run, or no model with these names was built in it.
+    """
+    state: Mapping[str, Tensor]
+    state = arrays.to_torch_state_dict() if isinstance(arrays, ArrayRecord) else arrays
+    run = active_run()
+    spec = run.specs.get(frozenset(state)) if run else None
+    if spec is None:
+        raise ConfigError(
+            "fedpara: to_dense() knows only models that factorised(...) built in the same run, "
+            "and none of them has these names; call it inside the app's main function"
+        )
+    return spec.dense_state(state)
+
+
+def _announce_loaded(module: nn.Module, incompatible_keys: Any) -> None:
+    run = active_run()
+    if run is not None and run.on_loaded is not None:
+        run.on_loaded({k: v.detach().clone() for k, v in module.state_dict().items()})

@@ -1,0 +1,88 @@
+"""The server side's one line: a ServerApp whose Grid encodes and decodes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, TypeVar
+
+from flwr.common import Context
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
+
+from fedpara_plugins_flower.accounting import Accounting
+from fedpara_plugins_flower.checkpoint import write_checkpoint
+from fedpara_plugins_flower.final_state import FinalState
+from fedpara_plugins_flower.grid import CodecGrid, ObservingGrid
+from fedpara_plugins_flower.run import Run, open_run
+from fedpara_plugins_flower.settings import Settings
+
+__all__ = ["server_app"]
+
+log = logging.getLogger("flwr.fedpara")
+
+A = TypeVar("A", bound=ServerApp)
+
+
+def server_app(app: A) -> A:
+    """Let a ServerApp run with the plugin, as its run's config says.
+
+    The same object comes back, still a ServerApp of its class: ``@app.main()`` and everything else
+    work on it as before.
+
+    Raises:
+        ConfigError: (when the app runs) an option of the section is unknown or out of range.
+    """
+    app.__class__ = _wrapped_class(type(app))
+    return app
+
+
+def _wrapped_class(base: type[Any]) -> type[Any]:
+    class PluggedServerApp(base):  # type: ignore[misc]
+        def __call__(self, grid: Grid, context: Context) -> None:
+            settings = Settings.from_run_config(context.run_config)
+            final = FinalState()
+            run = Run(settings, side="server", on_loaded=final.seen)
+            accounting = Accounting(settings.ledger)
+            wrapped = (
+                CodecGrid(grid, run, accounting, final)  # type: ignore[abstract]
+                if settings.active
+                else ObservingGrid(grid, accounting, final)  # type: ignore[abstract]
+            )
+            with open_run(run):
+                try:
+                    super().__call__(wrapped, context)
+                finally:
+                    accounting.log_run()
+            _write_final(run, final)
+
+    PluggedServerApp.__name__ = base.__name__
+    PluggedServerApp.__qualname__ = base.__qualname__
+    return PluggedServerApp
+
+
+def _write_final(run: Run, final: FinalState) -> None:
+    path = run.settings.checkpoint
+    if path is None:
+        return
+    state: dict[str, Tensor] | None = final.state()
+    if state is None:
+        log.warning(
+            "fedpara: no checkpoint written: after the last training round the global model was "
+            "neither sent to clients for evaluation nor loaded on the server. Save "
+            "fedpara.to_dense(result.arrays) in the app instead."
+        )
+        return
+    spec = run.specs.get(frozenset(state))
+    method = run.settings.config.method
+    private = spec is not None and bool(spec.private_keys)
+    write_checkpoint(
+        path,
+        spec.dense_state({k: v for k, v in state.items() if k not in spec.private_keys})
+        if spec is not None
+        else state,
+        model="the server's model: W1, the shared part (private part zero)"
+        if private
+        else "the server's model",
+        method=method,
+    )
+    log.info("fedpara: dense checkpoint of the server's model written to %s", path)

@@ -1,0 +1,64 @@
+"""The section ``[tool.flwr.app.config.fedpara]`` of an app, read from a run's config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpara_plugins import FedParaConfig
+from fedpara_plugins.codecs import Codec, parse_codec
+from fedpara_plugins.plugins import method_named
+
+__all__ = ["PREFIX", "Settings"]
+
+PREFIX = "fedpara."
+"""Flower flattens nested config tables to dotted keys."""
+
+PATH_OPTIONS = ("ledger", "checkpoint", "client_checkpoints")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the user may set for one run.
+
+    Attributes:
+        config: the options of the core: method, gamma, codec, ...
+        codec: the chain that ``config.codec`` names.
+        ledger: file for the bytes of every message, JSON lines; None for none.
+        checkpoint: file for the server's dense model at the end (safetensors); None for none.
+        client_checkpoints: folder for each client's own dense model; None for none.
+    """
+
+    config: FedParaConfig
+    codec: Codec
+    ledger: Path | None = None
+    checkpoint: Path | None = None
+    client_checkpoints: Path | None = None
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Any]) -> Settings:
+        """Read and validate the section; all defaults (method and codec ``none``) without one.
+
+        Raises:
+            ConfigError: unknown option, method or codec, or a value out of range.
+        """
+        section = {
+            key[len(PREFIX) :].replace("-", "_"): value
+            for key, value in run_config.items()
+            if key.startswith(PREFIX)
+        }
+        paths = {name: str(section.pop(name, "")) for name in PATH_OPTIONS}
+        config = FedParaConfig.from_mapping(section)
+        method_named(config.method)
+        return cls(
+            config=config,
+            codec=parse_codec(config.codec),
+            **{name: Path(path) if path else None for name, path in paths.items()},
+        )
+
+    @property
+    def active(self) -> bool:
+        """Whether messages are touched at all."""
+        return self.config.method != "none" or bool(self.codec.stages)

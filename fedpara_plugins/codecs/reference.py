@@ -1,0 +1,35 @@
+"""The name of a reference: a hash that both sides compute from the tensors they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping
+
+import torch
+
+from fedpara_plugins.codecs.stage import dtype_name, tensor_bytes
+
+__all__ = ["reference_hash"]
+
+
+def reference_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of a state, 64 hexadecimal digits; the order of the names does not matter.
+
+    For each tensor, in the order of the names' UTF-8 bytes: the length of the name, the name, the
+    length of the dtype's name, that name, the number of dimensions, each dimension, and the
+    tensor's bytes; all numbers are little-endian, unsigned and 64 bits wide.
+
+    Raises:
+        PayloadError: a dtype that cannot travel.
+    """
+    digest = hashlib.sha256()
+    by_name = sorted((name.encode("utf-8", "surrogatepass"), name) for name in tensors)
+    for encoded, name in by_name:
+        tensor = tensors[name]
+        dtype = dtype_name(tensor.dtype).encode("ascii")
+        for text in (encoded, dtype):
+            digest.update(struct.pack("<Q", len(text)) + text)
+        digest.update(struct.pack(f"<{tensor.ndim + 1}Q", tensor.ndim, *tensor.shape))
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

@@ -1,0 +1,119 @@
+"""Every user-facing option of the core: one frozen dataclass, validated, read from any mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from fedpara_plugins.errors import ConfigError
+
+__all__ = ["FedParaConfig"]
+
+DEFAULT_GAMMA = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedParaConfig:
+    """What to do to a model and to its messages.
+
+    Attributes:
+        method: ``none``, ``lowrank``, ``fedpara``, ``pfedpara``, or one that a plugin registered.
+        gamma: the paper's rank rule, 0 (smallest rank that can be full) to 1 (dense budget);
+            0.1 where neither ratio nor rank is given.
+        ratio: the official notebook's rule instead: wanted share of the dense parameters, (0, 1].
+        rank: an explicit rank for every layer instead.
+        include: name patterns (shell style); only layers that match one are factorised.
+        exclude: name patterns; layers that match one stay dense.
+        min_size: weights with fewer parameters stay dense.
+        speed: K, how far a composed weight moves per step of SGD, dense = 1; None takes the
+            method's default (1/2 for fedpara, 1/4 for lowrank and pfedpara's shared half).
+        private_speed: the same for the private half of pfedpara.
+        seed: of the private factors' first values, which every client derives by itself.
+        codec: what messages are coded with, ``none``, a preset, or stages joined by ``+``.
+
+    Raises:
+        ConfigError: an option is out of range, or two options exclude each other.
+    """
+
+    method: str = "none"
+    gamma: float = DEFAULT_GAMMA
+    ratio: float | None = None
+    rank: int | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    min_size: int = 1024
+    speed: float | None = None
+    private_speed: float = 0.2
+    seed: int = 0
+    codec: str = "none"
+
+    def __post_init__(self) -> None:
+        self._check("gamma", 0 <= self.gamma <= 1, "a number from 0 to 1")
+        self._check("ratio", self.ratio is None or 0 < self.ratio <= 1, "a number in (0, 1]")
+        self._check("rank", self.rank is None or self.rank >= 1, "an integer of at least 1")
+        self._check("min_size", self.min_size >= 0, "an integer of at least 0")
+        self._check("speed", self.speed is None or self.speed > 0, "a number above 0")
+        self._check("private_speed", self.private_speed > 0, "a number above 0")
+        if self.ratio is not None and self.rank is not None:
+            raise ConfigError("options 'ratio' and 'rank' exclude each other: give one of them")
+
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            value = getattr(self, name)
+            raise ConfigError(f"option {name!r}: expected {expected}, got {value!r}")
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any], *, prefix: str = "") -> FedParaConfig:
+        """Read the options whose keys start with ``prefix``; ``-`` and ``_`` are the same.
+
+        Strings are converted to the option's type, since some frameworks' flags arrive as text;
+        an empty string means the default. Patterns may be one string with commas.
+
+        Raises:
+            ConfigError: unknown option (the nearest known one is named), wrong type or value.
+        """
+        known = {field.name: field for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in options.items():
+            if not key.startswith(prefix):
+                continue
+            name = key[len(prefix) :].replace("-", "_")
+            if name not in known:
+                raise ConfigError(_unknown_option(name, prefix, list(known)))
+            if value is not None and value != "":
+                values[name] = _converted(name, str(known[name].type), value)
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The options that differ from their defaults, in plain types."""
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.default is MISSING or value != field.default:
+                changed[field.name] = list(value) if isinstance(value, tuple) else value
+        return changed
+
+
+def _unknown_option(name: str, prefix: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+    return f"unknown option {prefix}{name}{hint} Known: {', '.join(known)}"
+
+
+def _converted(name: str, declared: str, value: Any) -> Any:
+    try:
+        if declared.startswith("tuple"):
+            parts = value.split(",") if isinstance(value, str) else value
+            return tuple(str(part).strip() for part in parts if str(part).strip())
+        if declared.startswith("float"):
+            return float(value)
+        if declared.startswith("int"):
+            if isinstance(value, bool) or int(value) != float(value):
+                raise ValueError
+            return int(value)
+        return str(value)
+    except (TypeError, ValueError):
+        kind = declared.split(" ")[0].split("[")[0]
+        raise ConfigError(f"option {name!r}: expected {kind}, got {value!r}") from None

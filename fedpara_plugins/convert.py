@@ -1,0 +1,258 @@
+"""Model in, the same model with factorised layers out; and back to dense."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fedpara_plugins.config import FedParaConfig
+from fedpara_plugins.errors import ConfigError, ConversionError
+from fedpara_plugins.layers import FactorisedLayer
+from fedpara_plugins.methods import Method
+from fedpara_plugins.plan import WeightPlan, plan_weight
+from fedpara_plugins.plugins import layers, method_named
+
+__all__ = ["Decision", "config_of", "convert", "decisions", "to_dense"]
+
+CONFIG_ATTRIBUTE = "_fedpara_config"
+"""Where a converted model keeps its config: a plain attribute, so it is copied and pickled."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one layer of a model.
+
+    Attributes:
+        name: of the layer in the model ("" for the model itself).
+        layer: the dense layer.
+        plans: its weights that are factorised, by attribute; empty if none is.
+        reasons: why the others stay dense, by attribute ("" for the layer as a whole).
+    """
+
+    name: str
+    layer: nn.Module
+    plans: dict[str, WeightPlan]
+    reasons: dict[str, str]
+
+
+def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
+    """Replace the layers of a model by factorised ones, in place, with fresh factors.
+
+    Only modules change; the model keeps its class, its forward and all other parameters. Build the
+    optimizer afterwards: one built before still holds the dense weights.
+
+    Args:
+        model: any module; a single supported layer is returned as a new module.
+        config: all options at once, or
+        **options: fields of `FedParaConfig`, such as ``method="fedpara", gamma=0.1``. Options
+            given here replace those of ``config``.
+
+    Returns:
+        The model itself. With method ``none`` nothing is touched.
+
+    Raises:
+        ConfigError: an option is unknown or out of range, or a pattern matches no layer.
+        ConversionError: nothing to convert, or a layer that cannot be (the message names it).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+        >>> convert(model, method="fedpara", gamma=0.5)[0]
+        FactorisedLinear(in_features=64, out_features=128, bias=True, fedpara rank 14)
+    """
+    config = _configured(config, options)
+    method = method_named(config.method)
+    if method is None:
+        return model
+    _refuse_already_converted(model)
+    _refuse_shared_modules(model, config)
+    found = decisions(model, config, method)
+    if not any(decision.plans for decision in found):
+        reasons = "\n".join(_reason_lines(found))
+        raise ConversionError(f"no layer of the model can be factorised:\n{reasons}")
+    for decision in found:
+        if not decision.plans:
+            continue
+        kind = layers()[type(decision.layer)]
+        new = kind.from_dense(decision.layer, decision.plans, name=decision.name, seed=config.seed)
+        if decision.name == "":
+            model = new  # type: ignore[assignment]
+        else:
+            _set_layer(model, decision.name, new)
+    model.__dict__[CONFIG_ATTRIBUTE] = config
+    return model
+
+
+def to_dense(model: M) -> M:
+    """A dense copy of a converted model, whose state the unconverted model loads strictly.
+
+    The copy shares no tensor with ``model``, which stays as it is. For pFedPara it is the model
+    of whoever calls: with private factors at zero, the shared W1.
+
+    Raises:
+        ConversionError: a factor is NaN or infinite.
+    """
+    dense = copy.deepcopy(model)
+    dense.__dict__.pop(CONFIG_ATTRIBUTE, None)
+    for name, layer in list(dense.named_modules()):
+        if not isinstance(layer, FactorisedLayer):
+            continue
+        try:
+            new = layer.to_dense()
+        except ConversionError as error:
+            raise ConversionError(f"layer {name!r}: {error}") from error
+        if name == "":
+            return new  # type: ignore[return-value]
+        _set_layer(dense, name, new)
+    return dense
+
+
+def config_of(model: nn.Module) -> tuple[FedParaConfig, Method | None]:
+    """The config and method that a model was converted with; method ``none`` if it never was."""
+    config = model.__dict__.get(CONFIG_ATTRIBUTE, FedParaConfig())
+    return config, method_named(config.method)
+
+
+def decisions(model: nn.Module, config: FedParaConfig, method: Method | None) -> list[Decision]:
+    """What `convert` would do or did, for every layer that owns tensors, in the model's order.
+
+    Raises:
+        ConfigError: an include or exclude pattern matches no layer.
+        ConversionError: a layer is in a state that cannot be converted.
+    """
+    found = [
+        (n, layer) for n, layer in model.named_modules() if layer._parameters or layer._buffers
+    ]
+    _check_patterns(config, [name for name, _ in found])
+    owners = _parameter_owners(found)
+    return [_decide(name, layer, config, method, owners) for name, layer in found]
+
+
+def _decide(
+    name: str,
+    layer: nn.Module,
+    config: FedParaConfig,
+    method: Method | None,
+    owners: dict[int, list[str]],
+) -> Decision:
+    if isinstance(layer, FactorisedLayer):
+        return Decision(name, layer, layer.plans, {})
+    if method is None:
+        return Decision(name, layer, {}, {"": "method none"})
+    kind = layers().get(type(layer))
+    if kind is None:
+        return Decision(name, layer, {}, {"": _why_unsupported(name, layer)})
+    if not _selected(name, config):
+        return Decision(name, layer, {}, {"": "left out by the include or exclude patterns"})
+    _refuse_unusable(name, layer)
+    plans: dict[str, WeightPlan] = {}
+    reasons: dict[str, str] = {}
+    for slot in kind.slots(layer):
+        tied = owners[id(layer._parameters[slot.name])]
+        if len(tied) > 1:
+            reasons[slot.name] = f"tied to {', '.join(t for t in tied if t != name)}"
+            continue
+        plan = plan_weight(slot, method, config)
+        if isinstance(plan, str):
+            reasons[slot.name] = plan
+        else:
+            plans[slot.name] = plan
+    return Decision(name, layer, plans, reasons)
+
+
+def _why_unsupported(name: str, layer: nn.Module) -> str:
+    if parametrize.is_parametrized(layer):
+        raise ConversionError(
+            f"layer {name!r} is parametrised by torch.nn.utils.parametrize: remove the "
+            f"parametrisation first (remove_parametrizations), or exclude the layer"
+        )
+    _refuse_unusable(name, layer)
+    return f"{type(layer).__name__} is no kind of layer that can be factorised"
+
+
+def _refuse_unusable(name: str, layer: nn.Module) -> None:
+    for attribute, parameter in layer._parameters.items():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ConversionError(
+                f"layer {name!r} is lazy, its {attribute} has no shape yet: run one forward pass "
+                f"with sample data before converting"
+            )
+        if parameter is None or not parameter.is_floating_point():
+            continue
+        if not torch.isfinite(parameter).all():
+            raise ConversionError(
+                f"layer {name!r}: {attribute} holds NaN or infinite values; load sound "
+                f"weights before converting"
+            )
+
+
+def _refuse_already_converted(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, FactorisedLayer):
+            raise ConversionError(
+                f"layer {name!r} is already factorised: convert a fresh model, or go back with "
+                f"to_dense() first"
+            )
+
+
+def _refuse_shared_modules(model: nn.Module, config: FedParaConfig) -> None:
+    """One module in two places cannot be replaced in one of them without untying the two."""
+    first_name: dict[int, str] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        first = first_name.setdefault(id(layer), name)
+        if first != name and type(layer) in layers() and _selected(first, config):
+            raise ConversionError(
+                f"layers {first!r} and {name!r} are one and the same module: give each place a "
+                f"module of its own (copy.deepcopy), or exclude {first!r} from conversion"
+            )
+
+
+def _parameter_owners(found: list[tuple[str, nn.Module]]) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for name, layer in found:
+        for parameter in layer._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _selected(name: str, config: FedParaConfig) -> bool:
+    included = not config.include or any(fnmatchcase(name, p) for p in config.include)
+    return included and not any(fnmatchcase(name, p) for p in config.exclude)
+
+
+def _check_patterns(config: FedParaConfig, names: list[str]) -> None:
+    for option in ("include", "exclude"):
+        for pattern in getattr(config, option):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"option {option!r}: pattern {pattern!r} matches no layer. The model has: "
+                    f"{', '.join(names)}"
+                )
+
+
+def _set_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _reason_lines(found: list[Decision]) -> Iterator[str]:
+    if not found:
+        yield "  it has no parameters"
+    for decision in found:
+        for weight, reason in decision.reasons.items():
+            name = ".".join(part for part in (decision.name, weight) if part) or "(model)"
+            yield f"  {name}: {reason}"
+
+
+def _configured(config: FedParaConfig | None, options: dict[str, Any]) -> FedParaConfig:
+    if config is None:
+        return FedParaConfig.from_mapping({"method": "fedpara", **options})
+    return replace(config, **options) if options else config

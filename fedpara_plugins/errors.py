@@ -1,0 +1,44 @@
+"""Every error that this project raises on purpose.
+
+FedParaError
+├── ConfigError        an option has an unknown name or a value out of range
+├── ConversionError    a model or layer cannot be converted
+├── PayloadError       received bytes, or tensors about to be sent, are refused
+│   └── MismatchError  both sides are sound but disagree (model, reference, version)
+└── PluginError        a plugin is missing, misspelt, duplicated or unsuited
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "ConversionError",
+    "FedParaError",
+    "MismatchError",
+    "PayloadError",
+    "PluginError",
+]
+
+
+class FedParaError(Exception):
+    """Base of all errors of fedpara-plugins."""
+
+
+class ConfigError(FedParaError, ValueError):
+    """An option is unknown or its value is out of range; the message lists what is allowed."""
+
+
+class ConversionError(FedParaError):
+    """A model cannot be converted; the message names the layer and the remedy."""
+
+
+class PayloadError(FedParaError, ValueError):
+    """Bytes are refused before they can do harm, or tensors before they are encoded."""
+
+
+class MismatchError(PayloadError):
+    """Two sides disagree about model, reference or version; the message names both values."""
+
+
+class PluginError(FedParaError):
+    """A plugin is missing, duplicated, misspelt, or does not fit the installed framework."""

@@ -1,0 +1,151 @@
+"""The contract that every kind of factorised layer fulfils.
+
+A kind is one class, derived from `FactorisedLayer` and from the dense layer it replaces, that says
+which weights the dense layer has (`slots`) and declares each of them with `composed`. Everything
+else (conversion, names, initialisation, going back to dense) is the same for all kinds and lives
+here. Registered through the hook ``fedpara_register_layers``, tested by inheriting
+`fedpara_plugins.testing.LayerContract`.
+
+Such a layer owns parameters only, no buffer, and its class exists statically: it can be pickled,
+copied, stacked and compared like the layer it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fedpara_plugins.errors import ConversionError
+from fedpara_plugins.initialise import initial_factors
+from fedpara_plugins.plan import WeightPlan, WeightSlot
+
+__all__ = ["FactorisedLayer", "composed"]
+
+
+class composed:  # noqa: N801  (reads like `property` where it is used)
+    """Descriptor of a weight that is computed from factors; a dense weight if it has no plan."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: FactorisedLayer | None, owner: type | None = None) -> Any:
+        return self if layer is None else layer.composed_weight(self.name)
+
+
+class FactorisedLayer(nn.Module):
+    """Mixin of all factorised layers; first base class, before the dense layer's class."""
+
+    kind: ClassVar[str]
+    """Short name of the kind, as shown in reports."""
+
+    dense_class: ClassVar[type[nn.Module]]
+    """The class this one replaces; matched exactly, so subclasses keep their own behaviour."""
+
+    plans: dict[str, WeightPlan]
+    """The factorised weights, by attribute name."""
+
+    @classmethod
+    def slots(cls, dense: nn.Module) -> list[WeightSlot]:
+        """The weights of ``dense`` that may be factorised."""
+        raise TypeError(f"{cls.__name__} must define slots()")
+
+    # From dense and back
+
+    @classmethod
+    def from_dense(
+        cls, dense: nn.Module, plans: Mapping[str, WeightPlan], *, name: str, seed: int
+    ) -> FactorisedLayer:
+        """A layer of this class in place of ``dense``, with fresh factors.
+
+        It takes over every attribute, hook and remaining parameter (the very objects) of the dense
+        layer, and its factors stand where the weight stood in the order of parameters.
+
+        Args:
+            dense: instance of ``dense_class``; not modified.
+            plans: what to factorise, by attribute name; not empty.
+            name: the layer's name in the model, which seeds its private factors.
+            seed: see `fedpara_plugins.initialise.initial_private`.
+        """
+        layer = cls.__new__(cls)
+        layer.__dict__ = dense.__dict__.copy()
+        parameters: dict[str, nn.Parameter | None] = {}
+        for attribute, parameter in dense._parameters.items():
+            plan = plans.get(attribute)
+            if plan is None or parameter is None:
+                parameters[attribute] = parameter
+                continue
+            factors = initial_factors(plan, seed=seed, key=f"{name}.{attribute}")
+            for factor, value in factors.items():
+                value = value.to(parameter.device, parameter.dtype)
+                parameters[cls.factor_key(attribute, factor)] = nn.Parameter(
+                    value, requires_grad=parameter.requires_grad
+                )
+        layer.__dict__["_parameters"] = parameters
+        layer.__dict__["plans"] = dict(plans)
+        return layer
+
+    def to_dense(self) -> nn.Module:
+        """The ordinary layer with the composed weights; shares no tensor with this one."""
+        dense = self.dense_class.__new__(self.dense_class)
+        dense.__dict__ = {k: v for k, v in self.__dict__.items() if k != "plans"}
+        dense.__dict__["_parameters"] = self._dense_parameters()
+        return dense
+
+    def _dense_parameters(self) -> dict[str, nn.Parameter | None]:
+        parameters: dict[str, nn.Parameter | None] = {}
+        owner = {
+            self.factor_key(weight, factor): weight
+            for weight, plan in self.plans.items()
+            for factor in plan.factor_names
+        }
+        for key, parameter in self._parameters.items():
+            weight = owner.get(key)
+            if weight is None:
+                parameters[key] = None if parameter is None else _copy(parameter, parameter)
+            elif weight not in parameters and parameter is not None:
+                parameters[weight] = _copy(self.composed_weight(weight), parameter)
+        return parameters
+
+    # Execution
+
+    def composed_weight(self, weight: str) -> Tensor:
+        """W from its factors, differentiable; the dense parameter if the weight has no plan."""
+        plan = self.plans.get(weight)
+        if plan is None:
+            return self._parameters[weight]  # type: ignore[return-value]
+        return plan.compose(self.factors(weight))
+
+    def factors(self, weight: str) -> dict[str, Tensor]:
+        """The factors of one weight by their names (x1, y1, ...), as the parameters they are."""
+        keys = {name: self.factor_key(weight, name) for name in self.plans[weight].factor_names}
+        return {name: getattr(self, key) for name, key in keys.items()}
+
+    @classmethod
+    def factor_key(cls, weight: str, factor: str) -> str:
+        """The parameter's name: the factor's own where the layer has but one weight."""
+        return factor if weight == "weight" else f"{weight}_{factor}"
+
+    # What torch expects of a layer
+
+    def reset_parameters(self) -> None:
+        """Draw new factors; the dense layer's own rule would write into a weight that is gone."""
+        for weight, plan in self.plans.items():
+            factors = initial_factors(plan, seed=0, key=weight)
+            with torch.no_grad():
+                for name, parameter in self.factors(weight).items():
+                    parameter.copy_(factors[name])
+
+    def extra_repr(self) -> str:
+        """The dense layer's own text, then method and rank."""
+        ranks = {w: f"{p.method.name} rank {p.rank}" for w, p in self.plans.items()}
+        texts = [t if w == "weight" else f"{w}: {t}" for w, t in ranks.items()]
+        return ", ".join([super().extra_repr(), *texts])
+
+
+def _copy(value: Tensor, like: Tensor) -> nn.Parameter:
+    if not torch.isfinite(value).all():
+        raise ConversionError("a factorised layer holds NaN or infinite values: nothing to export")
+    return nn.Parameter(value.detach().clone(), requires_grad=like.requires_grad)

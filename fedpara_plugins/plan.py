@@ -1,0 +1,184 @@
+"""Plan, then execute: everything about one factorised weight that shapes and config decide.
+
+A `WeightPlan` is computed once when a model is converted. Two sides that convert the same model
+with the same config derive equal plans, so nothing in it ever has to travel to be known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod, sqrt
+
+from torch import Tensor
+
+from fedpara_plugins.compose import operand
+from fedpara_plugins.config import FedParaConfig
+from fedpara_plugins.methods import Method
+from fedpara_plugins.ranks import (
+    gamma_rank,
+    is_kernel,
+    matched_rank,
+    parameter_count,
+    ratio_rank,
+    smallest_full_rank,
+)
+
+__all__ = ["WeightPlan", "WeightSlot", "plan_weight"]
+
+SMALLEST_SIDE = 4
+"""A weight with fewer rows or columns (a 3-channel stem, say) has no rank to save."""
+
+
+@dataclass(frozen=True)
+class WeightSlot:
+    """A weight of a dense layer that could be factorised.
+
+    Attributes:
+        name: the attribute of the layer, such as ``weight``.
+        shape: (m, n) or (O, I, k1, ...).
+        fan_in: inputs per output, for the target variance.
+        variance: the variance which this kind of layer gives its weight by default.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    fan_in: int
+    variance: float
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """A weight that is factorised, and how.
+
+    Attributes:
+        name: the attribute of the layer, such as ``weight``.
+        shape: the dense weight's shape.
+        method: combines the operands.
+        rank: R of every operand.
+        scale: fixed scalar s in W = s * combine(operands); never learned, never sent.
+        factor_std: standard deviation of every shared factor's entries at the start.
+        private_std: the same for private factors, those that do not start at zero.
+        variance: target of the composed weight's variance at the start.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    method: Method
+    rank: int
+    scale: float
+    factor_std: float
+    private_std: float
+    variance: float
+
+    @property
+    def kernel(self) -> bool:
+        """Whether the operands have a core."""
+        return is_kernel(self.shape)
+
+    @property
+    def factor_names(self) -> list[str]:
+        """x1, y1, t1, ... as far as this weight has them."""
+        return self.method.factor_names(kernel=self.kernel)
+
+    @property
+    def private_names(self) -> list[str]:
+        """Those of `factor_names` that never leave the device."""
+        return self.method.private_names(kernel=self.kernel)
+
+    @property
+    def parameters(self) -> int:
+        """Entries of all factors, private ones included."""
+        return parameter_count(self.shape, self.rank, operands=self.method.operands)
+
+    @property
+    def shared_parameters(self) -> int:
+        """Entries of the factors that travel."""
+        shared = self.method.operands - len(self.method.private)
+        return parameter_count(self.shape, self.rank, operands=shared)
+
+    def factor_shape(self, factor: str) -> tuple[int, ...]:
+        """Shape of the factor with that name: x (m, R), y (n, R), t (R, R, k1, ...)."""
+        if factor[0] == "t":
+            return (self.rank, self.rank, *self.shape[2:])
+        return (self.shape[0 if factor[0] == "x" else 1], self.rank)
+
+    def zero_at_start(self, factor: str) -> bool:
+        """Whether a private factor starts at zero, which makes its whole operand zero."""
+        return factor in self.private_names and factor[0] == ("t" if self.kernel else "x")
+
+    def compose(self, factors: Mapping[str, Tensor]) -> Tensor:
+        """W = s * combine(operands), of shape ``self.shape``.
+
+        Args:
+            factors: by name, with the shapes that `factor_shape` gives.
+        """
+        operands = [
+            operand(factors[f"x{i}"], factors[f"y{i}"], factors.get(f"t{i}"))
+            for i in range(1, self.method.operands + 1)
+        ]
+        return self.method.combine(operands).view(self.shape) * self.scale
+
+
+def plan_weight(slot: WeightSlot, method: Method, config: FedParaConfig) -> WeightPlan | str:
+    """The plan for one weight, or the reason (a sentence) why it is better left dense."""
+    dense = prod(slot.shape)
+    if dense < config.min_size:
+        return f"{dense:,} parameters, fewer than min_size={config.min_size:,}"
+    if min(slot.shape[:2]) < SMALLEST_SIDE:
+        side = min(slot.shape[:2])
+        return f"a side of {side} (fewer than {SMALLEST_SIDE}): no rank to save"
+    rank = _choose_rank(slot.shape, method, config)
+    if rank is None:
+        low = smallest_full_rank(slot.shape)
+        needed = parameter_count(slot.shape, low)
+        return f"full rank needs R={low}: {needed:,} entries, the dense weight has {dense:,}"
+    entries = parameter_count(slot.shape, rank, operands=method.operands)
+    if entries >= dense:
+        return f"rank {rank} would hold {entries:,} entries, the dense weight has {dense:,}"
+    return _with_scale(slot, method, rank, config)
+
+
+def _choose_rank(shape: tuple[int, ...], method: Method, config: FedParaConfig) -> int | None:
+    if config.rank is not None:
+        return min(config.rank, *shape[:2])
+    if config.ratio is not None:
+        rank = ratio_rank(shape, config.ratio)
+    else:
+        low = smallest_full_rank(shape)
+        if parameter_count(shape, low) >= prod(shape):
+            return None
+        rank = gamma_rank(shape, config.gamma)
+    if method.operands == 2:
+        return rank
+    # Other forms get the budget, not the rank, that FedPara would have: an equal comparison.
+    return matched_rank(shape, parameter_count(shape, rank), operands=method.operands)
+
+
+def _with_scale(slot: WeightSlot, method: Method, rank: int, config: FedParaConfig) -> WeightPlan:
+    """Scale and standard deviations that give the target variance and the wanted speed K.
+
+    For F equal-std shared factors in S shared operands: K = v Σ 1/σ² = F v / σ², so σ² = F v / K,
+    and Var(W) = s² (a σ^(F/S))^(2S), where an operand of unit factors has std a = √R, or R with a
+    core. A private operand starts at zero through one zero factor; its other factors have std t
+    with K_private = v R t² (matrix) or v R² t⁴ (kernel).
+    """
+    kernel = is_kernel(slot.shape)
+    per_operand = 3 if kernel else 2
+    unit = float(rank) if kernel else sqrt(rank)
+    shared = method.operands - len(method.private)
+    factors = shared * per_operand
+    variance = slot.variance
+    speed = config.speed if config.speed is not None else method.speed
+    std = sqrt(factors * variance / speed)
+    private_std = (config.private_speed / (variance * unit**2)) ** (0.5 / (per_operand - 1))
+    return WeightPlan(
+        name=slot.name,
+        shape=slot.shape,
+        method=method,
+        rank=rank,
+        scale=sqrt(variance) / (unit**shared * std**factors),
+        factor_std=std,
+        private_std=private_std if method.private else 0.0,
+        variance=variance,
+    )

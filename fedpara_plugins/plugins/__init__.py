@@ -1,0 +1,39 @@
+"""Plugins: layer kinds, methods, codec stages and framework adapters, found through pluggy.
+
+A distribution takes part by naming a module in the entry-point group ``fedpara_plugins`` and
+marking functions of that module with `hookimpl`::
+
+    from fedpara_plugins import hookimpl
+
+    @hookimpl
+    def fedpara_register_layers(register):
+        register(MyFactorisedLayer)
+
+The built-in parts register through the same hooks. Plugins are loaded at the first look into a
+registry, never at import, and never consulted per tensor or step.
+"""
+
+from __future__ import annotations
+
+from fedpara_plugins.plugins.markers import ENTRY_POINT_GROUP, hookimpl
+from fedpara_plugins.plugins.registry import (
+    Adapter,
+    adapters,
+    layers,
+    method_named,
+    methods,
+    reload,
+    stages,
+)
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "Adapter",
+    "adapters",
+    "hookimpl",
+    "layers",
+    "method_named",
+    "methods",
+    "reload",
+    "stages",
+]

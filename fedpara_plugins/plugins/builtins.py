@@ -1,0 +1,31 @@
+"""What this distribution itself registers, through the hooks that everyone uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedpara_plugins.codecs import BUILTIN_STAGES, Stage
+from fedpara_plugins.layers import BUILTIN_LAYERS, FactorisedLayer
+from fedpara_plugins.methods import BUILTIN_METHODS, Method
+from fedpara_plugins.plugins.markers import hookimpl
+
+
+@hookimpl
+def fedpara_register_layers(register: Callable[[type[FactorisedLayer]], None]) -> None:
+    """Register the built-in kinds of layer."""
+    for layer in BUILTIN_LAYERS:
+        register(layer)
+
+
+@hookimpl
+def fedpara_register_methods(register: Callable[[Method], None]) -> None:
+    """Register the built-in methods."""
+    for method in BUILTIN_METHODS:
+        register(method)
+
+
+@hookimpl
+def fedpara_register_stages(register: Callable[[Stage], None]) -> None:
+    """Register the built-in codec stages."""
+    for stage in BUILTIN_STAGES:
+        register(stage)

@@ -1,0 +1,150 @@
+"""The registries, filled once from built-in and installed plugins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from fedpara_plugins.errors import ConfigError, PluginError
+from fedpara_plugins.plugins import specs
+from fedpara_plugins.plugins.markers import ENTRY_POINT_GROUP
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedpara_plugins.codecs import Stage
+    from fedpara_plugins.layers import FactorisedLayer
+    from fedpara_plugins.methods import Method
+
+__all__ = ["Adapter", "adapters", "layers", "method_named", "methods", "reload", "stages"]
+
+DISABLE_VARIABLE = "FEDPARA_PLUGINS_DISABLE"
+"""Comma-separated names of entry points to leave out, to find out which plugin misbehaves."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is known of a framework's adapter without importing the framework.
+
+    Attributes:
+        name: of the framework, such as ``flower``.
+        module: import name of the adapter.
+        requires: the requirement on the framework, such as ``flwr>=1.22``.
+        lacks: what the adapter cannot do yet, a sentence each.
+    """
+
+    name: str
+    module: str
+    requires: str
+    lacks: tuple[str, ...] = ()
+
+    def load(self) -> ModuleType:
+        """Import the adapter (and with it, as far as it is used, the framework)."""
+        return import_module(self.module)
+
+
+@dataclass
+class _Registries:
+    layers: dict[type[nn.Module], type[FactorisedLayer]] = field(default_factory=dict)
+    methods: dict[str, Method] = field(default_factory=dict)
+    stages: dict[str, Stage] = field(default_factory=dict)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+
+
+def layers() -> Mapping[type[nn.Module], type[FactorisedLayer]]:
+    """Factorised layer classes by the dense class that they replace."""
+    return _registries().layers
+
+
+def methods() -> Mapping[str, Method]:
+    """Methods by name, without ``none``, which is the absence of one."""
+    return _registries().methods
+
+
+def stages() -> Mapping[str, Stage]:
+    """Codec stages by name."""
+    return _registries().stages
+
+
+def adapters() -> Mapping[str, Adapter]:
+    """Adapters by the framework's name."""
+    return _registries().adapters
+
+
+def method_named(name: str) -> Method | None:
+    """The method with that name; None for ``none``.
+
+    Raises:
+        ConfigError: no such method; the message lists those there are.
+    """
+    if name == "none":
+        return None
+    if name not in methods():
+        known = ", ".join(["none", *methods()])
+        raise ConfigError(f"option 'method': expected one of {known}; got {name!r}")
+    return methods()[name]
+
+
+def reload() -> None:
+    """Forget all plugins; the next look into a registry loads them anew."""
+    _registries.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def _registries() -> _Registries:
+    hooks = _load_plugins().hook
+    found = _Registries()
+    _collect(hooks.fedpara_register_layers, found.layers, "layer kind", "dense_class")
+    _collect(hooks.fedpara_register_methods, found.methods, "method", "name")
+    _collect(hooks.fedpara_register_stages, found.stages, "stage", "name")
+    _collect(hooks.fedpara_register_adapters, found.adapters, "adapter", "name")
+    return found
+
+
+def _collect(hook: pluggy.HookCaller, into: dict[Any, Any], what: str, key: str) -> None:
+    """Let every plugin register its things, one plugin after the other, to know whose they are."""
+    owners: dict[Any, str] = {}
+    for implementation in hook.get_hookimpls():
+        plugin = implementation.plugin_name
+
+        def register(thing: Any, plugin: str = plugin) -> None:
+            name = getattr(thing, key)
+            if name in into:
+                shown = name.__name__ if isinstance(name, type) else repr(name)
+                raise PluginError(
+                    f"{what} {shown} is registered twice: by plugin {owners[name]!r} and by plugin "
+                    f"{plugin!r}. Uninstall one of them, or name it in {DISABLE_VARIABLE}."
+                )
+            into[name], owners[name] = thing, plugin
+
+        implementation.function(*[register for _ in implementation.argnames])
+
+
+def _load_plugins() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(ENTRY_POINT_GROUP)
+    manager.add_hookspecs(specs)
+    manager.register(import_module("fedpara_plugins.plugins.builtins"), name="builtins")
+    for name in os.environ.get(DISABLE_VARIABLE, "").split(","):
+        if name.strip():
+            manager.set_blocked(name.strip())
+    try:
+        manager.load_setuptools_entrypoints(ENTRY_POINT_GROUP)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(
+            f"plugin {error.plugin!r}: {error}. Known hooks: "
+            f"{', '.join(name for name in vars(specs) if name.startswith('fedpara_'))}"
+        ) from error
+    except ImportError as error:
+        raise PluginError(
+            f"a plugin of the entry-point group {ENTRY_POINT_GROUP!r} cannot be imported: {error}. "
+            f"Repair or uninstall it, or name it in {DISABLE_VARIABLE}."
+        ) from error
+    return manager

@@ -1,0 +1,252 @@
+"""What two sides must agree on about a converted model, and what one needs to rebuild the other.
+
+A `ModelSpec` is taken from a converted model, fits into a payload's header as JSON, and knows
+without the model's code: which keys are private and where they stand, their seeded first values,
+and how to turn a state of factors into the dense state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpara_plugins.convert import config_of
+from fedpara_plugins.errors import MismatchError, PayloadError
+from fedpara_plugins.initialise import initial_private
+from fedpara_plugins.layers.base import FactorisedLayer
+from fedpara_plugins.plan import WeightPlan
+from fedpara_plugins.plugins import methods
+
+__all__ = ["ModelSpec"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The factorised weights of a model.
+
+    Attributes:
+        weights: plan by full name of the dense weight (``conv1.weight``), in the model's order.
+        keys: all names of the model's state, in order.
+        seed: of the private factors' first values.
+    """
+
+    weights: Mapping[str, WeightPlan]
+    keys: tuple[str, ...]
+    seed: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelSpec:
+        """The spec of a model as it stands; an unconverted model has no weights in it."""
+        weights = {
+            f"{name}.{weight}" if name else weight: plan
+            for name, layer in model.named_modules()
+            if isinstance(layer, FactorisedLayer)
+            for weight, plan in layer.plans.items()
+        }
+        config, _ = config_of(model)
+        return cls(weights=weights, keys=tuple(model.state_dict()), seed=config.seed)
+
+    # Names
+
+    def factor_keys(self, weight: str) -> dict[str, str]:
+        """Full names in the state by factor name, for one dense weight."""
+        path, _, attribute = weight.rpartition(".")
+        prefix = f"{path}." if path else ""
+        names = self.weights[weight].factor_names
+        return {name: prefix + FactorisedLayer.factor_key(attribute, name) for name in names}
+
+    @property
+    def private_keys(self) -> frozenset[str]:
+        """Full names of the private factors."""
+        return frozenset(
+            self.factor_keys(weight)[name]
+            for weight, plan in self.weights.items()
+            for name in plan.private_names
+        )
+
+    @property
+    def shared_keys(self) -> tuple[str, ...]:
+        """All other names of the state, in order."""
+        private = self.private_keys
+        return tuple(key for key in self.keys if key not in private)
+
+    # Values
+
+    def initial_private(self, shared: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Seeded first values of the private factors by full name.
+
+        Args:
+            shared: shared state, whose dtypes they get; float32 without it.
+        """
+        values = {}
+        for weight, plan in self.weights.items():
+            keys = self.factor_keys(weight)
+            first = initial_private(plan, seed=self.seed, key=weight)
+            like = torch.float32 if shared is None else _get(shared, keys["x1"]).dtype
+            values.update({keys[name]: value.to(like) for name, value in first.items()})
+        return values
+
+    def dense_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The dense model's state, with the names and order of the unconverted model.
+
+        Args:
+            state: the converted model's state; missing private factors count as zero, so the
+                shared keys alone give W1.
+
+        Raises:
+            PayloadError: a shared factor is missing.
+        """
+        private = self.private_keys
+        first_keys = {next(iter(self.factor_keys(w).values())): w for w in self.weights}
+        factors = {key for w in self.weights for key in self.factor_keys(w).values()}
+        dense: dict[str, Tensor] = {}
+        for key in self.keys:
+            if key in first_keys:
+                weight = first_keys[key]
+                dense[weight] = self._composed(weight, state)
+            elif key not in factors and key not in private:
+                dense[key] = _get(state, key).detach().clone()
+        return dense
+
+    def dense_bytes(self, state: Mapping[str, Tensor]) -> int:
+        """Bytes of the dense model's tensors that stand behind some tensors of the state.
+
+        Args:
+            state: any part of the converted model's state. A weight counts once, by its first
+                factor; a name that is no factor counts as what it is.
+        """
+        weight_of = {
+            key: (weight, name == plan.factor_names[0])
+            for weight, plan in self.weights.items()
+            for name, key in self.factor_keys(weight).items()
+        }
+        total = 0
+        for key, value in state.items():
+            weight, first = weight_of.get(key, (None, True))
+            if first:
+                entries = value.numel() if weight is None else prod(self.weights[weight].shape)
+                total += entries * value.element_size()
+        return total
+
+    def _composed(self, weight: str, state: Mapping[str, Tensor]) -> Tensor:
+        plan, keys = self.weights[weight], self.factor_keys(weight)
+        like = _get(state, next(key for key in keys.values() if key not in self.private_keys))
+        factors = {
+            name: like.new_zeros(plan.factor_shape(name))
+            if key in self.private_keys and key not in state
+            else _get(state, key)
+            for name, key in keys.items()
+        }
+        return plan.compose(factors).detach()
+
+    # Agreement
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that two sides share exactly when their models match."""
+        content = [self.seed, list(self.keys), [list(row) for row in self._rows()]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def check_equal(self, other: ModelSpec, *, here: str, there: str) -> None:
+        """Raise unless the two are the same model, converted in the same way.
+
+        Raises:
+            MismatchError: names the first difference with both sides' values.
+        """
+        if self.fingerprint == other.fingerprint:
+            return
+        mine, theirs = dict(self._named_rows()), dict(other._named_rows())
+        for weight in [*mine, *theirs]:
+            if mine.get(weight) != theirs.get(weight):
+                raise MismatchError(
+                    f"the model differs at {weight!r}: {here} has {mine.get(weight, 'dense')}, "
+                    f"{there} has {theirs.get(weight, 'dense')}. Build the same model with the "
+                    f"same fedpara options on both sides."
+                )
+        if self.keys == other.keys:
+            raise MismatchError(
+                f"the private factors start from another seed: {here} has seed {self.seed}, "
+                f"{there} has seed {other.seed}. Set the same fedpara option seed on both sides."
+            )
+        unlike = sorted(set(self.keys) ^ set(other.keys)) or "the order of the same names"
+        raise MismatchError(
+            f"the model's state differs between {here} ({len(self.keys)} names) and {there} "
+            f"({len(other.keys)} names): {unlike}. Build the same model on both sides."
+        )
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        for weight, plan in self.weights.items():
+            std = [plan.factor_std, plan.private_std, plan.variance]
+            numbers = [float(f"{number:.9g}") for number in (plan.scale, *std)]
+            yield weight, plan.method.name, list(plan.shape), plan.rank, numbers
+
+    def _named_rows(self) -> Iterator[tuple[str, str]]:
+        for weight, method, shape, rank, (scale, *_) in self._rows():
+            yield weight, f"{method} rank {rank} shape {tuple(shape)} scale {scale:.6g}"
+
+    # As JSON
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a payload's header. Names of ``keys`` are left to the payload itself."""
+        private = self.private_keys
+        return {
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "weights": [list(row) for row in self._rows()],
+            "private": [[i, key] for i, key in enumerate(self.keys) if key in private],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], shared_keys: tuple[str, ...]) -> ModelSpec:
+        """Rebuild a spec from `to_json` and the names that the payload carried.
+
+        Raises:
+            PayloadError: malformed data, or a method that is not installed here.
+        """
+        try:
+            keys = list(shared_keys)
+            for index, key in data["private"]:
+                keys.insert(index, str(key))
+            weights = {str(row[0]): _plan_from_row(row) for row in data["weights"]}
+            spec = cls(weights=weights, keys=tuple(keys), seed=int(data["seed"]))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise PayloadError(f"the header's model description is malformed: {error!r}") from error
+        if spec.fingerprint != data.get("fingerprint"):
+            raise PayloadError(
+                f"the header's model description does not match its own fingerprint "
+                f"{data.get('fingerprint')!r}: it was changed, or the other side runs another "
+                f"version of fedpara-plugins"
+            )
+        return spec
+
+
+def _plan_from_row(row: list[Any]) -> WeightPlan:
+    weight, method, shape, rank, (scale, factor_std, private_std, variance) = row
+    if method not in methods():
+        raise PayloadError(
+            f"{weight}: the other side uses method {method!r}, which is not installed here "
+            f"(known: {', '.join(methods())}). Install the plugin that provides it."
+        )
+    return WeightPlan(
+        name=str(weight).rpartition(".")[2],
+        shape=tuple(int(n) for n in shape),
+        method=methods()[method],
+        rank=int(rank),
+        scale=float(scale),
+        factor_std=float(factor_std),
+        private_std=float(private_std),
+        variance=float(variance),
+    )
+
+
+def _get(state: Mapping[str, Tensor], key: str) -> Tensor:
+    if key not in state:
+        raise PayloadError(f"the state lacks {key!r}: expected a state of the converted model")
+    return state[key]

@@ -1,0 +1,133 @@
+"""Stage zlib: one stream over all tensors."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+import zlib
+
+import pytest
+import torch
+
+from fedpara_plugins.codecs.entropy_zlib import ZlibStage
+from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.testing.samples import same_bits
+from fedpara_plugins.testing.stage_contract import StageContract
+
+NAN_BITS = [0x7FC00000, 0x7F800001, 0xFFC12345]  # quiet, signalling, negative with a payload
+
+
+def stream_of(data):
+    return {"stream": torch.frombuffer(bytearray(data), dtype=torch.uint8)}
+
+
+def layout(shape, *, dtype="U8"):
+    return {"names": ["x"], "shapes": [shape], "dtypes": [dtype], "each": "0"}
+
+
+class TestZlib(StageContract):
+    stage = ZlibStage()
+
+    def decode(self, data, notes, *, limit=10**6):
+        return self.stage.decode(stream_of(data), notes, reference=None, limit=limit)
+
+    def test_nan_keeps_its_bits(self):
+        bits = torch.tensor(NAN_BITS, dtype=torch.int64).to(torch.int32)
+        tensors = {"x": bits.view(torch.float32), "y": bits.view(torch.bfloat16)}
+        coded, notes = self.stage.encode(tensors, reference=None)
+        assert same_bits(self.stage.decode(coded, notes, reference=None, limit=100), tensors)
+
+    def test_the_stream_is_plain_zlib(self):
+        tensors = {"a": torch.tensor([1, 2], dtype=torch.int16), "b": torch.tensor(True)}
+        coded, notes = self.stage.encode(tensors, reference=None)
+        assert zlib.decompress(bytes(coded["stream"].tolist())) == b"\x01\x00\x02\x00\x01"
+        assert notes == {
+            "names": ["a", "b"],
+            "shapes": [[2], []],
+            "dtypes": ["I16", "BOOL"],
+            "each": "01",
+        }
+
+    def test_int8_symbols_come_within_a_hundredth_of_their_entropy(self):
+        draw = torch.Generator().manual_seed(0)
+        values = torch.randn(200_000, generator=draw)
+        symbols = (values / values.abs().max() * 127).round().to(torch.int8)
+        share = torch.bincount(symbols.long() + 127).double() / symbols.numel()
+        share = share[share > 0]
+        entropy = -(share * share.log2()).sum().item() * symbols.numel() / 8
+        coded, _ = self.stage.encode({"x": symbols}, reference=None)
+        assert entropy < coded["stream"].numel() < 1.01 * entropy
+
+    def test_untouched_parts_cost_next_to_nothing(self):
+        coded, _ = self.stage.encode({"x": torch.zeros(10**6, dtype=torch.int8)}, reference=None)
+        assert coded["stream"].numel() < 10**6 / 500
+
+    def test_decoded_tensors_have_memory_of_their_own(self):
+        tensors = {"a": torch.arange(4.0), "b": torch.arange(4.0)}
+        coded, notes = self.stage.encode(tensors, reference=None)
+        back = self.stage.decode(coded, notes, reference=None, limit=100)
+        back["a"].zero_()
+        assert back["a"].untyped_storage().nbytes() == 16
+        assert torch.equal(back["b"], tensors["b"])
+
+    def test_a_bomb_costs_no_memory(self):
+        bomb = zlib.compress(bytes(50_000_000), 9)
+        tracemalloc.start()
+        try:
+            with pytest.raises(PayloadError, match="more"):
+                self.decode(bomb, layout([1000]), limit=1000)
+            with pytest.raises(PayloadError, match="limit"):
+                self.decode(bomb, layout([50_000_000]), limit=1000)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < len(bomb) + 100_000
+
+    def test_a_huge_declared_size_behind_a_small_stream_costs_no_memory(self):
+        tracemalloc.start()
+        try:
+            with pytest.raises(PayloadError, match=r"after 1000000000 bytes, got 3"):
+                self.decode(zlib.compress(b"abc"), layout([10**9]), limit=10**9)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 1_000_000
+
+    @pytest.mark.parametrize(
+        ("data", "said"),
+        [
+            (zlib.compress(b"abcd"), "got more"),
+            (zlib.compress(b"ab"), "got 2"),
+            (zlib.compress(b"abc")[:-1], "ends after 3"),
+            (zlib.compress(b"abc") + b"x", "bytes after its end"),
+            (zlib.compress(b"abc")[:-1] + b"\x00", "damaged"),
+            (b"abc", "damaged"),
+            (b"", "got 0"),
+        ],
+    )
+    def test_streams_that_are_not_the_declared_bytes_are_refused(self, data, said):
+        with pytest.raises(PayloadError, match=said):
+            self.decode(data, layout([3]))
+
+    @pytest.mark.parametrize(
+        "notes",
+        [
+            layout([3], dtype="F4"),
+            layout([-3]),
+            layout([True, 3]),
+            layout([3.0]),
+            layout([2**62, 0]),
+            {**layout([3]), "names": ["x", "x"], "shapes": [[1], [2]], "each": "00"},
+            {**layout([3]), "each": "-"},
+            {**layout([3]), "each": "1"},
+            {**layout([3]), "shapes": [[3], [0]]},
+        ],
+    )
+    def test_layouts_that_no_encoder_makes_are_refused(self, notes):
+        size = math.prod(notes["shapes"][0]) if notes["names"] == ["x"] else 3
+        with pytest.raises(PayloadError):
+            self.decode(zlib.compress(bytes(max(0, int(size)))), notes)
+
+    def test_booleans_other_than_0_and_1_are_refused(self):
+        with pytest.raises(PayloadError, match="boolean"):
+            self.decode(zlib.compress(b"\x00\x02"), layout([2], dtype="BOOL"))

@@ -1,0 +1,117 @@
+"""Shared and private state, and what two sides agree on."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import fedpara_plugins as fedpara
+from fedpara_plugins import MismatchError, ModelSpec, PayloadError
+
+
+def net():
+    return nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.Linear(128, 32))
+
+
+def converted(**options):
+    return fedpara.convert(net(), **{"method": "pfedpara", "gamma": 0.5, **options})
+
+
+def test_split_and_merge_give_the_state_back_in_order():
+    model = converted()
+    parts = fedpara.split(model)
+    assert list(parts.private) == ["0.x2", "0.y2", "2.x2", "2.y2"]
+    whole = fedpara.merge(ModelSpec.of(model), parts.shared, parts.private)
+    assert list(whole) == list(model.state_dict())
+    converted().load_state_dict(whole, strict=True)
+
+
+def test_nothing_is_private_without_pfedpara():
+    for method in ("none", "lowrank", "fedpara"):
+        assert fedpara.split(fedpara.convert(net(), method=method)).private == {}
+
+
+def test_merge_refuses_what_does_not_fit():
+    model = converted()
+    parts = fedpara.split(model)
+    spec = ModelSpec.of(model)
+    with pytest.raises(PayloadError, match=r"missing .*0\.x2"):
+        fedpara.merge(spec, parts.shared, {})
+    with pytest.raises(PayloadError, match=r"not expected .*surplus"):
+        fedpara.merge(spec, {**parts.shared, "surplus": torch.zeros(1)}, parts.private)
+
+
+def test_spec_travels_as_json():
+    model = converted()
+    spec = ModelSpec.of(model)
+    text = json.dumps(spec.to_json())
+    again = ModelSpec.from_json(json.loads(text), spec.shared_keys)
+    assert again.keys == spec.keys
+    assert again.private_keys == spec.private_keys
+    assert again.fingerprint == spec.fingerprint
+    first, expected = again.initial_private(), spec.initial_private()
+    assert all(torch.equal(first[k], expected[k]) for k in expected)
+
+
+def test_fingerprint_depends_on_what_matters_only():
+    spec = ModelSpec.of(converted())
+    assert ModelSpec.of(converted()).fingerprint == spec.fingerprint
+    for options in ({"gamma": 0.4}, {"seed": 1}, {"speed": 0.5}, {"method": "fedpara"}):
+        assert ModelSpec.of(converted(**options)).fingerprint != spec.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gamma": 0.2}, ["0.weight", "rank 14", "rank 11", "client", "server"]),
+        ({"exclude": ["2"]}, ["2.weight", "dense"]),
+        ({"seed": 5}, ["seed 0", "seed 5"]),
+    ],
+)
+def test_mismatch_names_both_sides(options, words):
+    mine, theirs = ModelSpec.of(converted()), ModelSpec.of(converted(**options))
+    with pytest.raises(MismatchError) as caught:
+        mine.check_equal(theirs, here="the client", there="the server")
+    for word in words:
+        assert word in str(caught.value)
+    mine.check_equal(ModelSpec.of(converted()), here="the client", there="the server")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data.pop("weights"),
+        lambda data: data["weights"].clear(),
+        lambda data: data["weights"][0].__setitem__(3, 99),
+        lambda data: data["weights"][0].__setitem__(1, "unheard-of"),
+        lambda data: data.__setitem__("private", [["x"]]),
+        lambda data: data.__setitem__("seed", None),
+    ],
+)
+def test_damaged_descriptions_are_refused(damage):
+    spec = ModelSpec.of(converted())
+    data = spec.to_json()
+    damage(data)
+    with pytest.raises(PayloadError):
+        ModelSpec.from_json(data, spec.shared_keys)
+
+
+def test_dense_state_from_shared_keys_alone_is_w1():
+    model = converted()
+    with torch.no_grad():
+        model[0].x2.normal_()
+    spec = ModelSpec.of(model)
+    dense = spec.dense_state(fedpara.split(model).shared)
+    plan = model[0].plans["weight"]
+    expected = plan.scale * torch.einsum("or,ir->oi", model[0].x1, model[0].y1)
+    torch.testing.assert_close(dense["0.weight"], expected.detach())
+    net().load_state_dict(dense, strict=True)
+
+
+def test_dense_bytes_count_the_dense_model():
+    model = converted()
+    spec = ModelSpec.of(model)
+    expected = sum(v.numel() * v.element_size() for v in net().state_dict().values())
+    assert spec.dense_bytes(model.state_dict()) == expected
+    assert spec.dense_bytes(fedpara.split(model).shared) == expected
