@@ -124,7 +124,7 @@ def test_threads_may_share_it(tmp_path):
 
 
 def test_wrong_types_are_refused_when_recorded():
-    with pytest.raises(TypeError, match="tensors: expected int, got 1.5"):
+    with pytest.raises(TypeError, match=r"tensors: expected int, got 1\.5"):
         replace(ENTRY, tensors=1.5)
     with pytest.raises(ValueError, match="'up' or 'down', got 'out'"):
         replace(ENTRY, direction="out")

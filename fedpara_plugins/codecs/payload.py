@@ -206,6 +206,8 @@ def _order(tensors: Tensors) -> list[int] | None:
 
 
 def _write(tensors: Tensors, header: str) -> bytes:
+    if "__metadata__" in tensors:
+        raise PayloadError("a tensor cannot be called '__metadata__': safetensors reserves it")
     try:
         data = memoryview(safetensors.torch.save(tensors, metadata={_KEY: header}))
     except Exception as error:
@@ -383,16 +385,18 @@ def _reference_of(
 
 # --- JSON from strangers ------------------------------------------------------------------------
 
-# Whole strings, so that brackets inside them do not count. No alternative can fail once begun:
-# an unterminated string runs to the end of the text, so the scan takes linear time.
-_TOKENS = re.compile(r'"(?:[^"\\]|\\.?)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
+# Whole strings, so that brackets inside them do not count. Escapes are taken out before: with them
+# in the pattern, the engine would keep some 100 bytes for each character of a long string.
+_TOKENS = re.compile(r'"[^"]*"?|[\[\]{}]')
+_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 def _strict_json(text: str) -> Any:
     """Parse JSON of bounded nesting, without repeated keys, NaN, infinity or giant numbers."""
+    unescaped = text.replace("\\\\", "").replace('\\"', "")
     depth = 0
-    for token in _TOKENS.finditer(text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+    for token in _TOKENS.finditer(unescaped):
+        depth += _STEPS.get(unescaped[token.start()], 0)
         if depth > MAX_DEPTH:
             raise PayloadError(f"JSON nested deeper than {MAX_DEPTH} levels")
     try:

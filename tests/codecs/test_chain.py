@@ -72,8 +72,7 @@ def test_what_cannot_work_is_refused_with_what_is_known(text, said):
 
 
 def test_without_stages_the_registry_is_asked():
-    codec = parse_codec("int8")
-    assert codec == parse_codec("int8", STAGES) or codec.name == "delta+int8+zlib"
+    assert parse_codec("int8").name == "delta+int8+zlib"
     with pytest.raises(ConfigError, match="brotli"):
         parse_codec("brotli")
 

@@ -18,7 +18,7 @@ NAN_BITS = [0x7FC00000, 0x7F800001, 0xFFC12345]  # quiet, signalling, negative w
 
 
 def stream_of(data):
-    return {"stream": torch.frombuffer(bytearray(data), dtype=torch.uint8)}
+    return {"stream": torch.tensor(list(data), dtype=torch.uint8)}
 
 
 def layout(shape, *, dtype="U8"):
@@ -71,17 +71,17 @@ class TestZlib(StageContract):
         assert torch.equal(back["b"], tensors["b"])
 
     def test_a_bomb_costs_no_memory(self):
-        bomb = zlib.compress(bytes(50_000_000), 9)
+        bomb = stream_of(zlib.compress(bytes(50_000_000), 9))
         tracemalloc.start()
         try:
             with pytest.raises(PayloadError, match="more"):
-                self.decode(bomb, layout([1000]), limit=1000)
+                self.stage.decode(bomb, layout([1000]), reference=None, limit=1000)
             with pytest.raises(PayloadError, match="limit"):
-                self.decode(bomb, layout([50_000_000]), limit=1000)
+                self.stage.decode(bomb, layout([50_000_000]), reference=None, limit=1000)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        assert peak < len(bomb) + 100_000
+        assert peak < 200_000
 
     def test_a_huge_declared_size_behind_a_small_stream_costs_no_memory(self):
         tracemalloc.start()
@@ -116,7 +116,8 @@ class TestZlib(StageContract):
             layout([-3]),
             layout([True, 3]),
             layout([3.0]),
-            layout([2**62, 0]),
+            layout([2**64, 0]),
+            layout([2**40, 2**40, 0]),
             {**layout([3]), "names": ["x", "x"], "shapes": [[1], [2]], "each": "00"},
             {**layout([3]), "each": "-"},
             {**layout([3]), "each": "1"},

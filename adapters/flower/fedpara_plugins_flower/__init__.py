@@ -18,10 +18,52 @@ without it, or with method and codec ``none``, the app is exactly what it was.
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from fedpara_plugins import PluginError
 from fedpara_plugins_flower._version import __version__
-from fedpara_plugins_flower.client import client_mod
-from fedpara_plugins_flower.run import factorised, to_dense
-from fedpara_plugins_flower.server import server_app
-from fedpara_plugins_flower.settings import Settings
+
+if TYPE_CHECKING:
+    from fedpara_plugins_flower.client import client_mod
+    from fedpara_plugins_flower.run import factorised, to_dense
+    from fedpara_plugins_flower.server import server_app
+    from fedpara_plugins_flower.settings import Settings
 
 __all__ = ["Settings", "__version__", "client_mod", "factorised", "server_app", "to_dense"]
+
+OLDEST_FLWR = (1, 22)
+
+_HOMES = {
+    "Settings": "settings",
+    "client_mod": "client",
+    "factorised": "run",
+    "server_app": "server",
+    "to_dense": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import Flower only when the adapter is used: pluggy finds it in any environment."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _check_flwr()
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def _check_flwr() -> None:
+    wanted = ".".join(map(str, OLDEST_FLWR))
+    try:
+        found = version("flwr")
+    except PackageNotFoundError:
+        raise PluginError(
+            f"fedpara-plugins-flower needs flwr>={wanted}, and flwr is not installed: "
+            f"pip install fedpara-plugins[flower]"
+        ) from None
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_FLWR:
+        raise PluginError(
+            f"fedpara-plugins-flower needs flwr>={wanted}, found {found}: upgrade flwr"
+        )

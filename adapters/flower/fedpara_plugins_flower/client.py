@@ -139,8 +139,9 @@ def _encode_reply(
     for name, payload in outgoing.items():
         reply.content[name] = payload_record(payload)
     state.keep_private(private)
-    for name, part in received.items():
-        state.keep_reference(name, part.shared)
+    if settings.codec.needs_reference:
+        for name, part in received.items():
+            state.keep_reference(name, part.shared)
     marker = Marker(
         holds={name: reference_hash(part.shared) for name, part in received.items()},
         fresh=any(part.fresh for part in received.values()),

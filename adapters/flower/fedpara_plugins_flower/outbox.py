@@ -28,9 +28,10 @@ OWN_MESSAGE = 2**62
 
 @dataclass
 class _Encodings:
-    """The payloads of one record object, with the hash of their content, by reference."""
+    """The payloads of one record object by reference, each with the hash of what it decodes to."""
 
     record: ArrayRecord
+    content: str
     payloads: dict[str | None, tuple[bytes, str]] = field(default_factory=dict)
 
 
@@ -47,6 +48,7 @@ class Outbox:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._references: dict[str, State] = {}
+        self._coded_from: dict[str | None, str] = {}
         self._held: dict[Slot, str] = {}
         self._in_flight: dict[Slot, str] = {}
         self._full: dict[str, tuple[ModelSpec, State]] = {}
@@ -78,19 +80,31 @@ class Outbox:
         known = self._encoded.get(name)
         if known is None or known.record is not record:
             tensors = self._with_first_dtypes(name, to_tensors(record))
-            self._full[name] = (self._spec(name, tensors), tensors)
-            known = self._encoded[name] = _Encodings(record)
+            spec = self._spec(name, tensors)
+            self._full[name] = (spec, tensors)
+            known = _Encodings(record, reference_hash(shared_part(spec, tensors)))
+            self._encoded[name] = known
         if held not in known.payloads:
-            spec, tensors = self._full[name]
-            reference = self._references.get(held) if held else None
-            codec = self._run.settings.codec
-            payload = encode(tensors, spec=spec, codec=codec, reference=reference)
-            # Decoded again here, since a lossy codec leaves the client with other values.
-            received = decode(payload, references=self._references, limit=OWN_MESSAGE).tensors
-            digest = reference_hash(received)
-            self._references[digest] = received
-            known.payloads[held] = (payload, digest)
+            known.payloads[held] = self._encode(name, known.content, held)
         return known.payloads[held]
+
+    def _encode(self, name: str, content: str, held: str | None) -> tuple[bytes, str]:
+        spec, tensors = self._full[name]
+        reference = self._references.get(held) if held else None
+        if reference is not None and self._coded_from.get(held) == content:
+            # The client has its coded form already (to evaluate it, say, and now to train on it):
+            # "no change" costs next to nothing, the rounding that is left would cost a message.
+            tensors = reference
+        codec = self._run.settings.codec
+        payload = encode(tensors, spec=spec, codec=codec, reference=reference)
+        if not codec.needs_reference:
+            return payload, content
+        # Decoded again here, since a lossy codec leaves the client with other values.
+        received = decode(payload, references=self._references, limit=OWN_MESSAGE).tensors
+        digest = reference_hash(received)
+        self._references[digest] = received
+        self._coded_from[digest] = content
+        return payload, digest
 
     def _with_first_dtypes(self, name: str, tensors: State) -> State:
         """Cast what a strategy has turned into other dtypes back to what it first sent.
@@ -159,6 +173,7 @@ class Outbox:
         """Drop what no client holds or may just be receiving."""
         used = {*self._held.values(), *self._in_flight.values()}
         self._references = {k: v for k, v in self._references.items() if k in used}
+        self._coded_from = {k: v for k, v in self._coded_from.items() if k in used}
 
     # Accounting
 
