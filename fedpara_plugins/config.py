@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 from fedpara_plugins.errors import ConfigError
@@ -12,6 +13,15 @@ from fedpara_plugins.errors import ConfigError
 __all__ = ["FedParaConfig"]
 
 DEFAULT_GAMMA = 0.1
+
+LAYER_OPTIONS = frozenset(
+    {"method", "gamma", "ratio", "rank", "min_size", "speed", "private_speed", "tanh"}
+)
+RANK_RULES = frozenset({"gamma", "ratio", "rank"})
+
+Overrides = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +36,12 @@ class FedParaConfig:
         rank: an explicit rank for every layer instead.
         include: name patterns (shell style); only layers that match one are factorised.
         exclude: name patterns; layers that match one stay dense.
+        overrides: other options for the layers whose name matches a pattern, as a mapping
+            ``{"body.*": {"gamma": 0.5}, "head": {"method": "none"}}`` or as text
+            ``"body.*: gamma=0.5; head: method=none"``. The last pattern that matches wins.
         min_size: weights with fewer parameters stay dense.
+        tanh: put every operand through tanh, as the paper does in most experiments; its own
+            ablation shows no effect.
         speed: K, how far a composed weight moves per step of SGD, dense = 1; None takes the
             method's default (1/2 for fedpara, 1/4 for lowrank and pfedpara's shared half).
         private_speed: the same for the private half of pfedpara.
@@ -43,13 +58,18 @@ class FedParaConfig:
     rank: int | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    overrides: Overrides = ()
     min_size: int = 1024
+    tanh: bool = False
     speed: float | None = None
     private_speed: float = 0.2
     seed: int = 0
     codec: str = "none"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "overrides", _parsed_overrides(self.overrides))
+        for pattern, _ in self.overrides:
+            self._overridden(pattern)
         self._check("gamma", 0 <= self.gamma <= 1, "a number from 0 to 1")
         self._check("ratio", self.ratio is None or 0 < self.ratio <= 1, "a number in (0, 1]")
         self._check("rank", self.rank is None or self.rank >= 1, "an integer of at least 1")
@@ -64,6 +84,27 @@ class FedParaConfig:
             value = getattr(self, name)
             raise ConfigError(f"option {name!r}: expected {expected}, got {value!r}")
 
+    def for_layer(self, name: str) -> FedParaConfig:
+        """The options for the layer of that name, overrides applied."""
+        config = self
+        for pattern, _ in self.overrides:
+            if fnmatchcase(name, pattern):
+                config = self._overridden(pattern)
+        return config
+
+    def _overridden(self, pattern: str) -> FedParaConfig:
+        options = dict(dict(self.overrides)[pattern])
+        if refused := options.keys() - LAYER_OPTIONS:
+            raise ConfigError(
+                f"option 'overrides': {pattern!r} sets {', '.join(sorted(refused))}; a layer can "
+                f"have its own {', '.join(sorted(LAYER_OPTIONS))}"
+            )
+        whole = {field.name: getattr(self, field.name) for field in fields(self)}
+        # One rank rule replaces another instead of standing beside it.
+        rules = {"ratio": None, "rank": None} if options.keys() & RANK_RULES else {}
+        given = {name: _converted(name, _declared(name), value) for name, value in options.items()}
+        return type(self)(**{**whole, "overrides": (), **rules, **given})
+
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], *, prefix: str = "") -> FedParaConfig:
         """Read the options whose keys start with ``prefix``; ``-`` and ``_`` are the same.
@@ -74,16 +115,16 @@ class FedParaConfig:
         Raises:
             ConfigError: unknown option (the nearest known one is named), wrong type or value.
         """
-        known = {field.name: field for field in fields(cls)}
+        known = [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
         for key, value in options.items():
             if not key.startswith(prefix):
                 continue
             name = key[len(prefix) :].replace("-", "_")
             if name not in known:
-                raise ConfigError(_unknown_option(name, prefix, list(known)))
+                raise ConfigError(_unknown_option(name, prefix, known))
             if value is not None and value != "":
-                values[name] = _converted(name, str(known[name].type), value)
+                values[name] = _converted(name, _declared(name), value)
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -96,6 +137,32 @@ class FedParaConfig:
         return changed
 
 
+def _declared(name: str) -> str:
+    return str(FedParaConfig.__dataclass_fields__[name].type)
+
+
+def _parsed_overrides(overrides: Any) -> Overrides:
+    """Any of the accepted forms as nested tuples, which keep the config hashable."""
+    items = overrides.items() if isinstance(overrides, Mapping) else overrides
+    if isinstance(overrides, str):
+        items = [_split_override(part) for part in overrides.split(";") if part.strip()]
+    try:
+        return tuple(
+            (str(pattern), tuple(sorted(dict(options).items()))) for pattern, options in items
+        )
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"option 'overrides': expected a mapping of patterns to options or text such as "
+            f"'body.*: gamma=0.5; head: method=none', got {overrides!r}"
+        ) from None
+
+
+def _split_override(text: str) -> tuple[str, list[list[str]]]:
+    pattern, _, options = text.partition(":")
+    pairs = [part.replace("-", "_").split("=") for part in options.split(",")]
+    return pattern.strip(), [[word.strip() for word in pair] for pair in pairs]
+
+
 def _unknown_option(name: str, prefix: str, known: list[str]) -> str:
     near = get_close_matches(name, known, n=1)
     hint = f"; did you mean {prefix}{near[0]}?" if near else ""
@@ -103,10 +170,14 @@ def _unknown_option(name: str, prefix: str, known: list[str]) -> str:
 
 
 def _converted(name: str, declared: str, value: Any) -> Any:
+    if declared == "Overrides":
+        return _parsed_overrides(value)
     try:
         if declared.startswith("tuple"):
             parts = value.split(",") if isinstance(value, str) else value
             return tuple(str(part).strip() for part in parts if str(part).strip())
+        if declared == "bool":
+            return _BOOLEANS[str(value).lower()]
         if declared.startswith("float"):
             return float(value)
         if declared.startswith("int"):
@@ -114,6 +185,6 @@ def _converted(name: str, declared: str, value: Any) -> Any:
                 raise ValueError
             return int(value)
         return str(value)
-    except (TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         kind = declared.split(" ")[0].split("[")[0]
         raise ConfigError(f"option {name!r}: expected {kind}, got {value!r}") from None

@@ -15,7 +15,6 @@ from torch.nn.utils import parametrize
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, ConversionError
 from fedpara_plugins.layers import FactorisedLayer
-from fedpara_plugins.methods import Method
 from fedpara_plugins.plan import WeightPlan, plan_weight
 from fedpara_plugins.plugins import layers, method_named
 
@@ -69,12 +68,11 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
         FactorisedLinear(in_features=64, out_features=128, bias=True, fedpara rank 14)
     """
     config = _configured(config, options)
-    method = method_named(config.method)
-    if method is None:
+    if method_named(config.method) is None:
         return model
     _refuse_already_converted(model)
     _refuse_shared_modules(model, config)
-    found = decisions(model, config, method)
+    found = decisions(model, config)
     if not any(decision.plans for decision in found):
         reasons = "\n".join(_reason_lines(found))
         raise ConversionError(f"no layer of the model can be factorised:\n{reasons}")
@@ -115,13 +113,13 @@ def to_dense(model: M) -> M:
     return dense
 
 
-def config_of(model: nn.Module) -> tuple[FedParaConfig, Method | None]:
-    """The config and method that a model was converted with; method ``none`` if it never was."""
-    config = model.__dict__.get(CONFIG_ATTRIBUTE, FedParaConfig())
-    return config, method_named(config.method)
+def config_of(model: nn.Module) -> FedParaConfig:
+    """The config that a model was converted with; method ``none`` if it never was."""
+    found = model.__dict__.get(CONFIG_ATTRIBUTE)
+    return found if isinstance(found, FedParaConfig) else FedParaConfig()
 
 
-def decisions(model: nn.Module, config: FedParaConfig, method: Method | None) -> list[Decision]:
+def decisions(model: nn.Module, config: FedParaConfig) -> list[Decision]:
     """What `convert` would do or did, for every layer that owns tensors, in the model's order.
 
     Raises:
@@ -133,18 +131,18 @@ def decisions(model: nn.Module, config: FedParaConfig, method: Method | None) ->
     ]
     _check_patterns(config, [name for name, _ in found])
     owners = _parameter_owners(found)
-    return [_decide(name, layer, config, method, owners) for name, layer in found]
+    return [_decide(name, layer, config.for_layer(name), owners) for name, layer in found]
 
 
 def _decide(
     name: str,
     layer: nn.Module,
     config: FedParaConfig,
-    method: Method | None,
     owners: dict[int, list[str]],
 ) -> Decision:
     if isinstance(layer, FactorisedLayer):
         return Decision(name, layer, layer.plans, {})
+    method = method_named(config.method)
     if method is None:
         return Decision(name, layer, {}, {"": "method none"})
     kind = layers().get(type(layer))
@@ -229,8 +227,13 @@ def _selected(name: str, config: FedParaConfig) -> bool:
 
 
 def _check_patterns(config: FedParaConfig, names: list[str]) -> None:
-    for option in ("include", "exclude"):
-        for pattern in getattr(config, option):
+    overridden = tuple(pattern for pattern, _ in config.overrides)
+    for option, patterns in (
+        ("include", config.include),
+        ("exclude", config.exclude),
+        ("overrides", overridden),
+    ):
+        for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(
                     f"option {option!r}: pattern {pattern!r} matches no layer. The model has: "

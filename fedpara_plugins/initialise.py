@@ -15,6 +15,8 @@ from fedpara_plugins.plan import WeightPlan
 
 __all__ = ["initial_factors", "initial_private"]
 
+TANH_PASSES = 8
+
 
 def initial_factors(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]:
     """Draw all factors of a weight, float32, on the CPU.
@@ -35,11 +37,12 @@ def initial_factors(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tenso
         factors[name] = (
             private[name] if name in private else torch.empty(shape).normal_(std=plan.factor_std)
         )
-    drawn = plan.compose(factors).double().var(unbiased=False).item()
-    shared = [name for name in plan.factor_names if name not in private]
-    correction = (plan.variance / drawn) ** (0.5 / len(shared))
-    for name in shared:
-        factors[name].mul_(correction)
+    shared = [factors[name] for name in plan.factor_names if name not in private]
+    # Without tanh the variance is an exact power of the factors' size and one pass is enough.
+    for _ in range(TANH_PASSES if plan.tanh else 1):
+        drawn = plan.compose(factors).double().var(unbiased=False).item()
+        for factor in shared:
+            factor.mul_((plan.variance / drawn) ** (0.5 / len(shared)))
     return factors
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod, sqrt
 
+import torch
 from torch import Tensor
 
 from fedpara_plugins.compose import operand
@@ -60,6 +61,7 @@ class WeightPlan:
         factor_std: standard deviation of every shared factor's entries at the start.
         private_std: the same for private factors, those that do not start at zero.
         variance: target of the composed weight's variance at the start.
+        tanh: whether every operand passes through tanh (paper, section 3).
     """
 
     name: str
@@ -70,6 +72,7 @@ class WeightPlan:
     factor_std: float
     private_std: float
     variance: float
+    tanh: bool = False
 
     @property
     def kernel(self) -> bool:
@@ -110,6 +113,9 @@ class WeightPlan:
     def compose(self, factors: Mapping[str, Tensor]) -> Tensor:
         """W = s * combine(operands), of shape ``self.shape``.
 
+        With tanh, the scale goes inside: W = combine(tanh(s' operand)) with s' such that the shared
+        operands together carry s. Outside, it would leave tanh nothing to bound.
+
         Args:
             factors: by name, with the shapes that `factor_shape` gives.
         """
@@ -117,7 +123,14 @@ class WeightPlan:
             operand(factors[f"x{i}"], factors[f"y{i}"], factors.get(f"t{i}"))
             for i in range(1, self.method.operands + 1)
         ]
+        if self.tanh:
+            operands = [torch.tanh(w * self._inner_scale(i)) for i, w in enumerate(operands)]
+            return self.method.combine(operands).view(self.shape)
         return self.method.combine(operands).view(self.shape) * self.scale
+
+    def _inner_scale(self, index: int) -> float:
+        shared = self.method.operands - len(self.method.private)
+        return 1.0 if index in self.method.private else self.scale ** (1 / shared)
 
 
 def plan_weight(slot: WeightSlot, method: Method, config: FedParaConfig) -> WeightPlan | str:
@@ -181,4 +194,5 @@ def _with_scale(slot: WeightSlot, method: Method, rank: int, config: FedParaConf
         factor_std=std,
         private_std=private_std if method.private else 0.0,
         variance=variance,
+        tanh=config.tanh,
     )

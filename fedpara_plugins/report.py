@@ -97,7 +97,7 @@ def report(model: nn.Module) -> Report:
     """
     seen: set[int] = set()
     rows: list[ReportRow] = []
-    for decision in decisions(model, *config_of(model)):
+    for decision in decisions(model, config_of(model)):
         if isinstance(decision.layer, FactorisedLayer):
             rows.extend(_factorised_rows(decision.name, decision.layer))
         rows.extend(_remaining_row(decision, seen))

@@ -50,8 +50,8 @@ class ModelSpec:
             if isinstance(layer, FactorisedLayer)
             for weight, plan in layer.plans.items()
         }
-        config, _ = config_of(model)
-        return cls(weights=weights, keys=tuple(model.state_dict()), seed=config.seed)
+        seed = config_of(model).seed
+        return cls(weights=weights, keys=tuple(model.state_dict()), seed=seed)
 
     # Names
 
@@ -185,11 +185,12 @@ class ModelSpec:
         for weight, plan in self.weights.items():
             std = [plan.factor_std, plan.private_std, plan.variance]
             numbers = [float(f"{number:.9g}") for number in (plan.scale, *std)]
-            yield weight, plan.method.name, list(plan.shape), plan.rank, numbers
+            yield weight, plan.method.name, list(plan.shape), plan.rank, numbers, plan.tanh
 
     def _named_rows(self) -> Iterator[tuple[str, str]]:
-        for weight, method, shape, rank, (scale, *_) in self._rows():
-            yield weight, f"{method} rank {rank} shape {tuple(shape)} scale {scale:.6g}"
+        for weight, method, shape, rank, (scale, *_), tanh in self._rows():
+            text = f"{method} rank {rank} shape {tuple(shape)} scale {scale:.6g}"
+            yield weight, text + (" tanh" if tanh else "")
 
     # As JSON
 
@@ -228,7 +229,7 @@ class ModelSpec:
 
 
 def _plan_from_row(row: list[Any]) -> WeightPlan:
-    weight, method, shape, rank, (scale, factor_std, private_std, variance) = row
+    weight, method, shape, rank, (scale, factor_std, private_std, variance), tanh = row
     if method not in methods():
         raise PayloadError(
             f"{weight}: the other side uses method {method!r}, which is not installed here "
@@ -243,6 +244,7 @@ def _plan_from_row(row: list[Any]) -> WeightPlan:
         factor_std=float(factor_std),
         private_std=float(private_std),
         variance=float(variance),
+        tanh=bool(tanh),
     )
 
 

@@ -83,6 +83,8 @@ def test_a_file_is_continued_after_a_kill(tmp_path, caplog):
     continued.record(replace(ENTRY, round=5))
     assert [entry.round for entry in Ledger.read(path)] == [3, 5]
     assert [entry.round for entry in continued.entries] == [5]
+    Ledger(path).record(replace(ENTRY, round=6))
+    assert [entry.round for entry in Ledger.read(path)] == [3, 5, 6]
 
 
 @pytest.mark.parametrize(

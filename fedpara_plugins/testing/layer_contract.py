@@ -57,13 +57,19 @@ def reference_weight(layer: FactorisedLayer, weight: str, factors: dict[str, Ten
             operands.append(torch.einsum("or,ir->oi", x, y))
         else:
             operands.append(torch.einsum("pq...,op,iq->oi...", t, x, y))
+    if plan.tanh:
+        shared = plan.method.operands - len(plan.method.private)
+        gain = plan.scale ** (1 / shared)
+        operands = [
+            torch.tanh(w if i in plan.method.private else gain * w) for i, w in enumerate(operands)
+        ]
     products = {
         "lowrank": lambda w: w[0],
         "fedpara": lambda w: w[0] * w[1],
         "pfedpara": lambda w: w[0] * (w[1] + torch.ones_like(w[1])),
     }
     weight_value: Tensor = products[plan.method.name](operands)
-    return plan.scale * weight_value.reshape(plan.shape)
+    return (1.0 if plan.tanh else plan.scale) * weight_value.reshape(plan.shape)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -72,6 +78,7 @@ class LayerContract:
 
     dense_class: type[nn.Module]
     gamma = 0.3
+    options: dict[str, Any] = {}  # noqa: RUF012
     tolerance = 2e-5
 
     def cases(self) -> list[Case]:
@@ -82,7 +89,9 @@ class LayerContract:
         """Every case: the dense layer as it was, the converted model, the inputs."""
         torch.manual_seed(0)
         for dense, inputs in self.cases():
-            model = convert(Holder(copy.deepcopy(dense)), method=method, gamma=self.gamma)
+            model = convert(
+                Holder(copy.deepcopy(dense)), method=method, gamma=self.gamma, **self.options
+            )
             _scatter(model)
             yield dense, model, inputs if isinstance(inputs, tuple) else (inputs,)
 
@@ -176,7 +185,9 @@ class LayerContract:
         """From a fresh start, every factor but those behind a zero one gets a gradient."""
         torch.manual_seed(0)
         for dense, inputs in self.cases():
-            model = convert(Holder(copy.deepcopy(dense)), method=method, gamma=self.gamma)
+            model = convert(
+                Holder(copy.deepcopy(dense)), method=method, gamma=self.gamma, **self.options
+            )
             before = {k: v.detach().clone() for k, v in model.named_parameters()}
             _train_step(model, inputs if isinstance(inputs, tuple) else (inputs,))
             still = {k for k, v in model.named_parameters() if torch.equal(v, before[k])}
@@ -192,7 +203,9 @@ class LayerContract:
         """Within 5 % of the variance that the kind of layer has by default."""
         torch.manual_seed(0)
         for dense, _ in self.cases():
-            model = convert(Holder(copy.deepcopy(dense)), method=method, gamma=self.gamma)
+            model = convert(
+                Holder(copy.deepcopy(dense)), method=method, gamma=self.gamma, **self.options
+            )
             for weight, plan in model.layer.plans.items():
                 got = model.layer.composed_weight(weight).double().var().item()
                 default = getattr(dense, weight).double().var().item()
@@ -208,7 +221,9 @@ class LayerContract:
         for dense, _ in self.cases():
             slopes: dict[str, list[float]] = {}
             for _ in range(8):
-                model = convert(Holder(copy.deepcopy(dense)), method=method, gamma=self.gamma)
+                model = convert(
+                    Holder(copy.deepcopy(dense)), method=method, gamma=self.gamma, **self.options
+                )
                 for weight, slope in _slopes(model.layer):
                     slopes.setdefault(weight, []).append(slope)
             for weight, plan in model.layer.plans.items():

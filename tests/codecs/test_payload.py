@@ -150,6 +150,12 @@ def test_the_header_says_what_was_really_used():
     assert peek_header(unneeded).reference is None
 
 
+def test_without_stages_the_registry_is_asked():
+    tensors = finite_sample("plain")
+    data = encode_payload(tensors, codec=parse_codec("lossless"))
+    assert same_bits(decode_payload(data, limit=10**6).tensors, tensors)
+
+
 def test_the_reference_is_found_by_its_hash():
     tensors = finite_sample("plain")
     mine, other = nearby(tensors), finite_sample("plain")

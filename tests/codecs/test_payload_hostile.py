@@ -440,7 +440,7 @@ def test_a_decompression_bomb_costs_no_memory():
 
 
 def test_the_largest_header_costs_bounded_memory_and_time():
-    for unit in ("[],", "{},", "[[]],", "1,", '"ab",', "1.5,", '"[",'):
+    for unit in ("[[]],", '"ab",'):  # the dearest of those tried, without and with strings
         space = (2**22 - 1000) // len(json.dumps(unit)[1:-1])
         text = '{"crc32":"00000000","extra":[' + unit * space + "0]}"
         data = forged("none", text=text)

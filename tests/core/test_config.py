@@ -40,6 +40,10 @@ def test_reads_a_flat_mapping_with_prefix():
         ({"speed": 0}, ["speed"]),
         ({"private_speed": 0}, ["private_speed"]),
         ({"min_size": -1}, ["min_size"]),
+        ({"tanh": "perhaps"}, ["tanh", "bool", "perhaps"]),
+        ({"overrides": {"head": {"gamma": 7}}}, ["gamma", "7"]),
+        ({"overrides": {"head": {"codec": "int8"}}}, ["overrides", "'head'", "codec", "rank"]),
+        ({"overrides": "head"}, ["overrides", "head", "gamma=0.5"]),
     ],
 )
 def test_bad_options_say_what_is_expected_and_what_came(options, words):
@@ -47,3 +51,14 @@ def test_bad_options_say_what_is_expected_and_what_came(options, words):
         FedParaConfig.from_mapping(options)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_overrides_in_both_forms():
+    text = FedParaConfig(gamma=0.1, ratio=0.2, overrides="body.*: gamma=0.5; head: method=none")
+    mapping = {"body.*": {"gamma": 0.5}, "head": {"method": "none"}}
+    assert FedParaConfig(gamma=0.1, ratio=0.2, overrides=mapping).for_layer("x") is not None
+    body = text.for_layer("body.0")
+    assert (body.gamma, body.ratio) == (0.5, None)
+    assert text.for_layer("head").method == "none"
+    assert text.for_layer("stem") is text
+    assert hash(text) == hash(FedParaConfig.from_mapping(text.to_mapping()))

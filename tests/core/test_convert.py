@@ -120,6 +120,16 @@ def test_rank_ratio_and_patterns():
     assert type(fedpara.convert(Net(), include=["body.*"]).head) is nn.Linear
 
 
+def test_overrides_for_single_layers():
+    overrides = {"body.*": {"rank": 5}, "head": {"method": "lowrank", "gamma": 0.0}}
+    model = fedpara.convert(Net(), method="fedpara", gamma=0.3, overrides=overrides)
+    assert model.body[0].plans["weight"].rank == 5
+    assert model.head.plans["weight"].method.name == "lowrank"
+    model = fedpara.convert(Net(), overrides={"head": {"method": "none"}})
+    assert type(model.head) is nn.Linear
+    assert "method none" in reasons(model)["head"]
+
+
 def test_generic_full_rank_at_the_smallest_rank():
     layer = fedpara.convert(nn.Linear(100, 100), gamma=0.0)
     assert layer.plans["weight"].rank == 10
@@ -199,6 +209,7 @@ def test_models_that_cannot_be_converted(build, words):
     ("options", "words"),
     [
         ({"method": "fedpera"}, ["fedpera", "fedpara", "pfedpara", "none"]),
+        ({"overrides": {"nose": {"rank": 3}}}, ["overrides", "nose", "stem"]),
         ({"exclude": ["nose"]}, ["nose", "stem", "head"]),
         ({"gamma": 7}, ["gamma", "7"]),
     ],
