@@ -45,6 +45,8 @@ class FedParaConfig:
         speed: K, how far a composed weight moves per step of SGD, dense = 1; None takes the
             method's default (1/2 for fedpara, 1/4 for lowrank and pfedpara's shared half).
         private_speed: the same for the private half of pfedpara.
+        init: ``random`` (fresh factors) or ``fit`` (the closest factors to the weights that the
+            model has); None is ``random`` with a warning if the weights look trained.
         seed: of the private factors' first values, which every client derives by itself.
         codec: what messages are coded with, ``none``, a preset, or stages joined by ``+``.
 
@@ -63,6 +65,7 @@ class FedParaConfig:
     tanh: bool = False
     speed: float | None = None
     private_speed: float = 0.2
+    init: str | None = None
     seed: int = 0
     codec: str = "none"
 
@@ -76,6 +79,7 @@ class FedParaConfig:
         self._check("min_size", self.min_size >= 0, "an integer of at least 0")
         self._check("speed", self.speed is None or self.speed > 0, "a number above 0")
         self._check("private_speed", self.private_speed > 0, "a number above 0")
+        self._check("init", self.init in (None, "random", "fit"), "'random' or 'fit'")
         if self.ratio is not None and self.rank is not None:
             raise ConfigError("options 'ratio' and 'rank' exclude each other: give one of them")
 

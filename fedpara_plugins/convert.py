@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, ConversionError
+from fedpara_plugins.freshness import looks_trained
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.plan import WeightPlan, plan_weight
 from fedpara_plugins.plugins import layers, method_named
@@ -44,8 +46,9 @@ class Decision:
 
 
 def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
-    """Replace the layers of a model by factorised ones, in place, with fresh factors.
+    """Replace the layers of a model by factorised ones, in place.
 
+    The factors are fresh ones, or with ``init="fit"`` the closest to the weights the model has.
     Only modules change; the model keeps its class, its forward and all other parameters. Build the
     optimizer afterwards: one built before still holds the dense weights.
 
@@ -62,6 +65,9 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
         ConfigError: an option is unknown or out of range, or a pattern matches no layer.
         ConversionError: nothing to convert, or a layer that cannot be (the message names it).
 
+    Warns:
+        UserWarning: weights look trained, and ``init`` does not say what is to become of them.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
         >>> convert(model, method="fedpara", gamma=0.5)[0]
@@ -76,17 +82,40 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
     if not any(decision.plans for decision in found):
         reasons = "\n".join(_reason_lines(found))
         raise ConversionError(f"no layer of the model can be factorised:\n{reasons}")
+    if config.init is None:
+        _warn_if_trained(found)
     for decision in found:
         if not decision.plans:
             continue
-        kind = layers()[type(decision.layer)]
-        new = kind.from_dense(decision.layer, decision.plans, name=decision.name, seed=config.seed)
+        new = layers()[type(decision.layer)].from_dense(
+            decision.layer,
+            decision.plans,
+            name=decision.name,
+            seed=config.seed,
+            fit=config.init == "fit",
+        )
         if decision.name == "":
             model = new  # type: ignore[assignment]
         else:
             _set_layer(model, decision.name, new)
     model.__dict__[CONFIG_ATTRIBUTE] = config
     return model
+
+
+def _warn_if_trained(found: list[Decision]) -> None:
+    trained = [
+        ".".join(part for part in (decision.name, weight) if part)
+        for decision in found
+        for weight, plan in decision.plans.items()
+        if looks_trained(getattr(decision.layer, weight), plan.variance)
+    ]
+    if trained:
+        warnings.warn(
+            f"{len(trained)} weights look trained and are replaced by fresh factors "
+            f"({', '.join(trained[:3])}{', ...' if len(trained) > 3 else ''}). Say which you want: "
+            f"init='fit' starts from the closest factors, init='random' from fresh ones.",
+            stacklevel=3,
+        )
 
 
 def to_dense(model: M) -> M:

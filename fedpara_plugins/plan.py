@@ -40,12 +40,14 @@ class WeightSlot:
         shape: (m, n) or (O, I, k1, ...).
         fan_in: inputs per output, for the target variance.
         variance: the variance which this kind of layer gives its weight by default.
+        obstacle: why this weight cannot be composed (a clause for the report); "" if it can.
     """
 
     name: str
     shape: tuple[int, ...]
     fan_in: int
     variance: float
+    obstacle: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,17 @@ class WeightPlan:
 
 def plan_weight(slot: WeightSlot, method: Method, config: FedParaConfig) -> WeightPlan | str:
     """The plan for one weight, or the reason (a sentence) why it is better left dense."""
+    if slot.obstacle:
+        return slot.obstacle
     dense = prod(slot.shape)
     if dense < config.min_size:
         return f"{dense:,} parameters, fewer than min_size={config.min_size:,}"
     if min(slot.shape[:2]) < SMALLEST_SIDE:
         side = min(slot.shape[:2])
-        return f"a side of {side} (fewer than {SMALLEST_SIDE}): no rank to save"
+        return (
+            f"the weight's smaller side is {side} (fewer than {SMALLEST_SIDE}), as in first and "
+            f"depthwise layers: factors would save nothing"
+        )
     rank = _choose_rank(slot.shape, method, config)
     if rank is None:
         low = smallest_full_rank(slot.shape)

@@ -117,7 +117,7 @@ def _factorised_rows(name: str, layer: FactorisedLayer) -> Iterator[ReportRow]:
             parameters=plan.parameters,
             shared_bytes=plan.shared_parameters * item,
             dense_bytes=dense * item,
-            note=_method_note(plan),
+            note=_method_note(plan, layer.fit_errors.get(weight)),
         )
 
 
@@ -161,9 +161,14 @@ def _dense_note(decision: Decision) -> str:
     return "dense: nothing to save in a vector"
 
 
-def _method_note(plan: WeightPlan) -> str:
+def _method_note(plan: WeightPlan, fit_error: float | None) -> str:
     private = plan.parameters - plan.shared_parameters
-    return f"{plan.method.name}, {private:,} private" if private else plan.method.name
+    notes = [plan.method.name]
+    if private:
+        notes.append(f"{private:,} private")
+    if fit_error is not None:
+        notes.append(f"fitted with relative error {fit_error:.3f}")
+    return ", ".join(notes)
 
 
 def _cells(row: ReportRow) -> tuple[str, ...]:

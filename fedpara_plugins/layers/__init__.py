@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 from fedpara_plugins.layers.base import FactorisedLayer, composed
-from fedpara_plugins.layers.conv import FactorisedConv2d
+from fedpara_plugins.layers.conv import (
+    FactorisedConv1d,
+    FactorisedConv2d,
+    FactorisedConv3d,
+    FactorisedConvTranspose1d,
+    FactorisedConvTranspose2d,
+    FactorisedConvTranspose3d,
+)
+from fedpara_plugins.layers.embedding import FactorisedEmbedding, FactorisedEmbeddingBag
+from fedpara_plugins.layers.lazy import LazyLayer
 from fedpara_plugins.layers.linear import FactorisedLinear
 
 __all__ = [
     "BUILTIN_LAYERS",
+    "FactorisedConv1d",
     "FactorisedConv2d",
+    "FactorisedConv3d",
+    "FactorisedConvTranspose1d",
+    "FactorisedConvTranspose2d",
+    "FactorisedConvTranspose3d",
+    "FactorisedEmbedding",
+    "FactorisedEmbeddingBag",
     "FactorisedLayer",
     "FactorisedLinear",
+    "LazyLayer",
     "composed",
 ]
 
-BUILTIN_LAYERS: tuple[type[FactorisedLayer], ...] = (FactorisedLinear, FactorisedConv2d)
+BUILTIN_LAYERS: tuple[type[FactorisedLayer] | LazyLayer, ...] = (
+    FactorisedLinear,
+    FactorisedConv1d,
+    FactorisedConv2d,
+    FactorisedConv3d,
+    FactorisedConvTranspose1d,
+    FactorisedConvTranspose2d,
+    FactorisedConvTranspose3d,
+    FactorisedEmbedding,
+    FactorisedEmbeddingBag,
+    LazyLayer(
+        dense_class="transformers.pytorch_utils:Conv1D",
+        kind="fedpara_plugins.layers.transformers_conv1d:FactorisedConv1D",
+    ),
+)

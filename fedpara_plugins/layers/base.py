@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins.errors import ConversionError
+from fedpara_plugins.fit import fit_factors, relative_error
 from fedpara_plugins.initialise import initial_factors
 from fedpara_plugins.plan import WeightPlan, WeightSlot
 
@@ -47,6 +48,9 @@ class FactorisedLayer(nn.Module):
     plans: dict[str, WeightPlan]
     """The factorised weights, by attribute name."""
 
+    fit_errors: dict[str, float]
+    """For weights that were fitted, |W - composed| / |W| at that time, by attribute name."""
+
     @classmethod
     def slots(cls, dense: nn.Module) -> list[WeightSlot]:
         """The weights of ``dense`` that may be factorised."""
@@ -56,7 +60,13 @@ class FactorisedLayer(nn.Module):
 
     @classmethod
     def from_dense(
-        cls, dense: nn.Module, plans: Mapping[str, WeightPlan], *, name: str, seed: int
+        cls,
+        dense: nn.Module,
+        plans: Mapping[str, WeightPlan],
+        *,
+        name: str,
+        seed: int,
+        fit: bool = False,
     ) -> FactorisedLayer:
         """A layer of this class in place of ``dense``, with fresh factors.
 
@@ -68,16 +78,21 @@ class FactorisedLayer(nn.Module):
             plans: what to factorise, by attribute name; not empty.
             name: the layer's name in the model, which seeds its private factors.
             seed: see `fedpara_plugins.initialise.initial_private`.
+            fit: start from the closest factors to the dense weight instead of fresh ones.
         """
         layer = cls.__new__(cls)
         layer.__dict__ = dense.__dict__.copy()
         parameters: dict[str, nn.Parameter | None] = {}
+        errors: dict[str, float] = {}
         for attribute, parameter in dense._parameters.items():
             plan = plans.get(attribute)
             if plan is None or parameter is None:
                 parameters[attribute] = parameter
                 continue
             factors = initial_factors(plan, seed=seed, key=f"{name}.{attribute}")
+            if fit:
+                factors = fit_factors(plan, parameter, factors)
+                errors[attribute] = relative_error(plan, parameter, factors)
             for factor, value in factors.items():
                 value = value.to(parameter.device, parameter.dtype)
                 parameters[cls.factor_key(attribute, factor)] = nn.Parameter(
@@ -85,12 +100,15 @@ class FactorisedLayer(nn.Module):
                 )
         layer.__dict__["_parameters"] = parameters
         layer.__dict__["plans"] = dict(plans)
+        layer.__dict__["fit_errors"] = errors
         return layer
 
     def to_dense(self) -> nn.Module:
         """The ordinary layer with the composed weights; shares no tensor with this one."""
         dense = self.dense_class.__new__(self.dense_class)
-        dense.__dict__ = {k: v for k, v in self.__dict__.items() if k != "plans"}
+        dense.__dict__ = {
+            k: v for k, v in self.__dict__.items() if k not in ("plans", "fit_errors")
+        }
         dense.__dict__["_parameters"] = self._dense_parameters()
         return dense
 
@@ -142,7 +160,7 @@ class FactorisedLayer(nn.Module):
         """The dense layer's own text, then method and rank."""
         ranks = {w: f"{p.method.name} rank {p.rank}" for w, p in self.plans.items()}
         texts = [t if w == "weight" else f"{w}: {t}" for w, t in ranks.items()]
-        return ", ".join([super().extra_repr(), *texts])
+        return ", ".join(text for text in (super().extra_repr(), *texts) if text)
 
 
 def _copy(value: Tensor, like: Tensor) -> nn.Parameter:

@@ -1,4 +1,9 @@
-"""`nn.Conv2d` from factors: the kernel (out, in/groups, k1, k2) is composed with a core."""
+"""Convolutions and their transposes from factors: the kernel is composed with a core.
+
+Six classes that differ in the dense class alone. Stride, padding, padding modes, output padding,
+dilation and groups are the dense layer's own business: only the kernel is replaced. A kernel of
+one element (1x1) is composed as a matrix, without a core.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +14,72 @@ from torch import nn
 from fedpara_plugins.layers.base import FactorisedLayer, composed
 from fedpara_plugins.plan import WeightSlot
 
-__all__ = ["FactorisedConv2d"]
+__all__ = [
+    "ConvolutionMixin",
+    "FactorisedConv1d",
+    "FactorisedConv2d",
+    "FactorisedConv3d",
+    "FactorisedConvTranspose1d",
+    "FactorisedConvTranspose2d",
+    "FactorisedConvTranspose3d",
+]
 
 
-class FactorisedConv2d(FactorisedLayer, nn.Conv2d):
+class ConvolutionMixin(FactorisedLayer):
     """A convolution whose kernel is composed at every forward (Proposition 3).
 
-    Stride, padding, padding mode, dilation and groups are the dense layer's own business: only
-    the kernel is replaced. A 1x1 kernel is composed as a matrix, without a core.
+    The kernel is (out, in / groups, k1, ...), that of a transpose (in, out / groups, k1, ...); X
+    belongs to the first side and Y to the second. All groups share Y and the core.
     """
 
-    kind = "conv2d"
-    dense_class = nn.Conv2d
     weight = composed()
 
     @classmethod
     def slots(cls, dense: nn.Module) -> list[WeightSlot]:
-        """One weight of shape (out_channels, in_channels / groups, k1, k2)."""
-        assert isinstance(dense, nn.Conv2d)
-        inputs = dense.in_channels // dense.groups
-        shape = (dense.out_channels, inputs, *dense.kernel_size)
-        fan_in = inputs * prod(dense.kernel_size)
-        # kaiming_uniform_(a=sqrt(5)), the layer's default, has this variance.
+        """The kernel. For a transpose, too, torch takes the second side for the inputs."""
+        shape = tuple(dense.weight.shape)
+        fan_in = prod(shape[1:])
+        # kaiming_uniform_(a=sqrt(5)), the layers' default, has this variance.
         return [WeightSlot("weight", shape, fan_in, 1 / (3 * fan_in))]
+
+
+class FactorisedConv1d(ConvolutionMixin, nn.Conv1d):
+    """`nn.Conv1d` with a composed kernel (out, in / groups, k)."""
+
+    kind = "conv1d"
+    dense_class = nn.Conv1d
+
+
+class FactorisedConv2d(ConvolutionMixin, nn.Conv2d):
+    """`nn.Conv2d` with a composed kernel (out, in / groups, k1, k2)."""
+
+    kind = "conv2d"
+    dense_class = nn.Conv2d
+
+
+class FactorisedConv3d(ConvolutionMixin, nn.Conv3d):
+    """`nn.Conv3d` with a composed kernel (out, in / groups, k1, k2, k3)."""
+
+    kind = "conv3d"
+    dense_class = nn.Conv3d
+
+
+class FactorisedConvTranspose1d(ConvolutionMixin, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` with a composed kernel (in, out / groups, k)."""
+
+    kind = "conv_transpose1d"
+    dense_class = nn.ConvTranspose1d
+
+
+class FactorisedConvTranspose2d(ConvolutionMixin, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` with a composed kernel (in, out / groups, k1, k2)."""
+
+    kind = "conv_transpose2d"
+    dense_class = nn.ConvTranspose2d
+
+
+class FactorisedConvTranspose3d(ConvolutionMixin, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` with a composed kernel (in, out / groups, k1, k2, k3)."""
+
+    kind = "conv_transpose3d"
+    dense_class = nn.ConvTranspose3d

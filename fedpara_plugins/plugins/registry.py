@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedpara_plugins.codecs import Stage
-    from fedpara_plugins.layers import FactorisedLayer
+    from fedpara_plugins.layers import FactorisedLayer, LazyLayer
     from fedpara_plugins.methods import Method
 
 __all__ = ["Adapter", "adapters", "layers", "method_named", "methods", "reload", "stages"]
@@ -53,14 +54,24 @@ class Adapter:
 @dataclass
 class _Registries:
     layers: dict[type[nn.Module], type[FactorisedLayer]] = field(default_factory=dict)
+    lazy_layers: list[LazyLayer] = field(default_factory=list)
     methods: dict[str, Method] = field(default_factory=dict)
     stages: dict[str, Stage] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
 
 
 def layers() -> Mapping[type[nn.Module], type[FactorisedLayer]]:
-    """Factorised layer classes by the dense class that they replace."""
-    return _registries().layers
+    """Factorised layer classes by the dense class that they replace.
+
+    Lazy kinds are in it from the moment somebody has imported the module of their dense class.
+    """
+    found = _registries()
+    due = [lazy for lazy in found.lazy_layers if lazy.dense_module in sys.modules]
+    for lazy in due:
+        kind = lazy.load()
+        found.lazy_layers.remove(lazy)
+        found.layers[kind.dense_class] = kind
+    return found.layers
 
 
 def methods() -> Mapping[str, Method]:
@@ -101,7 +112,13 @@ def reload() -> None:
 def _registries() -> _Registries:
     hooks = _load_plugins().hook
     found = _Registries()
-    _collect(hooks.fedpara_register_layers, found.layers, "layer kind", "dense_class")
+    kinds: dict[str, type[FactorisedLayer] | LazyLayer] = {}
+    _collect(hooks.fedpara_register_layers, kinds, "layer kind", _dense_name)
+    for kind in kinds.values():
+        if isinstance(kind, type):
+            found.layers[kind.dense_class] = kind
+        else:
+            found.lazy_layers.append(kind)
     _collect(hooks.fedpara_register_methods, found.methods, "method", "name")
     _collect(hooks.fedpara_register_stages, found.stages, "stage", "name")
     _collect(hooks.fedpara_register_adapters, found.adapters, "adapter", "name")

@@ -104,6 +104,7 @@ class TestZlib(StageContract):
             (b"abc", "damaged"),
             (b"", "got 0"),
         ],
+        ids=["longer", "shorter", "torn", "trailing", "wrong check", "no stream", "empty"],
     )
     def test_streams_that_are_not_the_declared_bytes_are_refused(self, data, said):
         with pytest.raises(PayloadError, match=said):

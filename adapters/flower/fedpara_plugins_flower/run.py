@@ -11,13 +11,13 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
 
 from flwr.common import ArrayRecord
 from torch import Tensor, nn
 
-from fedpara_plugins import ConfigError, ModelSpec, convert
+from fedpara_plugins import ConfigError, FedParaConfig, ModelSpec, convert
 from fedpara_plugins_flower.settings import Settings
 
 __all__ = ["Run", "active_run", "factorised", "open_run", "to_dense"]
@@ -52,7 +52,7 @@ class Run:
         Raises:
             MismatchError: the server's message describes another model.
         """
-        model = convert(model, self.settings.config)
+        model = convert(model, self._config())
         spec = ModelSpec.of(model)
         if self.expected is not None:
             spec.check_equal(self.expected, here="this client", there="the server")
@@ -60,6 +60,12 @@ class Run:
         if self.on_loaded is not None:
             model.register_load_state_dict_post_hook(_announce_loaded)  # type: ignore[no-untyped-call]
         return model
+
+    def _config(self) -> FedParaConfig:
+        """Only the server's first model keeps its values; every other one loads a state next."""
+        first = self.side == "server" and not self.specs
+        config = self.settings.config
+        return config if first else replace(config, init="random")
 
 
 def active_run() -> Run | None:

@@ -1,0 +1,83 @@
+"""`nn.Embedding` and `nn.EmbeddingBag` from factors: the table (num, dim) is composed as a matrix.
+
+The padding row keeps torch's meaning. Where the dense layer's row is zero, as torch starts it, the
+same row of X1 is zero. Then so is the composed row, whatever the other factors hold: the gradient
+is masked there, so that row of X1 never moves, and since it is zero the row moves through no other
+factor either. A padding row that somebody filled with other values is composed like every other
+row: it gets no gradient of its own, but follows the factors that all rows have in common.
+
+All rows move in every step, also those whose index is in no batch, since they share Y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedpara_plugins.layers.base import FactorisedLayer, composed
+from fedpara_plugins.plan import WeightPlan, WeightSlot
+
+__all__ = ["EmbeddingMixin", "FactorisedEmbedding", "FactorisedEmbeddingBag"]
+
+
+class EmbeddingMixin(FactorisedLayer):
+    """A table of vectors that is composed at every forward (Proposition 1)."""
+
+    weight = composed()
+    padding_idx: int | None
+
+    @classmethod
+    def slots(cls, dense: nn.Module) -> list[WeightSlot]:
+        """The table (num_embeddings, embedding_dim), N(0, 1) by default; one input per output."""
+        shape = tuple(dense.weight.shape)
+        return [WeightSlot("weight", shape, 1, 1.0, _obstacle(dense))]
+
+    @classmethod
+    def from_dense(
+        cls, dense: nn.Module, plans: Mapping[str, WeightPlan], **options: Any
+    ) -> FactorisedLayer:
+        """As for every kind; a padding row that is zero stays zero."""
+        layer = super().from_dense(dense, plans, **options)
+        assert isinstance(layer, EmbeddingMixin)
+        if layer.padding_idx is not None and not dense.weight[layer.padding_idx].any():
+            layer._zero_padding_row()
+        return layer
+
+    def reset_parameters(self) -> None:
+        """Draw new factors; the padding row is zero, as in torch."""
+        super().reset_parameters()
+        self._zero_padding_row()
+
+    def _zero_padding_row(self) -> None:
+        if self.padding_idx is None:
+            return
+        plan = self.plans["weight"]
+        # Methods are of order one or more in their shared operands: one zero row is enough.
+        name = next(name for name in plan.factor_names if name not in plan.private_names)
+        with torch.no_grad():
+            self.factors("weight")[name][self.padding_idx] = 0.0
+
+
+class FactorisedEmbedding(EmbeddingMixin, nn.Embedding):
+    """`nn.Embedding` with a composed table."""
+
+    kind = "embedding"
+    dense_class = nn.Embedding
+
+
+class FactorisedEmbeddingBag(EmbeddingMixin, nn.EmbeddingBag):
+    """`nn.EmbeddingBag` with a composed table."""
+
+    kind = "embedding_bag"
+    dense_class = nn.EmbeddingBag
+
+
+def _obstacle(dense: nn.Module) -> str:
+    if dense.max_norm is not None:
+        return "max_norm rewrites rows of the table in place, which a composed one does not have"
+    if dense.sparse:
+        return "sparse=True asks for sparse gradients, which a composed table does not have"
+    return ""
