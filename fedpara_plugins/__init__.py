@@ -27,6 +27,7 @@ from fedpara_plugins.errors import (
     PayloadError,
     PluginError,
 )
+from fedpara_plugins.jacobian import JacobianCorrection
 from fedpara_plugins.ledger import Ledger, LedgerEntry
 from fedpara_plugins.plugins import hookimpl
 from fedpara_plugins.report import Report, report
@@ -38,6 +39,7 @@ __all__ = [
     "ConversionError",
     "FedParaConfig",
     "FedParaError",
+    "JacobianCorrection",
     "Ledger",
     "LedgerEntry",
     "MismatchError",

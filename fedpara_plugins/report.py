@@ -69,7 +69,7 @@ class Report:
         return sum(row.shared_bytes for row in self.rows)
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "shape", "rank", "dense", "now", "bytes sent", "note")
+        head = ("layer", "kind", "shape", "rank", "dense", "now", "bytes dense", "bytes sent", "note")
         cells = [head, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in cells) for i in range(len(head) - 1)]
         lines = [

@@ -12,7 +12,7 @@ copied, stacked and compared like the layer it came from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +47,9 @@ class FactorisedLayer(nn.Module):
 
     plans: dict[str, WeightPlan]
     """The factorised weights, by attribute name."""
+
+    on_composed: Callable[[str, Tensor], None] | None = None
+    """Called with every weight as it is composed; for those who need its gradient."""
 
     fit_errors: dict[str, float]
     """For weights that were fitted, |W - composed| / |W| at that time, by attribute name."""
@@ -134,7 +137,10 @@ class FactorisedLayer(nn.Module):
         plan = self.plans.get(weight)
         if plan is None:
             return self._parameters[weight]  # type: ignore[return-value]
-        return plan.compose(self.factors(weight))
+        value = plan.compose(self.factors(weight))
+        if self.on_composed is not None:
+            self.on_composed(weight, value)
+        return value
 
     def factors(self, weight: str) -> dict[str, Tensor]:
         """The factors of one weight by their names (x1, y1, ...), as the parameters they are."""

@@ -37,7 +37,7 @@ class ConvolutionMixin(FactorisedLayer):
     @classmethod
     def slots(cls, dense: nn.Module) -> list[WeightSlot]:
         """The kernel. For a transpose, too, torch takes the second side for the inputs."""
-        shape = tuple(dense.weight.shape)
+        shape = tuple(dense.get_parameter("weight").shape)
         fan_in = prod(shape[1:])
         # kaiming_uniform_(a=sqrt(5)), the layers' default, has this variance.
         return [WeightSlot("weight", shape, fan_in, 1 / (3 * fan_in))]

@@ -32,6 +32,7 @@ class EmbeddingMixin(FactorisedLayer):
     @classmethod
     def slots(cls, dense: nn.Module) -> list[WeightSlot]:
         """The table (num_embeddings, embedding_dim), N(0, 1) by default; one input per output."""
+        assert isinstance(dense, (nn.Embedding, nn.EmbeddingBag))
         shape = tuple(dense.weight.shape)
         return [WeightSlot("weight", shape, 1, 1.0, _obstacle(dense))]
 
@@ -42,7 +43,8 @@ class EmbeddingMixin(FactorisedLayer):
         """As for every kind; a padding row that is zero stays zero."""
         layer = super().from_dense(dense, plans, **options)
         assert isinstance(layer, EmbeddingMixin)
-        if layer.padding_idx is not None and not dense.weight[layer.padding_idx].any():
+        row = layer.padding_idx
+        if row is not None and not dense.get_parameter("weight")[row].any():
             layer._zero_padding_row()
         return layer
 
@@ -75,7 +77,7 @@ class FactorisedEmbeddingBag(EmbeddingMixin, nn.EmbeddingBag):
     dense_class = nn.EmbeddingBag
 
 
-def _obstacle(dense: nn.Module) -> str:
+def _obstacle(dense: nn.Embedding | nn.EmbeddingBag) -> str:
     if dense.max_norm is not None:
         return "max_norm rewrites rows of the table in place, which a composed one does not have"
     if dense.sparse:

@@ -31,7 +31,7 @@ class FactorisedConv1D(FactorisedLayer, Conv1D):  # type: ignore[misc,unused-ign
     @classmethod
     def slots(cls, dense: nn.Module) -> list[WeightSlot]:
         """One weight of shape (nx, nf), inputs first; X belongs to the inputs."""
-        shape = tuple(dense.weight.shape)
+        shape = tuple(dense.get_parameter("weight").shape)
         return [WeightSlot("weight", shape, shape[0], DEFAULT_STD**2)]
 
     def extra_repr(self) -> str:

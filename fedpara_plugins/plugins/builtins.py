@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedpara_plugins.codecs import BUILTIN_STAGES, Stage
-from fedpara_plugins.layers import BUILTIN_LAYERS, FactorisedLayer
+from fedpara_plugins.layers import BUILTIN_LAYERS, FactorisedLayer, LazyLayer
 from fedpara_plugins.methods import BUILTIN_METHODS, Method
 from fedpara_plugins.plugins.markers import hookimpl
 
 
 @hookimpl
-def fedpara_register_layers(register: Callable[[type[FactorisedLayer]], None]) -> None:
+def fedpara_register_layers(
+    register: Callable[[type[FactorisedLayer] | LazyLayer], None],
+) -> None:
     """Register the built-in kinds of layer."""
     for layer in BUILTIN_LAYERS:
         register(layer)

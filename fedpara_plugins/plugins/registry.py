@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
+from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +70,8 @@ def layers() -> Mapping[type[nn.Module], type[FactorisedLayer]]:
     due = [lazy for lazy in found.lazy_layers if lazy.dense_module in sys.modules]
     for lazy in due:
         kind = lazy.load()
-        found.lazy_layers.remove(lazy)
         found.layers[kind.dense_class] = kind
+    found.lazy_layers = [lazy for lazy in found.lazy_layers if lazy not in due]
     return found.layers
 
 
@@ -119,29 +120,36 @@ def _registries() -> _Registries:
             found.layers[kind.dense_class] = kind
         else:
             found.lazy_layers.append(kind)
-    _collect(hooks.fedpara_register_methods, found.methods, "method", "name")
-    _collect(hooks.fedpara_register_stages, found.stages, "stage", "name")
-    _collect(hooks.fedpara_register_adapters, found.adapters, "adapter", "name")
+    _collect(hooks.fedpara_register_methods, found.methods, "method", attrgetter("name"))
+    _collect(hooks.fedpara_register_stages, found.stages, "stage", attrgetter("name"))
+    _collect(hooks.fedpara_register_adapters, found.adapters, "adapter", attrgetter("name"))
     return found
 
 
-def _collect(hook: pluggy.HookCaller, into: dict[Any, Any], what: str, key: str) -> None:
+def _collect(
+    hook: pluggy.HookCaller, into: dict[str, Any], what: str, name_of: Callable[[Any], str]
+) -> None:
     """Let every plugin register its things, one plugin after the other, to know whose they are."""
-    owners: dict[Any, str] = {}
+    owners: dict[str, str] = {}
     for implementation in hook.get_hookimpls():
         plugin = implementation.plugin_name
 
         def register(thing: Any, plugin: str = plugin) -> None:
-            name = getattr(thing, key)
+            name = name_of(thing)
             if name in into:
-                shown = name.__name__ if isinstance(name, type) else repr(name)
                 raise PluginError(
-                    f"{what} {shown} is registered twice: by plugin {owners[name]!r} and by plugin "
-                    f"{plugin!r}. Uninstall one of them, or name it in {DISABLE_VARIABLE}."
+                    f"{what} {name!r} is registered twice: by plugin {owners[name]!r} and by "
+                    f"plugin {plugin!r}. Uninstall one of them, or name it in {DISABLE_VARIABLE}."
                 )
             into[name], owners[name] = thing, plugin
 
         implementation.function(*[register for _ in implementation.argnames])
+
+
+def _dense_name(kind: type[FactorisedLayer] | LazyLayer) -> str:
+    """What a kind replaces, in the one way of writing that lazy kinds have too."""
+    dense = kind.dense_class
+    return dense if isinstance(dense, str) else f"{dense.__module__}:{dense.__qualname__}"
 
 
 def _load_plugins() -> pluggy.PluginManager:

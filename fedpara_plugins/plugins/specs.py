@@ -9,14 +9,16 @@ from fedpara_plugins.plugins.markers import hookspec
 
 if TYPE_CHECKING:
     from fedpara_plugins.codecs import Stage
-    from fedpara_plugins.layers import FactorisedLayer
+    from fedpara_plugins.layers import FactorisedLayer, LazyLayer
     from fedpara_plugins.methods import Method
     from fedpara_plugins.plugins.registry import Adapter
 
 
 @hookspec
-def fedpara_register_layers(register: Callable[[type[FactorisedLayer]], None]) -> None:
-    """Register kinds of factorised layer; one kind per dense class."""
+def fedpara_register_layers(
+    register: Callable[[type[FactorisedLayer] | LazyLayer], None],
+) -> None:
+    """Register kinds of factorised layer, one per dense class; lazily, if of another package."""
 
 
 @hookspec
