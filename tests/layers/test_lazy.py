@@ -22,7 +22,7 @@ KIND = """
 from other_package import Dense
 from fedpara_plugins.layers import FactorisedLinear
 
-class FactorisedDense(FactorisedLinear):
+class FactorisedDense(FactorisedLinear, Dense):
     kind = "other_dense"
     dense_class = Dense
 """

@@ -1,0 +1,113 @@
+"""What torch lets one do with a module, for each kind, after a training step.
+
+The whole of it, for a model of several kinds, is in ``tests/core/test_ordinary_modules.py``; here
+is what could depend on the kind.
+"""
+
+import copy
+
+import cloudpickle
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.utils.checkpoint import checkpoint
+
+import fedpara_plugins as fedpara
+
+TOKENS = torch.tensor([[1, 5, 99, 5], [3, 3, 0, 7], [5, 5, 5, 5]])
+
+CASES = {
+    "linear": lambda: (nn.Linear(48, 64), torch.randn(3, 48)),
+    "conv1d": lambda: (nn.Conv1d(32, 48, 3, padding=1), torch.randn(3, 32, 7)),
+    "conv2d": lambda: (nn.Conv2d(32, 48, 3, groups=2), torch.randn(3, 32, 5, 6)),
+    "conv3d": lambda: (nn.Conv3d(32, 48, 2), torch.randn(3, 32, 3, 4, 3)),
+    "conv_transpose1d": lambda: (nn.ConvTranspose1d(32, 48, 3), torch.randn(3, 32, 7)),
+    "conv_transpose2d": lambda: (nn.ConvTranspose2d(32, 48, 3), torch.randn(3, 32, 4, 5)),
+    "conv_transpose3d": lambda: (nn.ConvTranspose3d(32, 48, 2), torch.randn(3, 32, 2, 3, 2)),
+    "embedding": lambda: (nn.Embedding(120, 48, padding_idx=5), TOKENS),
+    "embedding_bag": lambda: (nn.EmbeddingBag(120, 48), TOKENS),
+}
+
+
+@pytest.fixture(params=CASES)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def trained(kind):
+    """A converted layer after a step, and inputs for it."""
+    torch.manual_seed(0)
+    dense, inputs = CASES[kind]()
+    model = fedpara.convert(dense, method="fedpara", gamma=0.3)
+    assert model.kind == kind
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(inputs).square().mean().backward()
+    optimizer.step()
+    model.zero_grad()
+    return model, inputs
+
+
+def test_cloudpickle(trained):
+    model, inputs = trained
+    other = cloudpickle.loads(cloudpickle.dumps(model))
+    torch.testing.assert_close(other(inputs), model(inputs))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, for embedding bags
+def test_stacked_clients(trained):
+    model, inputs = trained
+    clients = [copy.deepcopy(model) for _ in range(3)]
+    for i, client in enumerate(clients):
+        client.x1.data.mul_(i + 1)
+    state = stack_module_state(clients)
+
+    def forward(parameters, buffers):
+        return functional_call(model, (parameters, buffers), (inputs,))
+
+    expected = torch.stack([client(inputs) for client in clients])
+    torch.testing.assert_close(vmap(forward)(*state), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(trained, dtype):
+    model, inputs = trained
+    expected = model(inputs)
+    half = inputs.to(dtype) if inputs.is_floating_point() else inputs
+    output = copy.deepcopy(model).to(dtype)(half)
+    assert output.dtype == dtype
+    assert (output.float() - expected).norm() / expected.norm() < 0.05
+
+
+def test_autocast(trained):
+    model, inputs = trained
+    expected = model(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(inputs)
+    assert (output.float() - expected).norm() / expected.norm() < 0.05
+    output.float().square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_gradient_checkpointing(trained):
+    model, inputs = trained
+    model(inputs).square().mean().backward()
+    expected = model.x2.grad.clone()
+    model.zero_grad()
+    checkpoint(model, inputs, use_reentrant=False).square().mean().backward()
+    torch.testing.assert_close(model.x2.grad, expected)
+
+
+def test_export(trained):
+    model, inputs = trained
+    program = torch.export.export(model.eval(), (inputs,))
+    torch.testing.assert_close(program.module()(inputs), model(inputs))
+
+
+def test_traced_by_the_compiler(trained):
+    """One graph without a break; the code generator itself needs a C++ compiler."""
+    model, inputs = trained
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(inputs), model(inputs))
