@@ -29,6 +29,7 @@ from fedpara_plugins.errors import (
 )
 from fedpara_plugins.jacobian import JacobianCorrection
 from fedpara_plugins.ledger import Ledger, LedgerEntry
+from fedpara_plugins.optimizer_check import check_optimizer
 from fedpara_plugins.plugins import hookimpl
 from fedpara_plugins.report import Report, report
 from fedpara_plugins.spec import ModelSpec
@@ -49,6 +50,7 @@ __all__ = [
     "Report",
     "Split",
     "__version__",
+    "check_optimizer",
     "convert",
     "hookimpl",
     "merge",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from fedpara_plugins._version import __version__
 from fedpara_plugins.config import FedParaConfig
-from fedpara_plugins.convert import config_of, convert
+from fedpara_plugins.convert import config_of
 from fedpara_plugins.errors import ConfigError, MismatchError, PayloadError
 from fedpara_plugins.spec import ModelSpec
 
 __all__ = [
     "Checkpoint",
-    "dense_from",
+    "check_same_shapes",
+    "factor_shapes",
     "load_factors",
     "read_about",
     "read_checkpoint",
@@ -198,7 +199,7 @@ def _described(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) ->
     try:
         spec = ModelSpec.from_json(about["model"], tuple(map(str, about["keys"])))
         config = FedParaConfig.from_mapping(about["config"])
-        shapes = _factor_shapes(spec)
+        shapes = factor_shapes(spec)
     except (KeyError, TypeError, AttributeError, ArithmeticError, IndexError, ConfigError) as error:
         raise PayloadError(f"{path}: its description of the model is unsound: {error!r}") from error
     except PayloadError as error:
@@ -215,7 +216,8 @@ def _described(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) ->
     return Checkpoint(tensors=ordered, about=about, spec=spec, config=config)
 
 
-def _factor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+def factor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of all factors by their full names."""
     return {
         key: plan.factor_shape(name)
         for weight, plan in spec.weights.items()
@@ -246,60 +248,6 @@ def load_factors(model: nn.Module, path: Path | str) -> None:
     state = model.state_dict()
     check_same_shapes(found.tensors, state, optional=spec.private_keys)
     model.load_state_dict({**state, **found.tensors}, strict=True)
-
-
-def dense_from(
-    found: Checkpoint, model: nn.Module | None = None, config: FedParaConfig | None = None
-) -> tuple[dict[str, Tensor], ModelSpec]:
-    """The dense state behind a checkpoint of factors.
-
-    Args:
-        found: what `read_checkpoint` returned.
-        model: the unconverted model, converted by this where ``config`` is given or the file does
-            not say how it was; otherwise the result is only checked against it. Not needed where
-            the file describes its model.
-        config: options of the conversion; they win over the file's, which they must agree with.
-
-    Returns:
-        The dense state in the model's order, and the spec of the converted model. Without private
-        factors in the file the state is W1.
-
-    Raises:
-        ConfigError: neither the file nor the arguments say how the model was converted.
-        MismatchError: the file is of another model or was trained with other options; names the
-            first tensor that differs, and both shapes.
-        PayloadError: the weights hold NaN or infinity.
-    """
-    if found.about.get("format") == "dense":
-        raise PayloadError("the file holds a dense model already: there is nothing to export")
-    spec = found.spec
-    if spec is None or config is not None:
-        if model is None or config is None:
-            raise ConfigError(
-                "the file does not describe its model: give the model's factory, and method and "
-                "gamma (or what else was used) as in training"
-            )
-        spec = _spec_for(found, model, config)
-    elif model is not None:
-        composed = {weight: torch.Size(plan.shape) for weight, plan in spec.weights.items()}
-        factors = _factor_shapes(spec)
-        rest = {k: v.shape for k, v in found.tensors.items() if k not in factors}
-        check_same_shapes({**rest, **composed}, model.state_dict(), there="the unconverted model")
-    dense = spec.dense_state(found.tensors)
-    for name, value in dense.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise PayloadError(f"{name!r} holds NaN or infinite values: training has diverged")
-    return dense, spec
-
-
-def _spec_for(found: Checkpoint, model: nn.Module, config: FedParaConfig) -> ModelSpec:
-    # The weights are about to be read: fitting factors to what the model has now would be in vain.
-    converted = convert(model, replace(config, init="random"))
-    spec = ModelSpec.of(converted)
-    if found.spec is not None:
-        found.spec.check_equal(spec, here="the file", there="the model with the options given")
-    check_same_shapes(found.tensors, converted.state_dict(), optional=spec.private_keys)
-    return spec
 
 
 def check_same_shapes(

@@ -45,6 +45,16 @@ class FedParaConfig:
         speed: K, how far a composed weight moves per step of SGD, dense = 1; None takes the
             method's default (1/2 for fedpara, 1/4 for lowrank and pfedpara's shared half).
         private_speed: the same for the private half of pfedpara.
+        decay: what the optimizer's weight decay shrinks: ``composed`` weights, as the same setting
+            would shrink dense ones, or each of the ``factors``.
+        clip: bound of the gradient's norm over the whole model at each step; None for none.
+        schedule: of pfedpara: ``joint``, the paper's, trains both halves in every step;
+            ``decoupled`` begins each round with private steps, the shared half frozen as received,
+            and goes on with shared steps, the private half switched off (the shared half is then
+            a rank-R model by itself).
+        private_steps: of ``decoupled``: number of private steps, or (below 1) their share of the
+            steps that the previous round had.
+        first_private_steps: of ``decoupled``, in a first round, where no previous one counts.
         init: ``random`` (fresh factors) or ``fit`` (the closest factors to the weights that the
             model has); None is ``random`` with a warning if the weights look trained.
         seed: of the private factors' first values, which every client derives by itself.
@@ -65,6 +75,11 @@ class FedParaConfig:
     tanh: bool = False
     speed: float | None = None
     private_speed: float = 0.2
+    decay: str = "composed"
+    clip: float | None = None
+    schedule: str = "joint"
+    private_steps: float = 0.2
+    first_private_steps: int = 10
     init: str | None = None
     seed: int = 0
     codec: str = "none"
@@ -79,6 +94,11 @@ class FedParaConfig:
         self._check("min_size", self.min_size >= 0, "an integer of at least 0")
         self._check("speed", self.speed is None or self.speed > 0, "a number above 0")
         self._check("private_speed", self.private_speed > 0, "a number above 0")
+        self._check("decay", self.decay in ("composed", "factors"), "'composed' or 'factors'")
+        self._check("clip", self.clip is None or self.clip > 0, "a number above 0")
+        self._check("schedule", self.schedule in ("joint", "decoupled"), "'joint' or 'decoupled'")
+        self._check("private_steps", self.private_steps > 0, "a share below 1 or a number of steps")
+        self._check("first_private_steps", self.first_private_steps >= 1, "at least 1")
         self._check("init", self.init in (None, "random", "fit"), "'random' or 'fit'")
         if self.ratio is not None and self.rank is not None:
             raise ConfigError("options 'ratio' and 'rank' exclude each other: give one of them")

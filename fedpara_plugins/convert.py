@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, ConversionError
 from fedpara_plugins.freshness import looks_trained
 from fedpara_plugins.layers import FactorisedLayer
+from fedpara_plugins.optimizer_check import warn_of_earlier_optimizer
 from fedpara_plugins.plan import WeightPlan, plan_weight
 from fedpara_plugins.plugins import layers, method_named
+from fedpara_plugins.training import attach
 
 __all__ = ["Decision", "config_of", "convert", "decisions", "to_dense"]
 
@@ -66,7 +69,8 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
         ConversionError: nothing to convert, or a layer that cannot be (the message names it).
 
     Warns:
-        UserWarning: weights look trained, and ``init`` does not say what is to become of them.
+        UserWarning: weights look trained, and ``init`` does not say what is to become of them; or
+            an optimizer is alive that was built before and holds weights that are replaced.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
@@ -84,6 +88,7 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
         raise ConversionError(f"no layer of the model can be factorised:\n{reasons}")
     if config.init is None:
         _warn_if_trained(found)
+    replaced = _replaced_weights(found)
     for decision in found:
         if not decision.plans:
             continue
@@ -99,7 +104,20 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
         else:
             _set_layer(model, decision.name, new)
     model.__dict__[CONFIG_ATTRIBUTE] = config
+    attach(model, config)
+    del found, decision  # they hold the dense layers
+    warn_of_earlier_optimizer(replaced)
     return model
+
+
+def _replaced_weights(found: list[Decision]) -> dict[str, weakref.ref[Tensor]]:
+    """The dense weights that are about to go; not that of a single layer, which stays in use."""
+    return {
+        f"{decision.name}.{weight}": weakref.ref(parameter)
+        for decision in found
+        for weight, parameter in decision.layer._parameters.items()
+        if decision.name and weight in decision.plans and parameter is not None
+    }
 
 
 def _warn_if_trained(found: list[Decision]) -> None:
@@ -137,8 +155,9 @@ def to_dense(model: M) -> M:
         except ConversionError as error:
             raise ConversionError(f"layer {name!r}: {error}") from error
         if name == "":
-            return new  # type: ignore[return-value]
-        _set_layer(dense, name, new)
+            dense = new  # type: ignore[assignment]
+        else:
+            _set_layer(dense, name, new)
     return dense
 
 
@@ -148,8 +167,18 @@ def config_of(model: nn.Module) -> FedParaConfig:
     return found if isinstance(found, FedParaConfig) else FedParaConfig()
 
 
-def decisions(model: nn.Module, config: FedParaConfig) -> list[Decision]:
+def decisions(
+    model: nn.Module,
+    config: FedParaConfig,
+    *,
+    refused: dict[str, ConversionError] | None = None,
+) -> list[Decision]:
     """What `convert` would do or did, for every layer that owns tensors, in the model's order.
+
+    Args:
+        model: converted or not.
+        config: how it was or would be converted.
+        refused: receives the errors by layer, instead of the first one being raised.
 
     Raises:
         ConfigError: an include or exclude pattern matches no layer.
@@ -160,7 +189,15 @@ def decisions(model: nn.Module, config: FedParaConfig) -> list[Decision]:
     ]
     _check_patterns(config, [name for name, _ in found])
     owners = _parameter_owners(found)
-    return [_decide(name, layer, config.for_layer(name), owners) for name, layer in found]
+    decided = []
+    for name, layer in found:
+        try:
+            decided.append(_decide(name, layer, config.for_layer(name), owners))
+        except ConversionError as error:
+            if refused is None:
+                raise
+            refused[name] = error
+    return decided
 
 
 def _decide(

@@ -55,8 +55,8 @@ def fit_factors(plan: WeightPlan, weight: Tensor, first: dict[str, Tensor]) -> d
 def relative_error(plan: WeightPlan, weight: Tensor, factors: dict[str, Tensor]) -> float:
     """|W - composed| / |W|, Frobenius; 0 for a zero weight that is met exactly."""
     target = weight.detach().float().cpu()
-    norm = target.norm().item()
-    gap = (plan.compose(factors) - target).norm().item()
+    norm = float(target.norm())
+    gap = float((plan.compose(factors) - target).norm())
     return gap / norm if norm else gap
 
 

@@ -1,4 +1,4 @@
-"""Does a weight look as it was drawn, or trained? A converted model would silently lose the latter."""
+"""Does a weight look as it was drawn, or trained? Converting would silently lose the latter."""
 
 from __future__ import annotations
 

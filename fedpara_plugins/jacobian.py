@@ -21,8 +21,8 @@ class JacobianCorrection:
 
     .. math:: R = \frac{\lambda}{2} \sum_{layers} \lVert W' - (W - lr J_W) \rVert^2
 
-    W' is composed from the stepped factors directly. J_W is a constant in it, which the paper leaves
-    open; momentum and weight decay count as none, as there.
+    W' is composed from the stepped factors directly. J_W is a constant in it, which the paper
+    leaves open; momentum and weight decay count as none, as there.
 
     Args:
         model: a converted model.

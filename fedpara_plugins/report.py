@@ -14,6 +14,8 @@ from fedpara_plugins.plan import WeightPlan
 
 __all__ = ["Report", "ReportRow", "report"]
 
+_HEAD = ("layer", "kind", "shape", "rank", "dense", "now", "bytes dense", "bytes sent", "note")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRow:
@@ -69,9 +71,8 @@ class Report:
         return sum(row.shared_bytes for row in self.rows)
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "shape", "rank", "dense", "now", "bytes dense", "bytes sent", "note")
-        cells = [head, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(head) - 1)]
+        cells = [_HEAD, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(_HEAD) - 1)]
         lines = [
             "  ".join(
                 text.rjust(width) if i >= 3 else text.ljust(width)
@@ -174,7 +175,8 @@ def _method_note(plan: WeightPlan, fit_error: float | None) -> str:
 def _cells(row: ReportRow) -> tuple[str, ...]:
     shape = "x".join(map(str, row.shape)) or "-"
     rank = "-" if row.rank is None else str(row.rank)
-    numbers = (f"{n:,}" for n in (row.dense_parameters, row.parameters, row.shared_bytes))
+    counts = (row.dense_parameters, row.parameters, row.dense_bytes, row.shared_bytes)
+    numbers = (f"{n:,}" for n in counts)
     return (row.name or "(model)", row.kind, shape, rank, *numbers, row.note)
 
 

@@ -305,7 +305,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
 
 def _header_text(header: Mapping[str, Any]) -> str:
     try:
-        text = json.dumps(header, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(header, separators=(",", ":"))
         _parse_header(_strict_json(text))  # what a receiver would refuse is refused here
     except (TypeError, ValueError, RecursionError) as error:
         raise PayloadError(f"model and extra must be plain JSON objects: {error}") from error

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from fedpara_plugins.layers.attention import (
+    FactorisedAttentionOutput,
+    FactorisedMultiheadAttention,
+)
 from fedpara_plugins.layers.base import FactorisedLayer, composed
 from fedpara_plugins.layers.conv import (
     FactorisedConv1d,
@@ -14,9 +18,11 @@ from fedpara_plugins.layers.conv import (
 from fedpara_plugins.layers.embedding import FactorisedEmbedding, FactorisedEmbeddingBag
 from fedpara_plugins.layers.lazy import LazyLayer
 from fedpara_plugins.layers.linear import FactorisedLinear
+from fedpara_plugins.layers.recurrent import FactorisedGRU, FactorisedLSTM
 
 __all__ = [
     "BUILTIN_LAYERS",
+    "FactorisedAttentionOutput",
     "FactorisedConv1d",
     "FactorisedConv2d",
     "FactorisedConv3d",
@@ -25,8 +31,11 @@ __all__ = [
     "FactorisedConvTranspose3d",
     "FactorisedEmbedding",
     "FactorisedEmbeddingBag",
+    "FactorisedGRU",
+    "FactorisedLSTM",
     "FactorisedLayer",
     "FactorisedLinear",
+    "FactorisedMultiheadAttention",
     "LazyLayer",
     "composed",
 ]
@@ -41,6 +50,10 @@ BUILTIN_LAYERS: tuple[type[FactorisedLayer] | LazyLayer, ...] = (
     FactorisedConvTranspose3d,
     FactorisedEmbedding,
     FactorisedEmbeddingBag,
+    FactorisedLSTM,
+    FactorisedGRU,
+    FactorisedMultiheadAttention,
+    FactorisedAttentionOutput,
     LazyLayer(
         dense_class="transformers.pytorch_utils:Conv1D",
         kind="fedpara_plugins.layers.transformers_conv1d:FactorisedConv1D",

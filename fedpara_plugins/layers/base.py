@@ -12,8 +12,9 @@ copied, stacked and compared like the layer it came from.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,13 @@ from fedpara_plugins.fit import fit_factors, relative_error
 from fedpara_plugins.initialise import initial_factors
 from fedpara_plugins.plan import WeightPlan, WeightSlot
 
-__all__ = ["FactorisedLayer", "composed"]
+__all__ = ["FactorisedLayer", "Phase", "composed", "layers_alive"]
+
+
+OWN_ATTRIBUTES = frozenset({"plans", "fit_errors", "phase", "progress", "on_composed"})
+"""What a factorised layer has in its `__dict__` beyond the dense layer."""
+
+Phase = Literal["joint", "private", "shared"]
 
 
 class composed:  # noqa: N801  (reads like `property` where it is used)
@@ -34,6 +41,10 @@ class composed:  # noqa: N801  (reads like `property` where it is used)
 
     def __get__(self, layer: FactorisedLayer | None, owner: type | None = None) -> Any:
         return self if layer is None else layer.composed_weight(self.name)
+
+
+layers_alive: weakref.WeakSet[FactorisedLayer] = weakref.WeakSet()
+"""Every factorised layer, for the hooks around optimizer steps."""
 
 
 class FactorisedLayer(nn.Module):
@@ -50,6 +61,12 @@ class FactorisedLayer(nn.Module):
 
     on_composed: Callable[[str, Tensor], None] | None = None
     """Called with every weight as it is composed; for those who need its gradient."""
+
+    progress: Any = None
+    """Where the model is in its round; see `fedpara_plugins.training`."""
+
+    phase: Phase = "joint"
+    """What training steps move now; see `fedpara_plugins.training`."""
 
     fit_errors: dict[str, float]
     """For weights that were fitted, |W - composed| / |W| at that time, by attribute name."""
@@ -109,9 +126,7 @@ class FactorisedLayer(nn.Module):
     def to_dense(self) -> nn.Module:
         """The ordinary layer with the composed weights; shares no tensor with this one."""
         dense = self.dense_class.__new__(self.dense_class)
-        dense.__dict__ = {
-            k: v for k, v in self.__dict__.items() if k not in ("plans", "fit_errors")
-        }
+        dense.__dict__ = {k: v for k, v in self.__dict__.items() if k not in OWN_ATTRIBUTES}
         dense.__dict__["_parameters"] = self._dense_parameters()
         return dense
 
@@ -137,7 +152,10 @@ class FactorisedLayer(nn.Module):
         plan = self.plans.get(weight)
         if plan is None:
             return self._parameters[weight]  # type: ignore[return-value]
-        value = plan.compose(self.factors(weight))
+        factors: Mapping[str, Tensor] = self.factors(weight)
+        if self.training and self.phase != "joint" and plan.private_names:
+            factors = _of_phase(plan, factors, self.phase)
+        value = plan.compose(factors)
         if self.on_composed is not None:
             self.on_composed(weight, value)
         return value
@@ -154,6 +172,11 @@ class FactorisedLayer(nn.Module):
 
     # What torch expects of a layer
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called for every copy and every unpickled layer: optimizers must find these as well."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        layers_alive.add(self)
+
     def reset_parameters(self) -> None:
         """Draw new factors; the dense layer's own rule would write into a weight that is gone."""
         for weight, plan in self.plans.items():
@@ -167,6 +190,19 @@ class FactorisedLayer(nn.Module):
         ranks = {w: f"{p.method.name} rank {p.rank}" for w, p in self.plans.items()}
         texts = [t if w == "weight" else f"{w}: {t}" for w, t in ranks.items()]
         return ", ".join(text for text in (super().extra_repr(), *texts) if text)
+
+
+def _of_phase(
+    plan: WeightPlan, factors: Mapping[str, Tensor], phase: Phase
+) -> Mapping[str, Tensor]:
+    """Private steps see the shared half frozen; shared steps see the private half switched off."""
+    changed = dict(factors)
+    for name, factor in factors.items():
+        if phase == "private" and name not in plan.private_names:
+            changed[name] = factor.detach()
+        elif phase == "shared" and plan.zero_at_start(name):
+            changed[name] = torch.zeros_like(factor)
+    return changed
 
 
 def _copy(value: Tensor, like: Tensor) -> nn.Parameter:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fedpara_plugins import ModelSpec, convert, report, split, to_dense
 from fedpara_plugins.layers import FactorisedLayer
+from fedpara_plugins.plan import WeightPlan
 
 __all__ = ["LayerContract"]
 
@@ -192,8 +193,8 @@ class LayerContract:
             _train_step(model, inputs if isinstance(inputs, tuple) else (inputs,))
             still = {k for k, v in model.named_parameters() if torch.equal(v, before[k])}
             expected = {
-                f"layer.{model.layer.factor_key(weight, name)}"
-                for weight, plan in model.layer.plans.items()
+                f"{path}.{layer.factor_key(weight, name)}"
+                for path, layer, weight, plan in _weights(model)
                 for name in plan.private_names
                 if not plan.zero_at_start(name)
             }
@@ -206,9 +207,10 @@ class LayerContract:
             model = convert(
                 Holder(copy.deepcopy(dense)), method=method, gamma=self.gamma, **self.options
             )
-            for weight, plan in model.layer.plans.items():
-                got = model.layer.composed_weight(weight).double().var().item()
-                default = getattr(dense, weight).double().var().item()
+            for path, layer, weight, plan in _weights(model):
+                got = layer.composed_weight(weight).double().var().item()
+                plain = Holder(dense).get_submodule(path)
+                default = getattr(plain, weight).double().var().item()
                 assert got == pytest.approx(plan.variance, rel=0.05)
                 assert got == pytest.approx(default, rel=0.15)
 
@@ -224,11 +226,12 @@ class LayerContract:
                 model = convert(
                     Holder(copy.deepcopy(dense)), method=method, gamma=self.gamma, **self.options
                 )
-                for weight, slope in _slopes(model.layer):
-                    slopes.setdefault(weight, []).append(slope)
-            for weight, plan in model.layer.plans.items():
+                for path, layer, weight, _ in _weights(model):
+                    slopes.setdefault(f"{path}.{weight}", []).append(_slope(layer, weight))
+            for path, _, weight, plan in _weights(model):
                 expected = plan.method.speed + (0.2 if plan.private_names else 0.0)
-                mean = sum(slopes[weight]) / len(slopes[weight])
+                measured = slopes[f"{path}.{weight}"]
+                mean = sum(measured) / len(measured)
                 assert mean == pytest.approx(expected, rel=0.2)
 
 
@@ -242,14 +245,20 @@ def _scatter(model: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.02)
 
 
+def _weights(model: nn.Module) -> Iterator[tuple[str, FactorisedLayer, str, WeightPlan]]:
+    """Every factorised weight: its layer's path, the layer, its own name and plan."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, FactorisedLayer):
+            for weight, plan in layer.plans.items():
+                yield path, layer, weight, plan
+
+
 def _reference_state(model: Holder, copies: dict[str, Tensor]) -> dict[str, Tensor]:
-    layer = model.layer
-    assert isinstance(layer, FactorisedLayer)
     state = dict(copies)
-    for weight, plan in layer.plans.items():
-        keys = {name: f"layer.{layer.factor_key(weight, name)}" for name in plan.factor_names}
+    for path, layer, weight, plan in _weights(model):
+        keys = {name: f"{path}.{layer.factor_key(weight, name)}" for name in plan.factor_names}
         factors = {name: state.pop(key) for name, key in keys.items()}
-        state[f"layer.{weight}"] = reference_weight(layer, weight, factors)
+        state[f"{path}.{weight}"] = reference_weight(layer, weight, factors)
     return state
 
 
@@ -260,18 +269,15 @@ def _train_step(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     optimizer.step()
 
 
-def _slopes(layer: FactorisedLayer) -> Iterator[tuple[str, float]]:
+def _slope(layer: FactorisedLayer, weight: str) -> float:
     step = 1e-4
-    for weight in layer.plans:
-        before = layer.composed_weight(weight)
-        gradient = torch.randn_like(before)
-        factors = layer.factors(weight)
-        grads = torch.autograd.grad((before * gradient).sum(), list(factors.values()))
-        moved = {
-            k: (f - step * g).detach() for (k, f), g in zip(factors.items(), grads, strict=True)
-        }
-        change = (layer.plans[weight].compose(moved) - before).detach()
-        yield weight, float((change * -gradient).sum() / (step * gradient.square().sum()))
+    before = layer.composed_weight(weight)
+    gradient = torch.randn_like(before)
+    factors = layer.factors(weight)
+    grads = torch.autograd.grad((before * gradient).sum(), list(factors.values()))
+    moved = {k: (f - step * g).detach() for (k, f), g in zip(factors.items(), grads, strict=True)}
+    change = (layer.plans[weight].compose(moved) - before).detach()
+    return float((change * -gradient).sum() / (step * gradient.square().sum()))
 
 
 def _double(value: Any) -> Any:

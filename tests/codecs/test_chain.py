@@ -88,6 +88,14 @@ def test_first_contact_keeps_what_is_lossless_and_needs_no_reference(text, first
     assert not codec.needs_reference
 
 
+def test_first_contact_drops_what_needs_a_reference_though_it_is_lossless():
+    exact = Careless(lambda tensors: tensors)
+    exact.needs_reference = True
+    codec = Codec((exact, STAGES["zlib"]))
+    assert (codec.lossless, codec.needs_reference) == (True, True)
+    assert codec.first_contact().name == "zlib"
+
+
 @pytest.mark.parametrize("text", ["none", "lossless", "int8", "delta", "delta+zlib", "delta+int8"])
 @pytest.mark.parametrize("sample", ["plain", "buffers", "corners", "strided", "nothing"])
 def test_every_chain_gives_back_names_order_dtypes_and_shapes(text, sample):

@@ -20,6 +20,8 @@ from torch import nn
 from fedpara_plugins._version import __version__
 from fedpara_plugins.codecs import (
     BUILTIN_STAGES,
+    Codec,
+    Stage,
     decode_payload,
     encode_payload,
     parse_codec,
@@ -125,6 +127,24 @@ def test_tied_parameters_gradients_and_views_may_be_sent():
         back = decode(encode_payload(tensors, codec=codec)).tensors
         assert same_bits(back, tensors)
         assert not any(tensor.requires_grad for tensor in back.values())
+
+
+def test_stages_see_plain_tensors():
+    class Spy(Stage):
+        name = "spy"
+        lossless = True
+
+        def encode(self, tensors, *, reference):
+            assert all(t.is_contiguous() and not t.requires_grad for t in tensors.values())
+            return tensors, {"seen": len(tensors)}
+
+        def decode(self, tensors, notes, *, reference, limit):
+            return tensors
+
+    layer = nn.Linear(3, 2)
+    data = encode_payload({"w": layer.weight, "t": layer.weight.T}, codec=Codec((Spy(),)))
+    assert peek_header(data).notes == [{"seen": 2}]
+    assert layer.weight.requires_grad
 
 
 def test_without_codec_the_payload_is_an_ordinary_safetensors_file():

@@ -340,6 +340,40 @@ def test_json_that_is_malformed_deep_or_huge_is_refused_at_once(rest):
     assert time.process_time() - start < 10
 
 
+@pytest.mark.parametrize("text", [3, None, [], {}, True])
+def test_a_header_that_is_no_text(text):
+    mark = '{"crc32":"00000000"'  # for the checksum's place, somewhere else in the table
+    assert "no metadata 'fedpara'" in refused(pack({"__metadata__": {"x": mark, "fedpara": text}}))
+    assert "no metadata 'fedpara'" in refused(pack({"__metadata__": [mark, text]}))
+    assert "no metadata 'fedpara'" in refused(pack([mark, text]))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("[" * 31 + "]" * 31, "nested deeper than 32"),
+        ('{"a":' * 31 + "1" + "}" * 31, "nested deeper than 32"),
+        ("NaN", "not finite"),
+        ("-Infinity", "not finite"),
+        ("1e999", "not finite"),
+        ("1" * 101, "101 digits"),
+        ('{"a":1,"a":2}', "same key twice"),
+        ("01", "malformed"),
+    ],
+)
+def test_json_that_is_refused_inside_a_sound_header(value, said):
+    _, inner, _ = parts(PAYLOADS["none"])
+    text = json.dumps({**inner, "extra": {"x": "HERE"}}, separators=(",", ":"))
+    assert decode(forged("none", text=text)).header.extra == {"x": "HERE"}
+    assert said in refused(forged("none", text=text.replace('"HERE"', value)))
+
+
+@pytest.mark.parametrize("notes", [[None], [3], [[]], ["x"], [[{}]]])
+def test_notes_that_are_no_objects_do_not_even_reach_a_caller_who_peeks(notes):
+    with pytest.raises(PayloadError, match="notes are not a list of objects"):
+        peek_header(forged("lossless", put("notes", notes)))
+
+
 def test_nesting_inside_text_does_not_count():
     extra = {"pattern": "[" * 100 + '\\"{' * 100}
     data = encode_payload({}, codec=parse_codec("none", STAGES), extra=extra)

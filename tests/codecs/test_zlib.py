@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+import warnings
 import zlib
 
 import pytest
@@ -65,7 +66,14 @@ class TestZlib(StageContract):
     def test_decoded_tensors_have_memory_of_their_own(self):
         tensors = {"a": torch.arange(4.0), "b": torch.arange(4.0)}
         coded, notes = self.stage.encode(tensors, reference=None)
-        back = self.stage.decode(coded, notes, reference=None, limit=100)
+        before = torch.is_warn_always_enabled()
+        torch.set_warn_always(True)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # torch warns of tensors over read-only bytes
+                back = self.stage.decode(coded, notes, reference=None, limit=100)
+        finally:
+            torch.set_warn_always(before)
         back["a"].zero_()
         assert back["a"].untyped_storage().nbytes() == 16
         assert torch.equal(back["b"], tensors["b"])
@@ -129,6 +137,21 @@ class TestZlib(StageContract):
         size = math.prod(notes["shapes"][0]) if notes["names"] == ["x"] else 3
         with pytest.raises(PayloadError):
             self.decode(zlib.compress(bytes(max(0, int(size)))), notes)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda stream: {"stream": stream.view(torch.int8)},
+            lambda stream: {"stream": stream.unsqueeze(0)},
+            lambda stream: {"stream": stream, "more": stream},
+            lambda stream: {"other": stream},
+            lambda stream: {},
+        ],
+    )
+    def test_anything_but_one_stream_is_refused(self, change):
+        stream = stream_of(zlib.compress(b"abc"))["stream"]
+        with pytest.raises(PayloadError, match="expected one uint8 tensor 'stream'"):
+            self.stage.decode(change(stream), layout([3]), reference=None, limit=3)
 
     def test_booleans_other_than_0_and_1_are_refused(self):
         with pytest.raises(PayloadError, match="boolean"):

@@ -9,7 +9,7 @@ from fedpara_plugins import ConversionError, JacobianCorrection
 
 
 def by_hand(layer, jacobian, lr):
-    """Section 3: J_W1 = J_W * W2, J_X1 = J_W1 Y1, J_Y1 = J_W1^T X1, and the same with 1, 2 swapped."""
+    """Section 3: J_W1 = J_W * W2, J_X1 = J_W1 Y1, J_Y1 = J_W1^T X1; 1 and 2 swapped likewise."""
     s = layer.plans["weight"].scale
     x1, y1, x2, y2 = layer.x1, layer.y1, layer.x2, layer.y2
     w1, w2 = x1 @ y1.T, x2 @ y2.T

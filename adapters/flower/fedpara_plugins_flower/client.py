@@ -10,8 +10,8 @@ from flwr.common import Context, Message, RecordDict
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError, ModelSpec, merge
+from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins.codecs import peek_header, reference_hash
-from fedpara_plugins_flower.checkpoint import write_checkpoint
 from fedpara_plugins_flower.client_state import ClientState
 from fedpara_plugins_flower.coding import check_finite, decode, encode, spec_of
 from fedpara_plugins_flower.marker import Marker
@@ -69,11 +69,15 @@ def client_mod(message: Message, context: Context, call_next: App) -> Message:
     }
     for name, part in received.items():
         message.content[name] = to_record(part.full)
-    reply = _call_app(message, context, call_next, settings, received)
+    expected = next((part.spec for part in received.values()), None)
+    run = Run(settings, side="client", expected=expected, previous_steps=state.steps())
+    reply = _call_app(message, context, call_next, run)
     if reply.has_error():
         return reply
     _export(message, context, settings, received)
-    return _encode_reply(reply, settings, state, received)
+    encoded = _encode_reply(reply, settings, state, received)
+    state.keep_steps(max((training.steps for training in run.trainings), default=0))
+    return encoded
 
 
 def _lost_reference(message: Message, state: ClientState) -> bool:
@@ -105,15 +109,8 @@ def _receive(name: str, payload: bytes | None, state: ClientState) -> _Received:
     )
 
 
-def _call_app(
-    message: Message,
-    context: Context,
-    call_next: App,
-    settings: Settings,
-    received: Mapping[str, _Received],
-) -> Message:
-    expected = next((part.spec for part in received.values()), None)
-    with open_run(Run(settings, side="client", expected=expected)):
+def _call_app(message: Message, context: Context, call_next: App, run: Run) -> Message:
+    with open_run(run):
         try:
             return call_next(message, context)
         except FedParaError as error:
@@ -159,7 +156,7 @@ def _export(
         return
     who = context.node_config.get("partition-id", context.node_id)
     for part in received.values():
-        write_checkpoint(
+        save_dense(
             folder / f"client-{who}.safetensors",
             part.spec.dense_state(part.full),
             model=f"the own model of client {who}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flwr.common import ArrayRecord, RecordDict
+from flwr.common import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedpara_plugins import ModelSpec
@@ -14,6 +14,7 @@ from fedpara_plugins_flower.records import carried_payload, payload_record
 __all__ = ["ClientState"]
 
 PRIVATE = "fedpara.private"
+PROGRESS = "fedpara.progress"
 REFERENCE = "fedpara.reference."
 
 
@@ -57,6 +58,16 @@ class ClientState:
     def keep_reference(self, record: str, tensors: Mapping[str, Tensor]) -> None:
         """Replace the tensors last received in the record of that name."""
         self._save(REFERENCE + record, tensors)
+
+    def steps(self) -> int | None:
+        """Optimizer steps of the last round that this client trained; None before the first."""
+        record = self._state.get(PROGRESS)
+        return int(str(record["steps"])) if isinstance(record, ConfigRecord) else None
+
+    def keep_steps(self, steps: int) -> None:
+        """Replace the number of steps; 0 (an evaluation, say) changes nothing."""
+        if steps:
+            self._state[PROGRESS] = ConfigRecord({"steps": steps})
 
     def _load(self, key: str) -> dict[str, Tensor] | None:
         record = self._state.get(key)

@@ -18,6 +18,7 @@ from flwr.common import ArrayRecord
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError, FedParaConfig, ModelSpec, convert
+from fedpara_plugins.training import Training, start_round, training_of
 from fedpara_plugins_flower.settings import Settings
 
 __all__ = ["Run", "active_run", "factorised", "open_run", "to_dense"]
@@ -37,6 +38,8 @@ class Run:
         side: ``"client"`` or ``"server"``.
         expected: on a client, the model that the server's message describes.
         specs: the models that `factorised` built here, by their set of names.
+        previous_steps: on a client, optimizer steps of its previous training round, if known.
+        trainings: progress of the models that were built here with training options.
         on_loaded: called with every complete state that such a model loads.
     """
 
@@ -44,6 +47,8 @@ class Run:
     side: str
     expected: ModelSpec | None = None
     specs: dict[frozenset[str], ModelSpec] = field(default_factory=dict)
+    previous_steps: int | None = None
+    trainings: list[Training] = field(default_factory=list)
     on_loaded: Callable[[dict[str, Tensor]], None] | None = None
 
     def converted(self, model: M) -> M:
@@ -57,6 +62,9 @@ class Run:
         if self.expected is not None:
             spec.check_equal(self.expected, here="this client", there="the server")
         self.specs[frozenset(spec.keys)] = spec
+        start_round(model, previous_steps=self.previous_steps)
+        if (training := training_of(model)) is not None:
+            self.trainings.append(training)
         if self.on_loaded is not None:
             model.register_load_state_dict_post_hook(_announce_loaded)  # type: ignore[no-untyped-call]
         return model

@@ -9,8 +9,8 @@ from flwr.common import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
+from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins_flower.accounting import Accounting
-from fedpara_plugins_flower.checkpoint import write_checkpoint
 from fedpara_plugins_flower.final_state import FinalState
 from fedpara_plugins_flower.grid import CodecGrid, ObservingGrid
 from fedpara_plugins_flower.run import Run, open_run
@@ -75,7 +75,7 @@ def _write_final(run: Run, final: FinalState) -> None:
     spec = run.specs.get(frozenset(state))
     method = run.settings.config.method
     private = spec is not None and bool(spec.private_keys)
-    write_checkpoint(
+    save_dense(
         path,
         spec.dense_state({k: v for k, v in state.items() if k not in spec.private_keys})
         if spec is not None
