@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +143,8 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     if start[8:9] != b"{":
         return Checkpoint(tensors=_read_torch(path))
     about = read_about(path)
+    if "crc32" in about:
+        raise PayloadError(f"{path}: a message, not a checkpoint; `fedpara inspect` shows it")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -176,7 +179,9 @@ def read_about(path: Path | str) -> dict[str, Any]:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old or odd pickles; what counts is the outcome
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise PayloadError(
             f"{path}: neither a safetensors file nor one that torch reads with weights_only=True: "

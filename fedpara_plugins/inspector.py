@@ -44,6 +44,10 @@ def inspect_file(path: Path | str) -> str:
             lines = list(_safetensors_lines(path))
         else:
             raise PayloadError(_neither(path, start))
+    except PayloadError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise type(error)(f"{path}: {error}") from error
     except (FedParaError, OSError):
         raise
     except (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as e:
@@ -116,8 +120,7 @@ def _payload_lines(path: Path) -> Iterator[str]:
     version = f"payload of format version {header.version}"
     yield f"{printable(path.name)}: {version}, {len(data):,} bytes"
     yield f"  sender: fedpara-plugins {printable(header.plugin_version)}"
-    fewer = f"{size / len(data):.2f} times smaller than its tensors"
-    yield f"  codec: {printable(header.codec)}, {fewer}"
+    yield f"  codec: {printable(header.codec)}, for tensors of {size:,} bytes"
     yield f"  reference: {printable(header.reference or 'none')}"
     if header.extra is not None:
         yield f"  extra: {printable(str(dict(header.extra)))}"

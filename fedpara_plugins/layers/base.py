@@ -152,10 +152,7 @@ class FactorisedLayer(nn.Module):
         plan = self.plans.get(weight)
         if plan is None:
             return self._parameters[weight]  # type: ignore[return-value]
-        factors: Mapping[str, Tensor] = self.factors(weight)
-        if self.training and self.phase != "joint" and plan.private_names:
-            factors = _of_phase(plan, factors, self.phase)
-        value = plan.compose(factors)
+        value = plan.compose(self.factors_now(weight))
         if self.on_composed is not None:
             self.on_composed(weight, value)
         return value
@@ -164,6 +161,13 @@ class FactorisedLayer(nn.Module):
         """The factors of one weight by their names (x1, y1, ...), as the parameters they are."""
         keys = {name: self.factor_key(weight, name) for name in self.plans[weight].factor_names}
         return {name: getattr(self, key) for name, key in keys.items()}
+
+    def factors_now(self, weight: str) -> Mapping[str, Tensor]:
+        """The factors as the present phase of training sees them: what is to be composed."""
+        plan, factors = self.plans[weight], self.factors(weight)
+        if self.training and self.phase != "joint" and plan.private_names:
+            return _of_phase(plan, factors, self.phase)
+        return factors
 
     @classmethod
     def factor_key(cls, weight: str, factor: str) -> str:

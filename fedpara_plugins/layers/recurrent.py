@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedpara_plugins.layers.base import FactorisedLayer
+from fedpara_plugins.layers.base import FactorisedLayer, layers_alive
 from fedpara_plugins.plan import WeightPlan, WeightSlot
 
 __all__ = ["FactorisedGRU", "FactorisedLSTM", "FactorisedRecurrent"]
@@ -67,6 +67,7 @@ class FactorisedRecurrent(FactorisedLayer, nn.RNNBase):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # nn.RNNBase would compose every weight here, only to remember where it was.
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+        layers_alive.add(self)
         self._flat_weight_refs = []
 
     # The dense layer's bookkeeping of a list that is not kept here

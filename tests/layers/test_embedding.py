@@ -6,6 +6,7 @@ from torch import nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins.layers import FactorisedEmbedding, FactorisedEmbeddingBag
+from fedpara_plugins.plan import WeightPlan
 from fedpara_plugins.testing.layer_contract import LayerContract
 
 METHODS = ("lowrank", "fedpara", "pfedpara")
@@ -18,8 +19,12 @@ class TestEmbedding(LayerContract):
         tokens = torch.randint(0, 120, (4, 30))
         return [
             (nn.Embedding(120, 64), tokens),
+            (nn.Embedding(120, 64), tokens[:, :9]),
+            (nn.Embedding(120, 64), torch.tensor(7)),
+            (nn.Embedding(120, 64, padding_idx=5), torch.tensor([[5, 1, 5], [2, 2, 119]])),
             (nn.Embedding(120, 64, padding_idx=-1), torch.cat([tokens, tokens * 0 + 119], 1)),
             (nn.Embedding(120, 64, scale_grad_by_freq=True), tokens),
+            (nn.Embedding(120, 64, scale_grad_by_freq=True), tokens[:, :9]),
         ]
 
 
@@ -115,3 +120,45 @@ def test_tied_to_a_linear_layer_stays_tied():
 def test_classes():
     assert type(fedpara.convert(nn.Embedding(99, 64))) is FactorisedEmbedding
     assert type(fedpara.convert(nn.EmbeddingBag(99, 64))) is FactorisedEmbeddingBag
+
+
+@pytest.mark.parametrize(("count", "rows"), [(119, 119), (150, 120)])
+def test_a_short_batch_composes_its_own_rows_only(count, rows, monkeypatch):
+    model = fedpara.convert(nn.Embedding(120, 64), method="fedpara")
+    tokens, table = torch.arange(count).flip(0) % 120, model.weight
+    shapes, compose = [], WeightPlan.compose
+
+    def observed(plan, factors):
+        shapes.append(plan.shape)
+        return compose(plan, factors)
+
+    monkeypatch.setattr(WeightPlan, "compose", observed)
+    torch.testing.assert_close(model(tokens), table[tokens])
+    assert shapes == [(rows, 64)]
+
+
+@pytest.mark.parametrize("tokens", [torch.tensor([3, 5]), torch.arange(120)])
+def test_the_phase_of_training_holds_for_short_and_long_batches(tokens):
+    model = fedpara.convert(nn.Embedding(120, 64), method="pfedpara")
+    model.x2.data.normal_()
+    expected = {"private": {"x2", "y2"}, "shared": {"x1", "y1"}}
+    for phase, names in expected.items():
+        model.phase = phase
+        model.zero_grad()
+        model(tokens).square().sum().backward()
+        moved = {k for k, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        assert moved == names
+
+
+def test_an_index_out_of_range_is_refused_as_by_the_dense_layer():
+    model = fedpara.convert(nn.Embedding(120, 64))
+    for layer in (nn.Embedding(120, 64), model):
+        with pytest.raises(IndexError, match="out of range"):
+            layer(torch.tensor([120]))
+
+
+def test_whoever_observes_the_composed_weight_sees_the_whole_table():
+    model, seen = fedpara.convert(nn.Embedding(120, 64)), []
+    model.on_composed = lambda name, value: seen.append((name, tuple(value.shape)))
+    model(torch.tensor([3]))
+    assert seen == [("weight", (120, 64))]

@@ -258,7 +258,7 @@ def test_weights_read_as_attributes_and_as_lists():
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_composes_every_weight_once_per_forward(name, monkeypatch):
+def test_composes_every_weight_once_per_forward_and_never_else(name, monkeypatch):
     layer = fedpara.convert(LAYERS[name](), method="fedpara", gamma=0.3)
     composed, compose = [], WeightPlan.compose
 
@@ -268,6 +268,8 @@ def test_composes_every_weight_once_per_forward(name, monkeypatch):
 
     monkeypatch.setattr(WeightPlan, "compose", counted)
     layer.flatten_parameters()
+    copy.deepcopy(layer).double()
+    assert composed == []
     layer(torch.randn(50, 3, 32))
     assert sorted(composed) == sorted(layer.plans)
 

@@ -1,0 +1,1 @@
+"""Federated learning of handwritten digits: a Flower app with PyTorch."""
