@@ -26,7 +26,9 @@ SPEEDS = (0.25, 0.5, 1.0)
 DRAWS = 8
 
 
-def movement(layer: nn.Module, optimizer: Callable[..., torch.optim.Optimizer]) -> tuple[float, float]:
+def movement(
+    layer: nn.Module, optimizer: Callable[..., torch.optim.Optimizer]
+) -> tuple[float, float]:
     """Slope along -G, and root mean square, of one step's movement divided by the rate."""
     rate = 1e-5
     before = layer.weight.detach().clone()

@@ -121,14 +121,22 @@ class WeightPlan:
         Args:
             factors: by name, with the shapes that `factor_shape` gives.
         """
+        return self.compose_rows(factors).view(self.shape)
+
+    def compose_rows(self, factors: Mapping[str, Tensor]) -> Tensor:
+        """As `compose`, with some rows of every x only: methods are elementwise, rows independent.
+
+        Returns:
+            shape (rows, n) or (rows, n, k1, ...); without the kernel's sides if they are all 1.
+        """
         operands = [
             operand(factors[f"x{i}"], factors[f"y{i}"], factors.get(f"t{i}"))
             for i in range(1, self.method.operands + 1)
         ]
         if self.tanh:
             operands = [torch.tanh(w * self._inner_scale(i)) for i, w in enumerate(operands)]
-            return self.method.combine(operands).view(self.shape)
-        return self.method.combine(operands).view(self.shape) * self.scale
+            return self.method.combine(operands)
+        return self.method.combine(operands) * self.scale
 
     def _inner_scale(self, index: int) -> float:
         shared = self.method.operands - len(self.method.private)

@@ -12,7 +12,6 @@ All rows move in every step, also those whose index is in no batch, since they s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,13 +86,12 @@ class FactorisedEmbedding(EmbeddingMixin, nn.Embedding):
         return torch.where((input == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
 
     def _rows(self, tokens: Tensor) -> Tensor:
-        """(tokens, embedding_dim): methods are elementwise, so rows of X give rows of the table."""
+        """The rows of these tokens, shape (tokens, embedding_dim)."""
         factors = {
             name: functional.embedding(tokens, factor) if name[0] == "x" else factor
             for name, factor in self.factors_now("weight").items()
         }
-        shape = (tokens.numel(), self.embedding_dim)
-        return replace(self.plans["weight"], shape=shape).compose(factors)
+        return self.plans["weight"].compose_rows(factors)
 
 
 class FactorisedEmbeddingBag(EmbeddingMixin, nn.EmbeddingBag):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from fedpara_plugins.codecs import (
     BUILTIN_STAGES,
@@ -240,6 +241,19 @@ def test_other_formats(data):
         peek_header(data)
 
 
+def test_a_safetensors_file_of_somebody_else():
+    assert "no header of fedpara-plugins" in refused(save(TENSORS))
+    assert "no header of fedpara-plugins" in refused(save(TENSORS, metadata={"fedpara": "{}"}))
+
+
+def test_a_checksum_that_would_stand_outside_the_table():
+    text = b'{"__metadata__":{"fedpara":"' + MARK
+    for digits in (b"", b"0000000", b"00000000", b"00000000" * 9):
+        data = struct.pack("<Q", len(text)) + text + digits
+        assert "no header of fedpara-plugins" in refused(data)
+        assert "no header of fedpara-plugins" in refused(signed(data))
+
+
 @pytest.mark.parametrize("data", [None, "text", 3, [1, 2], {"a": 1}])
 def test_things_that_are_not_even_bytes(data):
     assert "expected bytes" in refused(data)
@@ -386,9 +400,10 @@ def test_headers_beyond_4_mib_are_neither_written_nor_read():
         encode_payload({}, codec=parse_codec("none", STAGES), extra={"x": "a" * 2**22})
 
 
-@pytest.mark.parametrize("size", [0, 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("size", [0, 1, 10_000, 2**22, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
 def test_declared_header_sizes(size):
-    refused(struct.pack("<Q", size) + PAYLOADS["int8"][8:])
+    message = refused(struct.pack("<Q", size) + PAYLOADS["int8"][8:])
+    assert ("no header of fedpara-plugins" if size == 1 else f"would have {size};") in message
 
 
 # --- the container --------------------------------------------------------------------------------

@@ -104,6 +104,13 @@ def test_one_sequence_without_a_batch():
     assert_same(model(x, memory, memory), dense(x, memory, memory))
 
 
+def test_the_causal_hint_needs_its_mask_as_dense():
+    x = torch.randn(7, 3, 48)
+    for layer in pair(nn.MultiheadAttention(48, 4)):
+        with pytest.raises(RuntimeError, match="is_causal"):
+            layer(x, x, x, is_causal=True)
+
+
 def test_self_attention_is_one_product_also_batch_first(monkeypatch):
     """torch sees it by the identity of its arguments, which turning them must not lose."""
     seen, forward = [], nn.functional.multi_head_attention_forward

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fedpara_plugins as fedpara
 from fedpara_plugins.layers import FactorisedGRU, FactorisedLSTM
@@ -342,6 +342,23 @@ def test_inputs_that_do_not_fit_are_refused_as_by_the_dense_layer(x, error, says
         nn.LSTM(32, 40)(x)
     with pytest.raises(error, match=says):
         fedpara.convert(nn.LSTM(32, 40))(x)
+
+
+def test_packed_data_of_too_many_dimensions_is_refused_as_by_the_dense_layer():
+    packed = PackedSequence(torch.zeros(5, 2, 32), torch.tensor([3, 2]))
+    with pytest.raises(RuntimeError):
+        nn.GRU(32, 40)(packed)
+    with pytest.raises(RuntimeError, match=r"GRU.*2 dimensions"):
+        fedpara.convert(nn.GRU(32, 40))(packed)
+
+
+def test_autocast_takes_inputs_of_either_precision():
+    torch.manual_seed(0)
+    layer, x = fedpara.convert(nn.LSTM(32, 40), gamma=0.3), torch.randn(5, 3, 32)
+    expected = layer(x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for inputs in (x, x.bfloat16()):
+            assert (layer(inputs)[0].float() - expected).norm() / expected.norm() < 0.05
 
 
 # A whole model

@@ -1,0 +1,317 @@
+"""A Grid that runs the ClientApps in this process, without engine, and is faithful to the wire.
+
+Every message is taken apart into the objects that Flower sends (their very bytes) and put together
+again on the other side, so no Python object is ever on both sides. Each node keeps its
+``Context.state`` between messages, in the same form. A ClientApp is built anew for each message,
+as in Flower's deployment, where every message has a process of its own. Exceptions become the
+Error replies that the engine makes of them.
+
+What it does not do: sampling in time (no timeout, no node that is away) and chunks over HTTP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
+from uuid import uuid4
+
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid, ServerApp
+
+try:  # flwr 1.22; moved by 1.41
+    from flwr.client.client_app import ClientAppException
+except ImportError:
+    from flwr.clientapp.client_app import ClientAppException
+
+try:  # flwr 1.41 takes the sender of a new message from here; 1.22 has the Grid fill it in
+    from flwr.supercore.task_identity import TaskIdentity
+except ImportError:
+    TaskIdentity = None
+
+__all__ = ["Engine", "InProcessGrid", "Sent", "WireObject"]
+
+Engine = Literal["simulation", "deployment"]
+RunConfig = Mapping[str, bool | float | int | str]
+
+RUN_ID = 1234567890123
+
+
+@dataclass(frozen=True)
+class WireObject:
+    """A message, record or array as it travels.
+
+    Attributes:
+        kind: its class, which on Flower's wire stands in the first bytes.
+        content: the bytes that Flower sends for it.
+        children: the objects it consists of, by their id; equal ones travel once.
+    """
+
+    kind: type[Any]
+    content: bytes
+    children: Mapping[str, WireObject]
+
+    @classmethod
+    def of(cls, value: Any) -> WireObject:
+        """Take a Flower object apart."""
+        children = {key: cls.of(child) for key, child in (value.children or {}).items()}
+        return cls(type(value), bytes(value.deflate()), children)
+
+    def rebuilt(self) -> Any:
+        """A new Flower object that shares nothing with the one that was taken apart."""
+        children = {key: child.rebuilt() for key, child in self.children.items()}
+        return self.kind.inflate(self.content, children or None)
+
+    def contents(self) -> Iterator[bytes]:
+        """The bytes of this object and of all it consists of."""
+        yield self.content
+        for child in self.children.values():
+            yield from child.contents()
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One message on its way, as the wire sees it.
+
+    Attributes:
+        direction: ``down`` to a client, ``up`` from one.
+        node: the client's id.
+        partition: the client's number, from 0.
+        kind: the message's type, ``train`` or ``evaluate``.
+        round: that the strategy wrote into the message, or into the one that this answers.
+        wire: the bytes.
+    """
+
+    direction: Literal["down", "up"]
+    node: int
+    partition: int
+    kind: str
+    round: int
+    wire: WireObject
+
+    @property
+    def message(self) -> Message:
+        """The message, rebuilt: changing it changes nothing else."""
+        message: Message = self.wire.rebuilt()
+        return message
+
+    @property
+    def content(self) -> RecordDict:
+        """Its records; empty for an error."""
+        message = self.message
+        return message.content if message.has_content() else RecordDict()
+
+    @property
+    def arrays(self) -> dict[str, ArrayRecord]:
+        """Its records of arrays, by name."""
+        return dict(self.content.array_records)
+
+    @property
+    def data(self) -> bytes:
+        """Everything that travels for this message, end to end."""
+        return b"".join(self.wire.contents())
+
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of all arrays as Flower serialises each of them, names and framing left out."""
+        return sum(len(a.data) for record in self.arrays.values() for a in record.values())
+
+
+class _Node:
+    def __init__(self, partition: int, partitions: int, seed: int) -> None:
+        self.id = random.Random(f"{seed}:{partition}").getrandbits(62)
+        self.partition = partition
+        self.config = {"partition-id": partition, "num-partitions": partitions}
+        self.state = WireObject.of(RecordDict())
+
+
+class InProcessGrid(Grid):
+    """Runs clients one after the other when their replies are asked for.
+
+    Replies come in the order of the nodes' ids, so that sums, and with them whole runs, are the
+    same bit for bit each time; no engine promises an order.
+
+    Args:
+        client_app: builds the ClientApp, once a message.
+        nodes: how many clients there are.
+        run_config: what their ``Context.run_config`` holds.
+        engine: whose behaviour for exceptions: ``simulation`` wraps them and forgets what the
+            client changed in its state; ``deployment`` does neither.
+        tap: called with each message, in both directions, as it travels, and with this Grid. All
+            messages are kept in ``sent`` anyway.
+    """
+
+    def __init__(
+        self,
+        client_app: Callable[[], ClientApp],
+        *,
+        nodes: int = 4,
+        run_config: RunConfig | None = None,
+        engine: Engine = "simulation",
+        tap: Callable[[Sent, InProcessGrid], None] | None = None,
+    ) -> None:
+        self._client_app = client_app
+        made = sorted((_Node(i, nodes, RUN_ID) for i in range(nodes)), key=lambda node: node.id)
+        self._nodes = {node.id: node for node in made}
+        self._run_config = dict(run_config or {})
+        self._engine = engine
+        self._tap = tap
+        self._waiting: dict[str, WireObject] = {}
+        self.sent: list[Sent] = []
+
+    # For tests
+
+    def node_id(self, partition: int) -> int:
+        """The id of a client, by its number."""
+        return next(node.id for node in self._nodes.values() if node.partition == partition)
+
+    def client_state(self, partition: int) -> RecordDict:
+        """A copy of what a client keeps."""
+        state: RecordDict = self._nodes[self.node_id(partition)].state.rebuilt()
+        return state
+
+    def lose_state(self, partition: int) -> None:
+        """Let a client forget everything, as a restarted SuperNode has."""
+        self._nodes[self.node_id(partition)].state = WireObject.of(RecordDict())
+
+    def serve(self, app: ServerApp, run_config: RunConfig | None = None) -> None:
+        """Run a ServerApp to its end, as the engine does."""
+        context = Context(
+            run_id=RUN_ID,
+            node_id=SUPERLINK_NODE_ID,
+            node_config={},
+            state=RecordDict(),
+            run_config=dict(run_config or {}),
+        )
+        with _identity(SUPERLINK_NODE_ID):
+            app(grid=self, context=context)
+
+    # Flower's interface
+
+    def set_run(self, run: Any) -> None:
+        """Nothing to choose: there is one run."""
+
+    @property
+    def run(self) -> Any:
+        """The run, as far as anyone asks."""
+        return SimpleNamespace(run_id=RUN_ID)
+
+    def create_message(  # noqa: D102  (Flower's own, deprecated)
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes; they are always there."""
+        return list(self._nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Put messages on the wire."""
+        ids = []
+        for message in messages:
+            # Flower's own grids write these into __dict__ too: there is no public way.
+            fields = message.metadata.__dict__
+            fields.update(_run_id=RUN_ID, _src_node_id=SUPERLINK_NODE_ID, _message_id=str(uuid4()))
+            self._waiting[message.metadata.message_id] = self._sent(message, "down")
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Run the clients that these messages went to, and take their replies from the wire."""
+        messages: list[Message] = []
+        for message_id in message_ids:
+            if message_id in self._waiting:
+                messages.append(self._waiting.pop(message_id).rebuilt())
+                # It is not among the bytes; each engine carries it beside them.
+                messages[-1].metadata.__dict__["_message_id"] = message_id
+        messages.sort(key=lambda message: message.metadata.dst_node_id)
+        replies = []
+        for message in messages:
+            asked = _round_of(message)
+            reply = self._answer(message)
+            reply.metadata.__dict__["_message_id"] = str(uuid4())
+            replies.append(self._sent(reply, "up", asked).rebuilt())
+        return replies
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push, then pull."""
+        return self.pull_messages(list(self.push_messages(messages)))
+
+    # Clients
+
+    def _answer(self, message: Message) -> Message:
+        node = self._nodes[message.metadata.dst_node_id]
+        context = Context(
+            run_id=RUN_ID,
+            node_id=node.id,
+            node_config=dict(node.config),
+            state=node.state.rebuilt(),
+            run_config=dict(self._run_config),
+        )
+        try:
+            with _identity(node.id):
+                reply = self._client_app()(message, context)
+        except Exception as error:
+            if self._engine == "deployment":
+                node.state = WireObject.of(context.state)
+            return Message(self._error(error), reply_to=message)
+        node.state = WireObject.of(context.state)
+        return reply
+
+    def _error(self, error: Exception) -> Error:
+        if self._engine == "simulation":
+            error = ClientAppException(str(error))
+        reason = str(type(error)) + ":<'" + str(error) + "'>"
+        return Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
+
+    def _sent(
+        self, message: Message, direction: Any, server_round: int | None = None
+    ) -> WireObject:
+        metadata = message.metadata
+        node = self._nodes[metadata.dst_node_id if direction == "down" else metadata.src_node_id]
+        wire = WireObject.of(message)
+        sent = Sent(
+            direction=direction,
+            node=node.id,
+            partition=node.partition,
+            kind=metadata.message_type,
+            round=_round_of(message) if server_round is None else server_round,
+            wire=wire,
+        )
+        self.sent.append(sent)
+        if self._tap is not None:
+            self._tap(sent, self)
+        return wire
+
+
+def _round_of(message: Message) -> int:
+    for record in message.content.config_records.values():
+        if "server-round" in record:
+            return int(str(record["server-round"]))
+    return 0
+
+
+@contextlib.contextmanager
+def _identity(node_id: int) -> Iterator[None]:
+    """Be a node while its app runs, as its process would be."""
+    if TaskIdentity is None:
+        yield
+        return
+    before = (TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, node_id
+    try:
+        yield
+    finally:
+        TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = before
