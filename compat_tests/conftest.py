@@ -1,6 +1,7 @@
 """Makes the fixture and the hooks of `harness.results` known to pytest."""
 
 import torch
+
 from harness.results import pytest_configure, pytest_runtest_makereport, result
 
 __all__ = ["pytest_configure", "pytest_runtest_makereport", "result"]

@@ -7,15 +7,15 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
+
+import fedpara_plugins as fedpara
+from fedpara_plugins import Ledger, LedgerEntry
 from harness.apps import Experiment, Outcome, federate, plugin_apps
 from harness.cells import GAMMA, STRATEGIES, Cell, cells, environment
 from harness.reference import RULES, Reference, federated
 from harness.results import CellResult
 from harness.task import Task
-from torch import Tensor, nn
-
-import fedpara_plugins as fedpara
-from fedpara_plugins import Ledger, LedgerEntry
 
 TOLERANCE = 5e-6
 """Largest difference of a weight to the plain loop, over three rounds. Both compute in float32,
@@ -55,9 +55,13 @@ def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
 
 
 def _run(cell: Cell, ledger: Path) -> Outcome:
-    section = {"method": cell.method, "codec": cell.codec, "gamma": GAMMA, "ledger": str(ledger)}
-    experiment = Experiment(Task(model=cell.model), cell.strategy)
-    return federate(plugin_apps(experiment), {f"fedpara.{k}": v for k, v in section.items()})
+    section: dict[str, str | float] = {
+        "fedpara.method": cell.method,
+        "fedpara.codec": cell.codec,
+        "fedpara.gamma": GAMMA,
+        "fedpara.ledger": str(ledger),
+    }
+    return federate(plugin_apps(Experiment(Task(model=cell.model), cell.strategy)), section)
 
 
 @cache

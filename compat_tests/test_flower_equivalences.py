@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import fedpara_plugins as fedpara
 from harness.apps import Experiment, Outcome, federate, plain_apps, plugin_apps
 from harness.cells import CODECS, GAMMA, METHODS, STRATEGIES
 from harness.inprocess_grid import Sent
 from harness.task import MODELS, Task
-from torch import Tensor, nn
-
-import fedpara_plugins as fedpara
 
 Key = tuple[str, int, str, int]
 
@@ -36,7 +36,7 @@ def _run(
 
 def _by_place(outcome: Outcome) -> dict[Key, Sent]:
     """Every message by where it stands in the run; each place holds one."""
-    places = {(s.kind, s.round, s.direction, s.partition): s for s in outcome.sent}
+    places: dict[Key, Sent] = {(s.kind, s.round, s.direction, s.partition): s for s in outcome.sent}
     assert len(places) == len(outcome.sent) == 2 * 3 * 2 * 4  # kinds, rounds, directions, clients
     return places
 

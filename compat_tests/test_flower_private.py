@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import fedpara_plugins_flower.client as client_side
-import fedpara_plugins_flower.coding as coding
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
+import fedpara_plugins as fedpara
+import fedpara_plugins_flower.client as client_side
+import fedpara_plugins_flower.coding as coding
+from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
 from harness.apps import Experiment, Hooks, Outcome, federate, plain_apps, plugin_apps
 from harness.cells import CODECS, GAMMA
 from harness.inprocess_grid import InProcessGrid, Sent
 from harness.task import Task
-from torch import Tensor, nn
-
-import fedpara_plugins as fedpara
-from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
 
 State = dict[str, Tensor]
 
@@ -124,7 +124,7 @@ def test_no_byte_of_a_private_factor_is_on_the_wire() -> None:
 def test_the_search_finds_private_factors_when_the_split_is_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encode = client_side.encode
+    encode = vars(client_side)["encode"]
 
     def encode_everything(*args: Any, **kwargs: Any) -> bytes:
         with monkeypatch.context() as patch:
@@ -179,7 +179,7 @@ def test_what_can_be_decoded_is_the_shared_part(codec: str) -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_changing_private_values_changes_no_byte_of_any_message(codec: str) -> None:
-    """The shared part trains in the same way in both runs, the private part as different as can be."""
+    """The shared part trains alike in both runs, the private part as different as can be."""
 
     def train(salt: int) -> Hooks:
         def step(model: nn.Module, client: int, server_round: int) -> None:

@@ -99,6 +99,7 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
             seed=config.seed,
             fit=config.init == "fit",
         )
+        new.left_dense = decision.reasons
         if decision.name == "":
             model = new  # type: ignore[assignment]
         else:
@@ -207,7 +208,7 @@ def _decide(
     owners: dict[int, list[str]],
 ) -> Decision:
     if isinstance(layer, FactorisedLayer):
-        return Decision(name, layer, layer.plans, {})
+        return Decision(name, layer, layer.plans, layer.left_dense)
     method = method_named(config.method)
     if method is None:
         return Decision(name, layer, {}, {"": "method none"})
@@ -222,7 +223,8 @@ def _decide(
     for slot in kind.slots(layer):
         tied = owners[id(layer._parameters[slot.name])]
         if len(tied) > 1:
-            reasons[slot.name] = f"tied to {', '.join(t for t in tied if t != name)}"
+            others = [t for t in tied if t != name] or ["another weight of the layer"]
+            reasons[slot.name] = f"tied to {', '.join(others)}"
             continue
         plan = plan_weight(slot, method, config)
         if isinstance(plan, str):

@@ -154,10 +154,8 @@ def _buffers(layer: nn.Module) -> list[Tensor]:
 
 def _dense_note(decision: Decision) -> str:
     if decision.reasons:
-        texts = [
-            f"{k}: {v}" if k and len(decision.reasons) > 1 else v
-            for k, v in decision.reasons.items()
-        ]
+        several = len(decision.reasons) > 1 or decision.plans
+        texts = [f"{k}: {v}" if k and several else v for k, v in decision.reasons.items()]
         return "dense: " + "; ".join(texts)
     return "dense: nothing to save in a vector"
 

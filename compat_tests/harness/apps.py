@@ -66,7 +66,7 @@ class Outcome:
     Attributes:
         state: the global state at the end, with the dtypes the strategy gave it; {} if no round
             was aggregated.
-        losses: of the global model on the server's test data, before the first round and after each.
+        losses: of the global model on all test data, before the first round and after each.
         accuracies: the same.
         client_accuracies: weighted means of the clients' own evaluation, by round.
         sent: every message.
@@ -185,14 +185,14 @@ def _client(app: ClientApp, experiment: Experiment, net: Factory) -> ClientApp:
     @app.train()
     def fit(message: Message, context: Context) -> Message:
         client, config, model = _begin(message, context, net, hooks)
-        server_round = int(config["server-round"])
+        server_round = config["server-round"]
         if hooks.train is not None:
             hooks.train(model, client, server_round)
             loss = 0.0
         else:
             mu = config.get("proximal-mu")
             batches = task.batches(client, server_round)
-            loss = train(model, batches, lr=float(config["lr"]), proximal_mu=mu)
+            loss = train(model, batches, lr=config["lr"], proximal_mu=mu)
         if hooks.trained is not None:
             hooks.trained(model, client, server_round)
         metrics = MetricRecord({"train_loss": loss, "num-examples": task.size(client)})
@@ -205,22 +205,25 @@ def _client(app: ClientApp, experiment: Experiment, net: Factory) -> ClientApp:
         data = task.held_out(client)
         loss, accuracy = evaluate(model, data)
         if hooks.evaluated is not None:
-            hooks.evaluated(model, client, int(config["server-round"]))
-        metrics = {"eval_loss": loss, "eval_acc": accuracy, "num-examples": len(data[1])}
-        return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+            hooks.evaluated(model, client, config["server-round"])
+        metrics = MetricRecord(
+            {"eval_loss": loss, "eval_acc": accuracy, "num-examples": len(data[1])}
+        )
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
     return app
 
 
 def _begin(
     message: Message, context: Context, net: Factory, hooks: Hooks
-) -> tuple[int, ConfigRecord, nn.Module]:
+) -> tuple[int, Any, nn.Module]:
+    content: Any = message.content  # records of all kinds, as an untyped app reads them
     client = int(context.node_config["partition-id"])
-    config = message.content["config"]
+    config = content["config"]
     model = net()
-    model.load_state_dict(message.content["arrays"].to_torch_state_dict(), strict=True)
+    model.load_state_dict(content["arrays"].to_torch_state_dict(), strict=True)
     if hooks.loaded is not None and message.metadata.message_type == "train":
-        hooks.loaded(model, client, int(config["server-round"]))
+        hooks.loaded(model, client, config["server-round"])
     return client, config, model
 
 

@@ -13,13 +13,13 @@ __all__ = [
     "ENVIRONMENTS",
     "GAMMA",
     "METHODS",
+    "NOT_BY_DEFAULT",
     "STRATEGIES",
     "Cell",
     "Environment",
     "StrategySpec",
     "cells",
     "environment",
-    "expected_cells",
     "installed_version",
 ]
 
@@ -74,6 +74,16 @@ ENVIRONMENTS = (
     Environment("flower-128", "flower", "time: the oldest and the latest version bracket it"),
 )
 
+NOT_BY_DEFAULT: Mapping[str, str] = {
+    "core-py310": "needs a Python 3.10 interpreter",
+    "core-py312": "needs a Python 3.12 interpreter",
+    "core-py313": "needs a Python 3.13 interpreter",
+    "core-compiler": "needs a C++ compiler: torch.compile generates code",
+    "core-models": "needs Hugging Face transformers",
+    "demo": "needs Flower's simulation engine (Ray) and some minutes; `.ci/run` runs it",
+}
+"""Other tox environments that the default run leaves out, and why."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -126,8 +136,3 @@ def cells(environment_name: str) -> list[Cell]:
         for method, codec in product(("none", "fedpara", "pfedpara"), CODECS)
     ]
     return square + batchnorm
-
-
-def expected_cells() -> dict[str, list[Cell]]:
-    """Every cell of the matrix by environment, whether it has run or not."""
-    return {known.name: cells(known.name) for known in ENVIRONMENTS}

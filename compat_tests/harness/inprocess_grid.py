@@ -24,14 +24,15 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
-try:  # flwr 1.22; moved by 1.41
-    from flwr.client.client_app import ClientAppException
-except ImportError:
+try:  # as in flwr 1.41
     from flwr.clientapp.client_app import ClientAppException
+except ImportError:  # as in flwr 1.22
+    from flwr.client.client_app import ClientAppException  # type: ignore[import-not-found,no-redef]
 
-try:  # flwr 1.41 takes the sender of a new message from here; 1.22 has the Grid fill it in
+TaskIdentity: Any
+try:  # flwr 1.41 takes the sender of a new message from here
     from flwr.supercore.task_identity import TaskIdentity
-except ImportError:
+except ImportError:  # flwr 1.22 has the Grid fill it in
     TaskIdentity = None
 
 __all__ = ["Engine", "InProcessGrid", "Sent", "WireObject"]
@@ -201,7 +202,7 @@ class InProcessGrid(Grid):
         """The run, as far as anyone asks."""
         return SimpleNamespace(run_id=RUN_ID)
 
-    def create_message(  # noqa: D102  (Flower's own, deprecated)
+    def create_message(
         self,
         content: RecordDict,
         message_type: str,

@@ -144,7 +144,7 @@ def _descend(
         with torch.no_grad():
             for weight, gradient, origin in zip(weights, gradients, start, strict=True):
                 pull = 0.0 if mu is None else mu * (weight - origin)
-                weight -= task.lr * (gradient + pull)
+                weight.sub_(task.lr * (gradient + pull))
 
 
 @torch.no_grad()

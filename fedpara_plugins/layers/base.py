@@ -27,7 +27,9 @@ from fedpara_plugins.plan import WeightPlan, WeightSlot
 __all__ = ["FactorisedLayer", "Phase", "composed", "layers_alive"]
 
 
-OWN_ATTRIBUTES = frozenset({"plans", "fit_errors", "phase", "progress", "on_composed"})
+OWN_ATTRIBUTES = frozenset(
+    {"plans", "left_dense", "fit_errors", "phase", "progress", "on_composed"}
+)
 """What a factorised layer has in its `__dict__` beyond the dense layer."""
 
 Phase = Literal["joint", "private", "shared"]
@@ -58,6 +60,9 @@ class FactorisedLayer(nn.Module):
 
     plans: dict[str, WeightPlan]
     """The factorised weights, by attribute name."""
+
+    left_dense: dict[str, str]
+    """Why other weights of the layer stay dense, by attribute name; for the report."""
 
     on_composed: Callable[[str, Tensor], None] | None = None
     """Called with every weight as it is composed; for those who need its gradient."""
@@ -109,7 +114,8 @@ class FactorisedLayer(nn.Module):
             if plan is None or parameter is None:
                 parameters[attribute] = parameter
                 continue
-            factors = initial_factors(plan, seed=seed, key=f"{name}.{attribute}")
+            key = f"{name}.{attribute}" if name else attribute
+            factors = initial_factors(plan, seed=seed, key=key)
             if fit:
                 factors = fit_factors(plan, parameter, factors)
                 errors[attribute] = relative_error(plan, parameter, factors)
@@ -120,11 +126,16 @@ class FactorisedLayer(nn.Module):
                 )
         layer.__dict__["_parameters"] = parameters
         layer.__dict__["plans"] = dict(plans)
+        layer.__dict__["left_dense"] = {}
         layer.__dict__["fit_errors"] = errors
         return layer
 
     def to_dense(self) -> nn.Module:
-        """The ordinary layer with the composed weights; shares no tensor with this one."""
+        """The ordinary layer with the composed weights.
+
+        It takes over this layer's other parameters, the very objects, so that what is tied stays
+        tied; `fedpara_plugins.to_dense` copies the model first.
+        """
         dense = self.dense_class.__new__(self.dense_class)
         dense.__dict__ = {k: v for k, v in self.__dict__.items() if k not in OWN_ATTRIBUTES}
         dense.__dict__["_parameters"] = self._dense_parameters()
@@ -140,9 +151,11 @@ class FactorisedLayer(nn.Module):
         for key, parameter in self._parameters.items():
             weight = owner.get(key)
             if weight is None:
-                parameters[key] = None if parameter is None else _copy(parameter, parameter)
+                parameters[key] = _finite(parameter)
             elif weight not in parameters and parameter is not None:
-                parameters[weight] = _copy(self.composed_weight(weight), parameter)
+                # Of both halves, whatever phase of training the model is in.
+                value = self.plans[weight].compose(self.factors(weight)).detach()
+                parameters[weight] = _finite(nn.Parameter(value, parameter.requires_grad))
         return parameters
 
     # Execution
@@ -209,7 +222,7 @@ def _of_phase(
     return changed
 
 
-def _copy(value: Tensor, like: Tensor) -> nn.Parameter:
-    if not torch.isfinite(value).all():
+def _finite(parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is not None and not torch.isfinite(parameter).all():
         raise ConversionError("a factorised layer holds NaN or infinite values: nothing to export")
-    return nn.Parameter(value.detach().clone(), requires_grad=like.requires_grad)
+    return parameter

@@ -89,6 +89,17 @@ def test_trained_weights_are_mentioned(command):
     assert "look trained" not in command("doctor", "user_models:trained", "--init", "fit")[1]
 
 
+def test_nothing_is_fitted_only_to_look(monkeypatch):
+    def fitting(*arguments, **options):
+        raise AssertionError
+
+    monkeypatch.setattr("fedpara_plugins.layers.base.fit_factors", fitting)
+    config = fedpara.FedParaConfig(method="fedpara", init="fit")
+    assert levels(check_model(two_layers(), config))["0.weight"] == "ok"
+    with pytest.raises(AssertionError):
+        fedpara.convert(two_layers(), config)
+
+
 def test_quantised_modules():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -332,6 +332,10 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         save_dense(tmp_path / "d.safetensors", {"a": torch.ones(2, dtype=torch.complex128)},
                    model="x", method="y")  # fmt: skip
     assert os.listdir(tmp_path) == []
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        save_dense(tmp_path / "folder", {"a": torch.ones(2)}, model="x", method="y")
+    assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_the_module_of_the_fixture_is_the_one_used_here(command):

@@ -54,9 +54,10 @@ def test_table_per_layer_and_seconds(command):
     assert "estimate" not in out
 
 
-def test_coded_bytes_are_those_of_an_encoded_update():
+@pytest.mark.parametrize("method", ["fedpara", "pfedpara"])
+def test_coded_bytes_are_those_of_an_encoded_update(method):
     """Bytes depend on shapes and the distribution only: another draw comes out within 3 %."""
-    config = fedpara.FedParaConfig(method="fedpara", gamma=0.4, codec="int8")
+    config = fedpara.FedParaConfig(method=method, gamma=0.4, codec="int8")
     model = net()
     plan = plan_traffic(model, config, link=Link(up=1e6), clients=3, rounds=5)
     assert [type(layer) for layer in model] == [nn.Conv2d, nn.BatchNorm2d, nn.Linear]
@@ -76,7 +77,7 @@ def test_coded_bytes_are_those_of_an_encoded_update():
         model=fedpara.ModelSpec.of(converted).to_json(),
     )
     labels = [message.label for message in plan.messages]
-    assert labels == ["dense", "dense, delta+int8+zlib", "fedpara", "fedpara, delta+int8+zlib"]
+    assert labels == ["dense", "dense, delta+int8+zlib", method, f"{method}, delta+int8+zlib"]
     assert plan.messages[-1].size == pytest.approx(len(data), rel=0.03)
     raw = sum(value.numel() * value.element_size() for value in state.values())
     assert plan.messages[2].size == raw

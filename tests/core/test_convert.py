@@ -144,6 +144,14 @@ def test_tied_weights_stay_tied():
     assert "tied to 2" in reasons(model)["0"]
 
 
+def test_what_is_tied_and_dense_stays_tied_on_the_way_back():
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    model[1].bias = model[0].bias
+    dense = fedpara.to_dense(fedpara.convert(model, method="fedpara"))
+    assert dense[1].bias is dense[0].bias
+    assert dense[0].bias is not model[0].bias
+
+
 def test_copies_and_frozen_parameters_keep_their_ways():
     net = Net()
     net.head.requires_grad_(False)

@@ -54,6 +54,14 @@ def test_spec_travels_as_json():
     assert all(torch.equal(first[k], expected[k]) for k in expected)
 
 
+def test_first_private_factors_are_those_of_the_model():
+    for model in (converted(), fedpara.convert(nn.Linear(64, 96), method="pfedpara", gamma=0.5)):
+        first = ModelSpec.of(model).initial_private()
+        private = fedpara.split(model).private
+        assert first.keys() == private.keys()
+        assert all(torch.equal(first[key], private[key]) for key in first)
+
+
 def test_fingerprint_depends_on_what_matters_only():
     spec = ModelSpec.of(converted())
     assert ModelSpec.of(converted()).fingerprint == spec.fingerprint

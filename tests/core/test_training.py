@@ -81,6 +81,16 @@ def test_private_steps_see_the_shared_half_and_shared_steps_do_not_see_the_priva
     torch.testing.assert_close(model[0].weight, plan.scale * w1 * (w2 + 1))
 
 
+def test_the_dense_export_has_both_halves_in_every_phase():
+    model = build(schedule="decoupled", private_steps=1)
+    with torch.no_grad():
+        model[0].x2.normal_()
+    expected = fedpara.to_dense(model)[0].weight
+    step(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    assert training_of(model).phase == "shared"
+    torch.testing.assert_close(fedpara.to_dense(model)[0].weight, expected)
+
+
 def test_number_of_private_steps():
     model = build(schedule="decoupled", private_steps=0.25, first_private_steps=7)
     assert training_of(model).private_steps == 7

@@ -225,13 +225,16 @@ def test_names_stand_where_the_weights_stood():
 
 def test_weights_too_small_stay_parameters_of_the_layer():
     dense = nn.GRU(6, 48)
-    layer = fedpara.convert(nn.Sequential(dense), gamma=0.3)[0]
+    model = fedpara.convert(nn.Sequential(dense), gamma=0.3)
+    layer = model[0]
     assert type(layer) is FactorisedGRU
     assert list(layer.plans) == ["weight_hh_l0"]
     assert layer.weight_ih_l0 is dense.weight_ih_l0
-    notes = {row.name: row.note for row in fedpara.report(nn.Sequential(layer)).rows}
-    assert notes["0.weight_hh_l0"] == "fedpara"
-    assert "0.weight_ih_l0+bias_ih_l0+bias_hh_l0" in notes
+    for converted in (model, copy.deepcopy(model)):
+        notes = {row.name: row.note for row in fedpara.report(converted).rows}
+        assert notes["0.weight_hh_l0"] == "fedpara"
+        kept = notes["0.weight_ih_l0+bias_ih_l0+bias_hh_l0"]
+        assert kept == "dense: weight_ih_l0: 864 parameters, fewer than min_size=1,024"
 
 
 def test_tied_layers_stay_tied():
@@ -240,6 +243,7 @@ def test_tied_layers_stay_tied():
     layer = fedpara.convert(dense, gamma=0.3)
     assert list(layer.plans) == ["weight_ih_l0", "weight_ih_l1"]
     assert layer.weight_hh_l1 is layer.weight_hh_l0
+    assert "weight_hh_l1: tied to another weight of the layer" in str(fedpara.report(layer))
 
 
 def test_weights_read_as_attributes_and_as_lists():

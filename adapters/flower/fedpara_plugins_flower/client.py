@@ -116,6 +116,13 @@ def _call_app(message: Message, context: Context, call_next: App, run: Run) -> M
         except FedParaError as error:
             # Flower forwards only the text of an error: it must say whose it is.
             raise type(error)(f"fedpara: {str(error).removeprefix('fedpara: ')}") from error
+        except Exception as error:
+            if run.expected is not None and run.expected.weights and not run.specs:
+                raise ConfigError(
+                    f"fedpara: the app failed ({error}) and built no converted model, while the "
+                    f"server sends one. Add to the client: Net = fedpara.factorised(Net)"
+                ) from error
+            raise
 
 
 def _encode_reply(
