@@ -1,6 +1,6 @@
 """Render the cells' results as a Markdown page. Standard library only.
 
-python compat_tests/render.py --input build/matrix --output docs/compatibility.md
+``python compat_tests/render.py --input build/matrix --output docs/compatibility.md``
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ the ledger equal those counted on the wire, in every round and direction.
 
 In a cell: outcome, accuracy of the server's model on its test data (the plain loop's in brackets),
 and how many times fewer bytes than the dense model both directions took together, first contact and
-evaluation included. For `pfedpara` the server's model is W1; clients' own models are better.
+evaluation included. For `pfedpara` the server's model is W1, and "own" is the mean accuracy of the
+clients' own models on their held-out images.
 """
 
 
@@ -113,6 +114,8 @@ def _cell(row: Row | None, *, planned: bool) -> str:
     if "accuracy" in figures:
         parts.append(f"{figures['accuracy']:.3f} ({figures['reference_accuracy']:.3f})")
         parts.append(f"{figures['ratio_to_dense']:.1f}x")
+        if row["method"] == "pfedpara":
+            parts.append(f"own {figures['client_accuracy']:.3f}")
     return ", ".join(parts)
 
 

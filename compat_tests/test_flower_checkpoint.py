@@ -87,6 +87,34 @@ def test_the_servers_checkpoint_is_the_trained_model(
 
 
 @pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(
+    ("on_server", "on_clients"), [(True, False), (False, True), (False, False)]
+)
+def test_the_last_state_is_found_wherever_the_app_evaluates_it(
+    on_server: bool, on_clients: bool, codec: str, tmp_path: Path
+) -> None:
+    """An app that evaluates nowhere after its last round gets no file, and a line that says why."""
+    task, path = Task(rounds=2, epochs=1), tmp_path / "dense.safetensors"
+    options = {"fraction_evaluate": 1.0 if on_clients else 0.0}
+    apps = plugin_apps(Experiment(task, options=options, evaluate_fn=on_server))
+    config: dict[str, str | float] = {
+        "fedpara.method": "fedpara",
+        "fedpara.gamma": GAMMA,
+        "fedpara.codec": codec,
+        "fedpara.checkpoint": str(path),
+    }
+    outcome = federate(apps, config)
+    if not (on_server or on_clients):
+        assert not path.exists()
+        assert any("no checkpoint written" in line for line in outcome.log)
+        return
+    converted = _factorised(task, "fedpara")
+    converted.load_state_dict(outcome.state, strict=True)
+    found = _logits(_from_file(task, path), task)
+    torch.testing.assert_close(found, _logits(converted, task), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("codec", CODECS)
 def test_the_servers_checkpoint_of_pfedpara_is_w1_and_says_so(codec: str, tmp_path: Path) -> None:
     """Composed here by hand from the shared factors of a Linear layer: s * X1 Y1ᵀ."""
     task, path = Task(), tmp_path / "dense.safetensors"

@@ -188,7 +188,7 @@ def test_a_client_that_sends_damaged_bytes_is_left_out(
     codec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now: list[tuple[int, int]] = []
-    encode = vars(client_side)["encode"]
+    encode: Callable[..., bytes] = vars(client_side)["encode"]
 
     def damaging(*args: Any, **kwargs: Any) -> bytes:
         payload = encode(*args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,7 @@ def test_no_byte_of_a_private_factor_is_on_the_wire() -> None:
 def test_the_search_finds_private_factors_when_the_split_is_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encode = vars(client_side)["encode"]
+    encode: Callable[..., bytes] = vars(client_side)["encode"]
 
     def encode_everything(*args: Any, **kwargs: Any) -> bytes:
         with monkeypatch.context() as patch:

@@ -51,12 +51,14 @@ class Experiment:
         strategy: a name in `STRATEGIES`.
         options: of the strategy's constructor, beside those of its `StrategySpec`.
         hooks: see there.
+        evaluate_fn: whether the server evaluates the global model itself, each round.
     """
 
     task: Task = field(default_factory=Task)
     strategy: str = "fedavg"
     options: Mapping[str, Any] = field(default_factory=dict)
     hooks: Hooks = field(default_factory=Hooks)
+    evaluate_fn: bool = True
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Outcome:
         state: the global state at the end, with the dtypes the strategy gave it; {} if no round
             was aggregated.
         losses: of the global model on all test data, before the first round and after each.
-        accuracies: the same.
+        accuracies: the same; both are empty if the server does not evaluate.
         client_accuracies: weighted means of the clients' own evaluation, by round.
         sent: every message.
         log: Flower's and the plugin's log lines.
@@ -251,7 +253,7 @@ def _server(app: ServerApp, experiment: Experiment, net: Factory, outcome: Outco
             initial_arrays=ArrayRecord(model.state_dict()),
             num_rounds=task.rounds,
             train_config=ConfigRecord({"lr": task.lr}),
-            evaluate_fn=evaluate_fn,
+            evaluate_fn=evaluate_fn if experiment.evaluate_fn else None,
         )
         outcome.state = dict(result.arrays.to_torch_state_dict())
         outcome.client_accuracies = {

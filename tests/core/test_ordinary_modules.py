@@ -3,6 +3,8 @@
 import copy
 import os
 import socket
+import subprocess
+import sys
 
 import cloudpickle
 import pytest
@@ -131,8 +133,9 @@ def test_compile(model):
     torch.testing.assert_close(got, model[5].x1.grad, rtol=1e-4, atol=1e-5)
 
 
-def _ddp_worker(rank, port, method, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def ddp_worker(port, method, folder, rank):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    rank = int(rank)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     model = nn.parallel.DistributedDataParallel(trained(method))
     model(inputs() * (rank + 1)).square().mean().backward()
@@ -145,10 +148,17 @@ def test_ddp_on_two_processes(method, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_ddp_worker, (port, method, str(tmp_path)), nprocs=2)
+    # This very file is the program of both processes, since they cannot import it by a name.
+    command = [sys.executable, __file__, str(port), method, str(tmp_path)]
+    workers = [subprocess.Popen([*command, str(rank)]) for rank in (0, 1)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     model = trained(method)
     sum(0.5 * model(inputs() * k).square().mean() for k in (1, 2)).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(one[name], two[name])
         torch.testing.assert_close(one[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+if __name__ == "__main__":
+    ddp_worker(*sys.argv[1:])
