@@ -21,6 +21,7 @@ from fedpara_plugins_flower.records import (
     to_record,
     to_tensors,
 )
+from fedpara_plugins_flower.refusal import refuse_plain_message
 from fedpara_plugins_flower.run import Run, open_run
 from fedpara_plugins_flower.settings import Settings
 
@@ -50,8 +51,10 @@ def client_mod(message: Message, context: Context, call_next: App) -> Message:
     Put it first: ``ClientApp(mods=[fedpara.client_mod, ...])``. Mods after it see what they would
     see without the plugin.
 
+    A server without the plugin gets a reply that ends its run and says why.
+
     Raises:
-        ConfigError: bad options, or the server side of the plugin is missing.
+        ConfigError: bad options, or the app built no converted model.
         MismatchError: the app builds another model than the server's message describes.
         PayloadError: the message is damaged, or training gave NaN.
     """
@@ -59,13 +62,17 @@ def client_mod(message: Message, context: Context, call_next: App) -> Message:
     if not settings.active or not message.has_content():
         with open_run(Run(settings, side="client")):
             return call_next(message, context)
+    payloads = {n: carried_payload(r) for n, r in message.content.array_records.items()}
+    if None in payloads.values():
+        return refuse_plain_message(message)
     state = ClientState(context.state)
     if _lost_reference(message, state):
         log.warning("fedpara: this client lost what it held; it asks for the whole model")
         return Message(Marker(lost=True).attached_to(RecordDict()), reply_to=message)
     received = {
-        name: _receive(name, carried_payload(record), state)
-        for name, record in message.content.array_records.items()
+        name: _receive(name, payload, state)
+        for name, payload in payloads.items()
+        if payload is not None
     }
     for name, part in received.items():
         message.content[name] = to_record(part.full)
@@ -90,13 +97,7 @@ def _lost_reference(message: Message, state: ClientState) -> bool:
     return False
 
 
-def _receive(name: str, payload: bytes | None, state: ClientState) -> _Received:
-    if payload is None:
-        raise ConfigError(
-            f"fedpara: record {name!r} arrived without a payload, so the server side of the plugin "
-            f"is missing while this run's config turns it on. Add to the server: "
-            f"app = fedpara.server_app(ServerApp())"
-        )
+def _receive(name: str, payload: bytes, state: ClientState) -> _Received:
     limit = DEFLATE_BOUND * len(payload)
     decoded = decode(payload, references=state.reference(name), limit=limit)
     spec = spec_of(decoded)
