@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -255,3 +256,17 @@ def _reference(method: str, *, missing: bool = True) -> Reference:
 
 def _distance(a: dict[str, Tensor], b: dict[str, Tensor], keys: dict[str, Tensor]) -> float:
     return float(sum(((a[key].double() - b[key].double()) ** 2).sum() for key in keys) ** 0.5)
+
+
+def test_an_app_of_the_legacy_api_is_refused_before_the_first_message() -> None:
+    """Its arrays have no names, so nothing could be converted or kept private."""
+    from flwr.serverapp import ServerApp
+
+    import fedpara_plugins_flower
+
+    app = fedpara_plugins_flower.server_app(ServerApp(server_fn=lambda context: None))
+    plain = plugin_apps(Experiment(TASK))
+    outcome = federate(replace(plain, server=lambda _: app), _section(), raises=False)
+    assert isinstance(outcome.error, fedpara.ConfigError)
+    assert "Message API" in str(outcome.error)
+    assert not outcome.sent

@@ -70,7 +70,7 @@ def check_finite(tensors: Tensors) -> None:
             bad = int((~torch.isfinite(value)).sum())
             raise PayloadError(
                 f"fedpara: tensor {name!r} holds {bad} NaN or infinite values of {value.numel()}; "
-                f"training has diverged (try a smaller learning rate)"
+                f"training has diverged; set the fedpara option clip = 1.0, or lower the rate"
             )
 
 

@@ -9,6 +9,7 @@ from flwr.common import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
+from fedpara_plugins import ConfigError
 from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins_flower.accounting import Accounting
 from fedpara_plugins_flower.final_state import FinalState
@@ -20,6 +21,12 @@ __all__ = ["server_app"]
 
 log = logging.getLogger("flwr.fedpara")
 
+LEGACY = (
+    "fedpara: this ServerApp has no @app.main() function. Apps of the legacy API (server_fn, "
+    "NumPyClient) send arrays without names and can run only with method and codec 'none': write "
+    "the app with the Message API, or switch the fedpara options off"
+)
+
 A = TypeVar("A", bound=ServerApp)
 
 
@@ -30,7 +37,8 @@ def server_app(app: A) -> A:
     work on it as before.
 
     Raises:
-        ConfigError: (when the app runs) an option of the section is unknown or out of range.
+        ConfigError: (when the app runs) an option of the section is unknown or out of range, or
+            the plugin is on in an app of the legacy API.
     """
     app.__class__ = _wrapped_class(type(app))
     return app
@@ -40,6 +48,9 @@ def _wrapped_class(base: type[Any]) -> type[Any]:
     class PluggedServerApp(base):  # type: ignore[misc]
         def __call__(self, grid: Grid, context: Context) -> None:
             settings = Settings.from_run_config(context.run_config)
+            # Without a main function Flower runs the legacy strategies of a server_fn.
+            if settings.active and getattr(self, "_main", None) is None:
+                raise ConfigError(LEGACY)
             final = FinalState()
             run = Run(settings, side="server", on_loaded=final.seen)
             accounting = Accounting(settings.ledger)
