@@ -58,7 +58,11 @@ class FedParaConfig:
         init: ``random`` (fresh factors) or ``fit`` (the closest factors to the weights that the
             model has); None is ``random`` with a warning if the weights look trained.
         seed: of the private factors' first values, which every client derives by itself.
+        private: name patterns of further state that stays on the device, factorised or not: ``head.*``
+            is FedPer, ``*.norm*`` is FedBN. Full names of the state are meant, ``head.weight``.
         codec: what messages are coded with, ``none``, a preset, or stages joined by ``+``.
+        uplink_codec: another one for messages to the server; None is ``codec``.
+        downlink_codec: another one for messages to clients; None is ``codec``.
 
     Raises:
         ConfigError: an option is out of range, or two options exclude each other.
@@ -82,7 +86,10 @@ class FedParaConfig:
     first_private_steps: int = 10
     init: str | None = None
     seed: int = 0
+    private: tuple[str, ...] = ()
     codec: str = "none"
+    uplink_codec: str | None = None
+    downlink_codec: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "overrides", _parsed_overrides(self.overrides))

@@ -19,6 +19,7 @@ from fedpara_plugins.errors import ConfigError, ConversionError
 from fedpara_plugins.freshness import looks_trained
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.optimizer_check import warn_of_earlier_optimizer
+from fedpara_plugins.own_state import matches, own_tensors
 from fedpara_plugins.plan import WeightPlan, plan_weight
 from fedpara_plugins.plugins import layers, method_named
 from fedpara_plugins.training import attach
@@ -79,7 +80,8 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
     """
     config = _configured(config, options)
     if method_named(config.method) is None:
-        return model
+        return _unconverted(model, config)
+    own_tensors(model, config.private)  # its patterns must match, before anything is changed
     _refuse_already_converted(model)
     _refuse_shared_modules(model, config)
     found = decisions(model, config)
@@ -108,6 +110,14 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
     attach(model, config)
     del found, decision  # they hold the dense layers
     warn_of_earlier_optimizer(replaced)
+    return model
+
+
+def _unconverted(model: M, config: FedParaConfig) -> M:
+    """Only what the user keeps private needs to be remembered, for `ModelSpec`."""
+    if config.private:
+        own_tensors(model, config.private)
+        model.__dict__[CONFIG_ATTRIBUTE] = config
     return model
 
 
@@ -221,6 +231,9 @@ def _decide(
     plans: dict[str, WeightPlan] = {}
     reasons: dict[str, str] = {}
     for slot in kind.slots(layer):
+        if matches(f"{name}.{slot.name}" if name else slot.name, config.private):
+            reasons[slot.name] = "private, so it never travels: factors would save nothing"
+            continue
         tied = owners[id(layer._parameters[slot.name])]
         if len(tied) > 1:
             others = [t for t in tied if t != name] or ["another weight of the layer"]

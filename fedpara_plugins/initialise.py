@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedpara_plugins.plan import WeightPlan
 
-__all__ = ["initial_factors", "initial_private"]
+__all__ = ["initial_factors", "initial_private", "seeded_normal"]
 
 TANH_PASSES = 8
 
@@ -58,9 +58,16 @@ def initial_private(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tenso
         if plan.zero_at_start(name):
             factors[name] = torch.zeros(shape)
         else:
-            generator = torch.Generator().manual_seed(_seed_of(seed, f"{key}.{name}"))
-            factors[name] = torch.randn(shape, generator=generator) * plan.private_std
+            factors[name] = seeded_normal(
+                shape, std=plan.private_std, seed=seed, key=f"{key}.{name}"
+            )
     return factors
+
+
+def seeded_normal(shape: tuple[int, ...], *, std: float, seed: int, key: str) -> Tensor:
+    """Normal values, float32, on the CPU: the same for everyone with the same seed and key."""
+    generator = torch.Generator().manual_seed(_seed_of(seed, key))
+    return torch.randn(shape, generator=generator) * std
 
 
 def _seed_of(seed: int, key: str) -> int:

@@ -25,7 +25,7 @@ from fedpara_plugins.ranks import (
     smallest_full_rank,
 )
 
-__all__ = ["WeightPlan", "WeightSlot", "plan_weight"]
+__all__ = ["WeightPlan", "WeightSlot", "plan_weight", "portable"]
 
 SMALLEST_SIDE = 4
 """A weight with fewer rows or columns (a 3-channel stem, say) has no rank to save."""
@@ -183,6 +183,11 @@ def _choose_rank(shape: tuple[int, ...], method: Method, config: FedParaConfig) 
     return matched_rank(shape, parameter_count(shape, rank), operands=method.operands)
 
 
+def portable(number: float) -> float:
+    """Nine digits: what powers and roots give alike on every platform, and JSON carries whole."""
+    return float(f"{number:.9g}")
+
+
 def _with_scale(slot: WeightSlot, method: Method, rank: int, config: FedParaConfig) -> WeightPlan:
     """Scale and standard deviations that give the target variance and the wanted speed K.
 
@@ -205,9 +210,9 @@ def _with_scale(slot: WeightSlot, method: Method, rank: int, config: FedParaConf
         shape=slot.shape,
         method=method,
         rank=rank,
-        scale=sqrt(variance) / (unit**shared * std**factors),
-        factor_std=std,
-        private_std=private_std if method.private else 0.0,
-        variance=variance,
+        scale=portable(sqrt(variance) / (unit**shared * std**factors)),
+        factor_std=portable(std),
+        private_std=portable(private_std) if method.private else 0.0,
+        variance=portable(variance),
         tanh=config.tanh,
     )

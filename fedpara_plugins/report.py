@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedpara_plugins.convert import Decision, config_of, decisions
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.plan import WeightPlan
+from fedpara_plugins.spec import ModelSpec
 
 __all__ = ["Report", "ReportRow", "report"]
 
@@ -98,10 +99,11 @@ def report(model: nn.Module) -> Report:
     """
     seen: set[int] = set()
     rows: list[ReportRow] = []
+    kept = frozenset(ModelSpec.of(model).own)
     for decision in decisions(model, config_of(model)):
         if isinstance(decision.layer, FactorisedLayer):
             rows.extend(_factorised_rows(decision.name, decision.layer))
-        rows.extend(_remaining_row(decision, seen))
+        rows.extend(_remaining_row(decision, seen, kept))
     return Report(tuple(rows))
 
 
@@ -122,7 +124,9 @@ def _factorised_rows(name: str, layer: FactorisedLayer) -> Iterator[ReportRow]:
         )
 
 
-def _remaining_row(decision: Decision, seen: set[int]) -> Iterator[ReportRow]:
+def _remaining_row(
+    decision: Decision, seen: set[int], kept: frozenset[str]
+) -> Iterator[ReportRow]:
     layer = decision.layer
     factors: set[int] = set()
     if isinstance(layer, FactorisedLayer):
@@ -131,9 +135,11 @@ def _remaining_row(decision: Decision, seen: set[int]) -> Iterator[ReportRow]:
     rest = {k: p for k, p in own.items() if id(p) not in factors and id(p) not in seen}
     seen.update(id(p) for p in rest.values())
     entries = sum(p.numel() for p in rest.values())
-    size = sum(_bytes(tensor) for tensor in [*rest.values(), *_buffers(layer)])
+    tensors = {**rest, **_buffers(layer)}
+    size = sum(map(_bytes, tensors.values()))
     if not rest and not size:
         return
+    private = [key for key in tensors if _join(decision.name, key) in kept]
     yield ReportRow(
         name=_join(decision.name, "+".join(rest)) if factors else decision.name,
         kind=_kind(layer),
@@ -141,15 +147,15 @@ def _remaining_row(decision: Decision, seen: set[int]) -> Iterator[ReportRow]:
         rank=None,
         dense_parameters=entries,
         parameters=entries,
-        shared_bytes=size,
+        shared_bytes=size - sum(_bytes(tensors[key]) for key in private),
         dense_bytes=size,
-        note=_dense_note(decision),
+        note=_dense_note(decision) + (f" (private: {', '.join(private)})" if private else ""),
     )
 
 
-def _buffers(layer: nn.Module) -> list[Tensor]:
+def _buffers(layer: nn.Module) -> dict[str, Tensor]:
     skipped = layer._non_persistent_buffers_set
-    return [b for name, b in layer._buffers.items() if b is not None and name not in skipped]
+    return {k: b for k, b in layer._buffers.items() if b is not None and k not in skipped}
 
 
 def _dense_note(decision: Decision) -> str:

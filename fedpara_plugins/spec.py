@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedpara_plugins.convert import config_of
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.initialise import initial_private
 from fedpara_plugins.layers.base import FactorisedLayer
+from fedpara_plugins.own_state import OwnTensor, own_tensors
 from fedpara_plugins.plan import WeightPlan
 from fedpara_plugins.plugins import methods
 
@@ -34,12 +35,14 @@ class ModelSpec:
     Attributes:
         weights: plan by full name of the dense weight (``conv1.weight``), in the model's order.
         keys: all names of the model's state, in order.
-        seed: of the private factors' first values.
+        seed: of the private tensors' first values.
+        own: by full name, further tensors that stay on the device (option ``private``).
     """
 
     weights: Mapping[str, WeightPlan]
     keys: tuple[str, ...]
     seed: int
+    own: Mapping[str, OwnTensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelSpec:
@@ -50,8 +53,10 @@ class ModelSpec:
             if isinstance(layer, FactorisedLayer)
             for weight, plan in layer.plans.items()
         }
-        seed = config_of(model).seed
-        return cls(weights=weights, keys=tuple(model.state_dict()), seed=seed)
+        config = config_of(model)
+        spec = cls(weights=weights, keys=tuple(model.state_dict()), seed=config.seed)
+        own = own_tensors(model, config.private, factors=spec._factors)
+        return replace(spec, own=own) if own else spec
 
     # Names
 
@@ -64,12 +69,21 @@ class ModelSpec:
 
     @property
     def private_keys(self) -> frozenset[str]:
-        """Full names of the private factors."""
+        """Full names of everything that never leaves the device."""
+        return self.private_factors | frozenset(self.own)
+
+    @property
+    def private_factors(self) -> frozenset[str]:
+        """Those of `private_keys` that are factors."""
         return frozenset(
             self.factor_keys(weight)[name]
             for weight, plan in self.weights.items()
             for name in plan.private_names
         )
+
+    @property
+    def _factors(self) -> frozenset[str]:
+        return frozenset(key for w in self.weights for key in self.factor_keys(w).values())
 
     @property
     def shared_keys(self) -> tuple[str, ...]:
@@ -80,10 +94,10 @@ class ModelSpec:
     # Values
 
     def initial_private(self, shared: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Seeded first values of the private factors by full name.
+        """Seeded first values of all private tensors by full name.
 
         Args:
-            shared: shared state, whose dtypes they get; float32 without it.
+            shared: shared state, whose dtypes the factors get; float32 without it.
         """
         values = {}
         for weight, plan in self.weights.items():
@@ -91,6 +105,8 @@ class ModelSpec:
             first = initial_private(plan, seed=self.seed, key=weight)
             like = torch.float32 if shared is None else _get(shared, keys["x1"]).dtype
             values.update({keys[name]: value.to(like) for name, value in first.items()})
+        for key, own in self.own.items():
+            values[key] = own.first(seed=self.seed, key=key)
         return values
 
     def dense_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -98,20 +114,22 @@ class ModelSpec:
 
         Args:
             state: the converted model's state; missing private factors count as zero, so the
-                shared keys alone give W1.
+                shared keys alone give W1. Other private tensors that are missing get their first
+                values.
 
         Raises:
             PayloadError: a shared factor is missing.
         """
-        private = self.private_keys
         first_keys = {next(iter(self.factor_keys(w).values())): w for w in self.weights}
-        factors = {key for w in self.weights for key in self.factor_keys(w).values()}
+        factors = self._factors
         dense: dict[str, Tensor] = {}
         for key in self.keys:
             if key in first_keys:
                 weight = first_keys[key]
                 dense[weight] = self._composed(weight, state)
-            elif key not in factors and key not in private:
+            elif key in self.own and key not in state:
+                dense[key] = self.own[key].first(seed=self.seed, key=key)
+            elif key not in factors:
                 dense[key] = _get(state, key).detach().clone()
         return dense
 
@@ -152,6 +170,7 @@ class ModelSpec:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that two sides share exactly when their models match."""
         content = [self.seed, list(self.keys), [list(row) for row in self._rows()]]
+        content += [self._own_rows()] if self.own else []
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def check_equal(self, other: ModelSpec, *, here: str, there: str) -> None:
@@ -170,6 +189,13 @@ class ModelSpec:
                     f"{there} has {theirs.get(weight, 'dense')}. Build the same model with the "
                     f"same fedpara options on both sides."
                 )
+        if self.keys == other.keys and self._own_rows() != other._own_rows():
+            apart = sorted(set(self.own) ^ set(other.own)) or sorted(self.own)
+            raise MismatchError(
+                f"the option private differs: {here} keeps {sorted(self.own)}, {there} keeps "
+                f"{sorted(other.own)} (differing: {apart}). Set the same fedpara option private on "
+                f"both sides."
+            )
         if self.keys == other.keys:
             raise MismatchError(
                 f"the private factors start from another seed: {here} has seed {self.seed}, "
@@ -183,8 +209,7 @@ class ModelSpec:
 
     def _rows(self) -> Iterator[tuple[Any, ...]]:
         for weight, plan in self.weights.items():
-            std = [plan.factor_std, plan.private_std, plan.variance]
-            numbers = [float(f"{number:.9g}") for number in (plan.scale, *std)]
+            numbers = [plan.scale, plan.factor_std, plan.private_std, plan.variance]
             yield weight, plan.method.name, list(plan.shape), plan.rank, numbers, plan.tanh
 
     def _named_rows(self) -> Iterator[tuple[str, str]]:
@@ -192,17 +217,21 @@ class ModelSpec:
             text = f"{method} rank {rank} shape {tuple(shape)} scale {scale:.6g}"
             yield weight, text + (" tanh" if tanh else "")
 
+    def _own_rows(self) -> dict[str, list[Any]]:
+        return {key: own.to_row() for key, own in self.own.items()}
+
     # As JSON
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a payload's header. Names of ``keys`` are left to the payload itself."""
         private = self.private_keys
-        return {
+        described = {
             "fingerprint": self.fingerprint,
             "seed": self.seed,
             "weights": [list(row) for row in self._rows()],
             "private": [[i, key] for i, key in enumerate(self.keys) if key in private],
         }
+        return {**described, "own": self._own_rows()} if self.own else described
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], shared_keys: tuple[str, ...]) -> ModelSpec:
@@ -216,8 +245,9 @@ class ModelSpec:
             for index, key in data["private"]:
                 keys.insert(index, str(key))
             weights = {str(row[0]): _plan_from_row(row) for row in data["weights"]}
-            spec = cls(weights=weights, keys=tuple(keys), seed=int(data["seed"]))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            own = {str(key): OwnTensor.from_row(row) for key, row in data.get("own", {}).items()}
+            spec = cls(weights=weights, keys=tuple(keys), seed=int(data["seed"]), own=own)
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise PayloadError(f"the header's model description is malformed: {error!r}") from error
         if spec.fingerprint != data.get("fingerprint"):
             raise PayloadError(
