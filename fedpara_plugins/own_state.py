@@ -33,12 +33,15 @@ class OwnTensor:
         dtype: its name in torch, such as ``float32``.
         fill: the value of all entries, if ``std`` is 0.
         std: standard deviation of normal entries with mean 0.
+        onto: full name of the dense model's tensor that it is added to, of the same shape; "" for
+            one that stands in the dense model by itself.
     """
 
     shape: tuple[int, ...]
     dtype: str
     fill: float = 0.0
     std: float = 0.0
+    onto: str = ""
 
     def first(self, *, seed: int, key: str) -> Tensor:
         """The first value, the same on every device with the same seed and name."""
@@ -49,7 +52,8 @@ class OwnTensor:
 
     def to_row(self) -> list[Any]:
         """Plain values for JSON."""
-        return [list(self.shape), self.dtype, self.fill, self.std]
+        row = [list(self.shape), self.dtype, self.fill, self.std]
+        return [*row, self.onto] if self.onto else row
 
     @classmethod
     def from_row(cls, row: list[Any]) -> OwnTensor:

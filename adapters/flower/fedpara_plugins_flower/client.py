@@ -138,13 +138,13 @@ def _encode_reply(
         check_finite(tensors)
         spec = part.spec if part else ModelSpec(weights={}, keys=tuple(tensors), seed=0)
         reference = received[name].shared if name in received else None
-        outgoing[name] = encode(tensors, spec=spec, codec=settings.codec, reference=reference)
+        outgoing[name] = encode(tensors, spec=spec, codec=settings.uplink, reference=reference)
         if name in received:
             private.update({k: v for k, v in tensors.items() if k in spec.private_keys})
     for name, payload in outgoing.items():
         reply.content[name] = payload_record(payload)
     state.keep_private(private)
-    if settings.codec.needs_reference:
+    if settings.needs_reference:
         for name, part in received.items():
             state.keep_reference(name, part.shared)
     marker = Marker(

@@ -95,9 +95,9 @@ class Outbox:
             # The client has its coded form already (to evaluate it, say, and now to train on it):
             # "no change" costs next to nothing, the rounding that is left would cost a message.
             tensors = reference
-        codec = self._run.settings.codec
-        payload = encode(tensors, spec=spec, codec=codec, reference=reference)
-        if not codec.needs_reference:
+        settings = self._run.settings
+        payload = encode(tensors, spec=spec, codec=settings.downlink, reference=reference)
+        if not settings.needs_reference:
             return payload, content
         # Decoded again here, since a lossy codec leaves the client with other values.
         received = decode(payload, references=self._references, limit=OWN_MESSAGE).tensors
@@ -115,16 +115,18 @@ class Outbox:
         return {key: _cast(value, first.get(key, value.dtype)) for key, value in tensors.items()}
 
     def _spec(self, name: str, tensors: Mapping[str, Tensor]) -> ModelSpec:
-        if self._run.settings.config.method == "none":
-            return ModelSpec(weights={}, keys=tuple(tensors), seed=0)
         spec = self._run.specs.get(frozenset(tensors))
         if spec is not None:
             return spec
+        config = self._run.settings.config
+        if config.method == "none" and not config.private:
+            return ModelSpec(weights={}, keys=tuple(tensors), seed=0)
         for known in self._run.specs.values():
             if set(tensors) <= set(known.keys):
                 return known
+        wanted = f"method {config.method!r}" if config.method != "none" else "the option 'private'"
         raise ConfigError(
-            f"fedpara: method {self._run.settings.config.method!r} is on, but the server sends a "
+            f"fedpara: {wanted} is on, but the server sends a "
             f"record {name!r} that belongs to no converted model (its first name is "
             f"{next(iter(tensors), None)!r}). Add to the server, after the imports: "
             f"Net = fedpara.factorised(Net)"

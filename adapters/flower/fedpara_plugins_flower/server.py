@@ -85,10 +85,10 @@ def _write_final(run: Run, final: FinalState) -> None:
         return
     spec = run.specs.get(frozenset(state))
     method = run.settings.config.method
-    private = spec is not None and bool(spec.private_keys)
+    private = spec is not None and bool(spec.private_factors)
     save_dense(
         path,
-        spec.dense_state({k: v for k, v in state.items() if k not in spec.private_keys})
+        spec.dense_state({k: v for k, v in state.items() if k not in spec.private_factors})
         if spec is not None
         else state,
         model="the server's model: W1, the shared part (private part zero)"

@@ -25,14 +25,16 @@ class Settings:
 
     Attributes:
         config: the options of the core: method, gamma, codec, ...
-        codec: the chain that ``config.codec`` names.
+        uplink: the chain for messages to the server.
+        downlink: the chain for messages to clients.
         ledger: file for the bytes of every message, JSON lines; None for none.
         checkpoint: file for the server's dense model at the end (safetensors); None for none.
         client_checkpoints: folder for each client's own dense model; None for none.
     """
 
     config: FedParaConfig
-    codec: Codec
+    uplink: Codec
+    downlink: Codec
     ledger: Path | None = None
     checkpoint: Path | None = None
     client_checkpoints: Path | None = None
@@ -54,11 +56,18 @@ class Settings:
         method_named(config.method)
         return cls(
             config=config,
-            codec=parse_codec(config.codec),
+            uplink=parse_codec(config.uplink_codec or config.codec),
+            downlink=parse_codec(config.downlink_codec or config.codec),
             **{name: Path(path) if path else None for name, path in paths.items()},
         )
 
     @property
     def active(self) -> bool:
         """Whether messages are touched at all."""
-        return self.config.method != "none" or bool(self.codec.stages)
+        coded = self.uplink.name != "none" or self.downlink.name != "none"
+        return self.config.method != "none" or coded or bool(self.config.private)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether both sides must keep what clients received, for either direction."""
+        return self.uplink.needs_reference or self.downlink.needs_reference
