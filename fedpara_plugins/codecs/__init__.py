@@ -9,9 +9,15 @@ The bytes are specified in ``docs/payload.md``. Nothing here knows a framework.
 
 from __future__ import annotations
 
-from fedpara_plugins.codecs.chain import PRESETS, Codec, parse_codec
+from fedpara_plugins.codecs.cast import CastStage
+from fedpara_plugins.codecs.chain import Codec
 from fedpara_plugins.codecs.delta import DeltaStage
+from fedpara_plugins.codecs.entropy_ans import AnsStage
+from fedpara_plugins.codecs.entropy_decoders import decoders
 from fedpara_plugins.codecs.entropy_zlib import ZlibStage
+from fedpara_plugins.codecs.entropy_zstd import ZstdStage
+from fedpara_plugins.codecs.feedback import encode_with_feedback
+from fedpara_plugins.codecs.grid import GridStage
 from fedpara_plugins.codecs.int8 import Int8Stage
 from fedpara_plugins.codecs.payload import (
     Payload,
@@ -20,8 +26,12 @@ from fedpara_plugins.codecs.payload import (
     encode_payload,
     peek_header,
 )
+from fedpara_plugins.codecs.planes import PlanesStage
+from fedpara_plugins.codecs.quantise import QuantiseStage
 from fedpara_plugins.codecs.reference import reference_hash
 from fedpara_plugins.codecs.stage import Notes, Stage, Tensors
+from fedpara_plugins.codecs.text import PRESETS, parse_codec
+from fedpara_plugins.codecs.topk import TopkStage
 
 __all__ = [
     "BUILTIN_STAGES",
@@ -33,11 +43,24 @@ __all__ = [
     "Stage",
     "Tensors",
     "decode_payload",
+    "decoders",
     "encode_payload",
+    "encode_with_feedback",
     "parse_codec",
     "peek_header",
     "reference_hash",
 ]
 
-BUILTIN_STAGES: tuple[Stage, ...] = (DeltaStage(), Int8Stage(), ZlibStage())
+BUILTIN_STAGES: tuple[Stage, ...] = (
+    DeltaStage(),
+    Int8Stage(),
+    ZlibStage(),
+    ZstdStage(),
+    AnsStage(),
+    GridStage(),
+    CastStage(),
+    QuantiseStage(),
+    TopkStage(),
+    PlanesStage(),
+)
 """What this distribution registers through ``fedpara_register_stages``."""

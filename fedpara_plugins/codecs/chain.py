@@ -1,23 +1,46 @@
-"""Chains of stages, and the one-line text that users write for them."""
+"""Chains of stages: their order, and what they guarantee around any stage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from fedpara_plugins.codecs.stage import Notes, Stage, Tensors, byte_size, check_limit
 from fedpara_plugins.errors import ConfigError, PayloadError
 
-__all__ = ["PRESETS", "Codec", "parse_codec"]
+__all__ = ["FEEDBACK", "NONE", "Codec", "EntropyChoice", "chain_of"]
 
 NONE = "none"
+FEEDBACK = "feedback"
 
-PRESETS: Mapping[str, tuple[str, ...]] = {
-    NONE: (),
-    "lossless": ("zlib",),
-    "int8": ("delta", "int8", "zlib"),
-}
-"""Names for a whole codec. A preset wins over a stage of the same name that stands alone."""
+
+@dataclass(frozen=True)
+class EntropyChoice:
+    """The word ``entropy``: a place for whichever entropy coder both sides turn out to have.
+
+    Attributes:
+        prefer: name of the coder to take first.
+        candidates: in the order of preference; the last one is what every installation has.
+    """
+
+    prefer: str
+    candidates: tuple[Stage, ...]
+
+    @property
+    def text(self) -> str:
+        """The word as users write it."""
+        return f"entropy:prefer={self.prefer}"
+
+    def resolved(self, decoders: Collection[str] | None) -> Stage:
+        """The first candidate that the other side can decode and this one has."""
+        *better, always = self.candidates
+        wanted = [stage for stage in better if decoders is not None and stage.name in decoders]
+        if not wanted:
+            return always
+        from fedpara_plugins.codecs import decoders as installed  # it imports this module
+
+        mine = installed()
+        return next((stage for stage in wanted if stage.name in mine), always)
 
 
 @dataclass(frozen=True)
@@ -26,32 +49,69 @@ class Codec:
 
     Attributes:
         stages: may be empty; stages that need the reference come first, an entropy coder last.
-        name: the stages' names joined by ``+``, or ``none``.
+        feedback: the sender keeps what lossy stages lost and adds it to what it sends next; see
+            `fedpara_plugins.codecs.feedback`. The receiver need not know.
+        entropy: the coder is chosen when the other side is known; see `resolved`.
+        name: the text that `parse_codec` reads back to this very codec, or ``none``.
 
     Raises:
         ConfigError: a stage stands twice or out of its place.
     """
 
     stages: tuple[Stage, ...]
+    feedback: bool = False
+    entropy: EntropyChoice | None = None
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
+        items = [stage.text for stage in self.stages]
+        if self.feedback:
+            items.insert(sum(stage.needs_reference for stage in self.stages), FEEDBACK)
+        if self.entropy is not None:
+            items.append(self.entropy.text)
+        object.__setattr__(self, "name", "+".join(items) or NONE)
+        self._check_order()
+
+    def _check_order(self) -> None:
         names = [stage.name for stage in self.stages]
-        object.__setattr__(self, "name", "+".join(names) or NONE)
         for place, stage in enumerate(self.stages):
+            before, after = self.stages[:place], self.stages[place + 1 :]
             if stage.name in names[:place]:
-                raise ConfigError(f"codec {self.name!r}: stage {stage.name!r} stands there twice")
-            if stage.entropy and place < len(names) - 1:
-                raise ConfigError(
-                    f"codec {self.name!r}: {stage.name!r} makes one opaque stream and must be the "
-                    f"last stage, but {names[place + 1]!r} follows"
+                raise self._wrong(f"stage {stage.name!r} stands there twice")
+            if stage.entropy and (after or self.entropy is not None):
+                follows = after[0].name if after else "entropy"
+                raise self._wrong(
+                    f"{stage.name!r} makes one opaque stream and must be the last stage, but "
+                    f"{follows!r} follows"
                 )
             # Any other stage changes dtypes or values, and the reference would no longer fit.
-            if stage.needs_reference and not all(s.needs_reference for s in self.stages[:place]):
-                raise ConfigError(
-                    f"codec {self.name!r}: {stage.name!r} needs the plain tensors and must stand "
-                    f"before {names[0]!r}"
+            if stage.needs_reference and not all(other.needs_reference for other in before):
+                raise self._wrong(
+                    f"{stage.name!r} needs the plain tensors and must stand before {names[0]!r}"
                 )
+            shorter = [other.name for other in before if other.shortens]
+            if shorter and stage.shortens:
+                raise self._wrong(
+                    f"{shorter[0]!r} and {stage.name!r} both write values with fewer bits; "
+                    "keep one of them"
+                )
+            if shorter and stage.selects:
+                raise self._wrong(
+                    f"{stage.name!r} compares exact values and must stand before {shorter[0]!r}"
+                )
+        if self.feedback and all(s.lossless or s.needs_reference for s in self.stages):
+            raise self._wrong(
+                "'feedback' keeps what lossy stages lose, and there is none; add one, such as "
+                "quantise:rms=2, or leave 'feedback' out"
+            )
+
+    def _wrong(self, why: str) -> ConfigError:
+        return ConfigError(f"codec {self.name!r}: {why}")
+
+    @property
+    def stage_names(self) -> str:
+        """The stages' names joined by ``+``, or ``none``: what a payload's header says."""
+        return "+".join(stage.name for stage in self.stages) or NONE
 
     @property
     def needs_reference(self) -> bool:
@@ -63,21 +123,37 @@ class Codec:
         """Whether all stages are lossless."""
         return all(stage.lossless for stage in self.stages)
 
+    def resolved(self, decoders: Collection[str] | None) -> Codec:
+        """This codec with a stage in the place of the word ``entropy``.
+
+        Args:
+            decoders: what the other side said that it can decode, as its
+                `fedpara_plugins.codecs.decoders` lists it; None while that is not known, when
+                zlib is taken, which everyone has.
+        """
+        if self.entropy is None:
+            return self
+        coder = self.entropy.resolved(decoders)
+        return replace(self, stages=(*self.stages, coder), entropy=None)
+
     def first_contact(self) -> Codec:
         """What is used while the receiver holds no reference: the lossless, self-sufficient stages.
 
         Lossy stages are made for small updates; they would spoil whole weights.
         """
         kept = (stage for stage in self.stages if stage.lossless and not stage.needs_reference)
-        return Codec(tuple(kept))
+        return replace(self, stages=tuple(kept), feedback=False)
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, list[Notes]]:
         """Apply the stages in order; one dict of notes a stage.
 
         Raises:
+            ConfigError: the entropy coder is not chosen yet.
             PayloadError: a stage cannot code a tensor.
             MismatchError: the reference is missing or does not fit.
         """
+        if self.entropy is not None:
+            raise self._wrong("the entropy coder is not chosen yet; call resolved() first")
         every: list[Notes] = []
         for stage in self.stages:
             tensors, notes = stage.encode(tensors, reference=reference)
@@ -121,25 +197,8 @@ class Codec:
         return tensors
 
 
-def parse_codec(text: str, stages: Mapping[str, Stage] | None = None) -> Codec:
-    """Read a preset, or stages joined by ``+``, such as ``delta+int8+zlib``.
-
-    Args:
-        text: what the user wrote; spaces around names are ignored.
-        stages: known stages by name; all that are registered if None.
-
-    Raises:
-        ConfigError: nothing given, unknown stage, stage repeated or out of its place.
-    """
-    known = _registered() if stages is None else stages
-    names = [part.strip() for part in text.split("+")]
-    if len(names) == 1 and names[0] in PRESETS:
-        names = list(PRESETS[names[0]])
-    return chain_of(names, known)
-
-
 def chain_of(names: Iterable[str], stages: Mapping[str, Stage]) -> Codec:
-    """The codec of exactly these stages; presets are not looked at.
+    """The codec of exactly these stages, by plain names, as a payload's header has them.
 
     Raises:
         ConfigError: a stage is unknown, repeated or out of its place.
@@ -148,14 +207,7 @@ def chain_of(names: Iterable[str], stages: Mapping[str, Stage]) -> Codec:
     unknown = [name for name in wanted if name not in stages]
     if unknown:
         raise ConfigError(
-            f"codec: unknown stage {unknown[0]!r} in {'+'.join(wanted)!r}. Presets: "
-            f"{', '.join(PRESETS)}. Stages, to be joined by '+': {', '.join(stages)}"
+            f"codec: unknown stage {unknown[0]!r} in {'+'.join(wanted)!r}; known are "
+            f"{', '.join(stages)}"
         )
     return Codec(tuple(stages[name] for name in wanted))
-
-
-def _registered() -> Mapping[str, Stage]:
-    # The registry imports the built-in stages of this package, so it cannot be imported above.
-    from fedpara_plugins.plugins import stages
-
-    return stages()

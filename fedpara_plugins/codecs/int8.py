@@ -42,6 +42,7 @@ class Int8Stage(Stage):
 
     name = "int8"
     lossless = False
+    shortens = True
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
         """Quantise.

@@ -13,11 +13,12 @@ from typing import Any, TypeAlias
 
 import torch
 
-from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.errors import ConfigError, PayloadError
 
 __all__ = [
     "DTYPES",
     "REAL_DTYPES",
+    "STREAM_DTYPES",
     "Notes",
     "Stage",
     "Tensors",
@@ -63,7 +64,10 @@ DTYPES: Mapping[str, torch.dtype] = {
 REAL_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 """What arithmetic stages act on; float8 and complex tensors pass through them as integers do."""
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STREAM_DTYPES: Mapping[str, torch.dtype] = {**DTYPES, "C128": torch.complex128}
+"""What an entropy coder's stream can hold: more than a safetensors file can."""
+
+_NAMES = {dtype: name for name, dtype in STREAM_DTYPES.items()}
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _PASSED = "-"
 
@@ -75,13 +79,44 @@ class Stage(abc.ABC):
         name: what users write in ``codec = "a+b"``; letters, digits, ``_``, ``-`` and ``.``.
         lossless: decoding gives back the very same bits.
         needs_reference: works against tensors that sender and receiver both hold.
+        selects: sends some of the values only, so it comes before what shortens them.
+        shortens: writes each value with fewer bits; a chain has one such stage at most.
         entropy: the output is one opaque stream, so no other stage can follow.
     """
 
     name: str
     lossless: bool
     needs_reference: bool = False
+    selects: bool = False
+    shortens: bool = False
     entropy: bool = False
+
+    @property
+    def options(self) -> Mapping[str, str]:
+        """What this instance was configured with, as in the codec's text; decoding needs none."""
+        return {}
+
+    @property
+    def text(self) -> str:
+        """Name and options as users write them, such as ``quantise:bits=4,scope=row``."""
+        given = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.name}:{given}" if given else self.name
+
+    def with_options(self, options: Mapping[str, str]) -> Stage:
+        """A stage of this kind with these options, everything else at its default.
+
+        Args:
+            options: keys and values of the codec's text, as text.
+
+        Raises:
+            ConfigError: an unknown option, or a value that does not fit; this base knows none.
+        """
+        if options:
+            raise ConfigError(
+                f"stage {self.name!r} has no options, got {', '.join(sorted(options))}; "
+                f"write {self.name!r} alone"
+            )
+        return self
 
     @abc.abstractmethod
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
@@ -110,13 +145,13 @@ class Stage(abc.ABC):
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name in `DTYPES`.
+    """The name in `STREAM_DTYPES`.
 
     Raises:
         PayloadError: the dtype is not among them.
     """
     if dtype not in _NAMES:
-        raise PayloadError(f"dtype {dtype} cannot travel; these can: {', '.join(DTYPES)}")
+        raise PayloadError(f"dtype {dtype} cannot travel; these can: {', '.join(STREAM_DTYPES)}")
     return _NAMES[dtype]
 
 
@@ -165,13 +200,13 @@ def unpack_dtypes(notes: Notes, count: int) -> list[torch.dtype | None]:
         PayloadError: unknown dtype, another count, or a digit without an entry in the table.
     """
     table, each = notes["dtypes"], notes["each"]
-    unknown = [name for name in table if not (isinstance(name, str) and name in DTYPES)]
+    unknown = [name for name in table if not (isinstance(name, str) and name in STREAM_DTYPES)]
     if unknown:
-        raise PayloadError(f"unknown dtypes {unknown[:3]!r}; known are {', '.join(DTYPES)}")
+        raise PayloadError(f"unknown dtypes {unknown[:3]!r}; known are {', '.join(STREAM_DTYPES)}")
     if len(each) != count:
         raise PayloadError(f"expected the dtypes of {count} tensors, got those of {len(each)}")
     known: dict[str, torch.dtype | None] = {_PASSED: None}
-    known.update(zip(_DIGITS, (DTYPES[name] for name in table), strict=False))
+    known.update(zip(_DIGITS, (STREAM_DTYPES[name] for name in table), strict=False))
     if not set(each) <= set(known):
         raise PayloadError(f"dtype digits {sorted(set(each) - set(known))!r} are not in the table")
     return [known[digit] for digit in each]

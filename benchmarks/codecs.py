@@ -1,0 +1,300 @@
+"""Sizes, errors and speeds of codecs on an update of trained factors of VGG16 at gamma 0.1.
+
+    python benchmarks/vgg16_update.py --data FOLDER --output update.pt
+    python benchmarks/codecs.py --update update.pt [--plot docs/codecs.png]
+
+Prints Markdown. Without ``--update``, ``--synthetic`` takes normal noise for the update, whose
+sizes are near the real ones and whose errors in composed weights mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from vgg16_update import vgg16_factors
+
+import fedpara_plugins as fedpara
+from fedpara_plugins.codecs import (
+    decode_payload,
+    decoders,
+    encode_payload,
+    parse_codec,
+    reference_hash,
+)
+
+State = dict[str, Tensor]
+
+CODERS = ("zlib", "zstd", "ans")
+CODECS = {
+    "none": ("none",),
+    "lossless": ("zlib", "zstd", "planes+zlib", "planes+zstd"),
+    "fp16": ("delta+cast:to=fp16+zlib", "delta+cast:to=fp16+planes+zstd"),
+    "int8": ("delta+int8+zlib", "delta+int8+zstd", "delta+int8+ans"),
+    "balanced": tuple(f"delta+quantise:rms=0.05+{coder}" for coder in CODERS),
+    "top-k 10 %": ("delta+topk:share=0.1+zstd",),
+    "small": tuple(f"delta+quantise:rms=2+{coder}" for coder in CODERS),
+    "tiny": tuple(f"delta+quantise:rms=4+{coder}" for coder in CODERS),
+}
+"""Chains by what they are called; of a preset's, error feedback changes nothing in one message."""
+LADDER = {
+    "raw": None,
+    "lossless": "planes+zstd",
+    "fp16": "delta+cast:to=fp16+planes+zstd",
+    "balanced": "delta+quantise:rms=0.05+zstd",
+    "int8": "delta+int8+zlib",
+    "small": "delta+quantise:rms=2+ans",
+    "tiny": "delta+quantise:rms=4+ans",
+}
+"""Each step compresses more than the one above."""
+CURVES = {
+    "quantise, step in rms": [f"delta+quantise:rms={2.0**-i:g}+ans" for i in range(-2, 7)],
+    "int8": ["delta+int8+zlib"],
+    "fp16": ["delta+cast:to=fp16+zlib"],
+    "top-k": [f"delta+topk:share={share}+zstd" for share in (0.01, 0.03, 0.1, 0.3)],
+    "balanced": ["delta+quantise:rms=0.05+zstd"],
+    "small": ["delta+quantise:rms=2+ans"],
+    "tiny": ["delta+quantise:rms=4+ans"],
+}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client sends, what the receiver holds, and how to compose weights."""
+
+    trained: State
+    reference: State
+    model: torch.nn.Module
+
+    def dense(self, state: State) -> State:
+        """Composed weights and all that is dense."""
+        self.model.load_state_dict(state)
+        return {n: t.double() for n, t in fedpara.to_dense(self.model).state_dict().items()}
+
+    @property
+    def values(self) -> int:
+        """How many float32 travel."""
+        return sum(tensor.numel() for tensor in self.trained.values())
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one codec on one update; times in seconds of processor time."""
+
+    size: int
+    share: float
+    entropy: float
+    factors: float
+    composed: float
+    encode: float
+    decode: float
+
+
+def load(path: Path | None) -> Update:
+    """From the file, or synthetic."""
+    model = vgg16_factors()
+    if path is not None:
+        saved = torch.load(path, weights_only=True)
+        return Update(saved["trained"], saved["reference"], model)
+    reference = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    trained = {name: t + 0.03 * t.std() * torch.randn_like(t) for name, t in reference.items()}
+    return Update(trained, reference, model)
+
+
+def best(action: Callable[[], object], *, repeats: int = 7) -> float:
+    """Least processor time of several calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        action()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def distance(one: State, other: State, to: State) -> float:
+    """|one - other| / |other - to| over all tensors."""
+    wrong = sum((one[n].double() - other[n].double()).square().sum() for n in one)
+    moved = sum((other[n].double() - to[n].double()).square().sum() for n in one)
+    return float((wrong / moved) ** 0.5)
+
+
+def symbol_entropy(chain: str, update: Update) -> float:
+    """Bits a value of the integer symbols before the entropy coder, all with one table."""
+    codec = parse_codec(chain)
+    stages = tuple(stage for stage in codec.stages if not stage.entropy)
+    tensors = update.trained
+    for stage in stages:
+        tensors, _ = stage.encode(tensors, reference=update.reference)
+    integers = [t.flatten().int() for t in tensors.values() if not t.is_floating_point()]
+    if not integers or any(stage.name in {"topk", "planes"} for stage in stages):
+        return float("nan")
+    counts = torch.unique(torch.cat(integers), return_counts=True)[1].double()
+    share = counts / counts.sum()
+    return float(-(share * share.log2()).sum())
+
+
+def measure(chain: str, update: Update) -> Result:
+    """Encode and decode the whole way, payload and hash of the reference included."""
+    codec = parse_codec(chain)
+    raw = 4 * update.values
+
+    def encode() -> bytes:
+        return encode_payload(update.trained, codec=codec, reference=update.reference)
+
+    def decode() -> State:
+        return decode_payload(data, reference=update.reference, limit=raw).tensors
+
+    data = encode()
+    back = decode()
+    exact = all(torch.equal(back[name], tensor) for name, tensor in update.trained.items())
+    states = [update.dense(state) for state in (back, update.trained, update.reference)]
+    return Result(
+        size=len(data),
+        share=(8 + int.from_bytes(data[:8], "little")) / len(data),
+        entropy=symbol_entropy(chain, update),
+        factors=0.0 if exact else distance(back, update.trained, update.reference),
+        composed=0.0 if exact else distance(*states),
+        encode=best(encode),
+        decode=best(decode),
+    )
+
+
+def yardsticks(update: Update) -> tuple[float, float, float]:
+    """Seconds to copy the tensors, to pack them with zlib level 6, and to hash them."""
+    plain = b"".join(tensor.numpy().tobytes() for tensor in update.trained.values())
+    copy = best(lambda: [tensor.clone() for tensor in update.trained.values()], repeats=20)
+    return (
+        copy,
+        best(lambda: zlib.compress(plain, 6), repeats=2),
+        best(lambda: reference_hash(update.reference)),
+    )
+
+
+def table(results: dict[str, dict[str, Result]], update: Update) -> Iterable[str]:
+    """Sizes, errors and speeds, in Markdown."""
+    raw = 4 * update.values
+    copy, packed, hashed = yardsticks(update)
+    yield f"{update.values} float32 values in {len(update.trained)} tensors, {raw / 1e6:.2f} MB. "
+    yield f"A copy of them runs at {raw / copy / 1e6:.0f} MB/s, zlib level 6 at "
+    yield f"{raw / packed / 1e6:.0f} MB/s, the reference's SHA-256 at "
+    yield f"{raw / hashed / 1e6:.0f} MB/s."
+    yield ""
+    yield (
+        "| | codec | MB | bits a value | entropy of symbols | table and header | error, factors | "
+        "error, composed | encode, MB/s (copies, zlib 6) | decode, MB/s (copies, zlib 6) |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for name, chains in results.items():
+        for chain, result in chains.items():
+            bits = 8 * result.size / update.values
+            entropy = "" if result.entropy != result.entropy else f"{result.entropy:.3f}"
+            speeds = [
+                f"{raw / seconds / 1e6:.0f} ({seconds / copy:.1f}, {seconds / packed:.3f})"
+                for seconds in (result.encode, result.decode)
+            ]
+            yield (
+                f"| {name} | `{chain}` | {result.size / 1e6:.3f} | {bits:.3f} | {entropy} | "
+                f"{100 * result.share:.2f} % | {100 * result.factors:.2f} % | "
+                f"{100 * result.composed:.2f} % | {speeds[0]} | {speeds[1]} |"
+            )
+
+
+def where_shorter(saved: int, longer: float) -> str:
+    """The link speeds at which saving bytes (or none) is worth computing longer (or not)."""
+    if saved >= 0 >= longer:
+        return "always"
+    if saved <= 0 <= longer:
+        return "never"
+    limit = f"{8 * saved / longer / 1e6:.0f} Mbit/s"
+    return f"up to {limit}" if saved > 0 else f"from {limit} on"
+
+
+def links(results: dict[str, dict[str, Result]], update: Update) -> Iterable[str]:
+    """Up to which link speed each rung of the ladder is faster than the one above."""
+    found = {chain: result for chains in results.values() for chain, result in chains.items()}
+    rungs = []
+    for name, chain in LADDER.items():
+        if chain is None:
+            rungs.append((name, "no codec", 4 * update.values, 0.0))
+        elif chain in found:
+            result = found[chain]
+            rungs.append((name, f"`{chain}`", result.size, result.encode + result.decode))
+    yield "| | codec | seconds at 100 Mbit/s | shorter than the one above | shorter than raw |"
+    yield "|---|---|---|---|---|"
+    for place, (name, chain, size, spent) in enumerate(rungs):
+        words = ["", ""]
+        for i, other in enumerate((rungs[place - 1], rungs[0]) if place else ()):
+            words[i] = where_shorter(other[2] - size, spent - other[3])
+        yield f"| {name} | {chain} | {8 * size / 1e8 + spent:.3f} | {words[0]} | {words[1]} |"
+
+
+def two_layers() -> Iterable[str]:
+    """What table and header take where there is little else."""
+    model = torch.nn.Sequential(torch.nn.Linear(784, 64), torch.nn.Linear(64, 10))
+    reference = fedpara.convert(model, method="fedpara", gamma=0.1).state_dict()
+    trained = {name: t + 0.01 * torch.randn_like(t) for name, t in reference.items()}
+    yield "| | bytes | of them table and header |"
+    yield "|---|---|---|"
+    for name, chain in LADDER.items():
+        if chain is not None and ("zstd" not in chain or "zstd" in decoders()):
+            data = encode_payload(trained, codec=parse_codec(chain), reference=reference)
+            head = 8 + int.from_bytes(data[:8], "little")
+            yield f"| {name}, `{chain}` | {len(data)} | {head} |"
+
+
+def plot(update: Update, path: Path) -> None:
+    """Bits a value over the relative error of factors and of composed weights."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    for name, chains in CURVES.items():
+        results = [measure(chain, update) for chain in chains]
+        bits = [8 * result.size / update.values for result in results]
+        style = "o-" if len(chains) > 1 else "s"
+        for axis, kind in zip(axes, ("factors", "composed"), strict=True):
+            axis.plot([getattr(result, kind) for result in results], bits, style, label=name)
+    for axis, kind in zip(axes, ("factors", "composed weights"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel=f"relative error of the update, {kind}")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("bits a value")
+    axes[1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Print the tables, draw the picture."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--update", type=Path, help="written by vgg16_update.py")
+    source.add_argument("--synthetic", action="store_true")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    update = load(options.update)
+    results = {
+        name: {
+            chain: measure(chain, update)
+            for chain in chains
+            if "zstd" not in chain or "zstd" in decoders()
+        }
+        for name, chains in CODECS.items()
+    }
+    for lines in (table(results, update), links(results, update), two_layers()):
+        print("\n".join(lines), end="\n\n")
+    if options.plot:
+        plot(update, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What both sides must agree on: stages, reference, model. A refusal names both sides' values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedpara_plugins._version import __version__
+from fedpara_plugins.codecs.chain import NONE, Codec, chain_of
+from fedpara_plugins.codecs.header import PayloadHeader
+from fedpara_plugins.codecs.plain import plain
+from fedpara_plugins.codecs.reference import reference_hash
+from fedpara_plugins.codecs.stage import Stage, Tensors
+from fedpara_plugins.errors import ConfigError, MismatchError, PayloadError
+
+if TYPE_CHECKING:
+    from fedpara_plugins.spec import ModelSpec
+
+__all__ = ["check_model", "check_tensors", "codec_of", "held_reference"]
+
+HERE, THERE = "this side", "the payload's sender"
+
+
+def codec_of(header: PayloadHeader, stages: Mapping[str, Stage] | None) -> Codec:
+    """The chain that the header names.
+
+    Args:
+        header: of a payload.
+        stages: known stages by name; all that are registered if None.
+
+    Raises:
+        MismatchError: a stage is not installed here, or the chain is none.
+    """
+    if stages is None:
+        from fedpara_plugins.plugins import stages as registered  # it imports this package
+
+        stages = registered()
+    try:
+        return chain_of([] if header.codec == NONE else header.codec.split("+"), stages)
+    except ConfigError as error:
+        missing = [name[:40] for name in header.codec.split("+") if name not in stages]
+        raise MismatchError(
+            f"payload of codec {header.codec[:80]!r} (sender: fedpara-plugins "
+            f"{header.plugin_version[:40]}), this side has the stages {', '.join(stages)} "
+            f"(fedpara-plugins {__version__}); install the stage's plugin on both sides"
+            + (f": missing here is {', '.join(missing[:3])}" if missing else "")
+        ) from error
+
+
+def held_reference(
+    header: PayloadHeader,
+    codec: Codec,
+    reference: Mapping[str, torch.Tensor] | None,
+    references: Mapping[str, Mapping[str, torch.Tensor]] | None,
+) -> Tensors | None:
+    """The tensors that the sender coded against, if the codec needs any.
+
+    Args:
+        header: names them by their hash.
+        codec: of the payload.
+        reference: what this side holds; hashed only if it must be.
+        references: more of it, by hash.
+
+    Raises:
+        MismatchError: this side does not hold them.
+        PayloadError: the codec needs a reference and the header names none.
+    """
+    if not codec.needs_reference:
+        return None
+    if header.reference is None:
+        raise PayloadError(f"codec {codec.name!r} needs a reference and the header names none")
+    if references is not None and header.reference in references:
+        return plain(references[header.reference])
+    held = list(references or ())
+    if reference is not None:
+        mine = plain(reference)
+        held.append(reference_hash(mine))
+        if held[-1] == header.reference:
+            return mine
+    raise MismatchError(
+        f"payload coded against reference {header.reference[:64]}, this side holds "
+        f"{', '.join(held[-3:]) or 'none'}; code without a reference (first contact) instead"
+    )
+
+
+def check_model(header: PayloadHeader, expect: ModelSpec) -> None:
+    """Refuse a payload of another model, or of the same one converted in another way.
+
+    Raises:
+        MismatchError: names the first difference; or the payload does not describe its model.
+        PayloadError: the description is malformed.
+    """
+    if header.model is None:
+        raise MismatchError(
+            f"the payload does not say of which model it is, this side expects the one of "
+            f"fingerprint {expect.fingerprint}; encode with model=ModelSpec.of(model).to_json()"
+        )
+    expect.check_described(header.model, here=HERE, there=THERE)
+
+
+def check_tensors(
+    tensors: Tensors, expect: ModelSpec | None, like: Mapping[str, torch.Tensor] | None
+) -> None:
+    """Refuse decoded tensors that do not fit this side's model.
+
+    Args:
+        tensors: what was decoded.
+        expect: their names, in order, and the shapes of factors.
+        like: their names, shapes and dtypes.
+
+    Raises:
+        MismatchError: names the first difference with both sides' values.
+    """
+    if expect is not None:
+        _check_names(tensors, expect.shared_keys)
+        for name, shape in expect.shared_shapes().items():
+            _check_same(name, "shape", shape, tuple(tensors[name].shape))
+    if like is not None:
+        _check_names(tensors, tuple(like))
+        for name, other in like.items():
+            _check_same(name, "shape", tuple(other.shape), tuple(tensors[name].shape))
+            _check_same(name, "dtype", other.dtype, tensors[name].dtype)
+
+
+def _check_names(tensors: Tensors, wanted: tuple[str, ...]) -> None:
+    if tuple(tensors) == wanted:
+        return
+    missing = [name for name in wanted if name not in tensors]
+    unknown = [name[:80] for name in tensors if name not in wanted]
+    if missing or unknown:
+        raise MismatchError(
+            f"{HERE} expects {len(wanted)} tensors, {THERE} sent {len(tensors)}: missing "
+            f"{missing[:5]}, not expected {unknown[:5]}; both sides need the same model"
+        )
+    place = next(i for i, pair in enumerate(zip(tensors, wanted, strict=True)) if len({*pair}) > 1)
+    raise MismatchError(
+        f"the order of the tensors differs: at place {place} {HERE} has {wanted[place]!r}, "
+        f"{THERE} {list(tensors)[place]!r}; both sides need the same model"
+    )
+
+
+def _check_same(name: str, what: str, here: object, there: object) -> None:
+    if here != there:
+        raise MismatchError(
+            f"tensor {name!r}: {HERE} has {what} {here}, {THERE} has {there}; both sides need the "
+            "same model, converted with the same fedpara options"
+        )

@@ -1,0 +1,62 @@
+"""The integers of stage ``quantise``: the narrowest type, with an escape for what lies far out.
+
+One outlier would otherwise double the bytes of a whole tensor, and an entropy coder of bytes does
+badly on wider integers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+__all__ = ["ESCAPE", "SYMBOL_DTYPES", "Symbols", "escaped", "far_dtype", "narrowed"]
+
+SYMBOL_DTYPES = (torch.int8, torch.int16, torch.int32)
+NEAR, ESCAPE = 127, -128
+_FAR_SHARE = 16
+"""At most one value in that many escapes; with more of them, wider symbols are smaller."""
+_FEW = {torch.int16: 2**15 - 1, torch.int32: 2**31 - 1}
+
+
+class Symbols(NamedTuple):
+    """Integers, and in order the values (int32) that stand behind each -128 of an int8 tensor."""
+
+    near: torch.Tensor
+    far: torch.Tensor
+
+
+def narrowed(counts: torch.Tensor, most: int) -> Symbols | None:
+    """Whole numbers as integers; None where 32 bits do not hold them.
+
+    Args:
+        counts: floating point; spoilt.
+        most: a bound of their magnitude.
+    """
+    none = torch.empty(0, dtype=torch.int32)
+    if most <= NEAR:
+        return Symbols(counts.to(torch.int8), none)
+    flat = counts.view(-1)
+    # numpy finds them twice as fast as torch, with the same memory behind both.
+    outside = torch.from_numpy(np.flatnonzero((flat.abs() > NEAR).numpy()))
+    values = flat[outside]
+    largest = float(values.abs().max()) if len(values) else 0.0
+    if largest > _FEW[torch.int32]:
+        return None
+    if _FAR_SHARE * len(values) > len(flat):
+        return Symbols(counts.to(far_dtype(largest)), none)
+    flat[outside] = ESCAPE
+    return Symbols(counts.to(torch.int8), values.to(torch.int32))
+
+
+def far_dtype(largest: float) -> torch.dtype:
+    """The narrower of int16 and int32 that holds numbers up to ``largest``."""
+    return next(dtype for dtype, top in _FEW.items() if largest <= top)
+
+
+def escaped(near: torch.Tensor) -> torch.Tensor | None:
+    """Where symbols escape; None where none does."""
+    if near.dtype != torch.int8 or near.numel() == 0 or int(near.min()) != ESCAPE:
+        return None
+    return near == ESCAPE

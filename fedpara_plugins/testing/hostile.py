@@ -1,0 +1,157 @@
+"""Payloads as an attacker makes them: taken apart, damaged, and signed again.
+
+The checksum stops accidents and nobody else, so damage that is to reach the code behind it needs
+`signed`. Used by this project's tests and fuzzer, and useful to whoever writes a stage.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from fedpara_plugins.codecs import PRESETS, Codec, Stage, decoders, parse_codec
+from fedpara_plugins.errors import ConfigError
+
+__all__ = ["damaged", "every_codec", "pack", "parts", "signed"]
+
+MARK = b'{\\"crc32\\":\\"'
+"""What the checksum's eight digits follow."""
+
+_STRANGE: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 255, 2**31, 2**62, 2**64, 2**70, 1.5, -0.0, 1e300, 5e-324),
+    *("", "x", "é", "-", "0", "F32", "BOOL", "I8", "AAAAAAAA8D8=", "AAAAAAAA+H8=", "zlib", "delta"),
+    *([], [0], [-1], [2**62], [2**40, 2**40, 0], [[]], [None], {}, {"x": []}),
+)
+_WITH_OPTIONS = (
+    *("cast:to=fp16", "cast:to=bf16+zlib", "delta+topk:share=0.3", "topk:share=0.1+zlib"),
+    *("quantise:bits=1", "quantise:bits=4,scope=row", "quantise:bits=16,scope=block"),
+    *("delta+quantise:rms=2,rounding=stochastic+zlib", "delta+topk:share=0.3+quantise:bits=8+zlib"),
+)
+_PIECES = (b"0", b"9", b"-", b"e", b".", b'"', b"[", b"]", b"{", b"}", b",", b":", b"\\", b"\x00")
+
+
+def every_codec(stages: Mapping[str, Stage]) -> dict[str, Codec]:
+    """By text, whatever can be encoded here: all presets, and each stage in several places.
+
+    A stage stands alone, before ``zlib``, behind ``delta``, and between the two; the word
+    ``entropy`` becomes the coder that is preferred, where its library is installed.
+    """
+    usable = set(decoders())
+    texts = [*PRESETS, *_WITH_OPTIONS, *(name for name in stages if name not in PRESETS)]
+    texts += [f"{stage}+zlib" for stage in stages] + [f"delta+{stage}" for stage in stages]
+    texts += [f"delta+{stage}+zlib" for stage in stages]
+    found: dict[str, Codec] = {}
+    for text in texts:
+        try:
+            codec = parse_codec(text, stages).resolved(usable)
+        except ConfigError:  # a stage twice, or behind an entropy coder
+            continue
+        if all(stage.name in usable for stage in codec.stages if stage.entropy):
+            found[text] = codec
+    return found
+
+
+def signed(data: bytes) -> bytes:
+    """The same bytes with a right checksum, wherever there still is a place for one."""
+    place = data.find(MARK) + len(MARK)
+    if place < len(MARK) or len(data) < place + 8:
+        return data
+    digits = b"%08x" % zlib.crc32(data[:place] + b"00000000" + data[place + 8 :])
+    return data[:place] + digits + data[place + 8 :]
+
+
+def pack(table: Any, body: bytes = b"") -> bytes:
+    """A signed container with any table: an object to be written as JSON, or the text itself."""
+    is_text = isinstance(table, bytes)
+    text = table if is_text else json.dumps(table, separators=(",", ":")).encode()
+    return signed(struct.pack("<Q", len(text)) + text + body)
+
+
+def parts(data: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+    """The container's table, our header in it, and the body.
+
+    Raises:
+        ValueError, KeyError, TypeError, struct.error: the bytes are no payload.
+    """
+    size = 8 + struct.unpack_from("<Q", data)[0]
+    table = json.loads(data[8:size])
+    return table, json.loads(table["__metadata__"]["fedpara"]), data[size:]
+
+
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """Bytes near ``data``: its fields changed, its table, its body, or simply its bytes.
+
+    Args:
+        data: a payload, or what is left of one.
+        draw: decides what is done; the same state gives the same damage.
+    """
+    try:
+        table, header, body = parts(data)
+    except (ValueError, KeyError, TypeError, RecursionError, struct.error):
+        return signed(_damaged_bytes(data, draw))
+    kind = draw.random()
+    if kind < 0.15:
+        whole = _damaged_bytes(data, draw)
+        return whole if draw.random() < 0.1 else signed(whole)
+    tensors = {name: entry for name, entry in table.items() if name != "__metadata__"}
+    if kind < 0.5:
+        _change_somewhere(header, draw)
+    elif kind < 0.6:
+        _change_somewhere(tensors, draw)
+    else:
+        body = _damaged_bytes(body, draw, keep_size=draw.random() < 0.7)
+    text = json.dumps(header, separators=(",", ":"))
+    return pack({"__metadata__": {"fedpara": text}, **tensors}, body)
+
+
+def _damaged_bytes(data: bytes, draw: random.Random, *, keep_size: bool = False) -> bytes:
+    changed = bytearray(data)
+    for _ in range(draw.choice((1, 1, 1, 2, 4, 16))):
+        place = draw.randrange(len(changed) + 1)
+        kind = draw.randrange(2 if keep_size else 6)
+        if kind == 0 and place < len(changed):
+            changed[place] ^= 1 << draw.randrange(8)
+        elif kind == 1 and place < len(changed):
+            changed[place] = draw.choice((0, 1, 0x7F, 0x80, 0xFF, draw.randrange(256)))
+        elif kind == 2:
+            del changed[place : place + draw.randint(1, 9)]
+        elif kind == 3:
+            changed[place:place] = draw.choice(_PIECES) * draw.randint(1, 4)
+        elif kind == 4 and changed:
+            other = draw.randrange(len(changed))
+            changed[place:place] = changed[other : other + draw.randint(1, 30)]
+        elif kind == 5:
+            del changed[place:]
+    return bytes(changed)
+
+
+def _change_somewhere(root: Any, draw: random.Random) -> None:
+    """Replace, drop, double or nudge one value anywhere in a JSON object or list."""
+    target = root
+    while True:
+        keys = list(target) if isinstance(target, dict) else list(range(len(target)))
+        if not keys:
+            return
+        key = draw.choice(keys)
+        inner = target[key]
+        if isinstance(inner, dict | list) and inner and draw.random() < 0.85:
+            target = inner
+            continue
+        break
+    kind = draw.random()
+    if kind < 0.15:
+        del target[key]
+    elif kind < 0.3 and isinstance(inner, str | list):
+        twice: Any = inner * 2
+        target[key] = draw.choice((twice, inner[:-1], inner[::-1]))
+    elif kind < 0.5 and type(inner) is int:
+        target[key] = inner + draw.choice((-1, 1, 7, 2**32))
+    elif kind < 0.6 and isinstance(inner, str) and inner:
+        place = draw.randrange(len(inner))
+        target[key] = inner[:place] + draw.choice("09azAZ-_+=/") + inner[place + 1 :]
+    else:
+        target[key] = draw.choice(_STRANGE)
