@@ -4,8 +4,9 @@
 
 A copy of the app gets `flower_digits.diff`, then `flwr run` trains it once per method in Flower's
 simulation engine; everything but the method and the codec is the same. Out come a table, a picture,
-the figures behind them (results.json), and from each training its log, its ledger and a dense
-checkpoint, which is loaded into the unmodified model and tested.
+the figures behind them (results.json), the page that `fedpara report` makes (report.html), and from
+each training its log, its ledger and a dense checkpoint, which is loaded into the unmodified model
+and tested.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def compare(options: argparse.Namespace) -> None:
     (output / "results.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
     (output / "table.md").write_text(table, encoding="utf-8")
     draw(runs, output / "accuracy_over_bytes.png")
+    write_report(options.runs, output)
     print(f"\n{table}\nall in {output}, after {time.monotonic() - start:.0f} s")
     if options.update_readme:
         update_readme(table, output / "accuracy_over_bytes.png")
@@ -309,6 +311,8 @@ def with_bytes(rounds: list[Run], ledger: str) -> list[Run]:
     sums: dict[tuple[int, str], int] = defaultdict(int)
     for line in ledger.splitlines():
         entry = json.loads(line)
+        if entry.get("line", "message") != "message":
+            continue
         sums[entry["round"], entry["direction"]] += entry["encoded_bytes"]
     for row in rounds:
         row |= {f"bytes_{way}": sums.pop((row["round"], way), 0) for way in ("up", "down")}
@@ -407,6 +411,14 @@ def draw(runs: list[Run], path: Path) -> None:
     panels[1].legend(loc="lower right")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def write_report(names: list[str], output: Path) -> None:
+    """What `fedpara report` makes of the ledgers."""
+    from fedpara_plugins.traffic import read_runs, render_page
+
+    ledgers = [f"{name}={output / name}.ledger.jsonl" for name in names]
+    (output / "report.html").write_text(render_page(read_runs(ledgers)), encoding="utf-8")
 
 
 def update_readme(table: str, picture: Path) -> None:

@@ -1,0 +1,183 @@
+"""A ledger's lines as text, JSON lines or CSV, and back.
+
+A line is one physical line in both: names are escaped, so that a file may be cut at any byte and
+loses the last line only.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fedpara_plugins.errors import FedParaError
+from fedpara_plugins.ledger.lines import KINDS, LedgerEntry, Line
+
+__all__ = ["CSV_HEAD", "encode", "is_csv", "mend", "numbered_lines", "read_lines", "torn_bytes"]
+
+logger = logging.getLogger(__name__)
+
+_FIELDS = {word: [field.name for field in fields(kind)] for word, kind in KINDS.items()}
+_WORDS = {kind: word for word, kind in KINDS.items()}
+COLUMNS = ("line", *dict.fromkeys(name for names in _FIELDS.values() for name in names))
+CSV_HEAD = ",".join(COLUMNS)
+
+_NUMBERS = {f.name for kind in KINDS.values() for f in fields(kind) if f.type == "int"}
+_WHOLE = re.compile(r"-?[0-9]{1,19}")
+
+
+def is_csv(path: Path) -> bool:
+    """Whether the suffix asks for CSV; every other one gives JSON lines."""
+    return path.suffix.lower() == ".csv"
+
+
+# Writing
+
+
+def encode(line: Line, *, as_csv: bool) -> str:
+    """The line as text, with its end."""
+    word = _WORDS[type(line)]
+    values = {name: getattr(line, name) for name in _FIELDS[word]}
+    if as_csv:
+        return _csv_text({"line": word, **values})
+    if word != "message":
+        values = {"line": word, **values}
+    return json.dumps(values, separators=(",", ":")) + "\n"
+
+
+def _csv_text(values: dict[str, Any]) -> str:
+    cells = [_cell(values.get(name)) for name in COLUMNS]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        # As inside a JSON string: no control character, quote or foreign script is left over.
+        return json.dumps(value)[1:-1]
+    return repr(value)
+
+
+# Reading
+
+
+def read_lines(path: Path | str) -> Iterator[Line]:
+    """The lines of a file of either format, whatever its suffix.
+
+    A last line without its end is what a killed run leaves; it is ignored and the log says so.
+
+    Raises:
+        FedParaError: another line is not a ledger's, or there is no whole line; file and line are
+            named.
+        OSError: the file cannot be read.
+    """
+    empty = True
+    as_csv = False
+    for number, text in numbered_lines(path):
+        empty = False
+        if number == 1 and text.startswith(b"line,"):
+            as_csv = True
+            if text.decode(errors="replace") != CSV_HEAD:
+                raise FedParaError(
+                    f"{path}, line 1: expected the columns {CSV_HEAD}, got {text[:200]!r}"
+                )
+            continue
+        yield _line(text, path, number, as_csv)
+    if empty:
+        raise FedParaError(f"{path}: holds no whole line; expected a ledger")
+
+
+def numbered_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
+    """The whole lines of a file without their ends, from 1; a torn last one goes to the log."""
+    with Path(path).open("rb") as file:
+        for number, text in enumerate(file, start=1):
+            if not text.endswith(b"\n"):
+                logger.warning("%s: the last line is torn and was ignored", path)
+                return
+            yield number, text[:-1]
+
+
+def _line(text: bytes, path: Path | str, number: int, as_csv: bool) -> Line:
+    word = "message"
+    try:
+        values = _csv_values(text) if as_csv else json.loads(text)
+        if not isinstance(values, dict):
+            raise TypeError("not an object")
+        word = values.pop("line", word)
+        if word not in KINDS:
+            raise ValueError(f"unknown kind {word!r}; was it written by a newer version?")
+        return KINDS[word](**values)
+    except (TypeError, ValueError, RecursionError, csv.Error) as error:
+        named = word if isinstance(word, str) and word in KINDS else "message"
+        what = "ledger entry" if KINDS[named] is LedgerEntry else f"ledger line of kind {named!r}"
+        raise FedParaError(
+            f"{path}, line {number}: expected a {what} with {', '.join(_FIELDS[named])}, "
+            f"got {text[:60]!r}: {error}"
+        ) from error
+
+
+def _csv_values(text: bytes) -> dict[str, Any]:
+    cells = next(csv.reader([text.decode("ascii")], strict=True), [])
+    if len(cells) != len(COLUMNS):
+        raise ValueError(f"{len(cells)} of {len(COLUMNS)} columns")
+    row = dict(zip(COLUMNS, cells, strict=True))
+    names = _FIELDS.get(row["line"], [])
+    foreign = [name for name in COLUMNS[1:] if row[name] and name not in names]
+    if names and foreign:
+        raise ValueError(f"unexpected value in column {foreign[0]!r}")
+    return {"line": row["line"], **{name: _value(name, row[name]) for name in names}}
+
+
+def _value(name: str, cell: str) -> Any:
+    if name == "value":
+        return float(cell) if cell else None
+    if name not in _NUMBERS:
+        return json.loads(f'"{cell}"')
+    if not _WHOLE.fullmatch(cell):
+        raise ValueError(f"{name}: expected a whole number, got {cell[:30]!r}")
+    return int(cell)
+
+
+# Continuing
+
+
+def torn_bytes(path: Path) -> int:
+    """Bytes after the last whole line."""
+    with path.open("rb") as file:
+        position = end = file.seek(0, io.SEEK_END)
+        while position:
+            start = max(0, position - 2**16)
+            file.seek(start)
+            found = file.read(position - start).rfind(b"\n")
+            if found >= 0:
+                return end - (start + found + 1)
+            position = start
+        return end
+
+
+def mend(path: Path) -> None:
+    """Cut off a torn last line, so that the next one does not continue it.
+
+    Raises:
+        FedParaError: the file holds the other format than its suffix says.
+    """
+    if torn := torn_bytes(path):
+        logger.warning("%s: cut off a torn last line of %d bytes", path, torn)
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size - torn)
+    with path.open("rb") as file:
+        start = file.read(5)
+    if start and is_csv(path) != (start == b"line,"):
+        raise FedParaError(
+            f"{path}: cannot continue it as {'CSV' if is_csv(path) else 'JSON lines'}, it begins "
+            f"with {start!r}: the file is of another kind. Choose another name for the ledger."
+        )
