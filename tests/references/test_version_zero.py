@@ -1,0 +1,185 @@
+"""Version 0: derived alike by both sides, checked by hash, refused where it is forged."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import zlib
+
+import pytest
+import torch
+from torch import nn
+
+import fedpara_plugins as fedpara
+from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.initialise import seeded_shared
+from fedpara_plugins.references import version_zero
+from fedpara_plugins.references.version_zero import SEEDED, ZEROS, base_from_header, base_of
+
+
+@pytest.fixture
+def model(helpers):
+    return helpers.small_model()
+
+
+def through_header(base, spec, limit=10**6):
+    extra, described = json.loads(json.dumps([base.extra, spec.to_json()]))
+    return base_from_header(extra, described, limit=limit)
+
+
+@pytest.mark.parametrize("kind", [SEEDED, ZEROS])
+def test_the_header_alone_gives_the_very_state(model, helpers, kind):
+    spec = fedpara.ModelSpec.of(model)
+    base = base_of(kind, spec, model.state_dict())
+    found = through_header(base, spec)
+    assert found.reference == base.reference
+    assert list(found.tensors) == list(model.state_dict())
+    assert helpers.identical(found.tensors, base.tensors)
+
+
+def test_a_model_that_starts_seeded_differs_only_where_it_is_dense(model, helpers):
+    spec = fedpara.ModelSpec.of(model)
+    zero = base_of(SEEDED, spec, model.state_dict()).tensors
+    factors = {"0.x1", "0.y1", "0.x2", "0.y2"}
+    for name, value in model.state_dict().items():
+        if name in factors:
+            assert helpers.identical({name: zero[name]}, {name: value})
+            assert value.any()
+        else:
+            assert not zero[name].any(), name
+
+
+def test_the_draw_is_the_one_that_is_described(model):
+    plan = model[0].plans["weight"]
+    found = seeded_shared(plan, seed=5, key="0.weight")
+    step = 2.0 ** math.floor(math.log2(plan.factor_std) - 7)
+    drawn = {}
+    for name in ("x1", "y1", "x2", "y2"):
+        digest = hashlib.sha256(f"5:0.weight.{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        drawn[name] = torch.randn(found[name].shape, generator=generator).double()
+        steps = found[name].double() / step
+        assert torch.equal(steps, steps.round())
+        # One common gain: all ratios of found and drawn values agree, but for the rounding.
+        large = drawn[name].abs() > 1
+        ratios = (found[name].double() / drawn[name])[large] / plan.factor_std
+        assert ratios.max() - ratios.min() < 3 * step / plan.factor_std
+    x1, y1, x2, y2 = (found[name].double() for name in ("x1", "y1", "x2", "y2"))
+    weight = plan.scale * (x1 @ y1.T) * (x2 @ y2.T)
+    assert abs(float(weight.var()) / plan.variance - 1) < 0.01
+
+
+@pytest.mark.parametrize("method", ["lowrank", "fedpara", "pfedpara"])
+@pytest.mark.parametrize("tanh", [False, True])
+def test_seeded_weights_have_the_target_variance(method, tanh):
+    net = nn.Sequential(nn.Conv2d(32, 48, 3), nn.Linear(96, 80))
+    fedpara.convert(net, method=method, gamma=0.3, tanh=tanh, init="seeded")
+    for layer in net:
+        plan = layer.plans["weight"]
+        assert abs(float(layer.weight.detach().var()) / plan.variance - 1) < 0.05
+
+
+def test_private_factors_have_no_part_in_it():
+    net = fedpara.convert(nn.Sequential(nn.Linear(64, 64)), method="pfedpara", init="seeded")
+    zero = base_of(SEEDED, fedpara.ModelSpec.of(net), fedpara.split(net).shared).tensors
+    assert set(zero) == {"0.x1", "0.y1", "0.bias"}
+
+
+def test_the_number_of_threads_does_not_show(model):
+    plan = model[0].plans["weight"]
+    threads = torch.get_num_threads()
+    found = []
+    for number in (1, 4):
+        torch.set_num_threads(number)
+        found.append(seeded_shared(plan, seed=0, key="k"))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_another_seed_or_name_is_another_draw(model):
+    plan = model[0].plans["weight"]
+    one = seeded_shared(plan, seed=0, key="a")["x1"]
+    assert not torch.equal(one, seeded_shared(plan, seed=1, key="a")["x1"])
+    assert not torch.equal(one, seeded_shared(plan, seed=0, key="b")["x1"])
+
+
+def test_a_zero_padding_row_stays_zero():
+    net = nn.Sequential(nn.Embedding(200, 64, padding_idx=3))
+    net = fedpara.convert(net, method="fedpara", init="seeded")
+    assert not net[0].weight[3].any()
+    assert net[0].weight[4].any()
+
+
+def test_without_a_base_in_the_header_there_is_none():
+    assert base_from_header(None, None, limit=1) is None
+    assert base_from_header({"other": 1}, None, limit=1) is None
+
+
+def pack(rows):
+    return base64.b64encode(zlib.compress(json.dumps(rows).encode())).decode()
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        None,
+        [],
+        {},
+        {"kind": "seeded"},
+        {"kind": "other", "layout": pack([])},
+        {"kind": "zeros", "layout": 3},
+        {"kind": "zeros", "layout": "?"},
+        {"kind": "zeros", "layout": base64.b64encode(b"no zlib").decode()},
+        {"kind": "zeros", "layout": pack({"x": 1})},
+        {"kind": "zeros", "layout": pack([["x", "F32"]])},
+        {"kind": "zeros", "layout": pack([["x", "F33", [1]]])},
+        {"kind": "zeros", "layout": pack([["x", "F32", [-1]]])},
+        {"kind": "zeros", "layout": pack([["x", "F32", [True]]])},
+        {"kind": "zeros", "layout": pack([["x", "F32", [1] * 40]])},
+        {"kind": "zeros", "layout": pack([["x", "F32", [2**40, 2**40]]])},
+        {"kind": "zeros", "layout": pack([["x", "F32", [10**6]]])},
+        {"kind": "zeros", "layout": pack([["x", "F32", [1]], ["x", "F32", [1]]])},
+        {"kind": "zeros", "layout": pack([[{}, "F32", [1]], [["x"], [], [1]]])},
+        {"kind": "seeded", "layout": pack([["x", "F32", [1]]])},
+    ],
+)
+def test_forged_descriptions_raise_nothing_but_payload_error(forged):
+    with pytest.raises(PayloadError):
+        base_from_header({"base": forged}, {}, limit=10**6)
+
+
+def test_a_layout_that_unpacks_to_too_much_is_refused(monkeypatch):
+    monkeypatch.setattr(version_zero, "LONGEST_LAYOUT", 100)
+    forged = {"kind": "zeros", "layout": pack([["x" * 200, "F32", [1]]])}
+    with pytest.raises(PayloadError, match="too long"):
+        base_from_header({"base": forged}, {}, limit=10**6)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ["w", "fedpara", [10**6, 10**6], 3, [1.0, 1.0, 0.0, 1.0], False],
+        ["w", "fedpara", [10, 10], 10**8, [1.0, 1.0, 0.0, 1.0], False],
+        ["w", "fedpara", [10, 10], 0, [1.0, 1.0, 0.0, 1.0], False],
+        ["w", "fedpara", [10, 10], 3, [1.0, 0.0, 0.0, 1.0], False],
+        ["w", "fedpara", [10, 10], 3, [1.0, -1.0, 0.0, 1.0], False],
+        ["w", "fedpara", [10], 3, [1.0, 1.0, 0.0, 1.0], False],
+        ["w", "fedpara", [], 3, [1.0, 1.0, 0.0, 1.0], False],
+        ["w", "unheard of", [10, 10], 3, [1.0, 1.0, 0.0, 1.0], False],
+        ["w", "fedpara", [10, 10], 3, [1e999, 1.0, 0.0, 1.0], False],
+    ],
+)
+def test_a_forged_model_is_refused_before_anything_is_drawn(row, monkeypatch):
+    def drawn(*_args, **_options):
+        raise AssertionError("something was drawn")
+
+    monkeypatch.setattr(version_zero, "seeded_shared", drawn)
+    layout = pack([["w", "F32", [10]]])
+    with pytest.raises(PayloadError):
+        base_from_header(
+            {"base": {"kind": "seeded", "layout": layout}},
+            {"seed": 0, "weights": [row]},
+            limit=10**4,
+        )
