@@ -27,6 +27,7 @@ from fedpara_plugins.errors import (
     PayloadError,
     PluginError,
 )
+from fedpara_plugins.heads import set_label_counts
 from fedpara_plugins.jacobian import JacobianCorrection
 from fedpara_plugins.ledger import Ledger, LedgerEntry
 from fedpara_plugins.optimizer_check import check_optimizer
@@ -55,6 +56,7 @@ __all__ = [
     "hookimpl",
     "merge",
     "report",
+    "set_label_counts",
     "split",
     "to_dense",
 ]

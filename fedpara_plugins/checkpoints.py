@@ -222,12 +222,13 @@ def _described(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) ->
 
 
 def factor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shapes of all factors by their full names."""
-    return {
+    """Shapes by their full names of what the dense model has not: factors, parts of the head."""
+    factors = {
         key: plan.factor_shape(name)
         for weight, plan in spec.weights.items()
         for name, key in spec.factor_keys(weight).items()
     }
+    return factors | {key: own.shape for key, own in spec.own.items() if own.onto}
 
 
 def _first_line(error: Exception) -> str:

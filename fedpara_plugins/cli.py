@@ -1,4 +1,4 @@
-"""The command ``fedpara``: plan, doctor, export, inspect.
+"""The command ``fedpara``: plan, doctor, export, inspect, report.
 
 Exit codes: 0 done; 1 a model or file is refused, or the doctor found something that needs
 attention; 2 the command line cannot be used. Errors are one line on stderr.
@@ -23,8 +23,10 @@ from fedpara_plugins.doctor import check_environment, check_model, check_trainin
 from fedpara_plugins.errors import ConfigError, FedParaError
 from fedpara_plugins.export import dense_from
 from fedpara_plugins.factories import current_directory_importable, model_from, training_from
-from fedpara_plugins.inspector import inspect_file, printable
+from fedpara_plugins.inspector import inspect_file
 from fedpara_plugins.planner import Link, choose_gamma, plan_traffic
+from fedpara_plugins.text import printable
+from fedpara_plugins.traffic import read_runs, render_page
 from fedpara_plugins.units import parse_rate, parse_size, readable_bytes
 
 __all__ = ["main"]
@@ -132,6 +134,19 @@ def _inspect(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _report(parsed: argparse.Namespace) -> int:
+    output = Path(parsed.output)
+    runs = read_runs(parsed.runs)
+    if output.exists() and any(output.samefile(run.path) for run in runs):
+        raise ConfigError(f"--output: {output} is one of the ledgers; choose another name")
+    # Whole before the first byte is written: an error leaves an earlier page as it was.
+    page = render_page(runs, parsed.metric)
+    output.write_text(page, encoding="utf-8")
+    size = readable_bytes(output.stat().st_size)
+    _say(printable(f"{output}: {', '.join(run.name for run in runs)}; {size}"))
+    return 0
+
+
 def _method_of(found: Checkpoint, config: FedParaConfig | None) -> str:
     chosen = config or found.config
     return "unknown" if chosen is None else chosen.method
@@ -193,6 +208,15 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = _command(commands, "inspect", _inspect, "what is in a payload, checkpoint or ledger")
     inspect.add_argument("file", metavar="FILE")
+
+    report = _command(commands, "report", _report, "ledgers of runs as one page with plots")
+    report.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a ledger, or name=ledger for the legend"
+    )
+    report.add_argument("-o", "--output", metavar="FILE", required=True, help=".html")
+    report.add_argument(
+        "--metric", metavar="NAME", help="what to plot over bytes and rounds, instead of accuracies"
+    )
     return parser
 
 

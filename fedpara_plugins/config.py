@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from math import inf
 from typing import Any
 
 from fedpara_plugins.errors import ConfigError
@@ -15,8 +16,22 @@ __all__ = ["FedParaConfig"]
 DEFAULT_GAMMA = 0.1
 
 LAYER_OPTIONS = frozenset(
-    {"method", "gamma", "ratio", "rank", "min_size", "speed", "private_speed", "tanh"}
+    {
+        "method",
+        "gamma",
+        "ratio",
+        "rank",
+        "min_size",
+        "variance",
+        "speed",
+        "private_speed",
+        "tanh",
+    }
 )
+VARIANCE_RULES = ("default", "he")
+VARIANCES = (1e-9, 1e4)
+SPEEDS = (1e-3, 1e3)
+"""Within these limits the factors of every shape stay within float32."""
 RANK_RULES = frozenset({"gamma", "ratio", "rank"})
 
 Overrides = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
@@ -30,10 +45,12 @@ class FedParaConfig:
 
     Attributes:
         method: ``none``, ``lowrank``, ``fedpara``, ``pfedpara``, or one that a plugin registered.
+            With ``none`` nothing is converted, whatever the overrides say.
         gamma: the paper's rank rule, 0 (smallest rank that can be full) to 1 (dense budget);
             0.1 where neither ratio nor rank is given.
         ratio: the official notebook's rule instead: wanted share of the dense parameters, (0, 1].
-        rank: an explicit rank for every layer instead.
+            A weight whose smallest full-rank factors hold more is an error that names it.
+        rank: an explicit rank for every layer instead, as far as its smaller side allows.
         include: name patterns (shell style); only layers that match one are factorised.
         exclude: name patterns; layers that match one stay dense.
         overrides: other options for the layers whose name matches a pattern, as a mapping
@@ -42,6 +59,8 @@ class FedParaConfig:
         min_size: weights with fewer parameters stay dense.
         tanh: put every operand through tanh, as the paper does in most experiments; its own
             ablation shows no effect.
+        variance: of composed weights at the start: ``default``, what the kind of layer has;
+            ``he``, 2 / fan_in; or a number, such as 0.0004 for a standard deviation of 0.02.
         speed: K, how far a composed weight moves per step of SGD, dense = 1; None takes the
             method's default (1/2 for fedpara, 1/4 for lowrank and pfedpara's shared half).
         private_speed: the same for the private half of pfedpara.
@@ -55,8 +74,15 @@ class FedParaConfig:
         private_steps: of ``decoupled``: number of private steps, or (below 1) their share of the
             steps that the previous round had.
         first_private_steps: of ``decoupled``, in a first round, where no previous one counts.
-        init: ``random`` (fresh factors) or ``fit`` (the closest factors to the weights that the
-            model has); None is ``random`` with a warning if the weights look trained.
+        private_head: of ``decoupled``: a correction of the head's weight that each client keeps. It
+            starts at zero, learns in private steps and is switched off in shared ones.
+        label_prior: add log((n_k + 0.1) / (n + 1)) to the logits, n_k the client's own training
+            labels of class k (`fedpara_plugins.set_label_counts`), in training and prediction,
+            under any method and schedule.
+        head: name of the layer that these two are about; the last ``nn.Linear`` by default.
+        init: ``random`` (fresh factors), ``seeded`` (fresh ones that every client can derive from
+            ``seed``, so that they need not be sent) or ``fit`` (the closest factors to the weights
+            that the model has); None is ``random`` with a warning if the weights look trained.
         seed: of the private factors' first values, which every client derives by itself.
         private: name patterns of further state that stays on the device, factorised or not: ``head.*``
             is FedPer, ``*.norm*`` is FedBN. Full names of the state are meant, ``head.weight``.
@@ -77,6 +103,7 @@ class FedParaConfig:
     overrides: Overrides = ()
     min_size: int = 1024
     tanh: bool = False
+    variance: str | float = "default"
     speed: float | None = None
     private_speed: float = 0.2
     decay: str = "composed"
@@ -84,6 +111,9 @@ class FedParaConfig:
     schedule: str = "joint"
     private_steps: float = 0.2
     first_private_steps: int = 10
+    private_head: bool = False
+    label_prior: bool = False
+    head: str = ""
     init: str | None = None
     seed: int = 0
     private: tuple[str, ...] = ()
@@ -92,28 +122,42 @@ class FedParaConfig:
     downlink_codec: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "overrides", _parsed_overrides(self.overrides))
-        for pattern, _ in self.overrides:
-            self._overridden(pattern)
+        for field in fields(self):
+            value = _converted(field.name, _declared(field.name), getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
         self._check("gamma", 0 <= self.gamma <= 1, "a number from 0 to 1")
         self._check("ratio", self.ratio is None or 0 < self.ratio <= 1, "a number in (0, 1]")
         self._check("rank", self.rank is None or self.rank >= 1, "an integer of at least 1")
         self._check("min_size", self.min_size >= 0, "an integer of at least 0")
-        self._check("speed", self.speed is None or self.speed > 0, "a number above 0")
-        self._check("private_speed", self.private_speed > 0, "a number above 0")
+        self._check("variance", _in(VARIANCES, self.variance), _VARIANCE_TEXT)
+        self._check("speed", self.speed is None or _in(SPEEDS, self.speed), _between(SPEEDS))
+        self._check("private_speed", _in(SPEEDS, self.private_speed), _between(SPEEDS))
         self._check("decay", self.decay in ("composed", "factors"), "'composed' or 'factors'")
-        self._check("clip", self.clip is None or self.clip > 0, "a number above 0")
+        self._check("clip", self.clip is None or 0 < self.clip < inf, "a number above 0, or none")
         self._check("schedule", self.schedule in ("joint", "decoupled"), "'joint' or 'decoupled'")
-        self._check("private_steps", self.private_steps > 0, "a share below 1 or a number of steps")
+        steps = "a share above 0 and below 1, or a number of steps"
+        self._check("private_steps", 0 < self.private_steps < inf, steps)
         self._check("first_private_steps", self.first_private_steps >= 1, "at least 1")
-        self._check("init", self.init in (None, "random", "fit"), "'random' or 'fit'")
+        self._check(
+            "init",
+            self.init in (None, "random", "seeded", "fit"),
+            "'random', 'seeded' or 'fit'",
+        )
+        self._check("seed", -(2**63) <= self.seed < 2**63, "an integer of 64 bits")
+        if self.private_head and self.schedule != "decoupled":
+            raise ConfigError(
+                "option 'private_head': the head is corrected in private steps, which only "
+                "schedule='decoupled' has: set that too, or private_head=False"
+            )
         if self.ratio is not None and self.rank is not None:
             raise ConfigError("options 'ratio' and 'rank' exclude each other: give one of them")
+        for pattern, _ in self.overrides:
+            self._overridden(pattern)
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
             value = getattr(self, name)
-            raise ConfigError(f"option {name!r}: expected {expected}, got {value!r}")
+            raise ConfigError(f"option {name!r}: expected {expected}, got {repr(value)[:80]}")
 
     def for_layer(self, name: str) -> FedParaConfig:
         """The options for the layer of that name, overrides applied."""
@@ -124,7 +168,7 @@ class FedParaConfig:
         return config
 
     def _overridden(self, pattern: str) -> FedParaConfig:
-        options = dict(dict(self.overrides)[pattern])
+        options = {k.replace("-", "_"): v for k, v in dict(self.overrides)[pattern]}
         if refused := options.keys() - LAYER_OPTIONS:
             raise ConfigError(
                 f"option 'overrides': {pattern!r} sets {', '.join(sorted(refused))}; a layer can "
@@ -133,8 +177,10 @@ class FedParaConfig:
         whole = {field.name: getattr(self, field.name) for field in fields(self)}
         # One rank rule replaces another instead of standing beside it.
         rules = {"ratio": None, "rank": None} if options.keys() & RANK_RULES else {}
-        given = {name: _converted(name, _declared(name), value) for name, value in options.items()}
-        return type(self)(**{**whole, "overrides": (), **rules, **given})
+        try:
+            return type(self)(**{**whole, "overrides": (), **rules, **options})
+        except ConfigError as error:
+            raise ConfigError(f"option 'overrides': pattern {pattern!r}: {error}") from None
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], *, prefix: str = "") -> FedParaConfig:
@@ -155,7 +201,7 @@ class FedParaConfig:
             if name not in known:
                 raise ConfigError(_unknown_option(name, prefix, known))
             if value is not None and value != "":
-                values[name] = _converted(name, _declared(name), value)
+                values[name] = value
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -196,26 +242,79 @@ def _split_override(text: str) -> tuple[str, list[list[str]]]:
 
 def _unknown_option(name: str, prefix: str, known: list[str]) -> str:
     near = get_close_matches(name, known, n=1)
-    hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+    hint = f"; did you mean {prefix}{near[0]}?" if near else "."
     return f"unknown option {prefix}{name}{hint} Known: {', '.join(known)}"
 
 
 def _converted(name: str, declared: str, value: Any) -> Any:
+    """The value in the option's declared type, from that type or from text."""
     if declared == "Overrides":
         return _parsed_overrides(value)
+    if value is None and "None" in declared:
+        return None
+    kind = declared.split(" ")[0].split("[")[0]
     try:
-        if declared.startswith("tuple"):
-            parts = value.split(",") if isinstance(value, str) else value
-            return tuple(str(part).strip() for part in parts if str(part).strip())
-        if declared == "bool":
-            return _BOOLEANS[str(value).lower()]
-        if declared.startswith("float"):
-            return float(value)
-        if declared.startswith("int"):
-            if isinstance(value, bool) or int(value) != float(value):
-                raise ValueError
-            return int(value)
-        return str(value)
-    except (KeyError, TypeError, ValueError):
-        kind = declared.split(" ")[0].split("[")[0]
-        raise ConfigError(f"option {name!r}: expected {kind}, got {value!r}") from None
+        if name == "variance":
+            return _variance(value)
+        return _CONVERTERS[kind](value)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        expected = _VARIANCE_TEXT if name == "variance" else _EXPECTED[kind]
+        raise ConfigError(f"option {name!r}: expected {expected}, got {repr(value)[:80]}") from None
+
+
+def _to_patterns(value: Any) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    if not all(isinstance(part, str) for part in parts):
+        raise TypeError
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool) or (not isinstance(value, (int, str)) and value != int(value)):
+        raise TypeError
+    return int(value)
+
+
+def _to_text(value: Any) -> str:
+    if value is None:
+        raise TypeError
+    return str(value)
+
+
+_CONVERTERS: dict[str, Callable[[Any], Any]] = {
+    "tuple": _to_patterns,
+    "bool": lambda value: _BOOLEANS[str(value).lower()],
+    "float": _to_float,
+    "int": _to_int,
+    "str": _to_text,
+}
+
+_EXPECTED = {
+    "tuple": "patterns, as a list of text or as text with commas",
+    "bool": "true or false (a bool)",
+    "float": "a number (a float)",
+    "int": "an integer (an int)",
+    "str": "text (a str)",
+}
+
+
+def _variance(value: Any) -> str | float:
+    text = value.strip().lower() if isinstance(value, str) else value
+    return text if text in VARIANCE_RULES else _to_float(text)
+
+
+def _in(limits: tuple[float, float], value: str | float) -> bool:
+    return isinstance(value, str) or limits[0] <= value <= limits[1]
+
+
+def _between(limits: tuple[float, float]) -> str:
+    return f"a number from {limits[0]:g} to {limits[1]:g}"
+
+
+_VARIANCE_TEXT = f"'default', 'he' or {_between(VARIANCES)}"

@@ -7,27 +7,41 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from fedpara_plugins.bound import refuse_wrapped, warn_of_weight_hooks, why_bound, why_frozen
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, ConversionError
-from fedpara_plugins.freshness import looks_trained
+from fedpara_plugins.freshness import looks_trained, norm_has_moved
+from fedpara_plugins.heads import choose_head
 from fedpara_plugins.layers import FactorisedLayer
+from fedpara_plugins.layers.personal import PersonalLinear
 from fedpara_plugins.optimizer_check import warn_of_earlier_optimizer
 from fedpara_plugins.own_state import matches, own_tensors
 from fedpara_plugins.plan import WeightPlan, plan_weight
 from fedpara_plugins.plugins import layers, method_named
+from fedpara_plugins.reach import refuse_unreachable_ratios
+from fedpara_plugins.soundness import (
+    holds_nan,
+    is_quantised,
+    refuse_unsound,
+    refuse_unusable_weight,
+    why_no_kind,
+)
 from fedpara_plugins.training import attach
 
 __all__ = ["Decision", "config_of", "convert", "decisions", "to_dense"]
 
 CONFIG_ATTRIBUTE = "_fedpara_config"
 """Where a converted model keeps its config: a plain attribute, so it is copied and pickled."""
+
+LEFT_OUT = "left out by the include or exclude patterns"
+NAMES_SHOWN = 30
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -79,28 +93,28 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
         FactorisedLinear(in_features=64, out_features=128, bias=True, fedpara rank 14)
     """
     config = _configured(config, options)
+    _check_model(model)
     if method_named(config.method) is None:
         return _unconverted(model, config)
     own_tensors(model, config.private)  # its patterns must match, before anything is changed
     _refuse_already_converted(model)
-    _refuse_shared_modules(model, config)
+    refuse_wrapped(model)
     found = decisions(model, config)
+    _refuse_shared_modules(model, found)
+    refuse_unreachable_ratios(_by_ratio(found, config))
     if not any(decision.plans for decision in found):
         reasons = "\n".join(_reason_lines(found))
         raise ConversionError(f"no layer of the model can be factorised:\n{reasons}")
+    plans = [plan for decision in found for plan in decision.plans.values()]
+    head = choose_head(model, config, private_factors=any(p.private_names for p in plans))
     if config.init is None:
         _warn_if_trained(found)
+    warn_of_weight_hooks(_planned_weights(found))
     replaced = _replaced_weights(found)
     for decision in found:
-        if not decision.plans:
+        if not decision.plans and decision.name != head:
             continue
-        new = layers()[type(decision.layer)].from_dense(
-            decision.layer,
-            decision.plans,
-            name=decision.name,
-            seed=config.seed,
-            fit=config.init == "fit",
-        )
+        new = _replacement(decision, config, is_head=decision.name == head)
         new.left_dense = decision.reasons
         if decision.name == "":
             model = new  # type: ignore[assignment]
@@ -113,6 +127,25 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
     return model
 
 
+def _replacement(decision: Decision, config: FedParaConfig, *, is_head: bool) -> FactorisedLayer:
+    kind, options = layers().get(type(decision.layer)), {}
+    if is_head:
+        kind = PersonalLinear
+        options = {"correction": config.private_head, "label_prior": config.label_prior}
+    assert kind is not None
+    layer = kind.from_dense(
+        decision.layer,
+        decision.plans,
+        name=decision.name,
+        seed=config.seed,
+        fit=config.init == "fit",
+        **options,
+    )
+    if config.init == "seeded":
+        layer.start_seeded(name=decision.name, seed=config.seed)
+    return layer
+
+
 def _unconverted(model: M, config: FedParaConfig) -> M:
     """Only what the user keeps private needs to be remembered, for `ModelSpec`."""
     if config.private:
@@ -121,27 +154,47 @@ def _unconverted(model: M, config: FedParaConfig) -> M:
     return model
 
 
+def _by_ratio(
+    found: list[Decision], config: FedParaConfig
+) -> Iterator[tuple[str, WeightPlan, float]]:
+    for decision in found:
+        ratio = config.for_layer(decision.name).ratio
+        for weight, plan in decision.plans.items() if ratio is not None else ():
+            yield ".".join(part for part in (decision.name, weight) if part), plan, ratio
+
+
 def _replaced_weights(found: list[Decision]) -> dict[str, weakref.ref[Tensor]]:
     """The dense weights that are about to go; not that of a single layer, which stays in use."""
+    weights = _planned_weights([decision for decision in found if decision.name])
+    return {name: weakref.ref(weight) for name, weight in weights.items()}
+
+
+def _planned_weights(found: list[Decision]) -> dict[str, Tensor]:
     return {
-        f"{decision.name}.{weight}": weakref.ref(parameter)
+        f"{decision.name}.{weight}" if decision.name else weight: parameter
         for decision in found
         for weight, parameter in decision.layer._parameters.items()
-        if decision.name and weight in decision.plans and parameter is not None
+        if weight in decision.plans and parameter is not None
     }
 
 
 def _warn_if_trained(found: list[Decision]) -> None:
-    trained = [
+    """Norms that the patterns leave out say nothing about the layers that they let in."""
+    replaced = [(decision, weight) for decision in found for weight in decision.plans]
+    signs = [
         ".".join(part for part in (decision.name, weight) if part)
-        for decision in found
-        for weight, plan in decision.plans.items()
-        if looks_trained(getattr(decision.layer, weight), plan.variance)
+        for decision, weight in replaced
+        if looks_trained(getattr(decision.layer, weight))
     ]
-    if trained:
+    signs += [
+        decision.name
+        for decision in found
+        if decision.reasons.get("") != LEFT_OUT and norm_has_moved(decision.layer)
+    ]
+    if signs:
         warnings.warn(
-            f"{len(trained)} weights look trained and are replaced by fresh factors "
-            f"({', '.join(trained[:3])}{', ...' if len(trained) > 3 else ''}). Say which you want: "
+            f"the model looks trained ({', '.join(signs[:3])}{', ...' if len(signs) > 3 else ''}), "
+            f"and {len(replaced)} weights are replaced by fresh factors. Say which you want: "
             f"init='fit' starts from the closest factors, init='random' from fresh ones.",
             stacklevel=3,
         )
@@ -154,12 +207,14 @@ def to_dense(model: M) -> M:
     of whoever calls: with private factors at zero, the shared W1.
 
     Raises:
-        ConversionError: a factor is NaN or infinite.
+        ConversionError: a value is NaN, or a factorised layer's infinite; or not a model.
     """
+    _check_model(model)
     dense = copy.deepcopy(model)
     dense.__dict__.pop(CONFIG_ATTRIBUTE, None)
     for name, layer in list(dense.named_modules()):
         if not isinstance(layer, FactorisedLayer):
+            _refuse_nan(name, layer)
             continue
         try:
             new = layer.to_dense()
@@ -170,6 +225,15 @@ def to_dense(model: M) -> M:
         else:
             _set_layer(dense, name, new)
     return dense
+
+
+def _refuse_nan(name: str, layer: nn.Module) -> None:
+    for attribute, parameter in layer._parameters.items():
+        if parameter is not None and holds_nan(parameter):
+            raise ConversionError(
+                f"layer {name!r}: {attribute} holds NaN: the training has diverged. Go back to an "
+                f"earlier state, and see the option clip"
+            )
 
 
 def config_of(model: nn.Module) -> FedParaConfig:
@@ -196,7 +260,9 @@ def decisions(
         ConversionError: a layer is in a state that cannot be converted.
     """
     found = [
-        (n, layer) for n, layer in model.named_modules() if layer._parameters or layer._buffers
+        (n, layer)
+        for n, layer in model.named_modules()
+        if layer._parameters or layer._buffers or is_quantised(layer)
     ]
     _check_patterns(config, [name for name, _ in found])
     owners = _parameter_owners(found)
@@ -222,55 +288,35 @@ def _decide(
     method = method_named(config.method)
     if method is None:
         return Decision(name, layer, {}, {"": "method none"})
+    if not _selected(name, config):
+        return Decision(name, layer, {}, {"": LEFT_OUT})
+    refuse_unsound(name, layer, layers())
     kind = layers().get(type(layer))
     if kind is None:
-        return Decision(name, layer, {}, {"": _why_unsupported(name, layer)})
-    if not _selected(name, config):
-        return Decision(name, layer, {}, {"": "left out by the include or exclude patterns"})
-    _refuse_unusable(name, layer)
+        return Decision(name, layer, {}, {"": why_no_kind(layer, layers())})
+    if any(p is not None and not p.numel() for p in layer._parameters.values()):
+        return Decision(name, layer, {}, {"": "it has a weight without entries"})
+    if bound := why_bound(layer):
+        return Decision(name, layer, {}, {"": bound})
     plans: dict[str, WeightPlan] = {}
     reasons: dict[str, str] = {}
     for slot in kind.slots(layer):
         if matches(f"{name}.{slot.name}" if name else slot.name, config.private):
             reasons[slot.name] = "private, so it never travels: factors would save nothing"
             continue
-        tied = owners[id(layer._parameters[slot.name])]
+        parameter = layer._parameters.get(slot.name)
+        refuse_unusable_weight(name, slot.name, parameter)
+        tied = owners[_memory(parameter)]
         if len(tied) > 1:
             others = [t for t in tied if t != name] or ["another weight of the layer"]
             reasons[slot.name] = f"tied to {', '.join(others)}"
             continue
-        plan = plan_weight(slot, method, config)
+        plan = why_frozen(parameter, config.init) or plan_weight(slot, method, config)
         if isinstance(plan, str):
             reasons[slot.name] = plan
         else:
             plans[slot.name] = plan
     return Decision(name, layer, plans, reasons)
-
-
-def _why_unsupported(name: str, layer: nn.Module) -> str:
-    if parametrize.is_parametrized(layer):
-        raise ConversionError(
-            f"layer {name!r} is parametrised by torch.nn.utils.parametrize: remove the "
-            f"parametrisation first (remove_parametrizations), or exclude the layer"
-        )
-    _refuse_unusable(name, layer)
-    return f"{type(layer).__name__} is no kind of layer that can be factorised"
-
-
-def _refuse_unusable(name: str, layer: nn.Module) -> None:
-    for attribute, parameter in layer._parameters.items():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ConversionError(
-                f"layer {name!r} is lazy, its {attribute} has no shape yet: run one forward pass "
-                f"with sample data before converting"
-            )
-        if parameter is None or not parameter.is_floating_point():
-            continue
-        if not torch.isfinite(parameter).all():
-            raise ConversionError(
-                f"layer {name!r}: {attribute} holds NaN or infinite values; load sound "
-                f"weights before converting"
-            )
 
 
 def _refuse_already_converted(model: nn.Module) -> None:
@@ -282,12 +328,12 @@ def _refuse_already_converted(model: nn.Module) -> None:
             )
 
 
-def _refuse_shared_modules(model: nn.Module, config: FedParaConfig) -> None:
+def _refuse_shared_modules(model: nn.Module, found: list[Decision]) -> None:
     """One module in two places cannot be replaced in one of them without untying the two."""
-    first_name: dict[int, str] = {}
+    replaced = {id(decision.layer): decision.name for decision in found if decision.plans}
     for name, layer in model.named_modules(remove_duplicate=False):
-        first = first_name.setdefault(id(layer), name)
-        if first != name and type(layer) in layers() and _selected(first, config):
+        first = replaced.get(id(layer), name)
+        if first != name:
             raise ConversionError(
                 f"layers {first!r} and {name!r} are one and the same module: give each place a "
                 f"module of its own (copy.deepcopy), or exclude {first!r} from conversion"
@@ -298,8 +344,20 @@ def _parameter_owners(found: list[tuple[str, nn.Module]]) -> dict[int, list[str]
     owners: dict[int, list[str]] = {}
     for name, layer in found:
         for parameter in layer._parameters.values():
-            owners.setdefault(id(parameter), []).append(name)
+            owners.setdefault(_memory(parameter), []).append(name)
     return owners
+
+
+def _memory(parameter: Tensor | None) -> int:
+    """Two parameters over the same memory are tied as well; what has no memory is told by itself.
+
+    A lazy parameter has no memory to ask for.
+    """
+    if parameter is None or isinstance(parameter, nn.parameter.UninitializedParameter):
+        return id(parameter)
+    if type(parameter) not in (nn.Parameter, Tensor) or parameter.layout != torch.strided:
+        return id(parameter)
+    return parameter.data_ptr() or id(parameter)
 
 
 def _selected(name: str, config: FedParaConfig) -> bool:
@@ -316,9 +374,13 @@ def _check_patterns(config: FedParaConfig, names: list[str]) -> None:
     ):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
+                near = get_close_matches(pattern, names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else "."
+                listed = ", ".join(names[:NAMES_SHOWN])
+                more = len(names) - NAMES_SHOWN
                 raise ConfigError(
-                    f"option {option!r}: pattern {pattern!r} matches no layer. The model has: "
-                    f"{', '.join(names)}"
+                    f"option {option!r}: pattern {pattern!r} matches no layer{hint} The model has: "
+                    f"{listed}{f', and {more} more' if more > 0 else ''}"
                 )
 
 
@@ -339,4 +401,18 @@ def _reason_lines(found: list[Decision]) -> Iterator[str]:
 def _configured(config: FedParaConfig | None, options: dict[str, Any]) -> FedParaConfig:
     if config is None:
         return FedParaConfig.from_mapping({"method": "fedpara", **options})
+    if not isinstance(config, FedParaConfig):
+        raise ConfigError(
+            f"config: expected a FedParaConfig, got {type(config).__name__}. Read a mapping with "
+            f"FedParaConfig.from_mapping(), or give single options by name (method=..., gamma=...)"
+        )
+    given = {key: value for key, value in options.items() if value is not None}
+    FedParaConfig.from_mapping(given)  # names the option that is unknown
     return replace(config, **options) if options else config
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        what = "the class" if isinstance(model, type) else f"a {type(model).__name__}"
+        hint = f"call it: {model.__name__}()" if isinstance(model, type) else "give the model"
+        raise ConversionError(f"model: expected a torch.nn.Module, got {what}; {hint}")

@@ -3,7 +3,7 @@
 An optimizer that decays each of F factors by (1 - lr wd) shrinks their product by (1 - lr wd)^F,
 about F times as fast as the user asked for. Just before the step, what it is about to do too much
 is taken back: from the gradient where the decay is part of it (SGD, Adam), from the factor where
-the optimizer shrinks that itself (AdamW).
+the optimizer shrinks that itself (AdamW, Muon, Adafactor).
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ COUPLED = (
 )
 """Optimizers whose weight decay is a term of the gradient, unless their group says otherwise."""
 
+DECOUPLED = tuple(
+    getattr(torch.optim, name)
+    for name in ("AdamW", "Adafactor", "Muon")
+    if hasattr(torch.optim, name)  # as far as the installed torch has them
+)
+"""Optimizers that multiply the parameter itself by 1 - lr * weight_decay."""
+
 _unknown: set[type[torch.optim.Optimizer]] = set()
 
 
@@ -57,11 +64,13 @@ def compose_decay(optimizer: torch.optim.Optimizer, counts: Mapping[int, int]) -
                     shrink = 1 - float(group["lr"]) * decay
                     factor.mul_(shrink**-excess if shrink > 0 else 1.0)
                 else:
-                    factor.grad.add_(factor, alpha=-decay * excess)
+                    # With maximize the optimizer turns the gradient before it adds the decay.
+                    sign = 1 if group.get("maximize") else -1
+                    factor.grad.add_(factor, alpha=sign * decay * excess)
 
 
 def _is_decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool | None:
-    if isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay"):
+    if isinstance(optimizer, DECOUPLED) or group.get("decoupled_weight_decay"):
         return True
     return False if isinstance(optimizer, COUPLED) else None
 

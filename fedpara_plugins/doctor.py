@@ -6,11 +6,13 @@ Every finding says what was found and, where something should be done, what.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
 from torch import nn
+from torch.jit import ScriptModule
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from fedpara_plugins.config import FedParaConfig
@@ -38,8 +40,7 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
     found = decisions(model, config, refused=refused)
     lines = [line for decision in found for line in _about_layer(decision, config)]
     lines += [Finding("attention", name or "(model)", str(e)) for name, e in refused.items()]
-    lines += _quantised(model, set(refused))
-    lines += _shared(model)
+    lines += _shared(model, {id(decision.layer) for decision in found if decision.plans})
     if not any(line.level == "attention" for line in lines):
         lines += _converting(model, config)
     return lines
@@ -59,6 +60,10 @@ def _about_layer(decision: Decision, config: FedParaConfig) -> Iterator[Finding]
 def _advice(decision: Decision, config: FedParaConfig) -> str:
     """What to do about a layer that stays dense; "" where there is nothing to gain."""
     layer = decision.layer
+    if isinstance(layer, (ParametrizationList, ScriptModule)) or ".qat." in type(layer).__module__:
+        return ""
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) and type(layer) not in layers():
+        return "nn.LSTM and nn.GRU have a kind; for this one a plugin can register its own"
     if type(layer) in layers() or config.for_layer(decision.name).method == "none":
         return ""
     dense = next((kind for kind in layers() if isinstance(layer, kind)), None)
@@ -73,22 +78,10 @@ def _advice(decision: Decision, config: FedParaConfig) -> str:
     return ""
 
 
-def _quantised(model: nn.Module, known: Iterable[str]) -> Iterator[Finding]:
-    for name, layer in model.named_modules():
-        quantised = ".quantized." in f"{type(layer).__module__}." and hasattr(layer, "weight")
-        if quantised and name not in known:
-            yield Finding(
-                "attention",
-                name or "(model)",
-                f"{type(layer).__name__} is quantised: convert the float model, and quantise what "
-                f"to_dense() or fedpara export gives",
-            )
-
-
-def _shared(model: nn.Module) -> Iterator[Finding]:
+def _shared(model: nn.Module, factorised: set[int]) -> Iterator[Finding]:
     names: dict[int, list[str]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
-        if type(layer) in layers():
+        if type(layer) in layers() and id(layer) in factorised:
             names.setdefault(id(layer), []).append(name)
     for shared in names.values():
         if len(shared) > 1:

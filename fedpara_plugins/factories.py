@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import nn
@@ -64,9 +65,29 @@ def _built(factory: str) -> object:
         found: Any = import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-        return found if isinstance(found, nn.Module) else found()
+        if isinstance(found, nn.Module):
+            return found
+        _refuse_arguments(factory, found)
+        return found()
+    except ConfigError:
+        raise
     except Exception as error:  # the user's own code may raise anything
         raise ConfigError(f"{factory}: {type(error).__name__}: {error}{_where(error)}") from error
+
+
+def _refuse_arguments(factory: str, found: Any) -> None:
+    try:
+        parameters = signature(found).parameters.values()
+    except (TypeError, ValueError):  # no callable, or one that tells nothing: calling it will show
+        return
+    free = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    wanted = [p.name for p in parameters if p.default is Parameter.empty and p.kind not in free]
+    if wanted:
+        raise ConfigError(
+            f"{factory} needs arguments ({', '.join(wanted)}), and here it is called without any: "
+            f"name a function that needs none, such as net = functools.partial("
+            f"{factory.rpartition(':')[2]}, {wanted[0]}=...) in a module of yours"
+        )
 
 
 def _where(error: Exception) -> str:

@@ -7,15 +7,28 @@ four orders of magnitude. Here the composed weight has exactly the variance of i
 from __future__ import annotations
 
 import hashlib
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedpara_plugins.plan import WeightPlan
 
-__all__ = ["initial_factors", "initial_private", "seeded_normal"]
+__all__ = ["initial_factors", "initial_private", "seeded_normal", "seeded_shared"]
 
 TANH_PASSES = 8
+
+PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Whatever default dtype and device the user's process has: all sides must draw alike."""
+
+SEEDED_BITS = 7
+"""Seeded shared factors are multiples of a power of two, at least this many bits below their
+standard deviation: later states then differ from them by short integers (`codecs.grid`)."""
+
+GAIN_BITS = 20
+"""To which the rescaling of seeded factors is rounded, so that the order of summation, which the
+number of threads decides, does not show in them."""
 
 
 def initial_factors(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]:
@@ -35,7 +48,9 @@ def initial_factors(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tenso
     for name in plan.factor_names:
         shape = plan.factor_shape(name)
         factors[name] = (
-            private[name] if name in private else torch.empty(shape).normal_(std=plan.factor_std)
+            private[name]
+            if name in private
+            else torch.empty(shape, **PLAIN).normal_(std=plan.factor_std)
         )
     shared = [factors[name] for name in plan.factor_names if name not in private]
     # Without tanh the variance is an exact power of the factors' size and one pass is enough.
@@ -56,7 +71,7 @@ def initial_private(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tenso
     for name in plan.private_names:
         shape = plan.factor_shape(name)
         if plan.zero_at_start(name):
-            factors[name] = torch.zeros(shape)
+            factors[name] = torch.zeros(shape, **PLAIN)
         else:
             factors[name] = seeded_normal(
                 shape, std=plan.private_std, seed=seed, key=f"{key}.{name}"
@@ -64,10 +79,41 @@ def initial_private(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tenso
     return factors
 
 
+def seeded_shared(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]:
+    """The shared factors' first values that anyone can derive, float32, on the CPU.
+
+    As in `initial_factors`, with the draw of each factor seeded by its own name, and rounded to a
+    grid (see `SEEDED_BITS`). The same seed gives the same bits with the same version of torch on
+    the same kind of processor; elsewhere compare hashes before relying on it.
+
+    Args:
+        plan: the weight's plan.
+        seed: of all factors.
+        key: full name of the dense weight in the model.
+    """
+    drawn = {
+        name: seeded_normal(
+            plan.factor_shape(name), std=plan.factor_std, seed=seed, key=f"{key}.{name}"
+        ).double()
+        for name in plan.factor_names
+        if name not in plan.private_names
+    }
+    private = initial_private(plan, seed=seed, key=key)
+    for _ in range(TANH_PASSES if plan.tanh else 1):
+        factors = {**drawn, **{name: value.double() for name, value in private.items()}}
+        variance = plan.compose(factors).var(unbiased=False).item()
+        gain = (plan.variance / variance) ** (0.5 / len(drawn)) if variance > 0 else 1.0
+        gain = round(gain * 2**GAIN_BITS) / 2**GAIN_BITS
+        drawn = {name: value * gain for name, value in drawn.items()}
+    step = 2.0 ** math.floor(math.log2(plan.factor_std) - SEEDED_BITS)
+    # The sum turns the negative zeros that rounding makes into ordinary ones.
+    return {name: ((value / step).round() * step + 0.0).float() for name, value in drawn.items()}
+
+
 def seeded_normal(shape: tuple[int, ...], *, std: float, seed: int, key: str) -> Tensor:
     """Normal values, float32, on the CPU: the same for everyone with the same seed and key."""
-    generator = torch.Generator().manual_seed(_seed_of(seed, key))
-    return torch.randn(shape, generator=generator) * std
+    generator = torch.Generator("cpu").manual_seed(_seed_of(seed, key))
+    return torch.randn(shape, generator=generator, **PLAIN) * std
 
 
 def _seed_of(seed: int, key: str) -> int:

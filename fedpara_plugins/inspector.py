@@ -13,9 +13,10 @@ from fedpara_plugins.checkpoints import METADATA_KEY, read_about
 from fedpara_plugins.codecs import Notes, Stage, Tensors, decode_payload, peek_header
 from fedpara_plugins.codecs.stage import DTYPES, byte_size, dtype_name
 from fedpara_plugins.errors import FedParaError, PayloadError
-from fedpara_plugins.ledger import Direction, Ledger, LedgerEntry
+from fedpara_plugins.ledger import CSV_HEAD, Direction, Ledger, LedgerEntry
 from fedpara_plugins.plugins import stages
 from fedpara_plugins.spec import ModelSpec
+from fedpara_plugins.text import printable
 from fedpara_plugins.units import readable_bytes
 
 __all__ = ["inspect_file", "printable"]
@@ -38,7 +39,7 @@ def inspect_file(path: Path | str) -> str:
     with path.open("rb") as file:
         start = file.read(9)
     try:
-        if start[:1] == b"{":
+        if start[:1] == b"{" or start == CSV_HEAD[:9].encode():
             lines = list(_ledger_lines(path))
         elif start[8:9] == b"{":
             lines = list(_safetensors_lines(path))
@@ -54,11 +55,6 @@ def inspect_file(path: Path | str) -> str:
         # What a description may hold is checked where it is read; this is for what that missed.
         raise PayloadError(f"{path}: unsound content: {e!r}") from e
     return "\n".join(lines)
-
-
-def printable(text: str) -> str:
-    """Text from a stranger without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _neither(path: Path, start: bytes) -> str:

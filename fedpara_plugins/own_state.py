@@ -62,10 +62,11 @@ class OwnTensor:
         Raises:
             ValueError: not such a row, or a dtype that torch does not have.
         """
-        shape, dtype, fill, std = row
+        shape, dtype, fill, std, *rest = row
+        (onto,) = rest or ("",)
         if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise ValueError(f"unknown dtype {str(dtype)[:40]!r}")
-        return cls(tuple(int(n) for n in shape), str(dtype), float(fill), float(std))
+        return cls(tuple(int(n) for n in shape), str(dtype), float(fill), float(std), str(onto))
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

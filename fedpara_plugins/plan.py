@@ -23,7 +23,9 @@ from fedpara_plugins.ranks import (
     parameter_count,
     ratio_rank,
     smallest_full_rank,
+    smallest_ratio,
 )
+from fedpara_plugins.saturation import tanh_bound, tanh_speed, tanh_spread
 
 __all__ = ["WeightPlan", "WeightSlot", "plan_weight", "portable"]
 
@@ -115,8 +117,8 @@ class WeightPlan:
     def compose(self, factors: Mapping[str, Tensor]) -> Tensor:
         """W = s * combine(operands), of shape ``self.shape``.
 
-        With tanh, the scale goes inside: W = combine(tanh(s' operand)) with s' such that the shared
-        operands together carry s. Outside, it would leave tanh nothing to bound.
+        With tanh, the scale goes inside: W = b combine(tanh(s' operand)) with s' such that b and
+        the shared operands together carry s. Outside, it would leave tanh nothing to bound.
 
         Args:
             factors: by name, with the shapes that `factor_shape` gives.
@@ -135,12 +137,20 @@ class WeightPlan:
         ]
         if self.tanh:
             operands = [torch.tanh(w * self._inner_scale(i)) for i, w in enumerate(operands)]
-            return self.method.combine(operands)
+            return self.method.combine(operands) * self.bound
         return self.method.combine(operands) * self.scale
 
     def _inner_scale(self, index: int) -> float:
         shared = self.method.operands - len(self.method.private)
-        return 1.0 if index in self.method.private else self.scale ** (1 / shared)
+        return 1.0 if index in self.method.private else (self.scale / self.bound) ** (1 / shared)
+
+    @property
+    def bound(self) -> float:
+        """b, the largest value that the shared operands can have together under tanh.
+
+        It is 1, as in the paper, unless so large a variance (an embedding's, say) needs more.
+        """
+        return tanh_bound(self.variance)
 
 
 def plan_weight(slot: WeightSlot, method: Method, config: FedParaConfig) -> WeightPlan | str:
@@ -172,6 +182,10 @@ def _choose_rank(shape: tuple[int, ...], method: Method, config: FedParaConfig) 
         return min(config.rank, *shape[:2])
     if config.ratio is not None:
         rank = ratio_rank(shape, config.ratio)
+        if method.operands != 2 and smallest_ratio(shape, config.ratio) is not None:
+            # Nothing of FedPara to be equal to: its full-rank minimum holds more than asked.
+            budget = round(config.ratio * prod(shape))
+            return matched_rank(shape, budget, operands=method.operands)
     else:
         low = smallest_full_rank(shape)
         if parameter_count(shape, low) >= prod(shape):
@@ -188,29 +202,40 @@ def portable(number: float) -> float:
     return float(f"{number:.9g}")
 
 
+def _target_variance(slot: WeightSlot, config: FedParaConfig) -> float:
+    if config.variance == "default":
+        return slot.variance
+    return 2 / slot.fan_in if config.variance == "he" else float(config.variance)
+
+
 def _with_scale(slot: WeightSlot, method: Method, rank: int, config: FedParaConfig) -> WeightPlan:
     """Scale and standard deviations that give the target variance and the wanted speed K.
 
     For F equal-std shared factors in S shared operands: K = v Σ 1/σ² = F v / σ², so σ² = F v / K,
     and Var(W) = s² (a σ^(F/S))^(2S), where an operand of unit factors has std a = √R, or R with a
     core. A private operand starts at zero through one zero factor; its other factors have std t
-    with K_private = v R t² (matrix) or v R² t⁴ (kernel).
+    with K_private = v R t² (matrix) or v R² t⁴ (kernel). Under tanh see `saturation`.
     """
     kernel = is_kernel(slot.shape)
     per_operand = 3 if kernel else 2
     unit = float(rank) if kernel else sqrt(rank)
     shared = method.operands - len(method.private)
     factors = shared * per_operand
-    variance = slot.variance
+    variance = _target_variance(slot, config)
     speed = config.speed if config.speed is not None else method.speed
-    std = sqrt(factors * variance / speed)
+    spread, bound = variance ** (0.5 / shared), 1.0
+    faster = 1.0
+    if config.tanh:
+        spread, bound = tanh_spread(variance, shared), tanh_bound(variance)
+        faster = (bound * spread**shared) ** 2 / variance * tanh_speed(spread, shared)
+    std = sqrt(factors * variance * faster / speed)
     private_std = (config.private_speed / (variance * unit**2)) ** (0.5 / (per_operand - 1))
     return WeightPlan(
         name=slot.name,
         shape=slot.shape,
         method=method,
         rank=rank,
-        scale=portable(sqrt(variance) / (unit**shared * std**factors)),
+        scale=portable(bound * spread**shared / (unit**shared * std**factors)),
         factor_std=portable(std),
         private_std=portable(private_std) if method.private else 0.0,
         variance=portable(variance),

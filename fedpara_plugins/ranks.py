@@ -18,6 +18,7 @@ __all__ = [
     "parameter_count",
     "ratio_rank",
     "smallest_full_rank",
+    "smallest_ratio",
 ]
 
 Shape = tuple[int, ...]
@@ -60,9 +61,29 @@ def ratio_rank(shape: Shape, ratio: float) -> int:
     """The official notebook's rule: at least ``ratio`` of the dense entries, and full rank.
 
     r = max(ceil sqrt m, ceil sqrt n, ceil(r')), where r' solves count(r') = ratio * dense count.
+    Where the first two decide, the ratio cannot be reached: see `smallest_ratio`.
     """
     wanted = ceil(_real_rank(shape, ratio * prod(shape) / 2))
-    return _cap(shape, max(_ceil_sqrt(shape[0]), _ceil_sqrt(shape[1]), wanted))
+    return max(_ratio_floor(shape), _cap(shape, wanted))
+
+
+def smallest_ratio(shape: Shape, ratio: float, *, operands: int = 2) -> float | None:
+    """The least share of the dense entries that the method can hold; None if that meets ``ratio``.
+
+    With two operands the rank is at least the notebook's full-rank minimum, and ``ratio`` is met if
+    that minimum is no more than what rounding r' up gives anyway (the notebook's five outputs, of
+    which none stands at the minimum, hold up to 0.4 % of the dense entries more than asked). Other
+    numbers of operands have no such minimum and can go down to rank 1, give or take 10 %.
+    """
+    low = _ratio_floor(shape) if operands == 2 else 1
+    wanted = _real_rank(shape, ratio * prod(shape) / operands)
+    if low <= (ceil(wanted) if low > 1 else wanted * 1.1):
+        return None
+    return parameter_count(shape, low, operands=operands) / prod(shape)
+
+
+def _ratio_floor(shape: Shape) -> int:
+    return _cap(shape, max(_ceil_sqrt(shape[0]), _ceil_sqrt(shape[1])))
 
 
 def matched_rank(shape: Shape, budget: int, *, operands: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedpara_plugins.convert import Decision, config_of, decisions
 from fedpara_plugins.layers import FactorisedLayer
+from fedpara_plugins.layers.personal import ADDED, PersonalLinear
 from fedpara_plugins.plan import WeightPlan
 from fedpara_plugins.spec import ModelSpec
 
@@ -104,6 +105,8 @@ def report(model: nn.Module) -> Report:
         if isinstance(decision.layer, FactorisedLayer):
             rows.extend(_factorised_rows(decision.name, decision.layer))
         rows.extend(_remaining_row(decision, seen, kept))
+        if isinstance(decision.layer, PersonalLinear):
+            rows.extend(_head_rows(decision.name, decision.layer))
     return Report(tuple(rows))
 
 
@@ -124,14 +127,29 @@ def _factorised_rows(name: str, layer: FactorisedLayer) -> Iterator[ReportRow]:
         )
 
 
-def _remaining_row(
-    decision: Decision, seen: set[int], kept: frozenset[str]
-) -> Iterator[ReportRow]:
+def _head_rows(name: str, layer: PersonalLinear) -> Iterator[ReportRow]:
+    """What stands in the model beside what the dense model has, and never travels."""
+    for added, value in layer.added.items():
+        yield ReportRow(
+            name=_join(name, added),
+            kind=_kind(layer),
+            shape=tuple(value.shape),
+            rank=None,
+            dense_parameters=0,
+            parameters=value.numel(),
+            shared_bytes=0,
+            dense_bytes=0,
+            note=f"private, added to {ADDED[added]} of the head",
+        )
+
+
+def _remaining_row(decision: Decision, seen: set[int], kept: frozenset[str]) -> Iterator[ReportRow]:
     layer = decision.layer
     factors: set[int] = set()
     if isinstance(layer, FactorisedLayer):
         factors = {id(f) for weight in layer.plans for f in layer.factors(weight).values()}
-    own = {key: p for key, p in layer._parameters.items() if p is not None}
+    apart = layer.added if isinstance(layer, PersonalLinear) else {}
+    own = {k: p for k, p in layer._parameters.items() if p is not None and k not in apart}
     rest = {k: p for k, p in own.items() if id(p) not in factors and id(p) not in seen}
     seen.update(id(p) for p in rest.values())
     entries = sum(p.numel() for p in rest.values())

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from fedpara_plugins.convert import config_of
 from fedpara_plugins.errors import MismatchError, PayloadError
+from fedpara_plugins.heads import added_tensors
 from fedpara_plugins.initialise import initial_private
 from fedpara_plugins.layers.base import FactorisedLayer
 from fedpara_plugins.own_state import OwnTensor, own_tensors
 from fedpara_plugins.plan import WeightPlan
 from fedpara_plugins.plugins import methods
 
-__all__ = ["ModelSpec"]
+__all__ = ["ModelSpec", "plan_from_row"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class ModelSpec:
         weights: plan by full name of the dense weight (``conv1.weight``), in the model's order.
         keys: all names of the model's state, in order.
         seed: of the private tensors' first values.
-        own: by full name, further tensors that stay on the device (option ``private``).
+        own: by full name, further tensors that stay on the device (options ``private``,
+            ``private_head`` and ``label_prior``).
     """
 
     weights: Mapping[str, WeightPlan]
@@ -55,7 +57,7 @@ class ModelSpec:
         }
         config = config_of(model)
         spec = cls(weights=weights, keys=tuple(model.state_dict()), seed=config.seed)
-        own = own_tensors(model, config.private, factors=spec._factors)
+        own = own_tensors(model, config.private, factors=spec._factors) | added_tensors(model)
         return replace(spec, own=own) if own else spec
 
     # Names
@@ -118,19 +120,25 @@ class ModelSpec:
                 values.
 
         Raises:
-            PayloadError: a shared factor is missing.
+            PayloadError: a shared factor is missing, or a private part does not fit its place.
         """
         first_keys = {next(iter(self.factor_keys(w).values())): w for w in self.weights}
         factors = self._factors
+        added = {key: own.onto for key, own in self.own.items() if own.onto}
         dense: dict[str, Tensor] = {}
         for key in self.keys:
             if key in first_keys:
                 weight = first_keys[key]
                 dense[weight] = self._composed(weight, state)
+            elif key in added:
+                continue
             elif key in self.own and key not in state:
                 dense[key] = self.own[key].first(seed=self.seed, key=key)
             elif key not in factors:
                 dense[key] = _get(state, key).detach().clone()
+        for key, onto in added.items():
+            if key in state:
+                dense[onto] = _sum(dense, onto, state[key].detach(), key)
         return dense
 
     def dense_bytes(self, state: Mapping[str, Tensor]) -> int:
@@ -138,7 +146,8 @@ class ModelSpec:
 
         Args:
             state: any part of the converted model's state. A weight counts once, by its first
-                factor; a name that is no factor counts as what it is.
+                factor; a name that is no factor counts as what it is, and what is only added to
+                another tensor counts as nothing.
         """
         weight_of = {
             key: (weight, name == plan.factor_names[0])
@@ -148,7 +157,7 @@ class ModelSpec:
         total = 0
         for key, value in state.items():
             weight, first = weight_of.get(key, (None, True))
-            if first:
+            if first and not (key in self.own and self.own[key].onto):
                 entries = value.numel() if weight is None else prod(self.weights[weight].shape)
                 total += entries * value.element_size()
         return total
@@ -181,41 +190,75 @@ class ModelSpec:
         """
         if self.fingerprint == other.fingerprint:
             return
-        mine, theirs = dict(self._named_rows()), dict(other._named_rows())
-        for weight in [*mine, *theirs]:
-            if mine.get(weight) != theirs.get(weight):
-                raise MismatchError(
-                    f"the model differs at {weight!r}: {here} has {mine.get(weight, 'dense')}, "
-                    f"{there} has {theirs.get(weight, 'dense')}. Build the same model with the "
-                    f"same fedpara options on both sides."
-                )
-        if self.keys == other.keys and self._own_rows() != other._own_rows():
-            apart = sorted(set(self.own) ^ set(other.own)) or sorted(self.own)
-            raise MismatchError(
-                f"the option private differs: {here} keeps {sorted(self.own)}, {there} keeps "
-                f"{sorted(other.own)} (differing: {apart}). Set the same fedpara option private on "
-                f"both sides."
-            )
-        if self.keys == other.keys:
-            raise MismatchError(
-                f"the private factors start from another seed: {here} has seed {self.seed}, "
-                f"{there} has seed {other.seed}. Set the same fedpara option seed on both sides."
-            )
+        self._check_rows(other.to_json(), here=here, there=there)
         unlike = sorted(set(self.keys) ^ set(other.keys)) or "the order of the same names"
         raise MismatchError(
             f"the model's state differs between {here} ({len(self.keys)} names) and {there} "
             f"({len(other.keys)} names): {unlike}. Build the same model on both sides."
         )
 
+    def check_described(self, data: Mapping[str, Any], *, here: str, there: str) -> None:
+        """Raise unless ``data``, the other side's `to_json`, describes this very model.
+
+        The names of the other side's state need not be known, so a receiver can ask before it
+        decodes a tensor.
+
+        Raises:
+            MismatchError: names the first difference with both sides' values.
+            PayloadError: malformed data.
+        """
+        self._check_rows(data, here=here, there=there)
+        if data.get("fingerprint") != self.fingerprint:
+            raise MismatchError(
+                f"the names of the model's state differ between {here} (fingerprint "
+                f"{self.fingerprint}, {len(self.keys)} names) and {there} (fingerprint "
+                f"{str(data.get('fingerprint'))[:40]}); all factorised weights are alike. Build "
+                f"the same model on both sides."
+            )
+
+    def _check_rows(self, data: Mapping[str, Any], *, here: str, there: str) -> None:
+        """The part of a comparison that needs no names of the state."""
+        try:
+            mine = {weight: _row_text(row) for weight, *row in self._rows()}
+            theirs = {str(weight): _row_text(row) for weight, *row in data["weights"]}
+            seed, own = data["seed"], dict(data.get("own", {}))
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            raise PayloadError(f"the header's model description is malformed: {error!r}") from error
+        for weight in [*mine, *theirs]:
+            if mine.get(weight) != theirs.get(weight):
+                raise MismatchError(
+                    f"the model differs at {weight[:200]!r}: {here} has "
+                    f"{mine.get(weight, 'dense')}, {there} has {theirs.get(weight, 'dense')}. "
+                    f"Build the same model with the same fedpara options on both sides."
+                )
+        if own != self._own_rows():
+            apart = sorted(set(self.own) ^ set(own)) or sorted(self.own)
+            raise MismatchError(
+                f"the option private differs: {here} keeps {sorted(self.own)}, {there} keeps "
+                f"{str(sorted(own))[:500]} (differing: {str(apart)[:500]}). Set the same fedpara "
+                f"option private on both sides."
+            )
+        if seed != self.seed:
+            raise MismatchError(
+                f"the private factors start from another seed: {here} has seed {self.seed}, "
+                f"{there} has seed {str(seed)[:40]}. Set the same fedpara option seed on both "
+                f"sides."
+            )
+
+    def shared_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the shared factors by full name; other tensors' shapes are not known."""
+        private = self.private_keys
+        return {
+            key: plan.factor_shape(name)
+            for weight, plan in self.weights.items()
+            for name, key in self.factor_keys(weight).items()
+            if key not in private
+        }
+
     def _rows(self) -> Iterator[tuple[Any, ...]]:
         for weight, plan in self.weights.items():
             numbers = [plan.scale, plan.factor_std, plan.private_std, plan.variance]
             yield weight, plan.method.name, list(plan.shape), plan.rank, numbers, plan.tanh
-
-    def _named_rows(self) -> Iterator[tuple[str, str]]:
-        for weight, method, shape, rank, (scale, *_), tanh in self._rows():
-            text = f"{method} rank {rank} shape {tuple(shape)} scale {scale:.6g}"
-            yield weight, text + (" tanh" if tanh else "")
 
     def _own_rows(self) -> dict[str, list[Any]]:
         return {key: own.to_row() for key, own in self.own.items()}
@@ -244,10 +287,10 @@ class ModelSpec:
             keys = list(shared_keys)
             for index, key in data["private"]:
                 keys.insert(index, str(key))
-            weights = {str(row[0]): _plan_from_row(row) for row in data["weights"]}
+            weights = {str(row[0]): plan_from_row(row) for row in data["weights"]}
             own = {str(key): OwnTensor.from_row(row) for key, row in data.get("own", {}).items()}
             spec = cls(weights=weights, keys=tuple(keys), seed=int(data["seed"]), own=own)
-        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise PayloadError(f"the header's model description is malformed: {error!r}") from error
         if spec.fingerprint != data.get("fingerprint"):
             raise PayloadError(
@@ -258,7 +301,20 @@ class ModelSpec:
         return spec
 
 
-def _plan_from_row(row: list[Any]) -> WeightPlan:
+def _row_text(row: list[Any]) -> str:
+    """All that must be alike in a weight's row, its name left out, as people read it."""
+    method, shape, rank, (scale, *std), tanh = row
+    text = f"{str(method)[:40]} rank {str(rank)[:20]} shape {str(tuple(shape))[:60]} "
+    text += f"scale {scale:.9g} first spread {', '.join(f'{number:.9g}' for number in std)}"
+    return text + (" tanh" if tanh else "")
+
+
+def plan_from_row(row: list[Any]) -> WeightPlan:
+    """One of the ``weights`` of `ModelSpec.to_json`, its name in front.
+
+    Raises:
+        PayloadError: a method that is not installed here.
+    """
     weight, method, shape, rank, (scale, factor_std, private_std, variance), tanh = row
     if method not in methods():
         raise PayloadError(
@@ -276,6 +332,15 @@ def _plan_from_row(row: list[Any]) -> WeightPlan:
         variance=float(variance),
         tanh=bool(tanh),
     )
+
+
+def _sum(dense: Mapping[str, Tensor], onto: str, private: Tensor, key: str) -> Tensor:
+    if onto not in dense or dense[onto].shape != private.shape:
+        raise PayloadError(
+            f"{key!r} of shape {tuple(private.shape)} is to be added to {onto!r}, which the dense "
+            f"model has not in that shape"
+        )
+    return dense[onto] + private
 
 
 def _get(state: Mapping[str, Tensor], key: str) -> Tensor:

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.decay import compose_decay
+from fedpara_plugins.heads import warn_without_counts
 from fedpara_plugins.layers.base import FactorisedLayer, Phase, layers_alive
 
 __all__ = ["Training", "attach", "start_round", "training_of"]
@@ -33,12 +34,14 @@ class Training:
         decoupled: whether private and shared steps are apart.
         private_steps: number of steps at the start of this round that are private.
         steps: steps made in this round so far.
+        counts_given: whether `fedpara_plugins.set_label_counts` was called on the model.
     """
 
     config: FedParaConfig
     decoupled: bool
     private_steps: int
     steps: int = 0
+    counts_given: bool = False
 
     @property
     def phase(self) -> Phase:
@@ -97,6 +100,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     layers = _layers_held_by(optimizer)
     for training in {id(layer.progress): layer.progress for layer in layers}.values():
         of_model = [layer for layer in layers if layer.progress is training]
+        if training.config.label_prior and training.steps == 0:
+            warn_without_counts(of_model, given=training.counts_given)
         if training.decoupled:
             _drop_other_gradients(optimizer, of_model, training.phase)
         if training.config.decay == "composed":
@@ -131,13 +136,7 @@ def _drop_other_gradients(
     optimizer: torch.optim.Optimizer, layers: Iterable[FactorisedLayer], phase: Phase
 ) -> None:
     """A parameter without a gradient is left alone by every optimizer, momentum and decay too."""
-    private = {
-        id(factor)
-        for layer in layers
-        for weight, plan in layer.plans.items()
-        for name, factor in layer.factors(weight).items()
-        if name in plan.private_names
-    }
+    private = {id(parameter) for layer in layers for parameter in layer.private_parameters()}
     for parameter in _parameters(optimizer):
         if (id(parameter) in private) != (phase == "private"):
             parameter.grad = None

@@ -18,6 +18,7 @@ from fedpara_plugins.layers.conv import (
 from fedpara_plugins.layers.embedding import FactorisedEmbedding, FactorisedEmbeddingBag
 from fedpara_plugins.layers.lazy import LazyLayer
 from fedpara_plugins.layers.linear import FactorisedLinear
+from fedpara_plugins.layers.personal import PersonalLinear
 from fedpara_plugins.layers.recurrent import FactorisedGRU, FactorisedLSTM
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "FactorisedLinear",
     "FactorisedMultiheadAttention",
     "LazyLayer",
+    "PersonalLinear",
     "composed",
 ]
 

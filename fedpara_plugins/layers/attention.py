@@ -83,22 +83,22 @@ class FactorisedMultiheadAttention(FactorisedLayer, nn.MultiheadAttention):
             value,
             self.embed_dim,
             self.num_heads,
-            self.in_proj_weight,
+            self.composed_weight("in_proj_weight"),
             self.in_proj_bias,
             self.bias_k,
             self.bias_v,
             self.add_zero_attn,
             self.dropout,
-            self.out_proj.weight,
+            _weight_of(self.out_proj),
             self.out_proj.bias,
             training=self.training,
             key_padding_mask=key_padding_mask,
             need_weights=need_weights,
             attn_mask=attn_mask,
             use_separate_proj_weight=not self._qkv_same_embed_dim,
-            q_proj_weight=self.q_proj_weight,
-            k_proj_weight=self.k_proj_weight,
-            v_proj_weight=self.v_proj_weight,
+            q_proj_weight=self.composed_weight("q_proj_weight"),
+            k_proj_weight=self.composed_weight("k_proj_weight"),
+            v_proj_weight=self.composed_weight("v_proj_weight"),
             average_attn_weights=average_attn_weights,
             is_causal=is_causal,
         )
@@ -108,6 +108,11 @@ class FactorisedMultiheadAttention(FactorisedLayer, nn.MultiheadAttention):
         """The dense layer's name for `reset_parameters`; biases start again too."""
         super()._reset_parameters()
         self.reset_parameters()
+
+
+def _weight_of(layer: nn.Linear) -> Tensor:
+    """By a call: the compiler of torch 2.4 cannot trace a descriptor of a class."""
+    return layer.composed_weight("weight") if isinstance(layer, FactorisedLayer) else layer.weight
 
 
 def _batch_second(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from fedpara_plugins.errors import ConversionError
 from fedpara_plugins.fit import fit_factors, relative_error
-from fedpara_plugins.initialise import initial_factors
+from fedpara_plugins.initialise import initial_factors, seeded_shared
 from fedpara_plugins.plan import WeightPlan, WeightSlot
 
 __all__ = ["FactorisedLayer", "Phase", "composed", "layers_alive"]
 
 
 OWN_ATTRIBUTES = frozenset(
-    {"plans", "left_dense", "fit_errors", "phase", "progress", "on_composed"}
+    {"plans", "left_dense", "fit_errors", "origin", "phase", "progress", "on_composed"}
 )
 """What a factorised layer has in its `__dict__` beyond the dense layer."""
 
@@ -73,6 +73,9 @@ class FactorisedLayer(nn.Module):
     phase: Phase = "joint"
     """What training steps move now; see `fedpara_plugins.training`."""
 
+    origin: tuple[str, int]
+    """The layer's name in the model and the config's seed: what private factors are drawn from."""
+
     fit_errors: dict[str, float]
     """For weights that were fitted, |W - composed| / |W| at that time, by attribute name."""
 
@@ -106,7 +109,7 @@ class FactorisedLayer(nn.Module):
             fit: start from the closest factors to the dense weight instead of fresh ones.
         """
         layer = cls.__new__(cls)
-        layer.__dict__ = dense.__dict__.copy()
+        layer.__dict__ = _own_attributes(dense)
         parameters: dict[str, nn.Parameter | None] = {}
         errors: dict[str, float] = {}
         for attribute, parameter in dense._parameters.items():
@@ -128,6 +131,7 @@ class FactorisedLayer(nn.Module):
         layer.__dict__["plans"] = dict(plans)
         layer.__dict__["left_dense"] = {}
         layer.__dict__["fit_errors"] = errors
+        layer.__dict__["origin"] = (name, seed)
         return layer
 
     def to_dense(self) -> nn.Module:
@@ -137,7 +141,8 @@ class FactorisedLayer(nn.Module):
         tied; `fedpara_plugins.to_dense` copies the model first.
         """
         dense = self.dense_class.__new__(self.dense_class)
-        dense.__dict__ = {k: v for k, v in self.__dict__.items() if k not in OWN_ATTRIBUTES}
+        own = _own_attributes(self)
+        dense.__dict__ = {k: v for k, v in own.items() if k not in OWN_ATTRIBUTES}
         dense.__dict__["_parameters"] = self._dense_parameters()
         return dense
 
@@ -182,10 +187,35 @@ class FactorisedLayer(nn.Module):
             return _of_phase(plan, factors, self.phase)
         return factors
 
+    def private_parameters(self) -> list[nn.Parameter]:
+        """What of this layer only private steps train."""
+        return [
+            self.get_parameter(self.factor_key(weight, name))
+            for weight, plan in self.plans.items()
+            for name in plan.private_names
+        ]
+
     @classmethod
     def factor_key(cls, weight: str, factor: str) -> str:
         """The parameter's name: the factor's own where the layer has but one weight."""
         return factor if weight == "weight" else f"{weight}_{factor}"
+
+    def start_seeded(self, *, name: str, seed: int) -> None:
+        """Replace the shared factors by those that anyone derives from the seed.
+
+        Zeros stay, such as a padding row's.
+
+        Args:
+            name: the layer's name in the model.
+            seed: see `fedpara_plugins.initialise.seeded_shared`.
+        """
+        for weight, plan in self.plans.items():
+            values = seeded_shared(plan, seed=seed, key=f"{name}.{weight}" if name else weight)
+            own = self.factors(weight)
+            with torch.no_grad():
+                for factor, value in values.items():
+                    new = value.to(own[factor].device, own[factor].dtype)
+                    own[factor].copy_(torch.where(own[factor] == 0, own[factor], new))
 
     # What torch expects of a layer
 
@@ -194,19 +224,53 @@ class FactorisedLayer(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         layers_alive.add(self)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("plans", ()):
+            raise ConversionError(
+                f"{name} of this {self.kind} layer is composed from factors at each use and cannot "
+                f"be assigned: assign before convert() and use init='fit', or set its factors"
+            )
+        super().__setattr__(name, value)
+
     def reset_parameters(self) -> None:
-        """Draw new factors; the dense layer's own rule would write into a weight that is gone."""
+        """Start again: new shared factors, the seeded private ones, biases as in the dense layer."""
+        self._reset_the_rest()
+        name, seed = self.origin
         for weight, plan in self.plans.items():
-            factors = initial_factors(plan, seed=0, key=weight)
+            key = f"{name}.{weight}" if name else weight
+            factors = initial_factors(plan, seed=seed, key=key)
             with torch.no_grad():
-                for name, parameter in self.factors(weight).items():
-                    parameter.copy_(factors[name])
+                for factor, parameter in self.factors(weight).items():
+                    parameter.copy_(factors[factor])
+
+    def _reset_the_rest(self) -> None:
+        """The dense layer's own rule, on a layer that has a throw-away weight for each composed."""
+        rule = getattr(self.dense_class, "reset_parameters", None)
+        if rule is None:
+            return
+        dense = self.dense_class.__new__(self.dense_class)
+        own = _own_attributes(self)
+        dense.__dict__ = {k: v for k, v in own.items() if k not in OWN_ATTRIBUTES}
+        parameters = dict(self._parameters)
+        for weight, plan in self.plans.items():
+            factors = [parameters.pop(self.factor_key(weight, f)) for f in plan.factor_names]
+            assert factors[0] is not None
+            parameters[weight] = nn.Parameter(factors[0].new_empty(plan.shape))
+        dense.__dict__["_parameters"] = parameters
+        rule(dense)
 
     def extra_repr(self) -> str:
         """The dense layer's own text, then method and rank."""
         ranks = {w: f"{p.method.name} rank {p.rank}" for w, p in self.plans.items()}
         texts = [t if w == "weight" else f"{w}: {t}" for w, t in ranks.items()]
         return ", ".join(text for text in (super().extra_repr(), *texts) if text)
+
+
+def _own_attributes(layer: nn.Module) -> dict[str, Any]:
+    attributes = layer.__dict__.copy()
+    # What `layer.compile()` made runs the old layer; torch itself leaves it out of every copy.
+    attributes.pop("_compiled_call_impl", None)
+    return attributes
 
 
 def _of_phase(
@@ -224,5 +288,8 @@ def _of_phase(
 
 def _finite(parameter: nn.Parameter | None) -> nn.Parameter | None:
     if parameter is not None and not torch.isfinite(parameter).all():
-        raise ConversionError("a factorised layer holds NaN or infinite values: nothing to export")
+        raise ConversionError(
+            "its factors or other parameters hold NaN or infinite values, or compose to such: the "
+            "training has diverged. Go back to an earlier state, and see the option clip"
+        )
     return parameter

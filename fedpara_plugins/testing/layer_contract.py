@@ -60,7 +60,8 @@ def reference_weight(layer: FactorisedLayer, weight: str, factors: dict[str, Ten
             operands.append(torch.einsum("pq...,op,iq->oi...", t, x, y))
     if plan.tanh:
         shared = plan.method.operands - len(plan.method.private)
-        gain = plan.scale ** (1 / shared)
+        bound = max(1.0, 4 * plan.variance**0.5)
+        gain = (plan.scale / bound) ** (1 / shared)
         operands = [
             torch.tanh(w if i in plan.method.private else gain * w) for i, w in enumerate(operands)
         ]
@@ -70,7 +71,7 @@ def reference_weight(layer: FactorisedLayer, weight: str, factors: dict[str, Ten
         "pfedpara": lambda w: w[0] * (w[1] + torch.ones_like(w[1])),
     }
     weight_value: Tensor = products[plan.method.name](operands)
-    return (1.0 if plan.tanh else plan.scale) * weight_value.reshape(plan.shape)
+    return (bound if plan.tanh else plan.scale) * weight_value.reshape(plan.shape)
 
 
 @pytest.mark.parametrize("method", METHODS)

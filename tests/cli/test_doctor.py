@@ -85,8 +85,8 @@ def test_kinds_that_nobody_registered_say_how_to(command):
 def test_trained_weights_are_mentioned(command):
     code, out, err = command("doctor", "user_models:trained")
     assert (code, err) == (0, "")
-    assert "look trained" in out
-    assert "look trained" not in command("doctor", "user_models:trained", "--init", "fit")[1]
+    assert "looks trained" in out
+    assert "looks trained" not in command("doctor", "user_models:trained", "--init", "fit")[1]
 
 
 def test_nothing_is_fitted_only_to_look(monkeypatch):

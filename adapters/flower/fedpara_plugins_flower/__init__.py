@@ -22,16 +22,26 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from fedpara_plugins import PluginError
+from fedpara_plugins import PluginError, set_label_counts
 from fedpara_plugins_flower._version import __version__
 
 if TYPE_CHECKING:
     from fedpara_plugins_flower.client import client_mod
+    from fedpara_plugins_flower.evaluation import log_metrics
     from fedpara_plugins_flower.run import factorised, to_dense
     from fedpara_plugins_flower.server import server_app
     from fedpara_plugins_flower.settings import Settings
 
-__all__ = ["Settings", "__version__", "client_mod", "factorised", "server_app", "to_dense"]
+__all__ = [
+    "Settings",
+    "__version__",
+    "client_mod",
+    "factorised",
+    "log_metrics",
+    "server_app",
+    "set_label_counts",
+    "to_dense",
+]
 
 OLDEST_FLWR = (1, 22)
 
@@ -39,6 +49,7 @@ _HOMES = {
     "Settings": "settings",
     "client_mod": "client",
     "factorised": "run",
+    "log_metrics": "evaluation",
     "server_app": "server",
     "to_dense": "run",
 }

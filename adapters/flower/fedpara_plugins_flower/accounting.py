@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from flwr.common import Message
+from flwr.common import ArrayRecord, Message
 
-from fedpara_plugins import Ledger, LedgerEntry
+from fedpara_plugins import FedParaConfig, Ledger, LedgerEntry, __version__
+from fedpara_plugins.ledger import LayerSize, RunStart
+from fedpara_plugins_flower.evaluation import ClientMetrics, scalars
 from fedpara_plugins_flower.records import array_bytes, raw_bytes
 
 __all__ = ["Accounting", "Direction", "Size"]
@@ -45,11 +48,18 @@ class Accounting:
 
     Args:
         path: of the ledger's file, or None to keep it in memory.
+        config: of the run, for the ledger's first line; None leaves that out.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, config: FedParaConfig | None = None) -> None:
         self.ledger = Ledger(path)
         self._round = 0
+        self._described = path is None
+        self._evaluated = ClientMetrics()
+        if config is not None:
+            self.ledger.describe(
+                RunStart(version=__version__, method=config.method, codec=_codec_text(config))
+            )
 
     def sent(self, message: Message, size: Size) -> None:
         """Enter a message to a client, as it travels; a new round logs the one before."""
@@ -69,7 +79,32 @@ class Accounting:
         tensors = sum(len(record) for record in records)
         raw = sum(map(raw_bytes, records))
         enter = self.sent if direction == "down" else self.received
+        if direction == "down":
+            self.describe_layers(message, lambda: _plain_layers(records))
         enter(message, Size(tensors, raw, raw))
+
+    def describe_layers(self, message: Message, layers: Callable[[], Iterable[LayerSize]]) -> None:
+        """Note the sizes of the layers, once a run: with the first message that has arrays."""
+        if self._described or not message.has_content() or not message.content.array_records:
+            return
+        self._described = True
+        merged: dict[str, LayerSize] = {}
+        for layer in layers():  # a message may carry the same names in several records
+            known = merged.get(layer.layer)
+            merged[layer.layer] = layer if known is None else _merged(known, layer)
+        for layer in merged.values():
+            self.ledger.describe(layer)
+
+    def evaluated(self, reply: Message) -> None:
+        """Take in how good a client found the model; others' replies are passed over."""
+        kind = reply.metadata.message_type
+        if kind.startswith("evaluate") and reply.has_content():
+            self._evaluated.add(scalars(reply.content.metric_records.values()))
+
+    def close_evaluation(self) -> None:
+        """All replies of an evaluation are in: note their mean."""
+        if means := self._evaluated.taken():
+            self.ledger.log(self._round, means, source="clients")
 
     def _enter(self, message: Message, direction: Direction, node: int, size: Size) -> None:
         if not message.has_content() or not message.content.array_records:
@@ -89,6 +124,7 @@ class Accounting:
 
     def log_round(self) -> None:
         """Say in one line what the current round has cost."""
+        self.close_evaluation()
         if self.ledger.totals(round=self._round).messages:
             log.info("fedpara: %s", self.ledger.line(self._round))
 
@@ -108,6 +144,28 @@ class Accounting:
                 *dense,
                 sum(dense) / sum(sent),
             )
+
+
+def _plain_layers(records: Iterable[ArrayRecord]) -> Iterable[LayerSize]:
+    for record in records:
+        for name, array in record.items():
+            size = array.numpy().nbytes
+            layer = name.rpartition(".")[0]
+            yield LayerSize(layer=layer, tensors=1, raw_bytes=size, dense_bytes=size)
+
+
+def _merged(a: LayerSize, b: LayerSize) -> LayerSize:
+    return replace(
+        a,
+        tensors=a.tensors + b.tensors,
+        raw_bytes=a.raw_bytes + b.raw_bytes,
+        dense_bytes=a.dense_bytes + b.dense_bytes,
+    )
+
+
+def _codec_text(config: FedParaConfig) -> str:
+    up, down = config.uplink_codec or config.codec, config.downlink_codec or config.codec
+    return up if up == down else f"up {up}, down {down}"
 
 
 def _round_of(message: Message) -> int | None:

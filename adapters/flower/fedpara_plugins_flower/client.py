@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError, ModelSpec, merge
 from fedpara_plugins.checkpoints import save_dense
-from fedpara_plugins.codecs import peek_header, reference_hash
+from fedpara_plugins.codecs import decoders, peek_header, reference_hash
 from fedpara_plugins_flower.client_state import ClientState
-from fedpara_plugins_flower.coding import check_finite, decode, encode, spec_of
+from fedpara_plugins_flower.coding import check_finite, decode, decoders_of, encode, spec_of
 from fedpara_plugins_flower.marker import Marker
 from fedpara_plugins_flower.records import (
     carried_payload,
@@ -32,7 +32,11 @@ log = logging.getLogger("flwr.fedpara")
 App = Callable[[Message, Context], Message]
 
 DEFLATE_BOUND = 1100
-"""zlib cannot expand by more; a client has no model at hand that would bound a message better."""
+"""zlib cannot expand by more."""
+
+SMALLEST_BOUND = 2**30
+"""Bytes that a message may decode to in any case. A client has no model at hand that would bound
+it better, and a message that says "no change" may be smaller than any coder's rate suggests."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class _Received:
     shared: dict[str, Tensor]
     full: dict[str, Tensor]
     fresh: bool
+    decoders: tuple[str, ...]
 
 
 def client_mod(message: Message, context: Context, call_next: App) -> Message:
@@ -98,7 +103,7 @@ def _lost_reference(message: Message, state: ClientState) -> bool:
 
 
 def _receive(name: str, payload: bytes, state: ClientState) -> _Received:
-    limit = DEFLATE_BOUND * len(payload)
+    limit = max(DEFLATE_BOUND * len(payload), SMALLEST_BOUND)
     decoded = decode(payload, references=state.reference(name), limit=limit)
     spec = spec_of(decoded)
     private, fresh = state.private(spec, decoded.tensors)
@@ -107,6 +112,7 @@ def _receive(name: str, payload: bytes, state: ClientState) -> _Received:
         shared=decoded.tensors,
         full=merge(spec, decoded.tensors, private),
         fresh=fresh and bool(private),
+        decoders=decoders_of(decoded.header),
     )
 
 
@@ -132,24 +138,36 @@ def _encode_reply(
     """Encode everything first, keep state last: a reply that fails must leave no trace."""
     private: dict[str, Tensor] = {}
     outgoing: dict[str, bytes] = {}
+    residuals: dict[str, dict[str, Tensor]] = {}
     for name, record in reply.content.array_records.items():
         part = received.get(name) or next(iter(received.values()), None)
         tensors = to_tensors(record)
         check_finite(tensors)
         spec = part.spec if part else ModelSpec(weights={}, keys=tuple(tensors), seed=0)
         reference = received[name].shared if name in received else None
-        outgoing[name] = encode(tensors, spec=spec, codec=settings.uplink, reference=reference)
+        codec = settings.uplink.resolved(part.decoders if part else None)
+        outgoing[name], residuals[name] = encode(
+            tensors,
+            spec=spec,
+            codec=codec,
+            reference=reference,
+            residual=state.residual(name) if codec.feedback else None,
+        )
         if name in received:
             private.update({k: v for k, v in tensors.items() if k in spec.private_keys})
     for name, payload in outgoing.items():
         reply.content[name] = payload_record(payload)
     state.keep_private(private)
+    if settings.uplink.feedback:
+        for name, residual in residuals.items():
+            state.keep_residual(name, residual)
     if settings.needs_reference:
         for name, part in received.items():
             state.keep_reference(name, part.shared)
     marker = Marker(
         holds={name: reference_hash(part.shared) for name, part in received.items()},
         fresh=any(part.fresh for part in received.values()),
+        decoders=decoders(),
     )
     reply.content = marker.attached_to(reply.content)
     return reply

@@ -16,6 +16,7 @@ __all__ = ["ClientState"]
 PRIVATE = "fedpara.private"
 PROGRESS = "fedpara.progress"
 REFERENCE = "fedpara.reference."
+RESIDUAL = "fedpara.residual."
 
 
 class ClientState:
@@ -58,6 +59,17 @@ class ClientState:
     def keep_reference(self, record: str, tensors: Mapping[str, Tensor]) -> None:
         """Replace the tensors last received in the record of that name."""
         self._save(REFERENCE + record, tensors)
+
+    def residual(self, record: str) -> dict[str, Tensor] | None:
+        """What the codec lost of the last reply in that record; None if nothing is known."""
+        return self._load(RESIDUAL + record)
+
+    def keep_residual(self, record: str, tensors: Mapping[str, Tensor]) -> None:
+        """Replace what the codec lost; nothing (after a first contact) forgets it."""
+        if tensors:
+            self._save(RESIDUAL + record, tensors)
+        else:
+            self._state.pop(RESIDUAL + record, None)
 
     def steps(self) -> int | None:
         """Optimizer steps of the last round that this client trained; None before the first."""

@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from fedpara_plugins import ModelSpec, PayloadError
-from fedpara_plugins.codecs import Codec, Payload, decode_payload, encode_payload
+from fedpara_plugins.codecs import (
+    Codec,
+    Payload,
+    PayloadHeader,
+    decode_payload,
+    decoders,
+    encode_with_feedback,
+)
 from fedpara_plugins.split import shared_names
 
-__all__ = ["check_finite", "decode", "encode", "shared_part", "spec_of"]
+__all__ = ["check_finite", "decode", "decoders_of", "encode", "shared_part", "spec_of"]
+
+DECODERS = "decoders"
 
 Tensors = Mapping[str, Tensor]
 
@@ -22,8 +31,17 @@ def shared_part(spec: ModelSpec, tensors: Tensors) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name in allowed}
 
 
-def encode(tensors: Tensors, *, spec: ModelSpec, codec: Codec, reference: Tensors | None) -> bytes:
-    """The payload of the shared part of ``tensors``.
+def encode(
+    tensors: Tensors,
+    *,
+    spec: ModelSpec,
+    codec: Codec,
+    reference: Tensors | None,
+    residual: Tensors | None = None,
+) -> tuple[bytes, dict[str, Tensor]]:
+    """The payload of the shared part of ``tensors``, and what the codec lost of it.
+
+    The header lists the entropy decoders of this side, so that the other may use them.
 
     Args:
         tensors: by name, private names allowed (they are left out).
@@ -31,15 +49,27 @@ def encode(tensors: Tensors, *, spec: ModelSpec, codec: Codec, reference: Tensor
         codec: the run's codec.
         reference: what the receiver holds of the same names; without it (or with other names)
             the codec's first-contact chain is used.
+        residual: what was lost last time, where the codec has error feedback.
+
+    Returns:
+        The payload, and the residual for the next one; empty without error feedback.
     """
     shared = shared_part(spec, tensors)
     usable = reference is not None and _alike(shared, reference)
-    return encode_payload(
+    return encode_with_feedback(
         shared,
         codec=codec,
         reference=dict(reference) if usable and reference is not None else None,
+        residual=residual,
         model=spec.to_json(),
+        extra={DECODERS: list(decoders())},
     )
+
+
+def decoders_of(header: PayloadHeader) -> tuple[str, ...]:
+    """The entropy decoders that the sender of a payload has."""
+    named = (header.extra or {}).get(DECODERS)
+    return tuple(map(str, named)) if isinstance(named, list) else ()
 
 
 def decode(payload: bytes, *, references: Mapping[str, Tensors], limit: int) -> Payload:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from flwr.common import Message, RecordDict
@@ -60,7 +61,9 @@ class ObservingGrid(ForwardingGrid):
     ) -> Iterable[Message]:
         """As Flower's, counted."""
         sent = self._counted(messages, "down")
-        return self._counted(self._inner.send_and_receive(sent, timeout=timeout), "up")
+        replies = self._counted(self._inner.send_and_receive(sent, timeout=timeout), "up")
+        self._accounting.close_evaluation()
+        return replies
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """As Flower's, counted."""
@@ -74,6 +77,8 @@ class ObservingGrid(ForwardingGrid):
         found = list(messages)
         for message in found:
             self._accounting.plain(message, direction)
+            if direction == "up":
+                self._accounting.evaluated(message)
             _follow(self._final, message, direction)
         return found
 
@@ -123,6 +128,7 @@ class CodecGrid(ForwardingGrid):
                 self._outbox.forget_held(message)
             usable += self._exchange(repeated, timeout)[0]
         self._outbox.forget_unused()
+        self._accounting.close_evaluation()
         return usable
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -148,6 +154,9 @@ class CodecGrid(ForwardingGrid):
             names = list(message.content.array_records)
             if len(names) == 1:
                 self._final.sent(partial(self._outbox.last_state, names[0]))
+            self._accounting.describe_layers(
+                message, lambda: chain.from_iterable(map(self._outbox.layers, names))
+            )
             self._accounting.sent(encoded, sum(map(self._outbox.size, names), Size()))
             return encoded
 
@@ -171,8 +180,9 @@ class CodecGrid(ForwardingGrid):
                     lost.add(node)
                     self._outbox.note_reply(node, {})
                 elif self._decode_in_place(reply):
-                    self._outbox.note_reply(node, marker.holds)
+                    self._outbox.note_reply(node, marker.holds, marker.decoders)
                     fresh += marker.fresh
+                    self._accounting.evaluated(reply)
                     usable.append(reply)
             if fresh:
                 log.info("fedpara: %d clients started from the seeded private factors", fresh)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.common import ConfigRecord, RecordDict
@@ -11,6 +11,7 @@ __all__ = ["Marker"]
 
 MARKER_KEY = "fedpara"
 HOLDS = "holds."
+DECODERS = "decoders"
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,18 @@ class Marker:
         holds: by record name, the hash of what the client has received and kept.
         fresh: the client had no private state and started from the seeded first one.
         lost: the client no longer holds what the message was coded against; nothing was done.
+        decoders: names of the entropy stages that the client can decode.
     """
 
     holds: Mapping[str, str] = field(default_factory=dict)
     fresh: bool = False
     lost: bool = False
+    decoders: Sequence[str] = ()
 
     def attached_to(self, content: RecordDict) -> RecordDict:
         """The same content with this marker in it."""
         record = ConfigRecord({"fresh": self.fresh, "lost": self.lost})
+        record[DECODERS] = list(self.decoders)
         for name, value in self.holds.items():
             record[HOLDS + name] = value
         content[MARKER_KEY] = record
@@ -43,4 +47,10 @@ class Marker:
             return None
         del content[MARKER_KEY]
         holds = {k[len(HOLDS) :]: str(v) for k, v in record.items() if k.startswith(HOLDS)}
-        return cls(holds=holds, fresh=bool(record.get("fresh")), lost=bool(record.get("lost")))
+        named = record.get(DECODERS)
+        return cls(
+            holds=holds,
+            fresh=bool(record.get("fresh")),
+            lost=bool(record.get("lost")),
+            decoders=tuple(map(str, named)) if isinstance(named, list) else (),
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,13 +11,16 @@ from flwr.common import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, ModelSpec
-from fedpara_plugins.codecs import reference_hash
+from fedpara_plugins.codecs import Codec, reference_hash
+from fedpara_plugins.ledger import LayerSize, layer_sizes
 from fedpara_plugins_flower.accounting import Size
 from fedpara_plugins_flower.coding import decode, encode, shared_part
 from fedpara_plugins_flower.records import payload_record, to_tensors, with_content
 from fedpara_plugins_flower.run import Run
 
 __all__ = ["Outbox"]
+
+log = logging.getLogger("flwr.fedpara")
 
 State = dict[str, Tensor]
 Slot = tuple[int, str]
@@ -28,11 +32,14 @@ OWN_MESSAGE = 2**62
 
 @dataclass
 class _Encodings:
-    """The payloads of one record object by reference, each with the hash of what it decodes to."""
+    """The payloads of one record object, each with the hash of what it decodes to.
+
+    They differ by reference, and by the chain that the client can decode.
+    """
 
     record: ArrayRecord
     content: str
-    payloads: dict[str | None, tuple[bytes, str]] = field(default_factory=dict)
+    payloads: dict[tuple[str | None, str], tuple[bytes, str]] = field(default_factory=dict)
 
 
 class Outbox:
@@ -54,6 +61,8 @@ class Outbox:
         self._full: dict[str, tuple[ModelSpec, State]] = {}
         self._dtypes: dict[str, dict[str, torch.dtype]] = {}
         self._encoded: dict[str, _Encodings] = {}
+        self._decoders: dict[int, tuple[str, ...]] = {}
+        self._announced: set[str] = set()
 
     # Sending
 
@@ -62,7 +71,8 @@ class Outbox:
         content = RecordDict(dict(message.content.items()))
         for name, record in message.content.array_records.items():
             slot = (message.metadata.dst_node_id, name)
-            payload, reference = self._payload(name, record, self._held.get(slot))
+            codec = self._codec_for(message.metadata.dst_node_id)
+            payload, reference = self._payload(name, record, self._held.get(slot), codec)
             self._in_flight[slot] = reference
             content[name] = payload_record(payload)
         return with_content(message, content)
@@ -72,7 +82,17 @@ class Outbox:
         for name in message.content.array_records:
             self._held.pop((message.metadata.dst_node_id, name), None)
 
-    def _payload(self, name: str, record: ArrayRecord, held: str | None) -> tuple[bytes, str]:
+    def _codec_for(self, node: int) -> Codec:
+        """The downlink's chain with an entropy coder that the client can undo."""
+        codec = self._run.settings.downlink.resolved(self._decoders.get(node))
+        if codec.stages and codec.name not in self._announced:
+            self._announced.add(codec.name)
+            log.info("fedpara: downlink codec in use: %s", codec.name)
+        return codec
+
+    def _payload(
+        self, name: str, record: ArrayRecord, held: str | None, codec: Codec
+    ) -> tuple[bytes, str]:
         """The payload, and the hash of what the client will have decoded from it.
 
         Strategies send one record object to many nodes: it is encoded once per reference.
@@ -84,20 +104,20 @@ class Outbox:
             self._full[name] = (spec, tensors)
             known = _Encodings(record, reference_hash(shared_part(spec, tensors)))
             self._encoded[name] = known
-        if held not in known.payloads:
-            known.payloads[held] = self._encode(name, known.content, held)
-        return known.payloads[held]
+        key = (held, codec.name)
+        if key not in known.payloads:
+            known.payloads[key] = self._encode(name, known.content, held, codec)
+        return known.payloads[key]
 
-    def _encode(self, name: str, content: str, held: str | None) -> tuple[bytes, str]:
+    def _encode(self, name: str, content: str, held: str | None, codec: Codec) -> tuple[bytes, str]:
         spec, tensors = self._full[name]
         reference = self._references.get(held) if held else None
         if reference is not None and self._coded_from.get(held) == content:
             # The client has its coded form already (to evaluate it, say, and now to train on it):
             # "no change" costs next to nothing, the rounding that is left would cost a message.
             tensors = reference
-        settings = self._run.settings
-        payload = encode(tensors, spec=spec, codec=settings.downlink, reference=reference)
-        if not settings.needs_reference:
+        payload, _ = encode(tensors, spec=spec, codec=codec, reference=reference)
+        if not self._run.settings.needs_reference:
             return payload, content
         # Decoded again here, since a lossy codec leaves the client with other values.
         received = decode(payload, references=self._references, limit=OWN_MESSAGE).tensors
@@ -139,8 +159,10 @@ class Outbox:
         """Everything that some client may have taken a delta against, by hash."""
         return self._references
 
-    def note_reply(self, node: int, holds: Mapping[str, str]) -> None:
-        """A client has answered, and said by hash what it holds now."""
+    def note_reply(self, node: int, holds: Mapping[str, str], decoders: Sequence[str] = ()) -> None:
+        """A client has answered, and said by hash what it holds now, and what it can decode."""
+        if decoders:
+            self._decoders[node] = tuple(decoders)
         for slot in [slot for slot in self._in_flight if slot[0] == node]:
             del self._in_flight[slot]
         for name, reference in holds.items():
@@ -182,6 +204,11 @@ class Outbox:
     def size(self, name: str) -> Size:
         """Of the record of that name that was encoded last."""
         return self.size_of(name, self._full[name][1])
+
+    def layers(self, name: str) -> list[LayerSize]:
+        """Of the record of that name that was encoded last, before coding."""
+        spec, full = self._full[name]
+        return layer_sizes(shared_part(spec, full), spec)
 
     def size_of(self, name: str, tensors: Mapping[str, Tensor]) -> Size:
         """Of the shared part of a record's tensors."""

@@ -41,6 +41,7 @@ class Run:
         previous_steps: on a client, optimizer steps of its previous training round, if known.
         trainings: progress of the models that were built here with training options.
         on_loaded: called with every complete state that such a model loads.
+        on_evaluated: on a server with a ledger, called with a round and figures of the model.
     """
 
     settings: Settings
@@ -50,6 +51,7 @@ class Run:
     previous_steps: int | None = None
     trainings: list[Training] = field(default_factory=list)
     on_loaded: Callable[[dict[str, Tensor]], None] | None = None
+    on_evaluated: Callable[[int, Mapping[str, float]], None] | None = None
 
     def converted(self, model: M) -> M:
         """Convert a model that the user's code has just built, and remember its spec.

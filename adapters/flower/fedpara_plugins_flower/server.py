@@ -12,6 +12,7 @@ from torch import Tensor
 from fedpara_plugins import ConfigError
 from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins_flower.accounting import Accounting
+from fedpara_plugins_flower.evaluation import observe_strategies
 from fedpara_plugins_flower.final_state import FinalState
 from fedpara_plugins_flower.grid import CodecGrid, ObservingGrid
 from fedpara_plugins_flower.run import Run, open_run
@@ -53,7 +54,10 @@ def _wrapped_class(base: type[Any]) -> type[Any]:
                 raise ConfigError(LEGACY)
             final = FinalState()
             run = Run(settings, side="server", on_loaded=final.seen)
-            accounting = Accounting(settings.ledger)
+            accounting = Accounting(settings.ledger, settings.config)
+            if settings.ledger is not None:
+                run.on_evaluated = accounting.ledger.log
+                observe_strategies()
             wrapped = (
                 CodecGrid(grid, run, accounting, final)  # type: ignore[abstract]
                 if settings.active

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ class Settings:
     Attributes:
         config: the options of the core: method, gamma, codec, ...
         uplink: the chain for messages to the server.
-        downlink: the chain for messages to clients.
+        downlink: the chain for messages to clients; without feedback, since each message is taken
+            against what that client really has.
         ledger: file for the bytes of every message, JSON lines; None for none.
         checkpoint: file for the server's dense model at the end (safetensors); None for none.
         client_checkpoints: folder for each client's own dense model; None for none.
@@ -57,7 +58,7 @@ class Settings:
         return cls(
             config=config,
             uplink=parse_codec(config.uplink_codec or config.codec),
-            downlink=parse_codec(config.downlink_codec or config.codec),
+            downlink=replace(parse_codec(config.downlink_codec or config.codec), feedback=False),
             **{name: Path(path) if path else None for name, path in paths.items()},
         )
 
