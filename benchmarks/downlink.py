@@ -17,17 +17,20 @@ from dataclasses import dataclass, field
 
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
+from fedpara_plugins.codecs import Codec, decode_payload, encode_payload, parse_codec
 from fedpara_plugins.references import (
     ClientReferences,
     Downlink,
     GridDownlink,
-    LostReference,
+    LostReferenceError,
     PerClientDownlink,
 )
+
+State = dict[str, Tensor]
+Share = tuple[Tensor, Tensor]
 
 LIMIT = 10**8
 RATE = 0.3
@@ -44,7 +47,7 @@ class Result:
     broadcast: int = 0
 
 
-def data(clients: int, seed: int):
+def data(clients: int, seed: int) -> tuple[list[Share], Share]:
     """Shuffled digits: a list of clients' shares, and test images."""
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(seed))
@@ -54,7 +57,7 @@ def data(clients: int, seed: int):
     return list(zip(images[397:].chunk(clients), labels[397:].chunk(clients), strict=True)), test
 
 
-def network(init: str, width: int):
+def network(init: str, width: int) -> nn.Module:
     """A factorised perceptron."""
     net = nn.Sequential(
         nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
@@ -62,7 +65,7 @@ def network(init: str, width: int):
     return fedpara.convert(net, method="fedpara", gamma=0.1, init=init, clip=1.0)
 
 
-def trained(model, state, share, epochs: int):
+def trained(model: nn.Module, state: State, share: Share, epochs: int) -> State:
     """A client's state after local training from ``state``."""
     model.load_state_dict(state)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
@@ -75,29 +78,35 @@ def trained(model, state, share, epochs: int):
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def accuracy(model, state, test) -> float:
+def accuracy(model: nn.Module, state: State, test: Share) -> float:
     """Share of test images that are named rightly."""
     model.load_state_dict(state)
     with torch.no_grad():
         return float((model(test[0]).argmax(1) == test[1]).float().mean())
 
 
-def served(downlink: Downlink, held: ClientReferences, client: str, state, spec, codec):
+def served(
+    downlink: Downlink,
+    held: ClientReferences,
+    client: str,
+    state: State,
+    spec: fedpara.ModelSpec,
+    codec: Codec,
+) -> tuple[State, int]:
     """One downlink, repeated where the client says that it lost what it held."""
-    size, kinds = 0, []
+    size = 0
     for _ in range(2):
         coded = downlink.encode(client, "model", state, spec=spec, codec=codec, decoders=DECODERS)
         size += len(coded.payload)
-        kinds.append(coded.kind)
         try:
             received = held.receive("model", coded.payload, limit=LIMIT)
-        except LostReference as lost:
+        except LostReferenceError as lost:
             downlink.refused(client, "model", lost.holds)
             continue
         assert received.reference == coded.reference
         held.keep("model", received)
         downlink.acknowledge(client, "model", received.reference)
-        return received.tensors, size, kinds
+        return received.tensors, size
     raise AssertionError("a client was not served within the round")
 
 
@@ -123,7 +132,7 @@ def run(downlink: Downlink | None, text: str, args: argparse.Namespace) -> Resul
         for who in torch.randperm(len(shares), generator=draw)[: args.a_round].tolist():
             got, size = state, len(encode_payload(state, codec=parse_codec("none")))
             if downlink is not None:
-                got, size, _ = served(downlink, held[who], str(who), state, spec, codec)
+                got, size = served(downlink, held[who], str(who), state, spec, codec)
                 result.broadcast += size if seen[who] < 0 else sum(updates[seen[who] + 1 :])
                 if seen[who] >= 0:
                     result.by_absence[now - seen[who]].append(size)

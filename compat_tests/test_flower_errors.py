@@ -181,12 +181,12 @@ def test_a_client_that_sends_damaged_bytes_is_left_out(
     codec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now: list[tuple[int, int]] = []
-    encode: Callable[..., bytes] = vars(client_side)["encode"]
+    encode: Callable[..., tuple[bytes, dict[str, Tensor]]] = vars(client_side)["encode"]
 
-    def damaging(*args: Any, **kwargs: Any) -> bytes:
-        payload = encode(*args, **kwargs)
+    def damaging(*args: Any, **kwargs: Any) -> tuple[bytes, dict[str, Tensor]]:
+        payload, residual = encode(*args, **kwargs)
         wrong = now[-1] == (CULPRIT, ROUND)
-        return payload[:-1] + bytes([payload[-1] ^ 1]) if wrong else payload
+        return (payload[:-1] + bytes([payload[-1] ^ 1]) if wrong else payload), residual
 
     def noting(model: nn.Module, client: int, server_round: int) -> None:
         now.append((client, server_round))

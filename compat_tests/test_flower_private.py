@@ -124,9 +124,9 @@ def test_no_byte_of_a_private_factor_is_on_the_wire() -> None:
 def test_the_search_finds_private_factors_when_the_split_is_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encode: Callable[..., bytes] = vars(client_side)["encode"]
+    encode: Callable[..., tuple[bytes, State]] = vars(client_side)["encode"]
 
-    def encode_everything(*args: Any, **kwargs: Any) -> bytes:
+    def encode_everything(*args: Any, **kwargs: Any) -> tuple[bytes, State]:
         with monkeypatch.context() as patch:
             patch.setattr(coding, "shared_names", lambda spec: spec.keys)
             return encode(*args, **kwargs)

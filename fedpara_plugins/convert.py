@@ -159,7 +159,9 @@ def _by_ratio(
 ) -> Iterator[tuple[str, WeightPlan, float]]:
     for decision in found:
         ratio = config.for_layer(decision.name).ratio
-        for weight, plan in decision.plans.items() if ratio is not None else ():
+        if ratio is None:
+            continue
+        for weight, plan in decision.plans.items():
             yield ".".join(part for part in (decision.name, weight) if part), plan, ratio
 
 

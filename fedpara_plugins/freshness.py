@@ -47,7 +47,7 @@ def looks_trained(weight: Tensor) -> bool:
     square = float(rows.square().mean())
     edge = (root_m + root_n) ** 2
     fluctuation = (root_m + root_n) * (1 / root_m + 1 / root_n) ** (1 / 3)
-    return _largest_eigenvalue(rows) / square > edge + ABOVE_EDGE * fluctuation
+    return bool(_largest_eigenvalue(rows) / square > edge + ABOVE_EDGE * fluctuation)
 
 
 def norm_has_moved(layer: nn.Module) -> bool:

@@ -36,10 +36,10 @@ class GridStage(Stage):
     For each tensor, e is the largest exponent with which all k are integers, found from the values
     themselves. Acts on float16, bfloat16, float32 and float64 tensors of at least one dimension; a
     tensor for which every such e gives symbols of more than 32 bits or wider than its values, or
-    that would not come back bit by bit (a new negative zero, NaN), passes unchanged, as do all other
-    tensors. So the stage is lossless for every input, and small for states that were published on
-    a grid (`fedpara_plugins.references.GridDownlink`). Symbols are int8, int16 or int32, the
-    narrowest that holds all of a tensor's.
+    that would not come back bit by bit (a new negative zero, NaN), passes unchanged, as do all
+    other tensors. So the stage is lossless for every input, and small for states that were
+    published on a grid (`fedpara_plugins.references.GridDownlink`). Symbols are int8, int16 or
+    int32, the narrowest that holds all of a tensor's.
 
     Notes: ``dtypes`` and ``each`` (see `pack_dtypes`; ``-`` for a tensor passed unchanged) and
     ``exponents``: e for each tensor that was coded, in order.

@@ -4,7 +4,7 @@
     coded = downlink.encode(client, "model", state, spec=spec, codec=codec)
     ...                                                            # coded.payload travels
     held = ClientReferences()                                      # client
-    received = held.receive("model", payload, limit=10**8)         # LostReference: say so
+    received = held.receive("model", payload, limit=10**8)         # LostReferenceError: say so
     held.keep("model", received)
     ...                                                            # received.reference travels
     downlink.acknowledge(client, "model", reference)
@@ -15,7 +15,7 @@ framework.
 
 from __future__ import annotations
 
-from fedpara_plugins.references.client import ClientReferences, LostReference, Received
+from fedpara_plugins.references.client import ClientReferences, LostReferenceError, Received
 from fedpara_plugins.references.coded import Coded, Downlink, shared_part
 from fedpara_plugins.references.grid import GridDownlink
 from fedpara_plugins.references.per_client import PerClientDownlink
@@ -26,7 +26,7 @@ __all__ = [
     "Coded",
     "Downlink",
     "GridDownlink",
-    "LostReference",
+    "LostReferenceError",
     "PerClientDownlink",
     "Received",
     "ReferenceStore",

@@ -17,13 +17,13 @@ from fedpara_plugins.codecs.stage import Tensors
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.references.version_zero import base_from_header
 
-__all__ = ["ClientReferences", "LostReference", "Received"]
+__all__ = ["ClientReferences", "LostReferenceError", "Received"]
 
 LAST = "last"
 BEFORE = "before"
 
 
-class LostReference(MismatchError):
+class LostReferenceError(MismatchError):
     """The message is sound, but coded against what this client does not hold.
 
     Attributes:
@@ -77,7 +77,7 @@ class ClientReferences:
             limit: bytes that the state may have.
 
         Raises:
-            LostReference: answer with its ``holds`` and no work done; the server sends again.
+            LostReferenceError: answer with its ``holds`` and no work done; the server sends again.
             PayloadError: the payload is damaged or exceeds the limit.
         """
         header = peek_header(payload)
@@ -88,7 +88,7 @@ class ClientReferences:
             references = self._held(record) if base is None else {base.reference: base.tensors}
             if wanted not in references:
                 what = "version 0" if base else "a reference"
-                raise LostReference(
+                raise LostReferenceError(
                     f"record {record!r} is coded against {what} {wanted[:16]}, this client holds "
                     f"{', '.join(name[:16] for name in references) or 'none'}; the server is to "
                     "send it again, coded against what the client holds",

@@ -23,7 +23,7 @@ from fedpara_plugins.references.grid_steps import Published, publish
 from fedpara_plugins.references.index import NOTHING, HeldIndex
 from fedpara_plugins.references.store import MEMORY, ReferenceStore
 from fedpara_plugins.references.version_log import Version, VersionLog
-from fedpara_plugins.references.version_zero import SEEDED, ZEROS, BaseKind
+from fedpara_plugins.references.version_zero import SEEDED, ZEROS
 from fedpara_plugins.spec import ModelSpec
 
 __all__ = ["GridDownlink"]

@@ -121,6 +121,14 @@ class TestAns(StageContract):
         assert torch.equal(decode(stream, notes)["x"], symbols)
         assert 8 * len(stream) / symbols.numel() < entropy(symbols) + 0.1
 
+    def test_many_symbols_that_occur_once_do_not_crowd_out_the_others(self):
+        symbols = torch.cat([bell(300_000, 0.3, dtype=torch.int16), torch.arange(-1000, 1000)])
+        symbols = symbols.to(torch.int16)
+        stream, notes = encode({"x": symbols})
+        assert struct.unpack_from("<iIII", stream)[1:3] < (10, 2000)
+        assert torch.equal(decode(stream, notes)["x"], symbols)
+        assert 8 * len(stream) / symbols.numel() < entropy(symbols) + 1 / 15
+
     def test_numbers_that_are_no_symbols_go_with_the_rest(self):
         indices = torch.randperm(70_000, generator=torch.Generator().manual_seed(0))[:9_000]
         stream, notes = encode({"places": indices.to(torch.int32), "x": bell(9_000, 1)})

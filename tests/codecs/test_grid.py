@@ -66,7 +66,10 @@ class TestGrid(StageContract):
         one, other = grid_states(dtype, step)
         coded, notes = self.stage.encode(one, reference=other)
         # Independent: exact fractions, the finest binary digit that any difference has.
-        gaps = [Fraction(float(a)) - Fraction(float(b)) for a, b in zip(one["x"], other["x"])]
+        gaps = [
+            Fraction(float(a)) - Fraction(float(b))
+            for a, b in zip(one["x"], other["x"], strict=True)
+        ]
         exponent = max(e for e in range(-40, 40) if all(g % (Fraction(2) ** e) == 0 for g in gaps))
         assert notes["exponents"] == [exponent]
         assert coded["x"].tolist() == [int(g / Fraction(2) ** exponent) for g in gaps]

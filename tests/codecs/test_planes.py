@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
 from fedpara_plugins.codecs.planes import PlanesStage
+from fedpara_plugins.codecs.stage import DTYPES
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.testing.samples import same_bits
 from fedpara_plugins.testing.stage_contract import StageContract
@@ -60,11 +61,18 @@ class TestPlanes(StageContract):
         assert same_bits(coded, passed)
         assert notes["each"] == "---"
 
-    @pytest.mark.parametrize("dtype", ["F32", "I8", "BOOL", "C64"])
+    @pytest.mark.parametrize("dtype", ["U16", "I8", "BOOL", "C64"])
     def test_planes_of_another_type_are_refused(self, dtype):
         notes = {"dtypes": [dtype], "each": "0"}
-        planes = torch.zeros(2, 3, dtype=torch.uint8)
+        planes = torch.zeros(DTYPES[dtype].itemsize, 3, dtype=torch.uint8)
         with pytest.raises(PayloadError, match=f"planes of uint8 for {dtype}"):
+            STAGE.decode({"x": planes}, notes, reference=None, limit=100)
+
+    @pytest.mark.parametrize("shape", [(3, 4), (12,), (5, 4), (0, 4)])
+    def test_another_number_of_planes_is_refused(self, shape):
+        notes = {"dtypes": ["F32"], "each": "0"}
+        planes = torch.zeros(shape, dtype=torch.uint8)
+        with pytest.raises(PayloadError, match="expected 4 planes"):
             STAGE.decode({"x": planes}, notes, reference=None, limit=100)
 
     def test_trained_like_weights_shrink_more(self):

@@ -12,7 +12,7 @@ from fedpara_plugins.codecs.stage import tensor_bytes
 from fedpara_plugins.references import (
     ClientReferences,
     GridDownlink,
-    LostReference,
+    LostReferenceError,
     PerClientDownlink,
 )
 
@@ -84,7 +84,7 @@ class Exchange:
             messages.append(self.sent(name))
             try:
                 received = self.client(name).receive("model", messages[-1].payload, limit=LIMIT)
-            except LostReference as lost:
+            except LostReferenceError as lost:
                 self.downlink.refused(name, "model", lost.holds)
                 continue
             assert received.reference == messages[-1].reference

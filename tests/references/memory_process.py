@@ -41,7 +41,8 @@ def main(scheme, folder, clients, memory):
         if client == 100:
             # Everything that is loaded once is there by now.
             size = resident()
-    print(json.dumps({"states": len(downlink.references), "grown": resident() - size}))
+    found = {"states": len(downlink.references), "grown": resident() - size}
+    sys.stdout.write(json.dumps(found))
     downlink.close()
 
 

@@ -73,7 +73,7 @@ def federated(exchange):
 
 
 @pytest.fixture(scope="module")
-def uncoded_accuracy(request):
+def uncoded_accuracy():
     import types
 
     model = network()
@@ -95,7 +95,6 @@ def test_ten_rounds_away(helpers, uncoded_accuracy, name, codec, options, most):
     exchange = helpers.Exchange(helpers.SCHEMES[name](**options), codec=codec, model=network())
     sizes, accuracy = federated(exchange)
     ratio = sizes["away", AWAY_TO] / sizes[0, AWAY_TO]
-    print(f"{name} {codec}: {sizes[0, AWAY_TO]} bytes, x{ratio:.2f}, accuracy {accuracy:.3f}")
     assert ratio <= most
     dense = 4 * sum(value.numel() for value in exchange.state.values())
     assert max(sizes.values()) < dense / 2, "a full float32 model was sent"
@@ -123,6 +122,5 @@ def test_memory_with_ten_thousand_clients(scheme, states, tmp_path):
         text=True,
     )
     found = json.loads(done.stdout)
-    print(scheme, found)
     assert found["states"] == states
     assert found["grown"] < MEMORY + 10_000 * PER_CLIENT

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import fedpara_plugins
-from fedpara_plugins.references import ClientReferences, LostReference
+from fedpara_plugins.references import ClientReferences, LostReferenceError
 
 KILLS = 25
 CLIENTS = "abc"
@@ -86,7 +86,7 @@ def served(server, clients, name, number):
         kinds.append(answer["kind"])
         try:
             received = receive(clients[name], answer)
-        except LostReference as lost:
+        except LostReferenceError as lost:
             server.ask(do="refused", client=name, holds=list(lost.holds))
             continue
         clients[name].keep("model", received)
@@ -125,7 +125,7 @@ def test_kill_at_random_points(scheme, tmp_path):
                 assert set(served(server, clients, other, number)) <= {"update", "repeat"}
     finally:
         server.end()
-    assert 0 < answered
+    assert answered > 0
 
 
 @pytest.mark.parametrize("scheme", ["per client", "grid"])

@@ -11,9 +11,13 @@ from torch import nn
 import fedpara_plugins as fedpara
 from fedpara_plugins.codecs import parse_codec, peek_header, reference_hash
 from fedpara_plugins.errors import PayloadError
-from fedpara_plugins.references import ClientReferences, LostReference, PerClientDownlink
+from fedpara_plugins.references import (
+    ClientReferences,
+    LostReferenceError,
+    PerClientDownlink,
+    version_zero,
+)
 from fedpara_plugins.references import per_client as per_client_module
-from fedpara_plugins.references import version_zero
 
 
 def test_a_newcomer_gets_only_what_differs_from_version_zero(exchange, helpers):
@@ -93,7 +97,7 @@ def test_a_client_that_derives_another_version_zero_is_served_within_the_round(
             name: value * (1 + 2**-20) for name, value in plain(kind, spec, like).items()
         },
     )
-    with pytest.raises(LostReference, match="version 0") as lost:
+    with pytest.raises(LostReferenceError, match="version 0") as lost:
         exchange.client("a").receive("model", message.payload, limit=10**7)
     assert lost.value.holds == ()
     exchange.downlink.refused("a", "model", lost.value.holds)
