@@ -163,8 +163,7 @@ def main() -> None:
     for text in args.codecs.split(","):
         for scheme in (PerClientDownlink, GridDownlink):
             start = time.perf_counter()
-            coarseness = {"coarseness": 0.05} if text != "small" else {}
-            downlink = scheme(**(coarseness if scheme is GridDownlink else {}))
+            downlink = scheme()
             result = run(downlink, text, args)
             if scheme is PerClientDownlink:
                 total = result.broadcast

@@ -83,7 +83,8 @@ class FedParaConfig:
         init: ``random`` (fresh factors), ``seeded`` (fresh ones that every client can derive from
             ``seed``, so that they need not be sent) or ``fit`` (the closest factors to the weights
             that the model has); None is ``random`` with a warning if the weights look trained.
-        seed: of the private factors' first values, which every client derives by itself.
+        seed: of the private factors' first values, which every client derives by itself, and of
+            the shared ones of version 0 (see ``init``).
         private: name patterns of further state that stays on the device, factorised or not: ``head.*``
             is FedPer, ``*.norm*`` is FedBN. Full names of the state are meant, ``head.weight``.
         codec: what messages are coded with, ``none``, a preset, or stages joined by ``+``.

@@ -31,6 +31,7 @@ __all__ = ["GridDownlink"]
 log = logging.getLogger("fedpara.references")
 
 OWN_MESSAGE = 2**62
+FINE = 1 / 20
 REMEMBERED = 64
 """Payloads of a record's newest version that are kept; there are no more bases than versions."""
 
@@ -52,7 +53,8 @@ class GridDownlink:
         memory_bytes: of versions kept in memory.
         versions: kept of each record.
         coarseness: of the grid's steps, relative to the root mean square of a round's update;
-            nearest power of two. 2 loses as much as the preset ``small``.
+            nearest power of two. None takes what the codec's ``quantise:rms=...`` says (2 for the
+            preset ``small``), or 1/20 where it says nothing.
         remember: keep one hash a client, that of its version. Without it nothing at all is kept
             and the caller passes ``holds``, what the client named.
 
@@ -66,7 +68,7 @@ class GridDownlink:
         folder: Path | None = None,
         memory_bytes: int = MEMORY,
         versions: int = 32,
-        coarseness: float = 2.0,
+        coarseness: float | None = None,
         remember: bool = True,
     ) -> None:
         states = None if folder is None else folder / "versions"
@@ -138,7 +140,8 @@ class GridDownlink:
             if before is None:
                 base = self._bases.get(SEEDED, job.spec, job.shared)
                 before = Published(base.tensors, {})
-            new = publish(job.shared, before, coarseness=self._coarseness)
+            coarseness = self._coarseness or _coarseness(job.codec)
+            new = publish(job.shared, before, coarseness=coarseness)
         reference = self._store.add(new.state)
         number = last.number + 1 if last else 1
         version = Version(number, reference, content, new.exponents)
@@ -240,6 +243,11 @@ class _Job:
     def plain(self) -> bool:
         """Whether contents are sent as they are, without a grid."""
         return self.codec.lossless or not self.codec.needs_reference
+
+
+def _coarseness(codec: Codec) -> float:
+    stated = (stage.options.get("rms") for stage in codec.stages)
+    return next((float(value) for value in stated if value), FINE)
 
 
 def _kind(job: _Job, version: Version, held: str | None) -> Kind:

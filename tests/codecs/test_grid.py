@@ -66,10 +66,8 @@ class TestGrid(StageContract):
         one, other = grid_states(dtype, step)
         coded, notes = self.stage.encode(one, reference=other)
         # Independent: exact fractions, the finest binary digit that any difference has.
-        gaps = [
-            Fraction(float(a)) - Fraction(float(b))
-            for a, b in zip(one["x"], other["x"], strict=True)
-        ]
+        pairs = zip(one["x"].tolist(), other["x"].tolist(), strict=True)
+        gaps = [Fraction(a) - Fraction(b) for a, b in pairs]
         exponent = max(e for e in range(-40, 40) if all(g % (Fraction(2) ** e) == 0 for g in gaps))
         assert notes["exponents"] == [exponent]
         assert coded["x"].tolist() == [int(g / Fraction(2) ** exponent) for g in gaps]
@@ -81,6 +79,13 @@ class TestGrid(StageContract):
         coded, _ = self.stage.encode(one, reference=one)
         assert coded["x"].dtype == torch.int8
         assert not coded["x"].any()
+
+    def test_a_negative_zero_that_has_not_moved_stays_one(self):
+        reference = torch.tensor([-0.0, 0.0, 1.0])
+        tensor = torch.tensor([-0.0, 0.0, 1.5])
+        coded, notes = self.coded(tensor, reference)
+        assert coded["x"].tolist() == [0, 0, 1]
+        assert same_bits({"x": self.decoded(coded, notes, reference)}, {"x": tensor})
 
     def test_what_lies_on_no_grid_passes_bit_by_bit(self):
         draw = torch.Generator().manual_seed(0)

@@ -88,7 +88,7 @@ def uncoded_accuracy():
         ("per client", "balanced", {}, 1.3),
         ("per client", "int8", {}, 1.3),
         ("grid", "small", {}, 3.0),
-        ("grid", "balanced", {"coarseness": 0.05}, 3.0),
+        ("grid", "balanced", {}, 3.0),
     ],
 )
 def test_ten_rounds_away(helpers, uncoded_accuracy, name, codec, options, most):

@@ -177,6 +177,25 @@ def test_the_grid_keeps_so_many_versions(helpers):
     assert [message.kind for message in exchange.round("away")[0]] == ["first"]
 
 
+@pytest.mark.parametrize(
+    ("codec", "options", "coarseness"),
+    [
+        ("small", {}, 2.0),
+        ("tiny", {}, 4.0),
+        ("int8", {}, 0.05),
+        ("small", {"coarseness": 0.5}, 0.5),
+    ],
+)
+def test_steps_are_those_of_the_codec_or_the_stated_ones(helpers, codec, options, coarseness):
+    exchange = helpers.Exchange(helpers.SCHEMES["grid"](**options), codec=codec)
+    exchange.round("a")
+    exchange.state = helpers.moved(exchange.state, 1, size=0.01)
+    _, received = exchange.round("a")
+    error = received.tensors["0.x1"] - exchange.state["0.x1"]
+    # The nearest power of two is within a factor of the root of 2; half a step is the error.
+    assert 0.7 < float(error.abs().max()) / (0.01 * coarseness / 2) < 1.45
+
+
 def test_without_a_memory_of_clients_the_caller_says_what_is_held(helpers):
     exchange = helpers.Exchange(helpers.SCHEMES["grid"](remember=False))
     _, received = exchange.round("a")
