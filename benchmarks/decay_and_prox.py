@@ -3,9 +3,9 @@
     python benchmarks/decay_and_prox.py
 
 Weight decay: how much one step without a gradient shrinks W, in units of learning rate times
-decay, dense = 1. Mu: a constant random gradient G and the proximal term mu/2 |w - w_global|² pull on
-a weight until it rests; the term holds W as a dense weight is held by mu_dense, the value for which
-the same displacement along G is left: mu_dense / mu, dense = 1. Both with SGD and AdamW.
+decay, dense = 1. Mu: a constant random gradient G and the proximal term mu/2 |w - w_global|² pull
+on a weight until it rests; the term holds W as a dense weight is held by mu_dense, the value for
+which the same displacement along G is left: mu_dense / mu, dense = 1. Both with SGD and AdamW.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def _weight_decay(
     if kind is None:
         yield Finding("note", subject, "give --optimizer as well: what it does depends on that")
         return
-    largest = max(layers, key=lambda layer: max((prod(p.shape) for p in layer.plans.values())))
+    largest = max(layers, key=lambda layer: max(prod(p.shape) for p in layer.plans.values()))
     factors = len(next(iter(largest.plans.values())).factor_names)
     if not issubclass(kind, (*COUPLED, torch.optim.AdamW)):
         yield Finding(
@@ -189,9 +189,7 @@ def measured_speed(plan: WeightPlan) -> float:
     return float(sum(p.square().sum() for p in pulled) / gradient.square().sum())
 
 
-def measured_decay(
-    layer: FactorisedLayer, kind: Callable[..., Optimizer], *, decay: str
-) -> float:
+def measured_decay(layer: FactorisedLayer, kind: Callable[..., Optimizer], *, decay: str) -> float:
     """How fast one step with no gradient shrinks a composed weight by its decay, dense = 1.
 
     Args:

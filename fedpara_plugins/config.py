@@ -85,8 +85,8 @@ class FedParaConfig:
             that the model has); None is ``random`` with a warning if the weights look trained.
         seed: of the private factors' first values, which every client derives by itself, and of
             the shared ones of version 0 (see ``init``).
-        private: name patterns of further state that stays on the device, factorised or not: ``head.*``
-            is FedPer, ``*.norm*`` is FedBN. Full names of the state are meant, ``head.weight``.
+        private: name patterns of further state that stays on the device: ``head.*`` is FedPer,
+            ``*.norm*`` is FedBN. Full names of the state are meant, ``head.weight``.
         codec: what messages are coded with, ``none``, a preset, or stages joined by ``+``.
         uplink_codec: another one for messages to the server; None is ``codec``.
         downlink_codec: another one for messages to clients; None is ``codec``.

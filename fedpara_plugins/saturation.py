@@ -5,8 +5,8 @@ An operand is a sum over the rank and close to normal. With z ~ N(0, a²) and S 
     Var(W) = b² E[tanh²(z)]^S
     K = S b² E[tanh²(z)]^(S-1) E[tanh'(z)²] a² p / σ²
 
-where p factors of standard deviation σ make an operand and b is the bound. For small a both are what
-they are without tanh. (Derived for this project; the paper gives neither.)
+where p factors of standard deviation σ make an operand and b is the bound. For small a both are
+what they are without tanh. (Derived for this project; the paper gives neither.)
 """
 
 from __future__ import annotations

@@ -123,9 +123,7 @@ def _check_feedback(items: Sequence[Item], codec: Codec, whole: str) -> None:
         )
 
 
-def _entropy(
-    options: Mapping[str, str], known: Mapping[str, Stage], whole: str
-) -> EntropyChoice:
+def _entropy(options: Mapping[str, str], known: Mapping[str, Stage], whole: str) -> EntropyChoice:
     try:
         known_options(ENTROPY, options, ("prefer",))
         prefer = choice(ENTROPY, "prefer", options.get("prefer", CODERS[0]), CODERS[:-1])

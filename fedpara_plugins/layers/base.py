@@ -233,7 +233,7 @@ class FactorisedLayer(nn.Module):
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
-        """Start again: new shared factors, the seeded private ones, biases as in the dense layer."""
+        """Start again: new shared factors, seeded private ones, biases as in the dense layer."""
         self._reset_the_rest()
         name, seed = self.origin
         for weight, plan in self.plans.items():

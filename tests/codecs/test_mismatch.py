@@ -21,7 +21,6 @@ from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.plugins import stages
 from fedpara_plugins.testing.hostile import pack, parts
 
-
 WIDE = {"widths": (96, 80, 10)}
 
 
