@@ -159,7 +159,7 @@ class QuantiseStage(Stage):
         for scope in dict.fromkeys((wanted, ONE)):
             rows = grouped(exact, scope, self.block)
             steps = rule.steps(name, rows, tensor)
-            counts = _counts(rows, steps, chance).view(-1)[: tensor.numel()].view(tensor.shape)
+            counts = _counts(rows, steps, chance).reshape(-1)[: tensor.numel()].view(tensor.shape)
             symbols = narrowed(counts, max(step.most for step in steps))
             if symbols is None:
                 continue

@@ -163,7 +163,7 @@ def test_an_unreachable_target_names_the_smallest_figure(refused):
         (["plan", "user_models:Nett"], ["user_models:Nett", "AttributeError"]),
         (["plan", "no_such_module:Net"], ["no_such_module", "ModuleNotFoundError"]),
         (["plan", "user_models:number"], ["user_models:number", "torch.nn.Module", "int"]),
-        (["plan", "user_models:Subclassed"], ["user_models:Subclassed", "TypeError"]),
+        (["plan", "user_models:Subclassed"], ["user_models:Subclassed", "in_features"]),
         (["plan", "user_models:broken"], ["RuntimeError: no such", "user_models.py, line "]),
         (["plan", "user_models:Net", "--gama", "0.1"], ["--gama", "did you mean --gamma"]),
         (["plan", "user_models:Net", "--gam", "0.1"], ["--gam", "did you mean --gamma"]),

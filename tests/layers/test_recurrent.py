@@ -254,7 +254,7 @@ def test_weights_read_as_attributes_and_as_lists():
     torch.testing.assert_close(layer.all_weights[0][1], expected)
     with pytest.raises(AttributeError, match="weight_hh_l7"):
         layer.weight_hh_l7  # noqa: B018
-    with pytest.raises(KeyError, match="weight_hh_l0"):
+    with pytest.raises(fedpara.ConversionError, match="weight_hh_l0 of this lstm layer"):
         layer.weight_hh_l0 = nn.Parameter(torch.zeros(160, 40))
 
 
