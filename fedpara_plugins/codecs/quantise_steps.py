@@ -61,7 +61,7 @@ class StepRule(NamedTuple):
         peaks = _peaks(name, rows, tensor)
         if self.rms is None:
             half = 2 ** ((self.bits or 0) - 1) - 1
-            return [Step(max(lower(peak / half), least), half) for peak in peaks]
+            return [Step(max(_divided(peak, half, lower), least), half) for peak in peaks]
         roots = _roots(rows, peaks, tensor.numel())
         wanted = (min(self.rms * root, peak) for root, peak in zip(roots, peaks, strict=True))
         pairs = zip(wanted, peaks, strict=True)
@@ -72,7 +72,14 @@ def _fitted(size: float, peak: float, lower: Callable[[float], float], top: floa
     """The step, or a smaller one where rounding up would leave the dtype."""
     most = math.ceil(peak / size)
     # Then the step divides the peak, and no symbol stands for more than that.
-    return Step(size if most * size <= top else lower(peak / most), most)
+    return Step(size if most * size <= top else _divided(peak, most, lower), most)
+
+
+def _divided(peak: float, parts: int, lower: Callable[[float], float]) -> float:
+    """A step of which so many do not exceed the peak, as floats multiply."""
+    size = lower(peak / parts)
+    # Only float64 steps can be above the quotient: no wider type was there to divide in.
+    return size if parts * size <= peak else math.nextafter(size, 0.0)
 
 
 def _float32_below(value: float) -> float:
