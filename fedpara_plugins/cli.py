@@ -16,7 +16,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from fedpara_plugins._version import __version__
+from fedpara_plugins.carried import Settings, check_settings, settings_of
 from fedpara_plugins.checkpoints import Checkpoint, read_checkpoint, save_dense
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.doctor import check_environment, check_model, check_training
@@ -30,6 +33,9 @@ from fedpara_plugins.traffic import read_runs, render_page
 from fedpara_plugins.units import parse_rate, parse_size, readable_bytes
 
 __all__ = ["main"]
+
+CARRIED = ("optimizer", "lr", "weight_decay", "mu")
+"""Settings of the user's training, whose meaning on factors the doctor states."""
 
 OPTION = "option_"
 """Prefix of the arguments that are fields of `FedParaConfig`."""
@@ -94,16 +100,37 @@ def _doctor(parsed: argparse.Namespace) -> int:
     findings = check_environment()
     if parsed.model is not None:
         if parsed.optimizer_check:
-            findings += check_training(*training_from(parsed.model))
+            model, optimizer = training_from(parsed.model)
+            findings += check_training(model, optimizer)
+            findings += check_settings(model, settings_of(optimizer))
         else:
-            findings += check_model(model_from(parsed.model), config)
+            model = model_from(parsed.model)
+            findings += check_model(model, config)
+            if any(vars(parsed)[name] is not None for name in CARRIED):
+                findings += check_settings(model, _carried(parsed))
     elif parsed.optimizer_check:
         raise ConfigError("--optimizer-check needs a factory that returns (model, optimizer)")
+    elif any(vars(parsed)[name] is not None for name in CARRIED):
+        raise ConfigError("--optimizer, --lr, --weight-decay and --mu need a FACTORY of the model")
     for finding in findings:
         _say(printable(str(finding)))
     bad = sum(finding.level == "attention" for finding in findings)
     _say(f"{bad} of {len(findings)} findings need attention" if bad else "nothing needs attention")
     return 1 if bad else 0
+
+
+def _carried(parsed: argparse.Namespace) -> Settings:
+    """The settings that the user has for the dense model."""
+    known = {kind.lower(): kind for kind in torch.optim.__all__ if kind != "Optimizer"}
+    name = parsed.optimizer
+    if name is not None and name.lower() not in known:
+        raise ConfigError(f"--optimizer: expected one of {', '.join(known.values())}; got {name!r}")
+    return Settings(
+        optimizer=None if name is None else getattr(torch.optim, known[name.lower()]),
+        lr=parsed.lr or 0.0,
+        weight_decay=parsed.weight_decay or 0.0,
+        mu=parsed.mu or 0.0,
+    )
 
 
 def _export(parsed: argparse.Namespace) -> int:
@@ -196,6 +223,10 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="FACTORY returns (model, optimizer) as trained: does the one train the other?",
     )
+    doctor.add_argument("--optimizer", metavar="NAME", help="of torch.optim, such as SGD, that")
+    doctor.add_argument("--lr", type=float, help="with this learning rate,")
+    doctor.add_argument("--weight-decay", type=float, help="this weight decay, and")
+    doctor.add_argument("--mu", type=float, help="this mu of FedProx trains the dense model now")
     _add_options(doctor)
 
     export = _command(commands, "export", _export, "factors in, an ordinary dense checkpoint out")

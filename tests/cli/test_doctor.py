@@ -27,6 +27,48 @@ def _healthy(monkeypatch):
     monkeypatch.setattr(environment, "entry_points", lambda group: [])
 
 
+# What a user carries over
+
+
+def test_settings_of_the_dense_model_are_stated_with_what_they_do(command):
+    code, out, err = command(
+        *("doctor", "user_models:Net", "--gamma", "0.2", "--optimizer", "sgd"),
+        *("--lr", "0.1", "--weight-decay", "5e-4", "--mu", "0.1"),
+    )
+    assert (code, err) == (1, "")
+    assert re.search(r"^note +learning rate 0.1: .*0\.\d\d times as far as dense", out, re.M)
+    assert re.search(r"^note +clip: off; .*set clip = 1.0", out, re.M)
+    found = re.search(r"weight decay 0.0005: with SGD .* shrink (\d\.\d\d) times", out)
+    assert float(found.group(1)) == pytest.approx(1, abs=0.05)
+    found = re.search(
+        r"^attention +mu 0.1: .* as mu = ([\d.]+) would.*set mu = ([\d.]+)", out, re.M
+    )
+    held, wanted = map(float, found.groups())
+    assert held * wanted == pytest.approx(0.1**2, rel=0.1)
+    assert wanted == pytest.approx(0.1 / 2, rel=0.1)  # K = 1/2 for fedpara
+
+
+def test_decay_on_each_factor_is_measured_and_needs_attention(command):
+    code, out, _ = command(
+        *("doctor", "user_models:Net", "--gamma", "0.2", "--decay", "factors"),
+        *("--optimizer", "AdamW", "--weight-decay", "0.01"),
+    )
+    assert code == 1
+    found = re.search(r"^attention +weight decay 0.01: .* shrink (\d\.\d\d) times", out, re.M)
+    assert 3.5 < float(found.group(1)) < 6.5  # four factors of a matrix, six of a kernel
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--optimizer", "sgdd"], "--optimizer"),
+        (["--lr", "-1", "--optimizer", "SGD"], "--lr"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(refused, words, says):
+    assert says in refused("doctor", "user_models:Net", *words)
+
+
 # Models
 
 

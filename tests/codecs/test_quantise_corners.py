@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import math
+import struct
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from fedpara_plugins.codecs import (
 )
 from fedpara_plugins.codecs.delta import DeltaStage
 from fedpara_plugins.codecs.quantise import QuantiseStage
+from fedpara_plugins.codecs.topk import TopkStage
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.testing.samples import same_bits
 
@@ -186,3 +189,50 @@ def test_the_residual_of_half_precision_keeps_what_the_sum_loses():
     _, kept = encode_with_feedback(state, codec=codec, reference=None, residual=residual)
     assert kept["w"].dtype == torch.float32
     assert float(kept["w"].mean()) == pytest.approx(1e-5, rel=0.02)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_the_root_mean_square_is_right_where_its_squares_leave_float32(scale):
+    tensor = torch.randn(30, 40, generator=torch.Generator().manual_seed(4)) * scale
+    back = round_trip(QuantiseStage(None, 0.5), tensor)
+    step = 0.5 * math.sqrt(float(tensor.double().square().mean()))
+    smallest = float(back[back > 0].min())
+    assert smallest == pytest.approx(step, rel=1e-3)
+
+
+def test_the_last_block_has_the_root_mean_square_of_its_own_values():
+    """Two values alone in a block of 16, both 3: their root mean square is 3."""
+    tensor = torch.tensor([[0.0] * 8 + [1.0], [1.0] * 7 + [3.0, 3.0]])
+    back = round_trip(QuantiseStage(None, 0.8, scope="block", block=16), tensor)
+    assert back[1, -2:].tolist() == pytest.approx([2.4, 2.4])
+
+
+def test_chance_never_exceeds_the_largest_value():
+    """32,767 and a chance just below 1 add up to 32,768 in float32, once in a thousand times."""
+    draw = torch.Generator().manual_seed(5)
+    stage = QuantiseStage(16, rounding="stochastic", generator=lambda: draw)
+    coded, _ = stage.encode({"x": torch.ones(200, 500)}, reference=None)
+    assert (coded["x"].dtype, int(coded["x"].max())) == (torch.int16, 2**15 - 1)
+
+
+@pytest.mark.parametrize("stage", [QuantiseStage(4), QuantiseStage(16), QuantiseStage(None, 0.01)])
+def test_vectors_have_eight_bits_with_more_and_with_fewer(stage):
+    coded, _ = stage.encode({"bias": torch.tensor([1.0, -0.5, 0.1])}, reference=None)
+    assert coded["bias"].tolist() == [127, -64, 13]
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0, 1e-40, math.inf, math.nan])
+def test_steps_that_are_no_normal_numbers_are_refused(step):
+    coded, notes = QuantiseStage(8).encode({"x": torch.ones(2, 2)}, reference=None)
+    notes = {**notes, "steps": base64.b64encode(struct.pack("<f", step)).decode()}
+    with pytest.raises(PayloadError, match="step"):
+        QuantiseStage(8).decode(
+            {"x": torch.zeros_like(coded["x"])}, notes, reference=None, limit=100
+        )
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.7, 0.9, 0.99])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_topk_never_needs_more_bytes_than_the_tensors_it_was_given(share, dtype):
+    tensor = torch.randn(30, 30, generator=torch.Generator().manual_seed(6)).to(dtype)
+    round_trip(TopkStage(share=share), tensor)
