@@ -78,6 +78,7 @@ NOT_BY_DEFAULT: Mapping[str, str] = {
     "core-py310": "needs a Python 3.10 interpreter",
     "core-py312": "needs a Python 3.12 interpreter",
     "core-py313": "needs a Python 3.13 interpreter",
+    "core-torch24": "torch 2.4 comes with several GB of CUDA",
     "core-compiler": "needs a C++ compiler: torch.compile generates code",
     "core-models": "needs Hugging Face transformers",
     "demo": "needs Flower's simulation engine (Ray) and some minutes; `.ci/run` runs it",
