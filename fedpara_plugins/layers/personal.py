@@ -75,7 +75,7 @@ class PersonalLinear(FactorisedLinear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name for it)
         """Shape (..., out_features). In shared steps of training without H: what then travels."""
-        weight: Tensor = self.weight
+        weight = self.composed_weight("weight")
         bias: Tensor | None = self.bias
         added = self.added
         if "correction" in added and not (self.training and self.phase == "shared"):
