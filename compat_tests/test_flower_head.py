@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fedpara_plugins_flower as fedpara
-from fedpara_plugins.codecs import decode_payload, reference_hash
+from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
+from fedpara_plugins.references.version_zero import base_from_header
 from harness.apps import Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.cells import CODECS
 from harness.task import Task
@@ -118,7 +119,11 @@ def test_messages_hold_the_shared_names_only(codec: str) -> None:
     for sent in outcome.sent:
         for record in sent.arrays.values():
             (array,) = record.values()
-            tensors = decode_payload(array.numpy().tobytes(), references=held, limit=10**7).tensors
+            payload = array.numpy().tobytes()
+            header = peek_header(payload)
+            base = base_from_header(header.extra, header.model, limit=10**7)
+            known = held if base is None else {base.reference: base.tensors}
+            tensors = decode_payload(payload, references=known, limit=10**7).tensors
             held[reference_hash(tensors)] = tensors
             assert {"fc2.weight", "fc2.bias"} <= tensors.keys()
             assert not tensors.keys() & {*ADDED, "fc1.x2", "fc1.y2"}

@@ -71,8 +71,10 @@ def held_reference(
         return None
     if header.reference is None:
         raise PayloadError(f"codec {codec.name!r} needs a reference and the header names none")
-    if references is not None and header.reference in references:
-        return plain(references[header.reference])
+    # Asked for once: what is held may lie in a file, and turn out to be damaged only now.
+    found = None if references is None else references.get(header.reference)
+    if found is not None:
+        return plain(found)
     held = list(references or ())
     if reference is not None:
         mine = plain(reference)

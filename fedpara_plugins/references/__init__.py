@@ -16,7 +16,7 @@ framework.
 from __future__ import annotations
 
 from fedpara_plugins.references.client import ClientReferences, LostReferenceError, Received
-from fedpara_plugins.references.coded import Coded, Downlink, shared_part
+from fedpara_plugins.references.coded import Coded, Downlink, alike, shared_part
 from fedpara_plugins.references.grid import GridDownlink
 from fedpara_plugins.references.per_client import PerClientDownlink
 from fedpara_plugins.references.store import ReferenceStore
@@ -30,5 +30,6 @@ __all__ = [
     "PerClientDownlink",
     "Received",
     "ReferenceStore",
+    "alike",
     "shared_part",
 ]

@@ -49,6 +49,7 @@ class Downlink(Protocol):
         codec: Codec,
         decoders: Collection[str] | None = None,
         extra: Mapping[str, Any] | None = None,
+        content: str | None = None,
     ) -> Coded:
         """The payload of ``tensors`` for one client."""
 

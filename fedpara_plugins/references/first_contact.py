@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fedpara_plugins.codecs import parse_codec
 from fedpara_plugins.codecs.chain import Codec
-from fedpara_plugins.references.version_zero import Base, BaseKind, base_of
+from fedpara_plugins.codecs.stage import REAL_DTYPES
+from fedpara_plugins.references.version_zero import SEEDED, ZEROS, Base, BaseKind, base_of
 from fedpara_plugins.spec import ModelSpec
 
 __all__ = ["Bases", "fine_codec"]
 
-FINE = "delta+quantise:rms=0.0078125"
+FINE = "delta+quantise:rms=0.001953125"
 KEPT = 4
 """Bases that a server keeps: two kinds, and a model that changes now and then."""
 
@@ -22,7 +23,7 @@ KEPT = 4
 def fine_codec(codec: Codec) -> Codec:
     """The chain for whole weights in place of one that is made for small updates.
 
-    Quantisers and sparsifiers give way to steps of 1/128 of a tensor's root mean square; the
+    Quantisers and sparsifiers give way to steps of 1/512 of a tensor's root mean square; the
     entropy coder stays. A chain without any stays as it is.
     """
     coarse = [s for s in codec.stages if not (s.lossless or s.needs_reference or s.name == "cast")]
@@ -48,3 +49,19 @@ class Bases:
         while len(self._known) > KEPT:
             self._known.popitem(last=False)
         return self._known[key]
+
+    def nearest(self, spec: ModelSpec, state: Mapping[str, Tensor]) -> Base:
+        """Version 0, or zeros where they are nearer to the state.
+
+        They are to weights from elsewhere, and to what is no model (an optimizer's variates, which
+        begin at zero): steps follow the size of the difference, so the nearer base leaves less
+        error.
+        """
+        seeded = self.get(SEEDED, spec, state)
+        gain = sum(
+            float((value.double().square() - (value.double() - base.double()).square()).sum())
+            for name, value in state.items()
+            if value.dtype in REAL_DTYPES
+            for base in [seeded.tensors[name]]
+        )
+        return seeded if gain > 0 else self.get(ZEROS, spec, state)

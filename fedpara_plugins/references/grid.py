@@ -23,7 +23,7 @@ from fedpara_plugins.references.grid_steps import Published, publish
 from fedpara_plugins.references.index import NOTHING, HeldIndex
 from fedpara_plugins.references.store import MEMORY, ReferenceStore
 from fedpara_plugins.references.version_log import Version, VersionLog
-from fedpara_plugins.references.version_zero import SEEDED, ZEROS
+from fedpara_plugins.references.version_zero import SEEDED, ZEROS, BaseKind
 from fedpara_plugins.spec import ModelSpec
 
 __all__ = ["GridDownlink"]
@@ -95,6 +95,7 @@ class GridDownlink:
         codec: Codec,
         decoders: Collection[str] | None = None,
         extra: Mapping[str, Any] | None = None,
+        content: str | None = None,
         holds: str | None = None,
     ) -> Coded:
         """The payload for one client; a content that is new becomes a version.
@@ -107,6 +108,7 @@ class GridDownlink:
             codec: the run's codec for downlinks, of which the entropy coder is used.
             decoders: the entropy decoders that the client has, if it said so.
             extra: the caller's own JSON for the header.
+            content: `reference_hash` of the shared part of ``tensors``, where the caller knows it.
             holds: the hash that the client named, "" for nothing at all; by default what it named
                 last, if that is remembered.
 
@@ -116,7 +118,8 @@ class GridDownlink:
         with self._lock:
             shared = shared_part(spec, tensors)
             codec = codec.resolved(decoders)
-            job = _Job(record, shared, spec, codec, dict(extra or {}))
+            content = content or reference_hash(shared)
+            job = _Job(record, shared, content, spec, codec, dict(extra or {}))
             version = self._version(job)
             held = self._index.held(client, record) if holds is None else holds
             coded = self._coded(job, version, held)
@@ -125,10 +128,9 @@ class GridDownlink:
 
     def _version(self, job: _Job) -> Version:
         """The newest version, which stands for this content."""
-        content = reference_hash(job.shared)
         last = self._log.last(job.record)
         state = None if last is None else self._store.get(last.reference)
-        if last is not None and last.content == content and state is not None:
+        if last is not None and last.content == job.content and state is not None:
             return last
         if job.plain:
             payload = encode_payload(job.shared, codec=job.codec)
@@ -138,13 +140,13 @@ class GridDownlink:
             if last is not None and state is not None and alike(job.shared, state):
                 before = Published(state, last.exponents)
             if before is None:
-                base = self._bases.get(SEEDED, job.spec, job.shared)
+                base = self._bases.nearest(job.spec, job.shared)
                 before = Published(base.tensors, {})
             coarseness = self._coarseness or _coarseness(job.codec)
             new = publish(job.shared, before, coarseness=coarseness)
         reference = self._store.add(new.state)
         number = last.number + 1 if last else 1
-        version = Version(number, reference, content, new.exponents)
+        version = Version(number, reference, job.content, new.exponents)
         self._log.add(job.record, version)
         self._store.retain(self._log.references())
         self._encoded.pop(job.record, None)
@@ -169,24 +171,40 @@ class GridDownlink:
         return known[key]
 
     def _encode(self, job: _Job, version: Version, kind: Kind, base: Tensors | None) -> Coded:
-        codec, extra = job.codec, job.extra
+        if kind == "full":
+            payload = self._from_base(job, version, ZEROS)
+            log.info(
+                "fedpara: what a client needs that lost everything takes %d bytes", len(payload)
+            )
+        elif kind == "first":
+            # The versions stand on the grid of the base that the first one was taken from.
+            both = [self._from_base(job, version, kind) for kind in (SEEDED, ZEROS)]
+            payload = min(both, key=len)
+            log.info(
+                "fedpara: what a client needs that holds nothing yet takes %d bytes", len(payload)
+            )
+        else:
+            payload = self._payload(job, version, base, job.extra)
+        return Coded(payload, version.reference, kind)
+
+    def _from_base(self, job: _Job, version: Version, kind: BaseKind) -> bytes:
+        base = self._bases.get(kind, job.spec, job.shared)
+        return self._payload(job, version, base.tensors, {**job.extra, **base.extra})
+
+    def _payload(
+        self, job: _Job, version: Version, base: Tensors | None, extra: Mapping[str, Any]
+    ) -> bytes:
+        codec = job.codec
         if not job.plain:
             entropy = tuple(stage for stage in codec.stages if stage.entropy)
             codec = Codec((GridStage(), *entropy))
-        if kind in ("first", "full"):
-            derived = self._bases.get(SEEDED if kind == "first" else ZEROS, job.spec, job.shared)
-            base, extra = derived.tensors, {**extra, **derived.extra}
-        payload = encode_payload(
+        return encode_payload(
             job.shared if job.plain else self._store[version.reference],
             codec=codec,
             reference=base if codec.needs_reference else None,
             model=job.spec.to_json(),
-            extra=extra or None,
+            extra=dict(extra) or None,
         )
-        if kind in ("first", "full"):
-            text = "version 0" if kind == "first" else "nothing"
-            log.info("fedpara: a model coded against %s takes %d bytes", text, len(payload))
-        return Coded(payload, version.reference, kind)
 
     # Receiving
 
@@ -235,6 +253,7 @@ class _Job:
 
     record: str
     shared: Tensors
+    content: str
     spec: ModelSpec
     codec: Codec
     extra: dict[str, Any]

@@ -28,22 +28,24 @@ CREATE TABLE IF NOT EXISTS contents (reference TEXT PRIMARY KEY, content TEXT) W
 """
 
 
-def open_database(path: Path | None, tables: str) -> sqlite3.Connection:
+def open_database(
+    path: Path | None, tables: str, *, lost: str = "every client gets one full coded downlink"
+) -> sqlite3.Connection:
     """A database with these tables, in memory without a path.
 
     A damaged file is set aside, with a line in the log, and an empty one begun.
+
+    Args:
+        path: of the file.
+        tables: SQL that makes the tables unless they are there.
+        lost: what it means that a file is damaged, for the log.
     """
     try:
         return _opened(path, tables)
     except sqlite3.DatabaseError as error:
         if path is None or isinstance(error, sqlite3.OperationalError):
             raise
-        log.warning(
-            "fedpara: %s is damaged (%s) and was set aside: every client gets one full coded "
-            "downlink",
-            path,
-            error,
-        )
+        log.warning("fedpara: %s is damaged (%s) and was set aside: %s", path, error, lost)
         path.replace(path.with_suffix(".damaged"))
         for leftover in ("-wal", "-shm"):
             Path(f"{path}{leftover}").unlink(missing_ok=True)

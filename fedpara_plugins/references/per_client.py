@@ -20,7 +20,7 @@ from fedpara_plugins.references.coded import Coded, Kind, alike, shared_part
 from fedpara_plugins.references.first_contact import Bases, fine_codec
 from fedpara_plugins.references.index import NOTHING, HeldIndex
 from fedpara_plugins.references.store import MEMORY, ReferenceStore
-from fedpara_plugins.references.version_zero import SEEDED, ZEROS
+from fedpara_plugins.references.version_zero import ZEROS
 from fedpara_plugins.spec import ModelSpec
 
 __all__ = ["PerClientDownlink"]
@@ -75,6 +75,7 @@ class PerClientDownlink:
         codec: Codec,
         decoders: Collection[str] | None = None,
         extra: Mapping[str, Any] | None = None,
+        content: str | None = None,
     ) -> Coded:
         """The payload for one client, whose answer is from now on awaited.
 
@@ -87,6 +88,7 @@ class PerClientDownlink:
                 message is taken against what the client really has.
             decoders: the entropy decoders that the client has, if it said so.
             extra: the caller's own JSON for the header.
+            content: `reference_hash` of the shared part of ``tensors``, where the caller knows it.
 
         Raises:
             PayloadError: a tensor cannot be coded.
@@ -94,7 +96,8 @@ class PerClientDownlink:
         with self._lock:
             shared = shared_part(spec, tensors)
             codec = codec.resolved(decoders)
-            job = _Job(shared, reference_hash(shared), spec, codec, dict(extra or {}))
+            content = content or reference_hash(shared)
+            job = _Job(shared, content, spec, codec, dict(extra or {}))
             base = _Held(NOTHING, None)
             if codec.needs_reference:
                 base = self._base(self._index.held(client, record), shared)
@@ -142,7 +145,11 @@ class PerClientDownlink:
         codec, extra = job.codec, job.extra
         reference = base.state
         if kind in ("first", "full"):
-            derived = self._bases.get(SEEDED if kind == "first" else ZEROS, job.spec, job.shared)
+            derived = (
+                self._bases.nearest(job.spec, job.shared)
+                if kind == "first"
+                else self._bases.get(ZEROS, job.spec, job.shared)
+            )
             codec, reference, extra = fine_codec(codec), derived.tensors, {**extra, **derived.extra}
         payload = encode_payload(
             job.shared if kind != "repeat" or reference is None else reference,
@@ -154,8 +161,11 @@ class PerClientDownlink:
         # Decoded again here, since a lossy codec leaves the client with other values.
         received = decode_payload(payload, reference=reference, limit=OWN_MESSAGE).tensors
         if kind in ("first", "full"):
-            text = "version 0" if kind == "first" else "nothing"
-            log.info("fedpara: a model coded against %s takes %d bytes", text, len(payload))
+            log.info(
+                "fedpara: what a client needs that %s takes %d bytes",
+                "holds nothing yet" if kind == "first" else "lost everything",
+                len(payload),
+            )
         return Coded(payload, self._store.add(received), kind)
 
     # Receiving

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError, ModelSpec, merge
 from fedpara_plugins.checkpoints import save_dense
-from fedpara_plugins.codecs import decoders, peek_header, reference_hash
-from fedpara_plugins_flower.client_state import ClientState
-from fedpara_plugins_flower.coding import check_finite, decode, decoders_of, encode, spec_of
+from fedpara_plugins.codecs import decoders
+from fedpara_plugins.references import LostReferenceError, Received
+from fedpara_plugins.storage import Storage
+from fedpara_plugins_flower.client_state import ClientState, client_storage
+from fedpara_plugins_flower.coding import check_finite, decoders_of, encode, spec_of
+from fedpara_plugins_flower.logs import show_core_logs
 from fedpara_plugins_flower.marker import Marker
 from fedpara_plugins_flower.records import (
     carried_payload,
@@ -44,7 +48,7 @@ class _Received:
     """One record of a message, decoded."""
 
     spec: ModelSpec
-    shared: dict[str, Tensor]
+    held: Received
     full: dict[str, Tensor]
     fresh: bool
     decoders: tuple[str, ...]
@@ -70,49 +74,60 @@ def client_mod(message: Message, context: Context, call_next: App) -> Message:
     payloads = {n: carried_payload(r) for n, r in message.content.array_records.items()}
     if None in payloads.values():
         return refuse_plain_message(message)
-    state = ClientState(context.state)
-    if _lost_reference(message, state):
-        log.warning("fedpara: this client lost what it held; it asks for the whole model")
-        return Message(Marker(lost=True).attached_to(RecordDict()), reply_to=message)
-    received = {
-        name: _receive(name, payload, state)
-        for name, payload in payloads.items()
-        if payload is not None
-    }
+    show_core_logs()
+    with contextlib.closing(client_storage(context, settings.state_dir)) as storage:
+        sent = {name: payload for name, payload in payloads.items() if payload is not None}
+        return _answer(message, sent, context, call_next, settings, storage)
+
+
+def _answer(
+    message: Message,
+    payloads: Mapping[str, bytes],
+    context: Context,
+    call_next: App,
+    settings: Settings,
+    storage: Storage,
+) -> Message:
+    state = ClientState(storage)
+    try:
+        received = {name: _receive(name, payload, state) for name, payload in payloads.items()}
+    except LostReferenceError as error:
+        log.warning("fedpara: the server is asked to send again: %s", error)
+        has = {name: state.references.holds(name) for name in payloads}
+        lost = Marker(lost=True, has=has, decoders=decoders())
+        return Message(lost.attached_to(RecordDict()), reply_to=message)
     for name, part in received.items():
         message.content[name] = to_record(part.full)
     expected = next((part.spec for part in received.values()), None)
-    run = Run(settings, side="client", expected=expected, previous_steps=state.steps())
+    run = Run(
+        settings,
+        side="client",
+        expected=expected,
+        previous_steps=state.steps(),
+        storage=storage,
+    )
     reply = _call_app(message, context, call_next, run)
     if reply.has_error():
         return reply
     _export(message, context, settings, received)
     encoded = _encode_reply(reply, settings, state, received)
     state.keep_steps(max((training.steps for training in run.trainings), default=0))
+    # Only now: a round that fails leaves no trace, and one that is killed none or all of it.
+    storage.commit()
     return encoded
-
-
-def _lost_reference(message: Message, state: ClientState) -> bool:
-    for name, record in message.content.array_records.items():
-        payload = carried_payload(record)
-        if payload is not None:
-            wanted = peek_header(payload).reference
-            if wanted is not None and wanted not in state.reference(name):
-                return True
-    return False
 
 
 def _receive(name: str, payload: bytes, state: ClientState) -> _Received:
     limit = max(DEFLATE_BOUND * len(payload), SMALLEST_BOUND)
-    decoded = decode(payload, references=state.reference(name), limit=limit)
-    spec = spec_of(decoded)
-    private, fresh = state.private(spec, decoded.tensors)
+    held = state.references.receive(name, payload, limit=limit)
+    spec = spec_of(held.header, held.tensors)
+    private, fresh = state.private(spec, held.tensors)
     return _Received(
         spec=spec,
-        shared=decoded.tensors,
-        full=merge(spec, decoded.tensors, private),
+        held=held,
+        full=merge(spec, held.tensors, private),
         fresh=fresh and bool(private),
-        decoders=decoders_of(decoded.header),
+        decoders=decoders_of(held.header),
     )
 
 
@@ -135,7 +150,6 @@ def _call_app(message: Message, context: Context, call_next: App, run: Run) -> M
 def _encode_reply(
     reply: Message, settings: Settings, state: ClientState, received: Mapping[str, _Received]
 ) -> Message:
-    """Encode everything first, keep state last: a reply that fails must leave no trace."""
     private: dict[str, Tensor] = {}
     outgoing: dict[str, bytes] = {}
     residuals: dict[str, dict[str, Tensor]] = {}
@@ -144,7 +158,7 @@ def _encode_reply(
         tensors = to_tensors(record)
         check_finite(tensors)
         spec = part.spec if part else ModelSpec(weights={}, keys=tuple(tensors), seed=0)
-        reference = received[name].shared if name in received else None
+        reference = received[name].held.tensors if name in received else None
         codec = settings.uplink.resolved(part.decoders if part else None)
         outgoing[name], residuals[name] = encode(
             tensors,
@@ -161,11 +175,11 @@ def _encode_reply(
     if settings.uplink.feedback:
         for name, residual in residuals.items():
             state.keep_residual(name, residual)
-    if settings.needs_reference:
+    if settings.downlink.needs_reference:
         for name, part in received.items():
-            state.keep_reference(name, part.shared)
+            state.references.keep(name, part.held)
     marker = Marker(
-        holds={name: reference_hash(part.shared) for name, part in received.items()},
+        holds={name: part.held.reference for name, part in received.items()},
         fresh=any(part.fresh for part in received.values()),
         decoders=decoders(),
     )

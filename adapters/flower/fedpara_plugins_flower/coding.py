@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -10,25 +10,17 @@ from torch import Tensor
 from fedpara_plugins import ModelSpec, PayloadError
 from fedpara_plugins.codecs import (
     Codec,
-    Payload,
     PayloadHeader,
-    decode_payload,
     decoders,
     encode_with_feedback,
 )
-from fedpara_plugins.split import shared_names
+from fedpara_plugins.references import alike, shared_part
 
-__all__ = ["check_finite", "decode", "decoders_of", "encode", "shared_part", "spec_of"]
+__all__ = ["check_finite", "decoders_of", "encode", "own_words", "spec_of"]
 
 DECODERS = "decoders"
 
 Tensors = Mapping[str, Tensor]
-
-
-def shared_part(spec: ModelSpec, tensors: Tensors) -> dict[str, Tensor]:
-    """What of ``tensors`` may be sent: everything but the model's private names."""
-    allowed = set(shared_names(spec)) | (set(tensors) - set(spec.keys))
-    return {name: value for name, value in tensors.items() if name in allowed}
 
 
 def encode(
@@ -55,15 +47,20 @@ def encode(
         The payload, and the residual for the next one; empty without error feedback.
     """
     shared = shared_part(spec, tensors)
-    usable = reference is not None and _alike(shared, reference)
+    usable = reference is not None and alike(shared, reference)
     return encode_with_feedback(
         shared,
         codec=codec,
         reference=dict(reference) if usable and reference is not None else None,
         residual=residual,
         model=spec.to_json(),
-        extra={DECODERS: list(decoders())},
+        extra=own_words(),
     )
+
+
+def own_words() -> dict[str, list[str]]:
+    """What this side says of itself in every payload's header: the decoders it has."""
+    return {DECODERS: list(decoders())}
 
 
 def decoders_of(header: PayloadHeader) -> tuple[str, ...]:
@@ -72,21 +69,19 @@ def decoders_of(header: PayloadHeader) -> tuple[str, ...]:
     return tuple(map(str, named)) if isinstance(named, list) else ()
 
 
-def decode(payload: bytes, *, references: Mapping[str, Tensors], limit: int) -> Payload:
-    """The payload's tensors and header; deltas are taken against one of ``references``."""
-    held = {name: dict(tensors) for name, tensors in references.items()}
-    return decode_payload(payload, references=held, limit=limit)
-
-
-def spec_of(payload: Payload) -> ModelSpec:
+def spec_of(header: PayloadHeader, names: Iterable[str]) -> ModelSpec:
     """The model that a payload describes.
+
+    Args:
+        header: of the payload.
+        names: of its tensors.
 
     Raises:
         PayloadError: it describes none, or an unsound one.
     """
-    if payload.header.model is None:
+    if header.model is None:
         raise PayloadError("fedpara: the message describes no model; was it made by this plugin?")
-    return ModelSpec.from_json(payload.header.model, tuple(payload.tensors))
+    return ModelSpec.from_json(header.model, tuple(names))
 
 
 def check_finite(tensors: Tensors) -> None:
@@ -102,10 +97,3 @@ def check_finite(tensors: Tensors) -> None:
                 f"fedpara: tensor {name!r} holds {bad} NaN or infinite values of {value.numel()}; "
                 f"training has diverged; set the fedpara option clip = 1.0, or lower the rate"
             )
-
-
-def _alike(tensors: Tensors, reference: Tensors) -> bool:
-    return tensors.keys() == reference.keys() and all(
-        value.shape == reference[name].shape and value.dtype == reference[name].dtype
-        for name, value in tensors.items()
-    )

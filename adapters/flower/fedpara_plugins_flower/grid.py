@@ -13,8 +13,9 @@ from flwr.common import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedpara_plugins import ConfigError, FedParaError, PayloadError
+from fedpara_plugins.codecs import decode_payload
 from fedpara_plugins_flower.accounting import Accounting, Direction, Size
-from fedpara_plugins_flower.coding import check_finite, decode
+from fedpara_plugins_flower.coding import check_finite
 from fedpara_plugins_flower.final_state import FinalState
 from fedpara_plugins_flower.marker import Marker
 from fedpara_plugins_flower.outbox import Outbox
@@ -124,10 +125,8 @@ class CodecGrid(ForwardingGrid):
         usable, lost = self._exchange(plain, timeout)
         if lost:
             repeated = [message for message in plain if message.metadata.dst_node_id in lost]
-            for message in repeated:
-                self._outbox.forget_held(message)
             usable += self._exchange(repeated, timeout)[0]
-        self._outbox.forget_unused()
+        self._outbox.tell_first_contacts()
         self._accounting.close_evaluation()
         return usable
 
@@ -141,6 +140,10 @@ class CodecGrid(ForwardingGrid):
         for node in lost:
             log.warning("fedpara: node %d lost its state and sits out this round", node)
         return usable
+
+    def close(self) -> None:
+        """The run is over; references in files stay for the next one."""
+        self._outbox.close()
 
     def _exchange(
         self, messages: Sequence[Message], timeout: float | None
@@ -178,9 +181,9 @@ class CodecGrid(ForwardingGrid):
                     log.warning("fedpara: left out node %d: it answers without the plugin", node)
                 elif marker.lost:
                     lost.add(node)
-                    self._outbox.note_reply(node, {})
+                    self._outbox.note_reply(node, marker)
                 elif self._decode_in_place(reply):
-                    self._outbox.note_reply(node, marker.holds, marker.decoders)
+                    self._outbox.note_reply(node, marker)
                     fresh += marker.fresh
                     self._accounting.evaluated(reply)
                     usable.append(reply)
@@ -197,7 +200,8 @@ class CodecGrid(ForwardingGrid):
                 if payload is None:
                     raise PayloadError(f"record {name!r} carries no payload")
                 limit = self._outbox.limit(name)
-                tensors = decode(payload, references=self._outbox.references, limit=limit).tensors
+                references = self._outbox.references
+                tensors = decode_payload(payload, references=references, limit=limit).tensors
                 size += self._outbox.size_of(name, tensors)
                 check_finite(tensors)
                 content[name] = to_record(self._outbox.completed(name, tensors))

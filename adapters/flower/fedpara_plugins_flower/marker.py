@@ -11,6 +11,7 @@ __all__ = ["Marker"]
 
 MARKER_KEY = "fedpara"
 HOLDS = "holds."
+HAS = "has."
 DECODERS = "decoders"
 
 
@@ -21,13 +22,15 @@ class Marker:
     Attributes:
         holds: by record name, the hash of what the client has received and kept.
         fresh: the client had no private state and started from the seeded first one.
-        lost: the client no longer holds what the message was coded against; nothing was done.
+        lost: the client does not hold what the message was coded against; nothing was done.
+        has: then, by record name, the hashes of what it does hold.
         decoders: names of the entropy stages that the client can decode.
     """
 
     holds: Mapping[str, str] = field(default_factory=dict)
     fresh: bool = False
     lost: bool = False
+    has: Mapping[str, Sequence[str]] = field(default_factory=dict)
     decoders: Sequence[str] = ()
 
     def attached_to(self, content: RecordDict) -> RecordDict:
@@ -36,6 +39,8 @@ class Marker:
         record[DECODERS] = list(self.decoders)
         for name, value in self.holds.items():
             record[HOLDS + name] = value
+        for name, values in self.has.items():
+            record[HAS + name] = list(values)
         content[MARKER_KEY] = record
         return content
 
@@ -47,10 +52,15 @@ class Marker:
             return None
         del content[MARKER_KEY]
         holds = {k[len(HOLDS) :]: str(v) for k, v in record.items() if k.startswith(HOLDS)}
-        named = record.get(DECODERS)
+        has = {k[len(HAS) :]: _texts(v) for k, v in record.items() if k.startswith(HAS)}
         return cls(
             holds=holds,
             fresh=bool(record.get("fresh")),
             lost=bool(record.get("lost")),
-            decoders=tuple(map(str, named)) if isinstance(named, list) else (),
+            has=has,
+            decoders=_texts(record.get(DECODERS)),
         )
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else ()

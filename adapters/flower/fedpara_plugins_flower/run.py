@@ -18,6 +18,7 @@ from flwr.common import ArrayRecord
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError, FedParaConfig, ModelSpec, convert
+from fedpara_plugins.storage import Storage
 from fedpara_plugins.training import Training, start_round, training_of
 from fedpara_plugins_flower.settings import Settings
 
@@ -39,6 +40,7 @@ class Run:
         expected: on a client, the model that the server's message describes.
         specs: the models that `factorised` built here, by their set of names.
         previous_steps: on a client, optimizer steps of its previous training round, if known.
+        storage: on a client, what it keeps between rounds; committed when its reply is complete.
         trainings: progress of the models that were built here with training options.
         on_loaded: called with every complete state that such a model loads.
         on_evaluated: on a server with a ledger, called with a round and figures of the model.
@@ -49,6 +51,7 @@ class Run:
     expected: ModelSpec | None = None
     specs: dict[frozenset[str], ModelSpec] = field(default_factory=dict)
     previous_steps: int | None = None
+    storage: Storage | None = None
     trainings: list[Training] = field(default_factory=list)
     on_loaded: Callable[[dict[str, Tensor]], None] | None = None
     on_evaluated: Callable[[int, Mapping[str, float]], None] | None = None

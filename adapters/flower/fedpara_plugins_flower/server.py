@@ -15,6 +15,7 @@ from fedpara_plugins_flower.accounting import Accounting
 from fedpara_plugins_flower.evaluation import observe_strategies
 from fedpara_plugins_flower.final_state import FinalState
 from fedpara_plugins_flower.grid import CodecGrid, ObservingGrid
+from fedpara_plugins_flower.logs import show_core_logs
 from fedpara_plugins_flower.run import Run, open_run
 from fedpara_plugins_flower.settings import Settings
 
@@ -49,6 +50,7 @@ def _wrapped_class(base: type[Any]) -> type[Any]:
     class PluggedServerApp(base):  # type: ignore[misc]
         def __call__(self, grid: Grid, context: Context) -> None:
             settings = Settings.from_run_config(context.run_config)
+            show_core_logs()
             # Without a main function Flower runs the legacy strategies of a server_fn.
             if settings.active and getattr(self, "_main", None) is None:
                 raise ConfigError(LEGACY)
@@ -68,6 +70,8 @@ def _wrapped_class(base: type[Any]) -> type[Any]:
                     super().__call__(wrapped, context)
                 finally:
                     accounting.log_run()
+                    if isinstance(wrapped, CodecGrid):
+                        wrapped.close()
             _write_final(run, final)
 
     PluggedServerApp.__name__ = base.__name__

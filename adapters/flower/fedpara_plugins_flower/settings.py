@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedpara_plugins import FedParaConfig
+from fedpara_plugins import ConfigError, FedParaConfig
 from fedpara_plugins.codecs import Codec, parse_codec
 from fedpara_plugins.plugins import method_named
 
@@ -16,7 +16,8 @@ __all__ = ["PREFIX", "Settings"]
 PREFIX = "fedpara."
 """Flower flattens nested config tables to dotted keys."""
 
-PATH_OPTIONS = ("ledger", "checkpoint", "client_checkpoints")
+PATH_OPTIONS = ("ledger", "checkpoint", "client_checkpoints", "state_dir")
+REFERENCES = ("client", "grid")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Settings:
         ledger: file for the bytes of every message, JSON lines; None for none.
         checkpoint: file for the server's dense model at the end (safetensors); None for none.
         client_checkpoints: folder for each client's own dense model; None for none.
+        state_dir: folder where server and clients keep what a killed process would lose; None
+            leaves it to the process and to Flower's ``Context.state``.
+        references: what a downlink is coded against: ``client``, what that very client holds, or
+            ``grid``, a version that all clients share (`fedpara_plugins.references`).
+        reference_memory: MiB of references that the server keeps in memory; the rest is on disk.
     """
 
     config: FedParaConfig
@@ -39,6 +45,20 @@ class Settings:
     ledger: Path | None = None
     checkpoint: Path | None = None
     client_checkpoints: Path | None = None
+    state_dir: Path | None = None
+    references: str = "client"
+    reference_memory: float = 256
+
+    def __post_init__(self) -> None:
+        if self.references not in REFERENCES:
+            raise ConfigError(
+                f"option 'references': expected one of {', '.join(REFERENCES)}, got "
+                f"{self.references!r}"
+            )
+        if not 0 <= self.reference_memory < 2**40:
+            raise ConfigError(
+                f"option 'reference_memory': expected a number of MiB, got {self.reference_memory}"
+            )
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Any]) -> Settings:
@@ -53,12 +73,16 @@ class Settings:
             if key.startswith(PREFIX)
         }
         paths = {name: str(section.pop(name, "")) for name in PATH_OPTIONS}
+        references = str(section.pop("references", "")) or "client"
+        memory = _number("reference_memory", section.pop("reference_memory", ""))
         config = FedParaConfig.from_mapping(section)
         method_named(config.method)
         return cls(
             config=config,
             uplink=parse_codec(config.uplink_codec or config.codec),
             downlink=replace(parse_codec(config.downlink_codec or config.codec), feedback=False),
+            references=references,
+            reference_memory=256 if memory is None else memory,
             **{name: Path(path) if path else None for name, path in paths.items()},
         )
 
@@ -68,7 +92,9 @@ class Settings:
         coded = self.uplink.name != "none" or self.downlink.name != "none"
         return self.config.method != "none" or coded or bool(self.config.private)
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether both sides must keep what clients received, for either direction."""
-        return self.uplink.needs_reference or self.downlink.needs_reference
+
+def _number(name: str, value: Any) -> float | None:
+    try:
+        return None if value == "" else float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"option {name!r}: expected a number, got {value!r}") from None
