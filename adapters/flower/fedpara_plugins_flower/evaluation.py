@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from flwr.common import MetricRecord
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins_flower.run import active_run
+from fedpara_plugins_flower.strategy_start import Start, StartHook
 
-__all__ = ["ClientMetrics", "log_metrics", "observe_strategies", "scalars"]
+__all__ = ["ClientMetrics", "log_metrics", "noting_evaluations", "scalars"]
 
 WEIGHTS = ("num-examples", "num_examples")
 """What Flower's strategies weigh clients by unless told otherwise, and the legacy API's word."""
@@ -81,34 +82,17 @@ class ClientMetrics:
         return {name: total / weighed for name, (total, weighed) in sums.items()}
 
 
-def observe_strategies() -> None:
-    """Let every strategy that is started inside a run tell the run what its evaluate_fn found.
+def noting_evaluations(note: Callable[[int, Mapping[str, float]], None]) -> StartHook:
+    """Let ``note`` know what a strategy's ``evaluate_fn`` finds, by round."""
 
-    Flower hands the results of an ``evaluate_fn`` to nobody but the strategy. Its documented
-    argument is therefore wrapped where ``Strategy.start`` takes it; outside a run with a ledger,
-    and for everything else, the method does what it did.
-    """
-    original = Strategy.start
-    if hasattr(original, "_fedpara_observes"):
-        return
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def start(*args: Any, **kwargs: Any) -> Any:
-        run = active_run()
-        if run is None or run.on_evaluated is None:
-            return original(*args, **kwargs)
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError:
-            return original(*args, **kwargs)  # whose own error says what is wrong
-        evaluate = bound.arguments.get("evaluate_fn")
+    @contextmanager
+    def hook(start: Start) -> Iterator[Callable[[Result], Result]]:
+        evaluate = start.get("evaluate_fn")
         if evaluate is not None:
-            bound.arguments["evaluate_fn"] = _noted(evaluate, run.on_evaluated)
-        return original(*bound.args, **bound.kwargs)
+            start["evaluate_fn"] = _noted(evaluate, note)
+        yield lambda result: result
 
-    start._fedpara_observes = True  # type: ignore[attr-defined]
-    Strategy.start = start  # type: ignore[method-assign]
+    return hook
 
 
 def _noted(

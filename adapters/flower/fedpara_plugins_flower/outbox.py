@@ -99,7 +99,10 @@ class Outbox:
 
         Several strategies return float64 under NumPy 2, and all of them average integers.
         """
-        first = self._dtypes.setdefault(name, {k: v.dtype for k, v in tensors.items()})
+        known = self._run.dtypes
+        first = self._dtypes.setdefault(
+            name, {k: known.get(k, v.dtype) for k, v in tensors.items()}
+        )
         return {key: _cast(value, first.get(key, value.dtype)) for key, value in tensors.items()}
 
     def _spec(self, name: str, tensors: Mapping[str, Tensor]) -> ModelSpec:
@@ -140,13 +143,10 @@ class Outbox:
         """Log how many clients were sent more than an update since the last time."""
         counts = self._downlink.counts
         first, full = (counts[kind] - self._told[kind] for kind in ("first", "full"))
-        if first or full:
-            log.info(
-                "fedpara: sent the whole model, coded: %d times to clients that are new, %d times "
-                "to clients that lost what they held",
-                first,
-                full,
-            )
+        if first:
+            log.info("fedpara: sent the whole model, coded, to %d clients that are new", first)
+        if full:
+            log.info("fedpara: sent the whole model, coded, to %d clients that lost it", full)
         self._told = Counter({kind: counts[kind] for kind in ("first", "full")})
 
     def close(self) -> None:

@@ -12,8 +12,9 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+import torch
 from flwr.common import ArrayRecord
 from torch import Tensor, nn
 
@@ -21,6 +22,9 @@ from fedpara_plugins import ConfigError, FedParaConfig, ModelSpec, convert
 from fedpara_plugins.storage import Storage
 from fedpara_plugins.training import Training, start_round, training_of
 from fedpara_plugins_flower.settings import Settings
+
+if TYPE_CHECKING:
+    from fedpara_plugins_flower.strategy_start import StartHook
 
 __all__ = ["Run", "active_run", "factorised", "open_run", "to_dense"]
 
@@ -42,8 +46,10 @@ class Run:
         previous_steps: on a client, optimizer steps of its previous training round, if known.
         storage: on a client, what it keeps between rounds; committed when its reply is complete.
         trainings: progress of the models that were built here with training options.
+        dtypes: on a server that goes on with an earlier run, of the tensors that it began with.
         on_loaded: called with every complete state that such a model loads.
         on_evaluated: on a server with a ledger, called with a round and figures of the model.
+        on_start: on a server, what takes part when a strategy is started; see `strategy_start`.
     """
 
     settings: Settings
@@ -53,8 +59,10 @@ class Run:
     previous_steps: int | None = None
     storage: Storage | None = None
     trainings: list[Training] = field(default_factory=list)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     on_loaded: Callable[[dict[str, Tensor]], None] | None = None
     on_evaluated: Callable[[int, Mapping[str, float]], None] | None = None
+    on_start: list[StartHook] = field(default_factory=list)
 
     def converted(self, model: M) -> M:
         """Convert a model that the user's code has just built, and remember its spec.

@@ -12,12 +12,14 @@ from torch import Tensor
 from fedpara_plugins import ConfigError
 from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins_flower.accounting import Accounting
-from fedpara_plugins_flower.evaluation import observe_strategies
+from fedpara_plugins_flower.evaluation import noting_evaluations
 from fedpara_plugins_flower.final_state import FinalState
 from fedpara_plugins_flower.grid import CodecGrid, ObservingGrid
 from fedpara_plugins_flower.logs import show_core_logs
+from fedpara_plugins_flower.rounds import Rounds
 from fedpara_plugins_flower.run import Run, open_run
 from fedpara_plugins_flower.settings import Settings
+from fedpara_plugins_flower.strategy_start import follow_strategies
 
 __all__ = ["server_app"]
 
@@ -57,9 +59,12 @@ def _wrapped_class(base: type[Any]) -> type[Any]:
             final = FinalState()
             run = Run(settings, side="server", on_loaded=final.seen)
             accounting = Accounting(settings.ledger, settings.config)
+            follow_strategies()
             if settings.ledger is not None:
                 run.on_evaluated = accounting.ledger.log
-                observe_strategies()
+                run.on_start.append(noting_evaluations(run.on_evaluated))
+            if settings.state_dir is not None:  # last: it counts the rounds for all others
+                run.on_start.append(Rounds(settings.state_dir / "server").follow)
             wrapped = (
                 CodecGrid(grid, run, accounting, final)  # type: ignore[abstract]
                 if settings.active
