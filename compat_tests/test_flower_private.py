@@ -18,14 +18,12 @@ from fedpara_plugins.references.version_zero import base_from_header
 from harness.apps import Experiment, Hooks, Outcome, federate, plain_apps, plugin_apps
 from harness.cells import CODECS, GAMMA
 from harness.inprocess_grid import InProcessGrid, Sent
+from harness.search import count_pieces, pieces_of
 from harness.task import Task
 
 State = dict[str, Tensor]
 
 TASK = Task(rounds=3, epochs=1)
-PIECE = 8
-"""Bytes that count as a find: two neighbouring float32. A message of 50 kB holds a given one by
-chance with probability 3e-15."""
 
 
 def _section(codec: str = "none", method: str = "pfedpara") -> dict[str, Any]:
@@ -72,37 +70,16 @@ class Diary:
         return Hooks(loaded=self.loaded, trained=self.trained)
 
 
-def _pieces(values: Iterable[Tensor]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """All neighbouring pairs of floats, as integers; constant ones say nothing and are left out."""
-    found = []
-    for value in values:
-        floats = value.float().numpy().ravel()
-        pairs = np.stack([floats[:-1], floats[1:]], axis=1)
-        varied = pairs[(pairs[:, 0] != pairs[:, 1]) & (pairs != 0).all(axis=1)]
-        found.append(np.ascontiguousarray(varied).view(np.uint64).ravel())
-    return np.unique(np.concatenate(found))
-
-
-def _count(pieces: np.ndarray[Any, Any], data: bytes) -> int:
-    """How many of the pieces occur in the bytes, at any offset."""
-    found = []
-    for offset in range(PIECE):
-        window = data[offset:]
-        window = window[: len(window) // PIECE * PIECE]
-        found.append(np.frombuffer(window, dtype=np.uint64))
-    return int(np.isin(pieces, np.concatenate(found)).sum())
-
-
 def _found_privately(diary: Diary, sent: Iterable[Sent]) -> int:
     """How many pieces of private factors, of any client at any time, the messages hold.
 
     The seeded first values are no secret: every client and the server compute them alike.
     """
-    seeded = _pieces(fedpara.split(_converted()).private.values())
-    pieces = _pieces(value for state in diary.private for value in state.values())
+    seeded = pieces_of(fedpara.split(_converted()).private.values())
+    pieces = pieces_of(value for state in diary.private for value in state.values())
     pieces = np.setdiff1d(pieces, seeded)
     assert len(pieces) > 10_000
-    return sum(_count(pieces, message.data) for message in sent)
+    return sum(count_pieces(pieces, message.data) for message in sent)
 
 
 def _converted() -> nn.Module:
@@ -118,8 +95,8 @@ def test_no_byte_of_a_private_factor_is_on_the_wire() -> None:
     for sent in outcome.sent:
         if (sent.direction, sent.kind) == ("up", "train"):
             for key, value in diary.shared[sent.partition, sent.round].items():
-                pieces = _pieces([value])
-                assert _count(pieces, sent.data) == len(pieces), key
+                pieces = pieces_of([value])
+                assert count_pieces(pieces, sent.data) == len(pieces), key
 
 
 def test_the_search_finds_private_factors_when_the_split_is_off(
@@ -262,17 +239,17 @@ def test_private_factors_lie_in_the_clients_state_and_nowhere_else() -> None:
     hooks, _, after = _watched()
     outcome = _federate(hooks)
     for partition in range(TASK.clients):
-        pieces = _pieces(after[partition, TASK.rounds].values())
+        pieces = pieces_of(after[partition, TASK.rounds].values())
         kept = b"".join(
             bytes(array.data)
             for record in outcome.grid.client_state(partition).array_records.values()
             for array in record.values()
         )
-        assert _count(pieces, kept) == len(pieces)
+        assert count_pieces(pieces, kept) == len(pieces)
         others = [p for p in range(TASK.clients) if p != partition]
         for other in others:
-            trained = _pieces(after[other, TASK.rounds].values())
-            assert _count(np.setdiff1d(trained, pieces), kept) == 0
+            trained = pieces_of(after[other, TASK.rounds].values())
+            assert count_pieces(np.setdiff1d(trained, pieces), kept) == 0
 
 
 def test_a_client_without_state_starts_from_the_seeded_private_factors() -> None:

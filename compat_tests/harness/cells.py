@@ -81,6 +81,7 @@ NOT_BY_DEFAULT: Mapping[str, str] = {
     "core-torch24": "torch 2.4 comes with several GB of CUDA",
     "core-compiler": "needs a C++ compiler: torch.compile generates code",
     "core-models": "needs Hugging Face transformers",
+    "flower-engines": "time: a quarter of an hour of real processes; needs Ray",
     "demo": "needs Flower's simulation engine (Ray) and some minutes; `.ci/run` runs it",
 }
 """Other tox environments that the default run leaves out, and why."""

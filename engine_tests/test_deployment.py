@@ -1,0 +1,78 @@
+"""Runs in deployment: `flower-superlink`, `flower-supernode`s and `flwr run`, as real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedpara_plugins import LedgerEntry
+from harness.deployment import deployment
+from harness.engine_app import EngineApp
+from harness.wiretap import Wiretap
+
+FRAMING = 3000
+"""Bytes that may surround a payload on the wire without HTTP's heads: NumPy's and Flower's headers,
+names, metrics, and the marker with its hashes."""
+
+
+@pytest.mark.parametrize(
+    ("variant", "method", "clients"),
+    [("insecure", "fedpara", 3), ("tls", "fedpara", 2), ("authenticated", "pfedpara", 2)],
+)
+def test_a_deployed_run_equals_the_plain_loop(
+    tmp_path: Path, variant: str, method: str, clients: int
+) -> None:
+    app = EngineApp(tmp_path, method=method, clients=clients)
+    with deployment(
+        tmp_path / "run",
+        nodes=clients,
+        tls=variant == "tls",
+        authenticated=variant == "authenticated",
+        record=True,
+    ) as engine:
+        finished = engine.run(app.path, app.config).check()
+        on_wire = b"".join(engine.tap.streams("up") + engine.tap.streams("down"))
+        assert engine.processes.logs_with("Traceback") == []
+    app.check_everyone_took_part(finished.log)
+    app.check_equal()
+    # In plain text names can be read; encrypted they cannot, and the plugin changes neither.
+    readable = variant == "insecure"
+    assert (b"POST /v1/fleet/" in on_wire) == readable
+    assert (b"fedpara.payload" in on_wire) == readable
+    encoded = sum(entry.encoded_bytes for entry in app.ledger)
+    assert encoded < finished.traffic < len(on_wire)
+    if readable:
+        _check_framing(app.ledger, engine.tap)
+
+
+def _check_framing(ledger: list[LedgerEntry], tap: Wiretap) -> None:
+    """What the ledger says has passed, and little else beside HTTP's heads."""
+    for direction, request in (("up", "push-object"), ("down", "pull-object")):
+        entries = [entry for entry in ledger if entry.direction == direction]
+        encoded = sum(entry.encoded_bytes for entry in entries)
+        passed = tap.http(direction, "bodies")[request]
+        messages = tap.http("up", "count")["confirm-message-received"]  # one each way
+        assert encoded < passed < encoded + FRAMING * messages
+
+
+def test_a_lossy_codec_in_deployment(tmp_path: Path) -> None:
+    """References and residuals outlive the process that each message has of its own."""
+    app = EngineApp(tmp_path, method="fedpara", codec="balanced")
+    with deployment(tmp_path / "run") as engine:
+        finished = engine.run(app.path, app.config).check()
+    app.check_everyone_took_part(finished.log)
+    app.check_close()
+    assert "lost what it held" not in finished.log
+    whole = sum(value.numel() * value.element_size() for value in app.build().state_dict().values())
+    later = [entry for entry in app.ledger if (entry.direction, entry.round) != ("down", 1)]
+    assert later
+    assert all(entry.encoded_bytes < whole / 4 for entry in later)
+
+
+def test_a_node_without_a_registered_key_stays_outside(tmp_path: Path) -> None:
+    """Authentication is really on in the run above: the same set-up refuses a stranger."""
+    with deployment(tmp_path, nodes=0, authenticated=True) as engine:
+        engine.start_node(0)
+        assert engine.nodes[0].wait(180) != 0
+        assert "uthenti" in engine.nodes[0].text
