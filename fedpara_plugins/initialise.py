@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ standard deviation: later states then differ from them by short integers (`codec
 GAIN_BITS = 20
 """To which the rescaling of seeded factors is rounded, so that the order of summation, which the
 number of threads decides, does not show in them."""
+
+
+PART = 2**20
+"""Entries of a composed weight that are computed at a time, where no row has more."""
 
 
 def initial_factors(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]:
@@ -101,13 +106,25 @@ def seeded_shared(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]
     private = initial_private(plan, seed=seed, key=key)
     for _ in range(TANH_PASSES if plan.tanh else 1):
         factors = {**drawn, **{name: value.double() for name, value in private.items()}}
-        variance = plan.compose(factors).var(unbiased=False).item()
+        variance = _variance(plan, factors)
         gain = (plan.variance / variance) ** (0.5 / len(drawn)) if variance > 0 else 1.0
         gain = round(gain * 2**GAIN_BITS) / 2**GAIN_BITS
         drawn = {name: value * gain for name, value in drawn.items()}
     step = 2.0 ** math.floor(math.log2(plan.factor_std) - SEEDED_BITS)
     # The sum turns the negative zeros that rounding makes into ordinary ones.
     return {name: ((value / step).round() * step + 0.0).float() for name, value in drawn.items()}
+
+
+def _variance(plan: WeightPlan, factors: Mapping[str, Tensor]) -> float:
+    """Of the composed weight's entries, some rows at a time: all of them may not fit the memory."""
+    step = max(1, PART // math.prod(plan.shape[1:]))
+    sums = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, plan.shape[0], step):
+        part = {n: x[start : start + step] if n[0] == "x" else x for n, x in factors.items()}
+        rows = plan.compose_rows(part)
+        sums += torch.stack([rows.sum(), rows.square().sum()])
+    mean, square = (sums / math.prod(plan.shape)).tolist()
+    return float(square - mean * mean)
 
 
 def seeded_normal(shape: tuple[int, ...], *, std: float, seed: int, key: str) -> Tensor:

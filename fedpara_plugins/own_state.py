@@ -7,6 +7,7 @@ side derives alike: what torch gives the kind of layer, drawn from the config's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -43,6 +44,12 @@ class OwnTensor:
     std: float = 0.0
     onto: str = ""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return prod(self.shape) * dtype.itemsize
+
     def first(self, *, seed: int, key: str) -> Tensor:
         """The first value, the same on every device with the same seed and name."""
         dtype = getattr(torch, self.dtype)
@@ -66,7 +73,11 @@ class OwnTensor:
         (onto,) = rest or ("",)
         if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise ValueError(f"unknown dtype {str(dtype)[:40]!r}")
-        return cls(tuple(int(n) for n in shape), str(dtype), float(fill), float(std), str(onto))
+        if not all(type(size) is int and 0 <= size < 2**40 for size in shape):
+            raise ValueError(f"no tensor can have shape {str(shape)[:60]}")
+        if not (math.isfinite(float(fill)) and math.isfinite(float(std))):
+            raise ValueError("a first value is not finite")
+        return cls(tuple(shape), str(dtype), float(fill), float(std), str(onto))
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedpara_plugins.codecs.stage import check_limit
 from fedpara_plugins.convert import config_of
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.heads import added_tensors
@@ -82,6 +84,16 @@ class ModelSpec:
             for weight, plan in self.weights.items()
             for name in plan.private_names
         )
+
+    @property
+    def private_bytes(self) -> int:
+        """Bytes of all private tensors, factors taken as float32."""
+        factors = (
+            4 * prod(plan.factor_shape(name))
+            for plan in self.weights.values()
+            for name in plan.private_names
+        )
+        return sum(factors) + sum(own.nbytes for own in self.own.values())
 
     @property
     def _factors(self) -> frozenset[str]:
@@ -277,19 +289,26 @@ class ModelSpec:
         return {**described, "own": self._own_rows()} if self.own else described
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], shared_keys: tuple[str, ...]) -> ModelSpec:
+    def from_json(
+        cls, data: Mapping[str, Any], shared_keys: tuple[str, ...], *, limit: int | None = None
+    ) -> ModelSpec:
         """Rebuild a spec from `to_json` and the names that the payload carried.
 
+        Args:
+            data: anything that claims to be a description.
+            shared_keys: the names, in order.
+            limit: bytes that the private tensors may have, which this side makes itself and which
+                no payload bounds; None for any number.
+
         Raises:
-            PayloadError: malformed data, or a method that is not installed here.
+            PayloadError: malformed data, a method that is not installed here, or larger private
+                tensors than the limit allows.
         """
         try:
-            keys = list(shared_keys)
-            for index, key in data["private"]:
-                keys.insert(index, str(key))
+            keys = _merged(shared_keys, data["private"])
             weights = {str(row[0]): plan_from_row(row) for row in data["weights"]}
             own = {str(key): OwnTensor.from_row(row) for key, row in data.get("own", {}).items()}
-            spec = cls(weights=weights, keys=tuple(keys), seed=int(data["seed"]), own=own)
+            spec = cls(weights=weights, keys=keys, seed=int(data["seed"]), own=own)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise PayloadError(f"the header's model description is malformed: {error!r}") from error
         if spec.fingerprint != data.get("fingerprint"):
@@ -298,7 +317,20 @@ class ModelSpec:
                 f"{data.get('fingerprint')!r}: it was changed, or the other side runs another "
                 f"version of fedpara-plugins"
             )
+        if limit is not None:
+            check_limit(spec.private_bytes, limit, "the private tensors")
         return spec
+
+
+def _merged(shared: Sequence[str], private: Sequence[Sequence[Any]]) -> tuple[str, ...]:
+    """All names in order, from the shared ones and the places of the private ones among all."""
+    placed = {place: str(key) for place, key in private}
+    count = len(shared) + len(private)
+    # bool is an int to isinstance, not to the wire.
+    if len(placed) != len(private) or not all(type(n) is int and 0 <= n < count for n in placed):
+        raise ValueError("the places of the private names are not distinct places")
+    rest = iter(shared)
+    return tuple(placed[place] if place in placed else next(rest) for place in range(count))
 
 
 def _row_text(row: list[Any]) -> str:
@@ -314,22 +346,29 @@ def plan_from_row(row: list[Any]) -> WeightPlan:
 
     Raises:
         PayloadError: a method that is not installed here.
+        ValueError, TypeError: not such a row.
     """
-    weight, method, shape, rank, (scale, factor_std, private_std, variance), tanh = row
+    weight, method, shape, rank, numbers, tanh = row
+    scale, factor_std, private_std, variance = map(float, numbers)
+    sizes = [*shape, rank]
+    if not (len(shape) >= 2 and all(type(size) is int and 1 <= size < 2**40 for size in sizes)):
+        raise ValueError(f"no weight can have shape {str(shape)[:60]} and rank {str(rank)[:20]}")
+    if not all(map(math.isfinite, (scale, factor_std, private_std, variance))):
+        raise ValueError(f"numbers that are not finite: {str(numbers)[:80]}")
     if method not in methods():
         raise PayloadError(
-            f"{weight}: the other side uses method {method!r}, which is not installed here "
-            f"(known: {', '.join(methods())}). Install the plugin that provides it."
+            f"{str(weight)[:200]!r}: the other side uses method {str(method)[:40]!r}, which is not "
+            f"installed here (known: {', '.join(methods())}). Install the plugin that provides it."
         )
     return WeightPlan(
         name=str(weight).rpartition(".")[2],
-        shape=tuple(int(n) for n in shape),
+        shape=tuple(shape),
         method=methods()[method],
-        rank=int(rank),
-        scale=float(scale),
-        factor_std=float(factor_std),
-        private_std=float(private_std),
-        variance=float(variance),
+        rank=rank,
+        scale=scale,
+        factor_std=factor_std,
+        private_std=private_std,
+        variance=variance,
         tanh=bool(tanh),
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import safetensors.torch
 
-from fedpara_plugins.codecs.stage import DTYPES, Tensors, check_booleans, check_limit
+from fedpara_plugins.codecs.stage import DTYPES, Tensors, check_booleans, check_count, check_limit
 from fedpara_plugins.codecs.strict_json import strict_json
 from fedpara_plugins.errors import PayloadError
 
@@ -79,6 +79,7 @@ def open_container(data: bytes, limit: int | None) -> tuple[str, bytes]:
     except UnicodeDecodeError as error:
         raise PayloadError(f"the container's header is not UTF-8: {error}") from error
     metadata = outer.get("__metadata__") if isinstance(outer, dict) else None
+    check_count(len(outer) - 1 if metadata is not None else 0, "the container's table")
     text = metadata.get(_KEY) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise PayloadError(f"the container has no metadata {_KEY!r}: not a payload")

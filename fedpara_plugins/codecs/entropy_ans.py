@@ -35,6 +35,8 @@ __all__ = ["AnsStage"]
 _SYMBOL_DTYPES = (torch.int8, torch.int16, torch.int32)
 _REACH = 1024
 """Symbols from -1024 to 1023 may have a place in the table; all others escape."""
+_PART = 2**18
+"""Symbols that are looked at together."""
 _HEAD = struct.Struct("<iIII")  # lowest symbol, places, escapes, words
 
 Integers = NDArray[np.integer]
@@ -86,7 +88,7 @@ class AnsStage(Stage):
         size = sum(byte_size(dtype, shape) for _, dtype, shape in layout)
         check_limit(size, limit, "the decompressed tensors")
         coded, others = _sides(layout, notes["coded"])
-        decoded = _decode(one_stream(self.name, tensors), coded, others)
+        decoded = _decode(one_stream(self.name, tensors), coded, others, limit)
         return {name: decoded[name] for name, _, _ in layout}
 
 
@@ -157,7 +159,7 @@ def _pack(values: Integers, counts: Counts) -> tuple[list[bytes], bytes]:
     return [head, words.astype("<u2").tobytes()], plain
 
 
-def _decode(stream: memoryview, coded: Layout, others: Layout) -> Tensors:
+def _decode(stream: memoryview, coded: Layout, others: Layout, limit: int) -> Tensors:
     count = sum(_count(entry) for entry in coded)
     head = _read_head(stream, count)
     sizes = [0, 0, 0]
@@ -165,6 +167,8 @@ def _decode(stream: memoryview, coded: Layout, others: Layout) -> Tensors:
         widest = max(dtype.itemsize for _, dtype, _ in coded)
         sizes = [4 * lanes_for(count), 2 * (head.places + 1), widest * head.escapes]
     left = sum(byte_size(dtype, shape) for _, dtype, shape in others)
+    # Escaped values have the widest type, which may be wider than what most of them belong to.
+    check_limit(sizes[2] + left, limit + limit // 16, "escaped values and plain bytes")
     plain = memoryview(inflate("ans", stream[_HEAD.size + 2 * head.words :], sum(sizes) + left))
     ends = list(accumulate(sizes))
     decoded = cut(plain[ends[-1] :], others)
@@ -174,7 +178,13 @@ def _decode(stream: memoryview, coded: Layout, others: Layout) -> Tensors:
     table = np.frombuffer(plain[ends[0] : ends[1]], "<u2").astype(np.int64)
     escaped = np.frombuffer(plain[ends[1] : ends[2]], f"<i{widest}")
     words = np.frombuffer(stream, "<u2", head.words, _HEAD.size)
-    return {**decoded, **_cut_symbols(_symbols(head, states, words, table, escaped, count), coded)}
+    # The last place stands for an escape: a number that no other place stands for.
+    escape = head.lowest + head.places
+    narrow = head.lowest >= -128 and escape <= 127
+    meanings = np.arange(head.lowest, escape + 1, dtype=np.int16)
+    symbols = unpack(states, words, table, meanings.astype(np.int8) if narrow else meanings, count)
+    possible = bool(head.escapes or table[-1])
+    return {**decoded, **_cut_symbols(symbols, coded, escaped, escape if possible else None)}
 
 
 def _read_head(stream: memoryview, count: int) -> _Head:
@@ -194,31 +204,6 @@ def _read_head(stream: memoryview, count: int) -> _Head:
             f"{head}, which cannot be"
         )
     return head
-
-
-def _symbols(
-    head: _Head,
-    states: NDArray[np.uint32],
-    words: NDArray[np.uint16],
-    table: Counts,
-    escaped: Integers,
-    count: int,
-) -> Integers:
-    # The last place stands for an escape: a number that no other place stands for.
-    escape = head.lowest + head.places
-    narrow = head.lowest >= -128 and escape <= 127 and not head.escapes
-    kind = np.int8 if narrow else np.promote_types(np.int16, escaped.dtype)
-    places = np.arange(head.lowest, escape + 1).astype(kind)
-    symbols = unpack(states, words, table, places, count)
-    if not head.escapes and not table[-1]:
-        return symbols
-    outside = np.flatnonzero(symbols == escape)
-    if len(outside) != head.escapes:
-        raise PayloadError(
-            f"stage 'ans': {len(outside)} symbols escape, and {head.escapes} values are there"
-        )
-    symbols[outside] = escaped
-    return symbols
 
 
 # --- layout -------------------------------------------------------------------------------------
@@ -241,19 +226,61 @@ def _sides(layout: Layout, coded: str) -> tuple[Layout, Layout]:
     return sides["s"], sides["-"]
 
 
-def _cut_symbols(symbols: Integers, layout: Layout) -> Tensors:
+def _cut_symbols(
+    symbols: Integers, layout: Layout, escaped: Integers, escape: int | None
+) -> Tensors:
+    """The tensors; escaped values take the places of the number ``escape``, if there is one."""
     decoded: Tensors = {}
-    start = 0
+    start = taken = 0
     for entry in layout:
         name, dtype, shape = entry
-        part = torch.from_numpy(symbols[start : start + _count(entry)])
-        start += _count(entry)
-        if part.dtype != dtype and part.dtype.itemsize > dtype.itemsize:
-            limits = torch.iinfo(dtype)
-            if part.numel() and not limits.min <= part.min() <= part.max() <= limits.max:
-                raise PayloadError(f"tensor {name!r}: a symbol does not fit {dtype}")
+        part = symbols[start : start + _count(entry)]
+        start += len(part)
+        values = np.empty(len(part), f"<i{dtype.itemsize}")
+        taken += _fill(name, values, part, escaped[taken:], escape)
         try:
-            decoded[name] = part.to(dtype, copy=True).reshape(shape)
+            decoded[name] = torch.from_numpy(values).reshape(shape)
         except (RuntimeError, TypeError, ValueError, OverflowError) as error:
             raise PayloadError(f"tensor {name!r}: cannot have this shape: {error}") from error
+    if taken != len(escaped):
+        raise PayloadError(
+            f"stage 'ans': {taken} symbols escape, and {len(escaped)} values are there"
+        )
     return decoded
+
+
+def _fill(
+    name: str, values: Integers, symbols: Integers, escaped: Integers, escape: int | None
+) -> int:
+    """Write what the symbols of one tensor stand for; how many of them escape."""
+    if escape is None:
+        _check_fits(name, symbols, values.dtype)
+        values[:] = symbols
+        return 0
+    taken = 0
+    for start in range(0, len(values), _PART):  # in parts: masks and places take memory
+        part = symbols[start : start + _PART]
+        into = values[start : start + _PART]
+        outside = np.flatnonzero(part == escape)
+        far = escaped[taken : taken + len(outside)]
+        taken += len(outside)
+        if len(far) < len(outside):
+            raise PayloadError(
+                f"stage 'ans': at least {taken} symbols of tensor {name!r} escape, and "
+                f"{len(escaped)} values are left"
+            )
+        if part.dtype.itemsize > into.dtype.itemsize:
+            near = np.delete(part, outside) if len(outside) else part
+            _check_fits(name, near, into.dtype)
+        _check_fits(name, far, into.dtype)
+        into[:] = part
+        into[outside] = far
+    return taken
+
+
+def _check_fits(name: str, values: Integers, kind: np.dtype[np.integer]) -> None:
+    if not len(values) or values.dtype.itemsize <= kind.itemsize:
+        return
+    limits = np.iinfo(kind)
+    if not limits.min <= values.min() <= values.max() <= limits.max:
+        raise PayloadError(f"tensor {name!r}: a symbol does not fit torch.{kind}")

@@ -11,6 +11,7 @@ from fedpara_plugins.codecs.stage import (
     Notes,
     Tensors,
     byte_size,
+    check_count,
     check_notes,
     pack_dtypes,
     tensor_bytes,
@@ -45,6 +46,7 @@ def read_layout(stage: str, notes: Notes, more: Mapping[str, type] | None = None
     fields = {"names": list, "shapes": list, "dtypes": list, "each": str}
     check_notes(stage, notes, {**fields, **(more or {})})
     names, shapes = notes["names"], notes["shapes"]
+    check_count(len(names), f"the layout of stage {stage!r}")
     if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
         raise PayloadError(f"stage {stage!r}: the names are not text, or one stands there twice")
     if len(shapes) != len(names) or not all(_is_shape(shape) for shape in shapes):

@@ -28,6 +28,8 @@ __all__ = ["GridStage"]
 LARGEST_EXPONENT = 1000
 """Of a step, either sign: powers of two far inside float64, where all arithmetic is done."""
 _SYMBOLS = (torch.int8, torch.int16, torch.int32)
+_PART = 2**16
+"""Values that are computed at a time."""
 
 
 class GridStage(Stage):
@@ -128,9 +130,15 @@ def _common_exponent(values: torch.Tensor) -> int:
 
 def _moved(other: torch.Tensor, symbols: torch.Tensor, exponent: int) -> torch.Tensor:
     step = math.ldexp(1.0, exponent)
-    moved = symbols.double().mul_(step).add_(other.detach().double()).to(other.dtype)
-    # What has not moved keeps its bits: a negative zero plus zero would lose its sign.
-    return torch.where(symbols == 0, other.detach(), moved)
+    moved = other.detach().clone(memory_format=torch.contiguous_format)
+    # In parts: float64 takes up to eight times the memory of what it stands for.
+    for values, counts in zip(
+        torch.split(moved.view(-1), _PART), torch.split(symbols.reshape(-1), _PART), strict=True
+    ):
+        sums = counts.double().mul_(step).add_(values.double()).to(other.dtype)
+        # What has not moved keeps its bits: a negative zero plus zero would lose its sign.
+        values.copy_(torch.where(counts == 0, values, sums))
+    return moved
 
 
 def _packed(symbols: torch.Tensor) -> torch.Tensor | None:
@@ -164,5 +172,6 @@ def _checked_exponents(exponents: list[object], count: int) -> Iterator[int]:
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    # One pass and no temporary; NaN and infinity both show in the ends.
+    if tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):
         raise PayloadError(f"tensor {name!r}: the grid's steps lead beyond the largest number")

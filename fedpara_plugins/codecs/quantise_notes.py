@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
     dtype: torch.dtype
     scope: str
-    steps: Sequence[float]
+    steps: Sequence[float] | torch.Tensor
     symbols: Symbols
 
 
@@ -65,8 +65,8 @@ def written_parts(
     if many:
         double = any(part.dtype == torch.float64 for part in many)
         kind = torch.float64 if double else torch.float32
-        every = [step for part in many for step in part.steps]
-        written[free_name("steps", written)] = torch.tensor(every, dtype=kind)
+        every = [torch.as_tensor(part.steps, dtype=kind) for part in many]
+        written[free_name("steps", written)] = torch.cat(every)
     if far:
         values = torch.cat(far)
         largest = max(abs(int(end)) for end in torch.aminmax(values))
@@ -114,8 +114,8 @@ def scaled(part: Part, block: int) -> torch.Tensor:
     if len(part.symbols.far):
         exact[part.symbols.near == ESCAPE] = part.symbols.far.to(wide)
     if part.scope == ONE:
-        return exact.mul_(part.steps[0])
-    steps = torch.tensor(part.steps, dtype=wide)
+        return exact.mul_(float(part.steps[0]))
+    steps = torch.as_tensor(part.steps, dtype=wide)
     if part.scope == "r":
         return exact.mul_(steps.reshape(-1, *[1] * (exact.ndim - 1)))
     flat = exact.view(-1)
@@ -160,7 +160,7 @@ def _read_steps(
     many: torch.Tensor,
     kinds: Sequence[tuple[torch.dtype, str]],
     counts: Sequence[int],
-) -> list[Sequence[float]]:
+) -> list[torch.Tensor]:
     single = [dtype for dtype, letter in kinds if letter == ONE]
     form = "<" + "".join("d" if dtype == torch.float64 else "f" for dtype in single)
     try:
@@ -170,20 +170,28 @@ def _read_steps(
     total = sum(n for n, (_, letter) in zip(counts, kinds, strict=True) if letter != ONE)
     if len(raw) != struct.calcsize(form) or len(many) != total:
         raise _malformed(f"another number of steps than {len(single)} and {total}")
-    ones, rest = iter(struct.unpack(form, raw)), many.tolist()
-    found: list[Sequence[float]] = []
+    ones, start = iter(struct.unpack(form, raw)), 0
+    found: list[torch.Tensor] = []
     for (dtype, letter), count in zip(kinds, counts, strict=True):
-        steps = [next(ones)] if letter == ONE else rest[:count]
-        rest = rest if letter == ONE else rest[count:]
-        found.append(_checked(steps, dtype))
+        if letter == ONE:
+            steps = torch.tensor([next(ones)], dtype=torch.float64)
+        else:
+            steps = many[start : start + count]
+            start += count
+        found.append(_checked(steps, arithmetic(dtype)))
     return found
 
 
-def _checked(steps: Sequence[float], dtype: torch.dtype) -> Sequence[float]:
-    kind = torch.finfo(arithmetic(dtype))
-    if not all(kind.tiny <= step <= kind.max for step in steps):
-        raise _malformed(f"a step that is no normal number of {kind.dtype}")
-    return steps
+def _checked(steps: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """The same steps in the type that the products are taken in."""
+    exact = steps.to(wide)
+    kind = torch.finfo(wide)
+    if not steps.numel():
+        return exact
+    low, high = map(float, torch.aminmax(exact))
+    if not kind.tiny <= low <= high <= kind.max or not torch.equal(exact.to(steps.dtype), steps):
+        raise _malformed(f"a step that is no normal number of {wide}")
+    return exact
 
 
 def _malformed(what: str) -> PayloadError:

@@ -17,6 +17,7 @@ from fedpara_plugins.errors import ConfigError, PayloadError
 
 __all__ = [
     "DTYPES",
+    "MAX_TENSORS",
     "REAL_DTYPES",
     "STREAM_DTYPES",
     "Notes",
@@ -24,6 +25,7 @@ __all__ = [
     "Tensors",
     "byte_size",
     "check_booleans",
+    "check_count",
     "check_limit",
     "check_notes",
     "dtype_name",
@@ -66,6 +68,9 @@ REAL_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bflo
 
 STREAM_DTYPES: Mapping[str, torch.dtype] = {**DTYPES, "C128": torch.complex128}
 """What an entropy coder's stream can hold: more than a safetensors file can."""
+
+MAX_TENSORS = 2**16
+"""Tensors of a payload: each takes half a kilobyte whatever its size, which no limit counts."""
 
 _NAMES = {dtype: name for name, dtype in STREAM_DTYPES.items()}
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -171,6 +176,16 @@ def check_limit(size: int, limit: int, what: str) -> None:
             f"{what} would take {size} bytes, more than the limit of {limit} bytes that this "
             "side's own model sets: the payload is of another model, or forged"
         )
+
+
+def check_count(count: int, what: str) -> None:
+    """Refuse more than `MAX_TENSORS` tensors.
+
+    Raises:
+        PayloadError: there are.
+    """
+    if count > MAX_TENSORS:
+        raise PayloadError(f"{what} names {count} tensors, more than the {MAX_TENSORS} allowed")
 
 
 def check_notes(stage: str, notes: Notes, fields: Mapping[str, type]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,8 @@ __all__ = ["TopkStage"]
 
 FULL = 255
 """A byte of a gap that goes on in the next byte."""
+_PART = 2**16
+"""Bytes of gaps that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -174,25 +177,57 @@ def _places(
     if gaps.dtype != torch.uint8 or gaps.ndim != 1:
         raise PayloadError(f"stage 'topk': gaps as {tuple(gaps.shape)} {gaps.dtype}")
     coded = gaps.numpy()
-    ends = np.flatnonzero(coded != FULL)
-    if len(ends) != sum(counts) or (len(coded) and (not len(ends) or ends[-1] != len(coded) - 1)):
+    kept, total = _measured(coded)
+    if kept != sum(counts) or (len(coded) and coded[-1] == FULL):
         raise PayloadError(
-            f"stage 'topk': {len(ends)} positions in {len(coded)} bytes, {sum(counts)} values"
+            f"stage 'topk': {kept} positions in {len(coded)} bytes, {sum(counts)} values"
         )
-    # The position among all values of all tensors, were each tensor to start where one ended.
-    after = np.cumsum(coded, dtype=np.int64)[ends] + np.arange(1, len(ends) + 1)
+    if total > sum(sizes):
+        raise PayloadError(f"stage 'topk': positions up to {total} among {sum(sizes)} values")
+    after = _after(coded, kept, np.int64 if total >= 2**31 else np.int32)
     found, start, base = [], 0, 0
     for count, size in zip(counts, sizes, strict=True):
-        places = after[start : start + count] - base - 1
-        if count and places[-1] >= size:
-            raise PayloadError(f"stage 'topk': position {places[-1]} in a tensor of {size} values")
-        found.append(torch.from_numpy(places))
+        places = after[start : start + count]
         start += count
-        base = int(after[start - 1]) if start else 0
+        if count:
+            end = int(places[-1])
+            places -= base + 1
+            base = end
+            if places[-1] >= size:
+                raise PayloadError(
+                    f"stage 'topk': position {places[-1]} in a tensor of {size} values"
+                )
+        found.append(torch.from_numpy(places))
     return iter(found)
+
+
+def _measured(coded: npt.NDArray[np.uint8]) -> tuple[int, int]:
+    """How many gaps there are, and how many values they and their values pass over."""
+    parts = [coded[start : start + _PART] for start in range(0, len(coded), _PART)]
+    kept = sum(int(np.count_nonzero(part != FULL)) for part in parts)
+    return kept, kept + sum(int(part.sum(dtype=np.int64)) for part in parts)
+
+
+def _after(
+    coded: npt.NDArray[np.uint8], kept: int, kind: type[np.signedinteger[Any]]
+) -> npt.NDArray[np.signedinteger[Any]]:
+    """Where each value ends among all tensors' values, were each to start where one ended."""
+    after = np.empty(kept, dtype=kind)
+    done = total = 0
+    # In parts: sums of a hostile row of gaps would take many times the memory of the row.
+    for start in range(0, len(coded), _PART):
+        part = coded[start : start + _PART]
+        ends = np.cumsum(part, dtype=np.int64)[part != FULL]
+        after[done : done + len(ends)] = ends + np.arange(done + 1, done + len(ends) + 1) + total
+        done += len(ends)
+        total += int(part.sum(dtype=np.int64))
+    return after
 
 
 def _spread(values: torch.Tensor, shape: Sequence[int], places: torch.Tensor) -> torch.Tensor:
     whole = torch.zeros(math.prod(shape), dtype=values.dtype)
-    whole[places] = values.reshape(-1)
+    for part, some in zip(
+        torch.split(places, _PART), torch.split(values.reshape(-1), _PART), strict=True
+    ):
+        whole[part.long()] = some
     return whole.reshape(tuple(shape))

@@ -12,10 +12,12 @@ from fedpara_plugins.codecs import (
     peek_header,
     reference_hash,
 )
+from fedpara_plugins.codecs.agreement import check_model
 from fedpara_plugins.codecs.chain import Codec
 from fedpara_plugins.codecs.stage import Tensors
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.references.version_zero import base_from_header
+from fedpara_plugins.spec import ModelSpec
 
 __all__ = ["ClientReferences", "LostReferenceError", "Received"]
 
@@ -68,23 +70,30 @@ class ClientReferences:
         """The hashes of what is held of that record, the last one first."""
         return tuple(self._held(record))
 
-    def receive(self, record: str, payload: bytes, *, limit: int) -> Received:
+    def receive(
+        self, record: str, payload: bytes, *, limit: int, expect: ModelSpec | None = None
+    ) -> Received:
         """Decode a downlink.
 
         Args:
             record: its name.
             payload: the bytes.
             limit: bytes that the state may have.
+            expect: this side's model, if it is known; a message that describes another is refused
+                before anything is derived or decoded.
 
         Raises:
+            MismatchError: the message is of another model than expected.
             LostReferenceError: answer with its ``holds`` and no work done; the server sends again.
             PayloadError: the payload is damaged or exceeds the limit.
         """
         header = peek_header(payload)
+        if expect is not None:
+            check_model(header, expect)
         wanted = header.reference
         references: dict[str, Tensors] = {}
         if wanted is not None:
-            base = base_from_header(header.extra, header.model, limit=limit)
+            base = base_from_header(header.extra, header.model, limit=limit, expect=expect)
             references = self._held(record) if base is None else {base.reference: base.tensors}
             if wanted not in references:
                 what = "version 0" if base else "a reference"

@@ -27,11 +27,13 @@ from fedpara_plugins.codecs.stage import (
     REAL_DTYPES,
     Tensors,
     byte_size,
+    check_count,
     check_limit,
     dtype_name,
 )
+from fedpara_plugins.codecs.strict_json import strict_json
 from fedpara_plugins.errors import PayloadError
-from fedpara_plugins.initialise import seeded_shared
+from fedpara_plugins.initialise import PART, seeded_shared
 from fedpara_plugins.spec import ModelSpec, plan_from_row
 
 __all__ = ["SEEDED", "ZEROS", "Base", "BaseKind", "base_from_header", "base_of"]
@@ -41,10 +43,15 @@ SEEDED: BaseKind = "seeded"
 ZEROS: BaseKind = "zeros"
 
 KEY = "base"
-LONGEST_LAYOUT = 16 * 2**20
-"""Bytes of the layout's JSON, unpacked."""
-DENSE_FACTOR = 200
-"""Deriving factors composes their weights once: dense bytes (float64) allowed a byte of limit."""
+LONGEST_LAYOUT = 4 * 2**20
+"""Bytes of the layout's JSON, unpacked; as many as a payload's whole table may have."""
+DENSE_FACTOR = 64
+"""Deriving factors composes their weights once: entries allowed for a byte of the state."""
+DENSE_ENTRIES = 2**26
+"""Entries of composed weights that are allowed however small the state is."""
+
+_Layout = Mapping[str, tuple[torch.dtype, list[int]]]
+"""Dtype and shape by name."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def base_of(kind: BaseKind, spec: ModelSpec, like: Mapping[str, Tensor]) -> Base
         spec: the model.
         like: any state of it.
     """
-    tensors = _derived(kind, spec, like)
+    tensors = _derived(kind, spec, {n: (x.dtype, list(x.shape)) for n, x in like.items()})
     layout = [[name, dtype_name(value.dtype), list(value.shape)] for name, value in like.items()]
     packed = zlib.compress(json.dumps(layout, separators=(",", ":")).encode(), 9)
     text = base64.b64encode(packed).decode("ascii")
@@ -79,7 +86,11 @@ def base_of(kind: BaseKind, spec: ModelSpec, like: Mapping[str, Tensor]) -> Base
 
 
 def base_from_header(
-    extra: Mapping[str, Any] | None, model: Mapping[str, Any] | None, *, limit: int
+    extra: Mapping[str, Any] | None,
+    model: Mapping[str, Any] | None,
+    *,
+    limit: int,
+    expect: ModelSpec | None = None,
 ) -> Base | None:
     """The base that a header means; None if it means none.
 
@@ -87,8 +98,10 @@ def base_from_header(
         extra: the header's field of that name.
         model: the header's field of that name.
         limit: bytes that the state may have.
+        expect: this side's model, if it is known; the header's must be the very same.
 
     Raises:
+        MismatchError: the header's model is not the one expected.
         PayloadError: the description is malformed, or the state would exceed the limit.
     """
     if extra is None or KEY not in extra:
@@ -98,7 +111,11 @@ def base_from_header(
         if kind not in (SEEDED, ZEROS):
             raise ValueError(f"unknown kind {str(kind)[:40]!r}")
         like = _layout(text, limit)
+        if kind == SEEDED and expect is not None:
+            expect.check_described(model or {}, here="this side", there="the payload's sender")
         spec = _spec(model or {}) if kind == SEEDED else None
+    except PayloadError:
+        raise
     except (
         ArithmeticError,
         LookupError,
@@ -109,31 +126,33 @@ def base_from_header(
     ) as error:
         raise PayloadError(f"the header's description of version 0 is malformed: {error}") from None
     if spec is not None:
-        _check_spec(spec, limit)
+        _check_spec(spec, like)
     tensors = _derived(kind, spec, like)
     return Base(tensors, reference_hash(tensors), {KEY: extra[KEY]})
 
 
 def _spec(model: Mapping[str, Any]) -> ModelSpec:
     """Weights and seed; a record may hold a part of the model, so its names do not matter."""
-    weights = {str(row[0]): plan_from_row(row) for row in model["weights"]}
-    return ModelSpec(weights=weights, keys=(), seed=int(model["seed"]))
+    rows, seed = model["weights"], model["seed"]
+    weights = {str(row[0]): plan_from_row(row) for row in rows}
+    if type(seed) is not int or len(weights) != len(rows):
+        raise ValueError("the seed is no integer, or a weight stands there twice")
+    return ModelSpec(weights=weights, keys=(), seed=seed)
 
 
-def _layout(text: str, limit: int) -> Tensors:
+def _layout(text: str, limit: int) -> _Layout:
     unpacker = zlib.decompressobj()
     plain = unpacker.decompress(base64.b64decode(text, validate=True), LONGEST_LAYOUT + 1)
     if len(plain) > LONGEST_LAYOUT:
         raise ValueError("the layout is too long")
-    rows = json.loads(plain)
-    sizes = [byte_size(DTYPES[dtype], _checked_shape(shape)) for _, dtype, shape in rows]
-    check_limit(sum(sizes), limit, "version 0")
-    like = {
-        str(name): torch.empty(shape, dtype=DTYPES[dtype], device="meta")
-        for name, dtype, shape in rows
-    }
-    if len(like) != len(rows):
-        raise ValueError("a name stands there twice")
+    rows = strict_json(plain.decode("utf-8"))
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise ValueError("the layout is no list of tensors")
+    check_count(len(rows), "the layout of version 0")
+    like = {name: (DTYPES[dtype], _checked_shape(shape)) for name, dtype, shape in rows}
+    if len(like) != len(rows) or not all(isinstance(name, str) for name in like):
+        raise ValueError("a name is no text, or stands there twice")
+    check_limit(_size(like), limit, "version 0")
     return like
 
 
@@ -145,37 +164,65 @@ def _checked_shape(shape: object) -> list[int]:
     return shape
 
 
-def _check_spec(spec: ModelSpec, limit: int) -> None:
-    """Sizes and deviations come from a stranger: nothing is drawn before they are sound."""
+def _size(like: _Layout) -> int:
+    return sum(byte_size(dtype, shape) for dtype, shape in like.values())
+
+
+def _drawn(spec: ModelSpec, like: _Layout) -> dict[str, dict[str, str]]:
+    """The weights that are drawn: those whose shared factors all stand in the layout.
+
+    By name, the full name of each of these factors by its short one. Whatever else a description
+    lists costs nothing.
+    """
+    found = {}
     for weight, plan in spec.weights.items():
-        sizes = [*plan.shape, plan.rank]
+        keys = spec.factor_keys(weight)
+        shared = {name: key for name, key in keys.items() if name not in plan.private_names}
+        if all(_fits(like.get(key), plan.factor_shape(name)) for name, key in shared.items()):
+            found[weight] = shared
+    return found
+
+
+def _fits(entry: tuple[torch.dtype, list[int]] | None, shape: tuple[int, ...]) -> bool:
+    return entry is not None and entry[0] in REAL_DTYPES and tuple(entry[1]) == shape
+
+
+def _check_spec(spec: ModelSpec, like: _Layout) -> None:
+    """Sizes and deviations come from a stranger: nothing is drawn before they are sound."""
+    plans = {weight: spec.weights[weight] for weight in _drawn(spec, like)}
+    for weight, plan in plans.items():
         numbers = [plan.scale, plan.factor_std, plan.variance]
         if plan.method.private:
             numbers.append(plan.private_std)
-        sound = all(1e-30 < number < 1e30 for number in numbers)
-        if len(plan.shape) < 2 or min(sizes) < 1 or not sound:
+        if not all(1e-30 < number < 1e30 for number in numbers):
             raise PayloadError(
-                f"{weight[:200]}: no factors can have shape {plan.shape}, rank {plan.rank} and the "
-                f"numbers {numbers}"
+                f"{weight[:200]!r}: no factors can have shape {plan.shape}, rank {plan.rank} and "
+                f"the numbers {numbers}"
             )
-        check_limit(8 * prod(plan.shape), DENSE_FACTOR * limit, f"the composed {weight}")
-        entries = sum(prod(plan.factor_shape(name)) for name in plan.factor_names)
-        check_limit(4 * entries, DENSE_FACTOR * limit, f"the factors of {weight}")
+        row, most = prod(plan.shape[1:]), max(PART, _size(like))
+        if row > most:
+            raise PayloadError(
+                f"{weight[:200]!r}: a row of the composed weight has {row} entries; at most {most} "
+                f"are computed"
+            )
+    entries = sum(prod(plan.shape) for plan in plans.values())
+    allowed = max(DENSE_ENTRIES, DENSE_FACTOR * _size(like))
+    if entries > allowed:
+        raise PayloadError(
+            f"version 0: its composed weights have {entries} entries, and at most {allowed} are "
+            f"computed for a state of {_size(like)} bytes: the message is forged, or its ranks are "
+            f"far smaller than any that pays"
+        )
 
 
-def _derived(kind: BaseKind, spec: ModelSpec | None, like: Mapping[str, Tensor]) -> Tensors:
+def _derived(kind: BaseKind, spec: ModelSpec | None, like: _Layout) -> Tensors:
     seeded: Tensors = {}
     if kind == SEEDED and spec is not None:
-        for weight, plan in spec.weights.items():
-            keys = spec.factor_keys(weight)
-            values = seeded_shared(plan, seed=spec.seed, key=weight)
-            seeded.update({keys[name]: value for name, value in values.items()})
-    state: Tensors = {}
-    for name, tensor in like.items():
-        value = seeded.get(name)
-        usable = value is not None and value.shape == tensor.shape and tensor.dtype in REAL_DTYPES
-        if usable and value is not None:
-            state[name] = value.to(tensor.dtype)
-        else:
-            state[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
-    return state
+        for weight, keys in _drawn(spec, like).items():
+            values = seeded_shared(spec.weights[weight], seed=spec.seed, key=weight)
+            for name, key in keys.items():
+                seeded[key] = values[name].to(like[key][0])
+    return {
+        name: seeded[name] if name in seeded else torch.zeros(shape, dtype=dtype)
+        for name, (dtype, shape) in like.items()
+    }

@@ -231,7 +231,7 @@ class TestHostileStreams:
     def test_escapes_that_do_not_come_are_refused(self):
         with pytest.raises(PayloadError, match="0 symbols escape, and 1 values"):
             decode(forged(escaped=b"\x05"), symbol_notes(4))
-        with pytest.raises(PayloadError, match="4 symbols escape, and 0 values"):
+        with pytest.raises(PayloadError, match="4 symbols of tensor 'x' escape, and 0 values"):
             decode(forged(table=[0, 2**14]), symbol_notes(4))
 
     def test_symbols_beyond_the_dtype_are_refused(self):

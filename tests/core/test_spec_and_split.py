@@ -94,6 +94,12 @@ def test_mismatch_names_both_sides(options, words):
         lambda data: data["weights"][0].__setitem__(3, 99),
         lambda data: data["weights"][0].__setitem__(1, "unheard-of"),
         lambda data: data.__setitem__("private", [["x"]]),
+        lambda data: data["private"].append(data["private"][0]),
+        lambda data: data["private"][0].__setitem__(0, -1),
+        lambda data: data["private"][0].__setitem__(0, 10**6),
+        lambda data: data["weights"][0].__setitem__(2, []),
+        lambda data: data["weights"][0].__setitem__(2, [16, -12]),
+        lambda data: data["weights"][0][4].__setitem__(0, float("nan")),
         lambda data: data.__setitem__("seed", None),
     ],
 )
@@ -103,6 +109,18 @@ def test_damaged_descriptions_are_refused(damage):
     damage(data)
     with pytest.raises(PayloadError):
         ModelSpec.from_json(data, spec.shared_keys)
+
+
+def test_private_tensors_of_any_size_are_refused_where_there_is_a_limit():
+    """This side makes them itself, so the size of the message says nothing of them."""
+    described = converted(private=["2.bias"])
+    spec = ModelSpec.of(described)
+    size = sum(4 * value.numel() for value in fedpara.split(described).private.values())
+    assert spec.private_bytes == size
+    data = spec.to_json()
+    assert ModelSpec.from_json(data, spec.shared_keys, limit=size) == spec
+    with pytest.raises(PayloadError, match=f"would take {size} bytes"):
+        ModelSpec.from_json(data, spec.shared_keys, limit=size - 1)
 
 
 def test_dense_state_from_shared_keys_alone_is_w1():

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import fedpara_plugins as fedpara
-from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.codecs.stage import MAX_TENSORS
+from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.initialise import seeded_shared
 from fedpara_plugins.references import version_zero
 from fedpara_plugins.references.version_zero import SEEDED, ZEROS, base_from_header, base_of
@@ -157,29 +158,112 @@ def test_a_layout_that_unpacks_to_too_much_is_refused(monkeypatch):
         base_from_header({"base": forged}, {}, limit=10**6)
 
 
+def layout_of(row):
+    """The factors that such a row would have."""
+    name, _, (m, n, *kernel), rank, *_ = row
+    sizes = {"x": [m, rank], "y": [n, rank], **({"t": [rank, rank, *kernel]} if kernel else {})}
+    prefix = name.removesuffix("weight")
+    return [[f"{prefix}{x}{i}", "F32", size] for i in (1, 2) for x, size in sizes.items()]
+
+
+def seeded(layout, rows, limit=10**8):
+    header = {"base": {"kind": "seeded", "layout": pack(layout)}}
+    return base_from_header(header, {"seed": 0, "weights": rows}, limit=limit)
+
+
+SOUND = ["weight", "fedpara", [10, 12], 3, [1.0, 1.0, 0.0, 1.0], False]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Names of the weights that were drawn."""
+    names, draw = [], version_zero.seeded_shared
+    monkeypatch.setattr(
+        version_zero,
+        "seeded_shared",
+        lambda *args, key, **more: names.append(key) or draw(*args, key=key, **more),
+    )
+    return names
+
+
+def test_the_helpers_above_describe_what_is_drawn(drawn):
+    base = seeded(layout_of(SOUND), [SOUND])
+    assert drawn == ["weight"]
+    assert all(bool(value.any()) for value in base.tensors.values())
+
+
 @pytest.mark.parametrize(
-    "row",
+    ("place", "value"),
     [
-        ["w", "fedpara", [10**6, 10**6], 3, [1.0, 1.0, 0.0, 1.0], False],
-        ["w", "fedpara", [10, 10], 10**8, [1.0, 1.0, 0.0, 1.0], False],
-        ["w", "fedpara", [10, 10], 0, [1.0, 1.0, 0.0, 1.0], False],
-        ["w", "fedpara", [10, 10], 3, [1.0, 0.0, 0.0, 1.0], False],
-        ["w", "fedpara", [10, 10], 3, [1.0, -1.0, 0.0, 1.0], False],
-        ["w", "fedpara", [10], 3, [1.0, 1.0, 0.0, 1.0], False],
-        ["w", "fedpara", [], 3, [1.0, 1.0, 0.0, 1.0], False],
-        ["w", "unheard of", [10, 10], 3, [1.0, 1.0, 0.0, 1.0], False],
-        ["w", "fedpara", [10, 10], 3, [1e999, 1.0, 0.0, 1.0], False],
+        (1, "unheard of"),
+        (1, []),
+        (2, [10]),
+        (2, []),
+        (2, [10, True]),
+        (3, 0),
+        (3, "3"),
+        (4, [1.0, 0.0, 0.0, 1.0]),
+        (4, [1.0, -1.0, 0.0, 1.0]),
+        (4, [1e999, 1.0, 0.0, 1.0]),
+        (4, [1.0, 1.0, 0.0, "x"]),
+        (4, [1.0, 1.0, 0.0]),
     ],
 )
-def test_a_forged_model_is_refused_before_anything_is_drawn(row, monkeypatch):
-    def drawn(*_args, **_options):
-        raise AssertionError("something was drawn")
-
-    monkeypatch.setattr(version_zero, "seeded_shared", drawn)
-    layout = pack([["w", "F32", [10]]])
+def test_a_forged_model_is_refused_before_anything_is_drawn(place, value, drawn):
     with pytest.raises(PayloadError):
-        base_from_header(
-            {"base": {"kind": "seeded", "layout": layout}},
-            {"seed": 0, "weights": [row]},
-            limit=10**4,
-        )
+        seeded(layout_of(SOUND), [[*SOUND[:place], value, *SOUND[place + 1 :]]])
+    with pytest.raises(PayloadError):
+        seeded(layout_of(SOUND), [SOUND, SOUND])
+    assert drawn == []
+
+
+def test_weights_without_their_factors_in_the_layout_cost_nothing(drawn):
+    """A table of 4 MiB has room for tens of thousands of them, each as large as it likes."""
+    rows = [[f"{i}.weight", "fedpara", [10**6, 10**6], 10**5, *SOUND[4:]] for i in range(1000)]
+    base = seeded([["w", "F32", [10]], *layout_of(SOUND)[:3]], [*rows, SOUND])
+    assert drawn == []
+    assert not any(bool(value.any()) for value in base.tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [["weight", "fedpara", [100_000, 100_000], 1, *SOUND[4:]]],
+            "composed weights have 10000000000",
+        ),
+        (
+            [["weight", "fedpara", [4, 100, 1000, 1000], 1, *SOUND[4:]]],
+            "a row of the composed weight",
+        ),
+        (
+            [[f"{i}.weight", "fedpara", [4000, 4000], 1, *SOUND[4:]] for i in range(100)],
+            "1600000000",
+        ),
+    ],
+)
+def test_composed_weights_that_no_such_state_has_are_refused(rows, said, drawn):
+    """Factors of rank 1 are small, and what they compose can be as large as one likes."""
+    with pytest.raises(PayloadError, match=said):
+        seeded([entry for row in rows for entry in layout_of(row)], rows)
+    assert drawn == []
+
+
+def test_the_state_of_another_model_than_expected_is_not_derived(model, drawn):
+    spec = fedpara.ModelSpec.of(model)
+    other = fedpara.ModelSpec.of(fedpara.convert(nn.Linear(64, 32), method="fedpara", gamma=0.9))
+    base = base_of(SEEDED, spec, model.state_dict())
+    drawn.clear()
+    given = {"limit": 10**8, "expect": other}
+    with pytest.raises(MismatchError, match="this side"):
+        base_from_header(base.extra, spec.to_json(), **given)
+    assert drawn == []
+    same = base_from_header(base.extra, spec.to_json(), limit=10**8, expect=spec)
+    assert same.reference == base.reference
+
+
+def test_more_tensors_than_a_payload_may_have_are_refused():
+    many = [[str(i), "U8", [0]] for i in range(MAX_TENSORS + 1)]
+    header = {"base": {"kind": "zeros", "layout": pack(many)}}
+    with pytest.raises(PayloadError, match="65537 tensors"):
+        base_from_header(header, None, limit=10**6)

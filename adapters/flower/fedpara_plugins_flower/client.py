@@ -120,7 +120,7 @@ def _answer(
 def _receive(name: str, payload: bytes, state: ClientState) -> _Received:
     limit = max(DEFLATE_BOUND * len(payload), SMALLEST_BOUND)
     held = state.references.receive(name, payload, limit=limit)
-    spec = spec_of(held.header, held.tensors)
+    spec = spec_of(held.header, held.tensors, limit=limit)
     private, fresh = state.private(spec, held.tensors)
     return _Received(
         spec=spec,

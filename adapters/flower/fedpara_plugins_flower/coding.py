@@ -69,19 +69,20 @@ def decoders_of(header: PayloadHeader) -> tuple[str, ...]:
     return tuple(map(str, named)) if isinstance(named, list) else ()
 
 
-def spec_of(header: PayloadHeader, names: Iterable[str]) -> ModelSpec:
+def spec_of(header: PayloadHeader, names: Iterable[str], *, limit: int) -> ModelSpec:
     """The model that a payload describes.
 
     Args:
         header: of the payload.
         names: of its tensors.
+        limit: bytes that the private tensors may have.
 
     Raises:
         PayloadError: it describes none, or an unsound one.
     """
     if header.model is None:
         raise PayloadError("fedpara: the message describes no model; was it made by this plugin?")
-    return ModelSpec.from_json(header.model, tuple(names))
+    return ModelSpec.from_json(header.model, tuple(names), limit=limit)
 
 
 def check_finite(tensors: Tensors) -> None:

@@ -1,0 +1,125 @@
+"""Decoding takes at most five times the limit, whatever a stage is told to decode."""
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from fedpara_plugins.codecs import encode_payload, parse_codec
+from fedpara_plugins.codecs.rans import lanes_for
+from fedpara_plugins.testing.hostile import pack
+
+COUNT = 4 * 2**20
+HALVES = torch.randn(2, COUNT // 2, generator=torch.Generator().manual_seed(0)).half()
+REFERENCE = {"w": (torch.arange(COUNT).reshape(2, -1) % 64 / 64).half()}
+
+
+def forged(codec, note, tensors):
+    """A signed payload of one stage, its tensors as (name, dtype, shape, bytes)."""
+    fields = {"plugin": "x", "codec": codec, "reference": None, "model": None, "extra": None}
+    order = sorted(range(len(tensors)), key=lambda i: tensors[i][0])
+    places = [order.index(i) for i in range(len(tensors))]
+    header = {"crc32": "0" * 8, "version": 1, **fields, "order": places, "notes": [note]}
+    text = json.dumps(header, separators=(",", ":"))
+    table, body = {"__metadata__": {"fedpara": text}}, b""
+    for name, dtype, shape, octets in tensors:
+        ends = [len(body), len(body) + len(octets)]
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": ends}
+        body += octets
+    return pack(table, body)
+
+
+def rows_of_one_value():
+    """A step of four bytes for every symbol of one."""
+    n = COUNT // 4
+    note = {"dtypes": ["F16"], "each": "0", "scopes": "r", "block": 0, "steps": "", "far": 0}
+    steps = np.full(n, 0.5, "<f4").tobytes()
+    tensors = [("w", "I8", [n, 1], bytes(n)), ("x", "F32", [n], steps)]
+    return forged("quantise", note, tensors), 5 * n
+
+
+def all_values_kept():
+    """A position of one byte for every value of two."""
+    n = COUNT // 2
+    tensors = [("w", "F16", [1, n], b"\0\x3c" * n), ("x", "U8", [n], bytes(n))]
+    return forged("topk", {"shapes": [[n + 1, 1]]}, tensors), 3 * n
+
+
+def all_symbols_escape(n, wide):
+    """Escaped values in the widest dtype: four bytes for each symbol of one, if there is both."""
+    shapes, kinds = ([[n], [1]], ["I8", "I32"]) if wide else ([[n]], ["I8"])
+    states = np.full(lanes_for(n + wide), 2**16, "<u4").tobytes()
+    rest = zlib.compress(states + struct.pack("<H", 2**14) + bytes((4 if wide else 1) * (n + wide)))
+    each = "01"[: len(shapes)]
+    note = {"names": list("wx")[: len(shapes)], "shapes": shapes, "dtypes": kinds, "each": each}
+    stream = struct.pack("<iIII", 0, 0, n + wide, 0) + rest
+    note["coded"] = "s" * len(shapes)
+    return forged("ans", note, [("stream", "U8", [len(stream)], stream)]), 2 * n
+
+
+def honest(codec, tensors=None):
+    tensors = {"w": HALVES} if tensors is None else tensors
+    data = encode_payload(tensors, codec=parse_codec(codec), reference=REFERENCE)
+    return data, sum(tensor.nbytes for tensor in tensors.values())
+
+
+CASES = {
+    "rows of one value": rows_of_one_value,
+    "all values kept": all_values_kept,
+    "all symbols escape": lambda: all_symbols_escape(COUNT, False),
+    "all symbols escape, one is wide": lambda: all_symbols_escape(COUNT, True),
+    "steps on a grid": lambda: honest("grid+zlib", {"w": REFERENCE["w"] + 0.25}),
+    "floats of eight bytes": lambda: honest("planes+zlib", {"w": torch.ones(COUNT // 2).double()}),
+} | {
+    codec: lambda codec=codec: honest(codec)
+    for codec in ("lossless", "int8", "balanced", "small", "quantise:bits=4,scope=row+ans", "cast")
+}
+
+WATCH = """
+import pickle, sys
+import torch
+torch.set_num_threads(1)
+from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
+from fedpara_plugins.errors import PayloadError
+cases, reference = pickle.load(sys.stdin.buffer)
+def status(key):
+    return next(int(x.split()[1]) * 1024 for x in open("/proc/self/status") if x.startswith(key))
+zeros = {"w": torch.zeros(9, 4)}
+for codec in ("small", "lossless", "topk:share=0.1", "quantise:scope=row+ans"):  # lazy imports
+    packed = encode_payload({"w": torch.rand(9, 4)}, codec=parse_codec(codec), reference=zeros)
+    decode_payload(packed, limit=10**4, reference=zeros)
+for name, (data, limit) in cases.items():
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    before = status("VmRSS")
+    try:
+        decode_payload(data, limit=limit, reference=reference)
+        outcome = "decoded"
+    except PayloadError as error:
+        outcome = "refused"
+    print(outcome, (status("VmHWM") - before) / limit, name)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_decoding_stays_below_five_times_the_limit():
+    cases = {name: make() for name, make in CASES.items()}
+    # glibc would keep what was freed, and the next case would find it for nothing.
+    result = subprocess.run(
+        [sys.executable, "-c", WATCH],
+        input=pickle.dumps((cases, REFERENCE)),
+        capture_output=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    assert result.returncode == 0, result.stderr.decode()[-2000:]
+    found = [line.split(maxsplit=2) for line in result.stdout.decode().splitlines()]
+    assert [name for *_, name in found] == list(CASES)
+    for outcome, times, name in found:
+        assert outcome == ("refused" if name.endswith("one is wide") else "decoded"), name
+        assert float(times) < 5, (name, times)
