@@ -15,7 +15,7 @@ import fedpara_plugins as fedpara
 import fedpara_plugins_flower.client as client_side
 from harness.apps import Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.cells import GAMMA, STRATEGIES
-from harness.inprocess_grid import Engine
+from harness.inprocess_grid import Engine, Sent
 from harness.reference import RULES, Reference, federated
 from harness.task import Task
 
@@ -195,6 +195,24 @@ def test_a_client_that_sends_damaged_bytes_is_left_out(
     outcome = _one_fails(noting, "fedpara", codec)
     _check_named(outcome, "checksum")
     _check_as_without_the_client(outcome, "fedpara", codec)
+
+
+@pytest.mark.parametrize(("method", "codec"), [("fedpara", "none"), ("pfedpara", "small")])
+def test_a_client_that_does_not_answer_in_time_is_left_out_and_named(
+    method: str, codec: str
+) -> None:
+    def late(sent: Sent) -> bool:
+        return (sent.kind, sent.partition, sent.round) == ("train", CULPRIT, ROUND)
+
+    outcome = federate(plugin_apps(Experiment(TASK)), _section(method, codec), late=late)
+    _check_named(outcome, "has not answered in time")
+    if method == "fedpara":
+        _check_as_without_the_client(outcome, method, codec)
+    # It goes on in the next round where both sides know it to be: no second copy of the model.
+    after = [s for s in outcome.sent if (s.partition, s.direction) == (CULPRIT, "down")]
+    first, *others = [s.array_bytes for s in after]
+    assert codec == "none" or max(others) < first / 2
+    assert outcome.losses[-1] < outcome.losses[0]
 
 
 def _one_fails(

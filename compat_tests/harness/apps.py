@@ -152,6 +152,7 @@ def federate(
     nodes: int = 4,
     engine: Engine = "simulation",
     tap: Callable[[Sent, InProcessGrid], None] | None = None,
+    late: Callable[[Sent], bool] | None = None,
     raises: bool = True,
 ) -> Outcome:
     """Run an app to its end.
@@ -163,10 +164,13 @@ def federate(
         nodes: number of clients.
         engine: see `InProcessGrid`.
         tap: see `InProcessGrid`.
+        late: see `InProcessGrid`.
         raises: whether an error of the ServerApp is raised; else it is in the outcome.
     """
     config = client_config if client_config is not None else run_config
-    grid = InProcessGrid(apps.client, nodes=nodes, run_config=config, engine=engine, tap=tap)
+    grid = InProcessGrid(
+        apps.client, nodes=nodes, run_config=config, engine=engine, tap=tap, late=late
+    )
     outcome = Outcome(grid, sent=grid.sent)
     with _captured_log() as outcome.log:
         try:

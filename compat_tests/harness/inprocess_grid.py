@@ -6,7 +6,7 @@ again on the other side, so no Python object is ever on both sides. Each node ke
 as in Flower's deployment, where every message has a process of its own. Exceptions become the
 Error replies that the engine makes of them.
 
-What it does not do: sampling in time (no timeout, no node that is away) and chunks over HTTP.
+What it does not do: chunks over HTTP.
 """
 
 from __future__ import annotations
@@ -145,6 +145,8 @@ class InProcessGrid(Grid):
             client changed in its state; ``deployment`` does neither.
         tap: called with each message, in both directions, as it travels, and with this Grid. All
             messages are kept in ``sent`` anyway.
+        late: a reply for which it is true does not come in time: the client has done its work, and
+            the server never hears of it.
     """
 
     def __init__(
@@ -155,7 +157,9 @@ class InProcessGrid(Grid):
         run_config: RunConfig | None = None,
         engine: Engine = "simulation",
         tap: Callable[[Sent, InProcessGrid], None] | None = None,
+        late: Callable[[Sent], bool] | None = None,
     ) -> None:
+        self._late = late
         self._client_app = client_app
         made = sorted((_Node(i, nodes, RUN_ID) for i in range(nodes)), key=lambda node: node.id)
         self._nodes = {node.id: node for node in made}
@@ -241,7 +245,11 @@ class InProcessGrid(Grid):
             asked = _round_of(message)
             reply = self._answer(message)
             reply.metadata.__dict__["_message_id"] = str(uuid4())
-            replies.append(self._sent(reply, "up", asked).rebuilt())
+            wire = self._sent(reply, "up", asked)
+            if self._late is not None and self._late(self.sent[-1]):
+                self.sent.pop()
+            else:
+                replies.append(wire.rebuilt())
         return replies
 
     def send_and_receive(

@@ -149,7 +149,13 @@ class CodecGrid(ForwardingGrid):
         self, messages: Sequence[Message], timeout: float | None
     ) -> tuple[list[Message], set[int]]:
         sent = [self._sent(message) for message in messages]
-        return self._received(list(self._inner.send_and_receive(sent, timeout=timeout)))
+        replies = list(self._inner.send_and_receive(sent, timeout=timeout))
+        answered = {reply.metadata.src_node_id for reply in replies}
+        for message in sent:
+            if message.metadata.dst_node_id not in answered:
+                node = message.metadata.dst_node_id
+                log.warning("fedpara: node %d has not answered in time and is left out", node)
+        return self._received(replies)
 
     def _sent(self, message: Message) -> Message:
         with self._lock:
