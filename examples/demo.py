@@ -35,12 +35,12 @@ DIFF = EXAMPLES / "flower_digits.diff"
 README = EXAMPLES.parent / "README.md"
 PICTURE = EXAMPLES.parent / "docs" / "demo.png"
 
-# By name: method, codec, colour in the picture. `none-int8` tells what the codec does by itself.
+# By name: method, codec, colour in the picture. `none-small` tells what the codec does by itself.
 RUNS = {
     "none": ("none", "none", "#444444"),
-    "none-int8": ("none", "int8", "#009e73"),
-    "fedpara": ("fedpara", "int8", "#0072b2"),
-    "pfedpara": ("pfedpara", "int8", "#d55e00"),
+    "none-small": ("none", "small", "#009e73"),
+    "fedpara": ("fedpara", "small", "#0072b2"),
+    "pfedpara": ("pfedpara", "small", "#d55e00"),
 }
 DEFAULT_RUNS = ["none", "fedpara", "pfedpara"]
 NUM_CLIENTS = 10
