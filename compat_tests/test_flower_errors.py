@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -111,8 +110,10 @@ def test_what_the_plugin_needs_is_both_lines_of_both_sides() -> None:
         ({"gamma": 0.5}, ["conv2.weight", "rank 8", "rank 7", "same fedpara options"]),
         ({"method": "lowrank"}, ["conv2.weight", "lowrank", "fedpara rank 7"]),
         ({"exclude": "fc1"}, ["fc1.weight", "dense", "same fedpara options"]),
+        ({"codec": "int8"}, ["codec differs", "int8", "has none", "same fedpara option codec"]),
+        ({"uplink_codec": "small"}, ["codec differs", "down none", "same fedpara option codec"]),
     ],
-    ids=["gamma", "method", "exclude"],
+    ids=["gamma", "method", "exclude", "codec", "uplink-codec"],
 )
 @pytest.mark.parametrize("engine", ["simulation", "deployment"])
 def test_different_options_on_the_two_sides_end_the_run_in_its_first_round(
@@ -274,17 +275,3 @@ def _reference(method: str, *, missing: bool = True) -> Reference:
 
 def _distance(a: dict[str, Tensor], b: dict[str, Tensor], keys: dict[str, Tensor]) -> float:
     return float(sum(((a[key].double() - b[key].double()) ** 2).sum() for key in keys) ** 0.5)
-
-
-def test_an_app_of_the_legacy_api_is_refused_before_the_first_message() -> None:
-    """Its arrays have no names, so nothing could be converted or kept private."""
-    from flwr.serverapp import ServerApp
-
-    import fedpara_plugins_flower
-
-    app = fedpara_plugins_flower.server_app(ServerApp(server_fn=lambda context: None))
-    plain = plugin_apps(Experiment(TASK))
-    outcome = federate(replace(plain, server=lambda _: app), _section(), raises=False)
-    assert isinstance(outcome.error, fedpara.ConfigError)
-    assert "Message API" in str(outcome.error)
-    assert not outcome.sent

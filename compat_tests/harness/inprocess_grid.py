@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -167,6 +168,7 @@ class InProcessGrid(Grid):
         self._engine = engine
         self._tap = tap
         self._waiting: dict[str, WireObject] = {}
+        self._lock = threading.RLock()
         self.sent: list[Sent] = []
 
     # For tests
@@ -255,8 +257,9 @@ class InProcessGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push, then pull."""
-        return self.pull_messages(list(self.push_messages(messages)))
+        """Push, then pull; one caller at a time, since the legacy API asks in several threads."""
+        with self._lock:
+            return self.pull_messages(list(self.push_messages(messages)))
 
     # Clients
 

@@ -26,7 +26,7 @@ from fedpara_plugins import PluginError, set_label_counts
 from fedpara_plugins_flower._version import __version__
 
 if TYPE_CHECKING:
-    from fedpara_plugins_flower.client import client_mod
+    from fedpara_plugins_flower.client import client_mod, client_mod_with
     from fedpara_plugins_flower.evaluation import log_metrics
     from fedpara_plugins_flower.run import factorised, to_dense
     from fedpara_plugins_flower.server import server_app
@@ -36,6 +36,7 @@ __all__ = [
     "Settings",
     "__version__",
     "client_mod",
+    "client_mod_with",
     "factorised",
     "log_metrics",
     "server_app",
@@ -48,6 +49,7 @@ OLDEST_FLWR = (1, 22)
 _HOMES = {
     "Settings": "settings",
     "client_mod": "client",
+    "client_mod_with": "client",
     "factorised": "run",
     "log_metrics": "evaluation",
     "server_app": "server",

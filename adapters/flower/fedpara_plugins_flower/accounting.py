@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flwr.common import ArrayRecord, Message
 
 from fedpara_plugins import FedParaConfig, Ledger, LedgerEntry, __version__
 from fedpara_plugins.ledger import LayerSize, RunStart
 from fedpara_plugins_flower.evaluation import ClientMetrics, scalars
-from fedpara_plugins_flower.records import array_bytes, raw_bytes
+from fedpara_plugins_flower.records import array_bytes, raw_bytes, value_bytes
+from fedpara_plugins_flower.secagg import masked_bytes
 
 __all__ = ["Accounting", "Direction", "Size"]
 
@@ -99,7 +100,8 @@ class Accounting:
         """Take in how good a client found the model; others' replies are passed over."""
         kind = reply.metadata.message_type
         if kind.startswith("evaluate") and reply.has_content():
-            self._evaluated.add(scalars(reply.content.metric_records.values()))
+            legacy: Mapping[str, Any] = reply.content.config_records.get("evaluateres.metrics", {})
+            self._evaluated.add(scalars([*reply.content.metric_records.values(), legacy]))
 
     def close_evaluation(self) -> None:
         """All replies of an evaluation are in: note their mean."""
@@ -117,7 +119,8 @@ class Accounting:
                 client=str(node),
                 tensors=size.tensors,
                 raw_bytes=size.raw,
-                encoded_bytes=sum(map(array_bytes, message.content.array_records.values())),
+                encoded_bytes=sum(map(array_bytes, message.content.array_records.values()))
+                + masked_bytes(message.content),
                 dense_bytes=size.dense,
             )
         )
@@ -149,7 +152,7 @@ class Accounting:
 def _plain_layers(records: Iterable[ArrayRecord]) -> Iterable[LayerSize]:
     for record in records:
         for name, array in record.items():
-            size = array.numpy().nbytes
+            size = value_bytes(array)
             layer = name.rpartition(".")[0]
             yield LayerSize(layer=layer, tensors=1, raw_bytes=size, dense_bytes=size)
 

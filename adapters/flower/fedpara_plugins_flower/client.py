@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from flwr.common import Context, Message, RecordDict
 from torch import Tensor
@@ -13,10 +15,18 @@ from torch import Tensor
 from fedpara_plugins import ConfigError, FedParaError, ModelSpec, merge
 from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins.codecs import decoders
-from fedpara_plugins.references import LostReferenceError, Received
+from fedpara_plugins.references import LostReferenceError, Received, shared_part
 from fedpara_plugins.storage import Storage
+from fedpara_plugins_flower import positional, secagg
 from fedpara_plugins_flower.client_state import ClientState, client_storage
-from fedpara_plugins_flower.coding import check_finite, decoders_of, encode, spec_of
+from fedpara_plugins_flower.coding import (
+    blind_limit,
+    check_finite,
+    codecs_of,
+    decoders_of,
+    encode,
+    spec_of,
+)
 from fedpara_plugins_flower.logs import show_core_logs
 from fedpara_plugins_flower.marker import Marker
 from fedpara_plugins_flower.records import (
@@ -29,18 +39,12 @@ from fedpara_plugins_flower.refusal import refuse_plain_message
 from fedpara_plugins_flower.run import Run, open_run
 from fedpara_plugins_flower.settings import Settings
 
-__all__ = ["client_mod"]
+__all__ = ["client_mod", "client_mod_with"]
 
 log = logging.getLogger("flwr.fedpara")
 
 App = Callable[[Message, Context], Message]
-
-DEFLATE_BOUND = 1100
-"""zlib cannot expand by more."""
-
-SMALLEST_BOUND = 2**30
-"""Bytes that a message may decode to in any case. A client has no model at hand that would bound
-it better, and a message that says "no change" may be smaller than any coder's rate suggests."""
+Mod = Callable[[Message, Context, App], Message]
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,41 @@ def client_mod(message: Message, context: Context, call_next: App) -> Message:
         MismatchError: the app builds another model than the server's message describes.
         PayloadError: the message is damaged, or training gave NaN.
     """
-    settings = Settings.from_run_config(context.run_config)
+    return _run(message, context, call_next, {})
+
+
+def client_mod_with(**options: Any) -> Mod:
+    """`client_mod` with options set in Python, for ``run_simulation``, whose config is empty.
+
+    Where the run's config has the same option, that one wins. Give the server the same ones:
+    ``fedpara.server_app(app, method="fedpara", gamma=0.1)``.
+
+    Args:
+        options: those of the section ``[tool.flwr.app.config.fedpara]``.
+
+    Raises:
+        ConfigError: unknown option, or a value out of range.
+    """
+    Settings.from_run_config({}, options)
+    return partial(_run, options=options)
+
+
+def _run(message: Message, context: Context, call_next: App, options: Mapping[str, Any]) -> Message:
+    try:
+        return _begin(message, context, call_next, options)
+    except FedParaError as error:
+        # Flower forwards only the text of an error: it must say whose it is.
+        raise type(error)(f"fedpara: {str(error).removeprefix('fedpara: ')}") from error
+
+
+def _begin(
+    message: Message, context: Context, call_next: App, options: Mapping[str, Any]
+) -> Message:
+    settings = Settings.from_run_config(context.run_config, options)
     if not settings.active or not message.has_content():
         with open_run(Run(settings, side="client")):
             return call_next(message, context)
+    secagg.check_settings(message, settings)
     payloads = {n: carried_payload(r) for n, r in message.content.array_records.items()}
     if None in payloads.values():
         return refuse_plain_message(message)
@@ -90,7 +125,9 @@ def _answer(
 ) -> Message:
     state = ClientState(storage)
     try:
-        received = {name: _receive(name, payload, state) for name, payload in payloads.items()}
+        received = {
+            name: _receive(name, payload, state, settings) for name, payload in payloads.items()
+        }
     except LostReferenceError as error:
         log.warning("fedpara: the server is asked to send again: %s", error)
         has = {name: state.references.holds(name) for name in payloads}
@@ -98,28 +135,35 @@ def _answer(
         return Message(lost.attached_to(RecordDict()), reply_to=message)
     for name, part in received.items():
         message.content[name] = to_record(part.full)
+    positional.unname_request(message)
     expected = next((part.spec for part in received.values()), None)
+    secagg.check_order(message, private=expected is not None and bool(expected.private_keys))
     run = Run(
         settings,
         side="client",
         expected=expected,
         previous_steps=state.steps(),
         storage=storage,
+        starts=positional.asks_for_parameters(message),
     )
     reply = _call_app(message, context, call_next, run)
     if reply.has_error():
         return reply
+    named = received.get(positional.PARAMETERS)
+    positional.name_reply(reply, named.spec.keys if named else None, run.specs)
     _export(message, context, settings, received)
-    encoded = _encode_reply(reply, settings, state, received)
+    masked = secagg.masks_reply(message)
+    encoded = _encode_reply(reply, settings, state, received, run.specs, masked=masked)
     state.keep_steps(max((training.steps for training in run.trainings), default=0))
     # Only now: a round that fails leaves no trace, and one that is killed none or all of it.
     storage.commit()
     return encoded
 
 
-def _receive(name: str, payload: bytes, state: ClientState) -> _Received:
-    limit = max(DEFLATE_BOUND * len(payload), SMALLEST_BOUND)
+def _receive(name: str, payload: bytes, state: ClientState, settings: Settings) -> _Received:
+    limit = blind_limit(payload)
     held = state.references.receive(name, payload, limit=limit)
+    _check_codecs(codecs_of(held.header), settings)
     spec = spec_of(held.header, held.tensors, limit=limit)
     private, fresh = state.private(spec, held.tensors)
     return _Received(
@@ -131,13 +175,26 @@ def _receive(name: str, payload: bytes, state: ClientState) -> _Received:
     )
 
 
+def _check_codecs(theirs: tuple[str, ...], settings: Settings) -> None:
+    """Raise if the two sides code in different ways: each would go on sending whole models."""
+    mine = settings.codec_names
+    if theirs and theirs != mine:
+        raise ConfigError(
+            f"the codec differs: this client has {_text(mine)}, the server has "
+            f"{_text(theirs)}. Set the same fedpara option codec on both sides"
+        )
+
+
+def _text(codecs: Sequence[str]) -> str:
+    return codecs[0] if len(set(codecs)) == 1 else f"up {codecs[0]}, down {codecs[1]}"
+
+
 def _call_app(message: Message, context: Context, call_next: App, run: Run) -> Message:
     with open_run(run):
         try:
             return call_next(message, context)
-        except FedParaError as error:
-            # Flower forwards only the text of an error: it must say whose it is.
-            raise type(error)(f"fedpara: {str(error).removeprefix('fedpara: ')}") from error
+        except FedParaError:
+            raise
         except Exception as error:
             if run.expected is not None and run.expected.weights and not run.specs:
                 raise ConfigError(
@@ -148,16 +205,30 @@ def _call_app(message: Message, context: Context, call_next: App, run: Run) -> M
 
 
 def _encode_reply(
-    reply: Message, settings: Settings, state: ClientState, received: Mapping[str, _Received]
+    reply: Message,
+    settings: Settings,
+    state: ClientState,
+    received: Mapping[str, _Received],
+    built: Mapping[frozenset[str], ModelSpec],
+    *,
+    masked: bool,
 ) -> Message:
     private: dict[str, Tensor] = {}
+    in_clear: dict[str, dict[str, Tensor]] = {}
     outgoing: dict[str, bytes] = {}
     residuals: dict[str, dict[str, Tensor]] = {}
     for name, record in reply.content.array_records.items():
+        if positional.carries_nothing(record):
+            continue
         part = received.get(name) or next(iter(received.values()), None)
         tensors = to_tensors(record)
         check_finite(tensors)
-        spec = part.spec if part else ModelSpec(weights={}, keys=tuple(tensors), seed=0)
+        spec = part.spec if part else _built_spec(built, tensors)
+        if name in received:
+            private.update({k: v for k, v in tensors.items() if k in spec.private_keys})
+        if masked:
+            in_clear[name] = shared_part(spec, tensors)
+            continue
         reference = received[name].held.tensors if name in received else None
         codec = settings.uplink.resolved(part.decoders if part else None)
         outgoing[name], residuals[name] = encode(
@@ -167,8 +238,8 @@ def _encode_reply(
             reference=reference,
             residual=state.residual(name) if codec.feedback else None,
         )
-        if name in received:
-            private.update({k: v for k, v in tensors.items() if k in spec.private_keys})
+    for name, shared in in_clear.items():
+        secagg.take_shared(reply.content, name, shared)
     for name, payload in outgoing.items():
         reply.content[name] = payload_record(payload)
     state.keep_private(private)
@@ -185,6 +256,16 @@ def _encode_reply(
     )
     reply.content = marker.attached_to(reply.content)
     return reply
+
+
+def _built_spec(
+    built: Mapping[frozenset[str], ModelSpec], tensors: Mapping[str, Tensor]
+) -> ModelSpec:
+    """The model that an answer is about which nobody sent: private names must not leave here."""
+    for spec in (built.get(frozenset(tensors)), *built.values()):
+        if spec is not None and set(tensors) <= set(spec.keys):
+            return spec
+    return ModelSpec(weights={}, keys=tuple(tensors), seed=0)
 
 
 def _export(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,9 +16,26 @@ from fedpara_plugins.codecs import (
 )
 from fedpara_plugins.references import alike, shared_part
 
-__all__ = ["check_finite", "decoders_of", "encode", "own_words", "spec_of"]
+__all__ = [
+    "blind_limit",
+    "check_finite",
+    "codecs_of",
+    "decoders_of",
+    "encode",
+    "own_words",
+    "spec_of",
+]
 
 DECODERS = "decoders"
+CODECS = "codecs"
+
+DEFLATE_BOUND = 1100
+"""zlib cannot expand by more."""
+
+SMALLEST_BOUND = 2**30
+"""Bytes that a message may decode to in any case. A receiver without a model at hand has nothing
+that bounds it better, and a message that says "no change" may be smaller than any coder's rate
+suggests."""
 
 Tensors = Mapping[str, Tensor]
 
@@ -58,9 +75,26 @@ def encode(
     )
 
 
-def own_words() -> dict[str, list[str]]:
-    """What this side says of itself in every payload's header: the decoders it has."""
-    return {DECODERS: list(decoders())}
+def own_words(codecs: Sequence[str] = ()) -> dict[str, list[str]]:
+    """What this side says of itself in a payload's header: the decoders it has.
+
+    Args:
+        codecs: its settings, for a receiver that is to compare them with its own; () leaves them
+            out.
+    """
+    words = {DECODERS: list(decoders())}
+    return {**words, CODECS: list(codecs)} if codecs else words
+
+
+def codecs_of(header: PayloadHeader) -> tuple[str, ...]:
+    """The codec settings of the sender of a payload; empty where it names none."""
+    named = (header.extra or {}).get(CODECS)
+    return tuple(map(str, named)) if isinstance(named, list) else ()
+
+
+def blind_limit(payload: bytes) -> int:
+    """Bytes that a payload may decode to, where no model is at hand that bounds it better."""
+    return max(DEFLATE_BOUND * len(payload), SMALLEST_BOUND)
 
 
 def decoders_of(header: PayloadHeader) -> tuple[str, ...]:

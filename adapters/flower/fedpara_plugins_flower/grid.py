@@ -9,14 +9,20 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
+import torch
 from flwr.common import Message, RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
+from torch import Tensor
 
-from fedpara_plugins import ConfigError, FedParaError, PayloadError
-from fedpara_plugins.codecs import decode_payload
+from fedpara_plugins import FedParaError, PayloadError, merge
+from fedpara_plugins.codecs import Payload, decode_payload
+from fedpara_plugins_flower import positional, secagg
 from fedpara_plugins_flower.accounting import Accounting, Direction, Size
-from fedpara_plugins_flower.coding import check_finite
+from fedpara_plugins_flower.coding import blind_limit, check_finite, spec_of
 from fedpara_plugins_flower.final_state import FinalState
+from fedpara_plugins_flower.first_contact import FirstContact
 from fedpara_plugins_flower.marker import Marker
 from fedpara_plugins_flower.outbox import Outbox
 from fedpara_plugins_flower.records import carried_payload, to_record, to_tensors
@@ -106,15 +112,25 @@ class CodecGrid(ForwardingGrid):
         run: the run's settings and the models built in it.
         accounting: where the bytes are counted.
         final: follows the global model.
+
+    Attributes:
+        fatal: the error that ended the run. The legacy API catches it and would go on.
     """
 
     def __init__(self, inner: Grid, run: Run, accounting: Accounting, final: FinalState) -> None:
         super().__init__(inner)
+        self.fatal: FedParaError | None = None
+        self._run = run
         self._accounting = accounting
         self._final = final
         self._outbox = Outbox(run)
-        self._met_plugin = False
-        # The legacy strategies push and pull from several threads.
+        config = run.settings.config
+        self._namer = positional.Namer(
+            run.specs, plain_names=config.method == "none" and not config.private
+        )
+        self._first = FirstContact()
+        self._place: tuple[str, str] | None = None
+        # The legacy strategies send and receive from several threads.
         self._lock = threading.RLock()
 
     def send_and_receive(
@@ -122,17 +138,67 @@ class CodecGrid(ForwardingGrid):
     ) -> Iterable[Message]:
         """Encode, send, wait, decode; a client that lost its reference is served once more."""
         plain = list(messages)
+        # The legacy API asks each client in a thread of its own, and takes errors for its failure.
+        alone = len(plain) == 1 and positional.is_legacy(plain[0])
+        try:
+            if self.fatal is not None:
+                raise self.fatal
+            self._begin(plain)
+            usable = self._served(self._named(plain), timeout)
+            if not alone:
+                self._first.check()
+        except FedParaError as error:
+            if alone and self.fatal is None:
+                log.error("%s", error)
+            self.fatal = error
+            raise
+        if not alone:
+            self._accounting.close_evaluation()
+        return usable
+
+    def finish(self) -> None:
+        """The run is over: raise what the legacy API has kept to itself."""
+        if self.fatal is not None:
+            raise self.fatal
+        self._first.check()
+
+    def completed_list(self, shared: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        """A list of the shared arrays alone, with the private ones of the server in their places.
+
+        It belongs to the message that was encoded last; for secure aggregation.
+        """
+        with self._lock:
+            names = self._outbox.shared_names(positional.PARAMETERS)
+            if len(names) != len(shared):
+                return shared
+            tensors = {
+                name: torch.from_numpy(np.asarray(value))
+                for name, value in zip(names, shared, strict=True)
+            }
+            full = self._outbox.completed(positional.PARAMETERS, tensors)
+            return [value.numpy() for value in full.values()]
+
+    def _begin(self, messages: Sequence[Message]) -> None:
+        """With the first message of another kind or round, all replies to the first ones are in."""
+        for message in messages[:1]:
+            place = (message.metadata.message_type, message.metadata.group_id)
+            with self._lock:
+                if self._place not in (None, place):
+                    self._first.check()
+                self._place = place
+
+    def _served(self, plain: Sequence[Message], timeout: float | None) -> list[Message]:
         usable, lost = self._exchange(plain, timeout)
         if lost:
             repeated = [message for message in plain if message.metadata.dst_node_id in lost]
             usable += self._exchange(repeated, timeout)[0]
-        self._outbox.tell_first_contacts()
-        self._accounting.close_evaluation()
+        with self._lock:
+            self._outbox.tell_first_contacts()
         return usable
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Encode and push; the legacy strategies' way."""
-        return self._inner.push_messages([self._sent(message) for message in messages])
+        return self._inner.push_messages([self._sent(m) for m in self._named(messages)])
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pull and decode; the legacy strategies' way."""
@@ -157,6 +223,13 @@ class CodecGrid(ForwardingGrid):
                 log.warning("fedpara: node %d has not answered in time and is left out", node)
         return self._received(replies)
 
+    def _named(self, messages: Iterable[Message]) -> list[Message]:
+        with self._lock:
+            plain = list(messages)
+            for message in plain:
+                secagg.check_settings(message, self._run.settings)
+            return [self._namer.named(message) for message in plain]
+
     def _sent(self, message: Message) -> Message:
         with self._lock:
             encoded = self._outbox.encoded(message)
@@ -172,7 +245,7 @@ class CodecGrid(ForwardingGrid):
     def _received(self, replies: Sequence[Message]) -> tuple[list[Message], set[int]]:
         """The usable replies, decoded, and the nodes that lost what they held."""
         with self._lock:
-            self._check_first_contact(replies)
+            self._first.replied(replies)
             usable: list[Message] = []
             lost: set[int] = set()
             fresh = 0
@@ -183,7 +256,9 @@ class CodecGrid(ForwardingGrid):
                     usable.append(reply)
                     continue
                 marker = Marker.taken_from(reply.content)
-                if marker is None:
+                if marker is None and secagg.is_secagg(reply.content):
+                    usable.append(reply)  # a step of the protocol that the app took no part in
+                elif marker is None:
                     log.warning("fedpara: left out node %d: it answers without the plugin", node)
                 elif marker.lost:
                     lost.add(node)
@@ -202,17 +277,30 @@ class CodecGrid(ForwardingGrid):
         size = Size()
         try:
             for name, record in reply.content.array_records.items():
+                if positional.carries_nothing(record):
+                    size += self._masked(reply)
+                    continue
                 payload = carried_payload(record)
                 if payload is None:
                     raise PayloadError(f"record {name!r} carries no payload")
-                limit = self._outbox.limit(name)
+                first = positional.asks_for_parameters(reply)
+                limit = blind_limit(payload) if first else self._outbox.limit(name)
                 references = self._outbox.references
-                tensors = decode_payload(payload, references=references, limit=limit).tensors
-                size += self._outbox.size_of(name, tensors)
-                check_finite(tensors)
-                content[name] = to_record(self._outbox.completed(name, tensors))
+                decoded = decode_payload(payload, references=references, limit=limit)
+                size += self._outbox.size_of(name, decoded.tensors)
+                check_finite(decoded.tensors)
+                content[name] = to_record(
+                    self._first_weights(decoded)
+                    if first
+                    else self._outbox.completed(name, decoded.tensors)
+                )
+            positional.unname_reply(content, reply.metadata.message_type)
         except PayloadError as error:
             node = reply.metadata.src_node_id
+            if positional.asks_for_parameters(reply):
+                raise FedParaError(
+                    f"fedpara: the first weights, of node {node}: {error}"
+                ) from error
             log.warning("fedpara: left out the reply of node %d: %s", node, error)
             return False
         finally:
@@ -220,25 +308,15 @@ class CodecGrid(ForwardingGrid):
         reply.content = content
         return True
 
-    def _check_first_contact(self, replies: Sequence[Message]) -> None:
-        """End the run while nothing is lost yet, if no client speaks the plugin's language."""
-        if self._met_plugin or not replies:
-            return
-        sound = [reply for reply in replies if not reply.has_error()]
-        self._met_plugin = any("fedpara" in reply.content for reply in sound)
-        if self._met_plugin:
-            return
-        if sound:
-            raise ConfigError(
-                f"fedpara: the clients (node {sound[0].metadata.src_node_id}, for one) answer "
-                f"without the plugin, while this run's config turns it on. Add to the client: "
-                f"app = ClientApp(mods=[fedpara.client_mod]), the mod first in the list"
-            )
-        reasons = [(r.metadata.src_node_id, r.error.reason or "") for r in replies]
-        own = [(node, reason) for node, reason in reasons if "fedpara" in reason]
-        if own:
-            node, reason = own[0]
-            raise FedParaError(
-                f"fedpara: all {len(replies)} clients failed at the first message. If node {node} "
-                f"names unexpected keys, its app lacks mods=[fedpara.client_mod]. It said: {reason}"
-            )
+    def _first_weights(self, payload: Payload) -> dict[str, Tensor]:
+        """The model that a client starts the run with; the server may never have built one."""
+        spec = spec_of(payload.header, payload.tensors)
+        mine = self._run.specs.setdefault(frozenset(spec.keys), spec)
+        mine.check_equal(spec, here="the server", there="the client that was asked to start")
+        return merge(spec, payload.tensors, spec.initial_private(payload.tensors))
+
+    def _masked(self, reply: Message) -> Size:
+        """What stands behind a masked list: the shared part of what the client received."""
+        if not secagg.is_secagg(reply.content):
+            return Size()
+        return self._outbox.size(positional.PARAMETERS)

@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 
 from flwr.common import ConfigRecord, RecordDict
 
-__all__ = ["Marker"]
+__all__ = ["Marker", "has_marker"]
 
 MARKER_KEY = "fedpara"
 HOLDS = "holds."
 HAS = "has."
 DECODERS = "decoders"
+
+
+def has_marker(content: RecordDict) -> bool:
+    """Whether a reply comes from a client that has the plugin."""
+    return isinstance(content.get(MARKER_KEY), ConfigRecord)
 
 
 @dataclass(frozen=True)

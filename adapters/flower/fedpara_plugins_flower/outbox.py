@@ -61,6 +61,8 @@ class Outbox:
     def encoded(self, message: Message) -> Message:
         """A new message with payloads in place of the records of arrays."""
         node = message.metadata.dst_node_id
+        # A node that has answered once has compared our codecs with its own.
+        codecs = () if node in self._decoders else self._run.settings.codec_names
         content = RecordDict(dict(message.content.items()))
         for name, record in message.content.array_records.items():
             current = self._content(name, record)
@@ -71,7 +73,7 @@ class Outbox:
                 spec=current.spec,
                 codec=self._codec_for(node),
                 decoders=self._decoders.get(node),
-                extra=own_words(),
+                extra=own_words(codecs),
                 content=current.hash,
             )
             content[name] = payload_record(coded.payload)
@@ -162,6 +164,11 @@ class Outbox:
         if known is None or set(shared_part(known.spec, known.full)) != set(shared):
             return shared
         return {key: shared.get(key, value) for key, value in known.full.items()}
+
+    def shared_names(self, name: str) -> tuple[str, ...]:
+        """What of the record of that name that was encoded last has been sent, in order."""
+        known = self._contents.get(name)
+        return () if known is None else tuple(shared_part(known.spec, known.full))
 
     def last_state(self, name: str) -> State:
         """The complete state that was encoded last under that name."""

@@ -17,6 +17,7 @@ __all__ = [
     "raw_bytes",
     "to_record",
     "to_tensors",
+    "value_bytes",
     "with_content",
 ]
 
@@ -52,9 +53,20 @@ def array_bytes(record: ArrayRecord) -> int:
     return sum(len(array.data) for array in record.values())
 
 
+def value_bytes(array: Array) -> int:
+    """Bytes of an array's values alone, without NumPy's header.
+
+    Apps of the legacy API may serialise in a way of their own, or send an empty place holder:
+    those count as they are.
+    """
+    if array.stype != "numpy.ndarray" or not array.data:
+        return len(array.data)
+    return int(array.numpy().nbytes)
+
+
 def raw_bytes(record: ArrayRecord) -> int:
     """Bytes of the arrays' values alone, without NumPy's headers."""
-    return sum(array.numpy().nbytes for array in record.values())
+    return sum(map(value_bytes, record.values()))
 
 
 def with_content(message: Message, content: RecordDict) -> Message:

@@ -42,9 +42,11 @@ class Run:
         settings: the run's options.
         side: ``"client"`` or ``"server"``.
         expected: on a client, the model that the server's message describes.
-        specs: the models that `factorised` built here, by their set of names.
+        specs: the models that `factorised` built here, by their set of names: of the whole state,
+            and of ``parameters()`` where the model has buffers too.
         previous_steps: on a client, optimizer steps of its previous training round, if known.
         storage: on a client, what it keeps between rounds; committed when its reply is complete.
+        starts: the first model built here keeps its values, since the run starts from them.
         trainings: progress of the models that were built here with training options.
         dtypes: on a server that goes on with an earlier run, of the tensors that it began with.
         on_loaded: called with every complete state that such a model loads.
@@ -58,6 +60,7 @@ class Run:
     specs: dict[frozenset[str], ModelSpec] = field(default_factory=dict)
     previous_steps: int | None = None
     storage: Storage | None = None
+    starts: bool = False
     trainings: list[Training] = field(default_factory=list)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     on_loaded: Callable[[dict[str, Tensor]], None] | None = None
@@ -72,9 +75,11 @@ class Run:
         """
         model = convert(model, self._config())
         spec = ModelSpec.of(model)
+        specs = {frozenset(s.keys): s for s in (spec, _of_parameters(spec, model))}
         if self.expected is not None:
-            spec.check_equal(self.expected, here="this client", there="the server")
-        self.specs[frozenset(spec.keys)] = spec
+            mine = specs.get(frozenset(self.expected.keys), spec)
+            mine.check_equal(self.expected, here="this client", there="the server")
+        self.specs |= specs
         start_round(model, previous_steps=self.previous_steps)
         if (training := training_of(model)) is not None:
             self.trainings.append(training)
@@ -83,8 +88,8 @@ class Run:
         return model
 
     def _config(self) -> FedParaConfig:
-        """Only the server's first model keeps its values; every other one loads a state next."""
-        first = self.side == "server" and not self.specs
+        """Only the model that the run starts from keeps its values; others load a state next."""
+        first = (self.side == "server" or self.starts) and not self.specs
         config = self.settings.config
         return config if first else replace(config, init="random")
 
@@ -134,6 +139,13 @@ def factorised(factory: Callable[P, M]) -> Callable[P, M]:
         return run.converted(factory(*args, **kwargs))
 
     return build
+
+
+def _of_parameters(spec: ModelSpec, model: nn.Module) -> ModelSpec:
+    """What an app sends that leaves its buffers at home: a list of ``model.parameters()``."""
+    names = {name for name, _ in model.named_parameters()}
+    keys = tuple(key for key in spec.keys if key in names)
+    return replace(spec, keys=keys, own={k: v for k, v in spec.own.items() if k in names})
 
 
 def to_dense(arrays: ArrayRecord | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from flwr.common import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from fedpara_plugins import ConfigError
 from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins_flower.accounting import Accounting
 from fedpara_plugins_flower.evaluation import noting_evaluations
 from fedpara_plugins_flower.final_state import FinalState
 from fedpara_plugins_flower.grid import CodecGrid, ObservingGrid
 from fedpara_plugins_flower.logs import show_core_logs
+from fedpara_plugins_flower.positional import named_state
 from fedpara_plugins_flower.rounds import Rounds
 from fedpara_plugins_flower.run import Run, open_run
+from fedpara_plugins_flower.secagg import complete_sums
 from fedpara_plugins_flower.settings import Settings
 from fedpara_plugins_flower.strategy_start import follow_strategies
 
@@ -25,37 +27,34 @@ __all__ = ["server_app"]
 
 log = logging.getLogger("flwr.fedpara")
 
-LEGACY = (
-    "fedpara: this ServerApp has no @app.main() function. Apps of the legacy API (server_fn, "
-    "NumPyClient) send arrays without names and can run only with method and codec 'none': write "
-    "the app with the Message API, or switch the fedpara options off"
-)
-
 A = TypeVar("A", bound=ServerApp)
 
 
-def server_app(app: A) -> A:
+def server_app(app: A, **options: Any) -> A:
     """Let a ServerApp run with the plugin, as its run's config says.
 
     The same object comes back, still a ServerApp of its class: ``@app.main()`` and everything else
     work on it as before.
 
+    Args:
+        app: of the Message API, or of the legacy one with a ``server_fn``.
+        options: those of the section ``[tool.flwr.app.config.fedpara]``, for ``run_simulation``,
+            whose config is empty. Where the run's config has the same option, that one wins. Give
+            the clients the same ones: ``fedpara.client_mod_with(...)``.
+
     Raises:
-        ConfigError: (when the app runs) an option of the section is unknown or out of range, or
-            the plugin is on in an app of the legacy API.
+        ConfigError: an option is unknown or out of range; one of the section, when the app runs.
     """
-    app.__class__ = _wrapped_class(type(app))
+    Settings.from_run_config({}, options)
+    app.__class__ = _wrapped_class(type(app), options)
     return app
 
 
-def _wrapped_class(base: type[Any]) -> type[Any]:
+def _wrapped_class(base: type[Any], options: Mapping[str, Any]) -> type[Any]:
     class PluggedServerApp(base):  # type: ignore[misc]
         def __call__(self, grid: Grid, context: Context) -> None:
-            settings = Settings.from_run_config(context.run_config)
+            settings = Settings.from_run_config(context.run_config, options)
             show_core_logs()
-            # Without a main function Flower runs the legacy strategies of a server_fn.
-            if settings.active and getattr(self, "_main", None) is None:
-                raise ConfigError(LEGACY)
             final = FinalState()
             run = Run(settings, side="server", on_loaded=final.seen)
             accounting = Accounting(settings.ledger, settings.config)
@@ -72,7 +71,7 @@ def _wrapped_class(base: type[Any]) -> type[Any]:
             )
             with open_run(run):
                 try:
-                    super().__call__(wrapped, context)
+                    _serve(super().__call__, wrapped, context)
                 finally:
                     accounting.log_run()
                     if isinstance(wrapped, CodecGrid):
@@ -84,11 +83,28 @@ def _wrapped_class(base: type[Any]) -> type[Any]:
     return PluggedServerApp
 
 
+def _serve(
+    app: Callable[[Grid, Context], None], grid: CodecGrid | ObservingGrid, context: Context
+) -> None:
+    """Run the app, and raise the Grid's own error in the place of what followed from it."""
+    if isinstance(grid, ObservingGrid):
+        app(grid, context)
+        return
+    complete_sums()
+    try:
+        app(grid, context)
+    except Exception as error:
+        if grid.fatal is not None and error is not grid.fatal:
+            raise grid.fatal from error
+        raise
+    grid.finish()
+
+
 def _write_final(run: Run, final: FinalState) -> None:
     path = run.settings.checkpoint
     if path is None:
         return
-    state: dict[str, Tensor] | None = final.state()
+    state: dict[str, Tensor] | None = named_state(final.state(), run.specs)
     if state is None:
         log.warning(
             "fedpara: no checkpoint written: after the last training round the global model was "

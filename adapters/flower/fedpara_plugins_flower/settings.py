@@ -17,6 +17,8 @@ PREFIX = "fedpara."
 """Flower flattens nested config tables to dotted keys."""
 
 PATH_OPTIONS = ("ledger", "checkpoint", "client_checkpoints", "state_dir")
+ENTRY_OPTIONS = ("serverapp", "clientapp", "model")
+"""Where `fedpara_plugins_flower.entry` finds the app; no business of a run's settings."""
 REFERENCES = ("client", "grid")
 
 
@@ -61,17 +63,26 @@ class Settings:
             )
 
     @classmethod
-    def from_run_config(cls, run_config: Mapping[str, Any]) -> Settings:
+    def from_run_config(
+        cls, run_config: Mapping[str, Any], options: Mapping[str, Any] | None = None
+    ) -> Settings:
         """Read and validate the section; all defaults (method and codec ``none``) without one.
+
+        Args:
+            run_config: of the run; its section wins.
+            options: the same options, set in Python.
 
         Raises:
             ConfigError: unknown option, method or codec, or a value out of range.
         """
-        section = {
+        section = {key.replace("-", "_"): value for key, value in (options or {}).items()}
+        section |= {
             key[len(PREFIX) :].replace("-", "_"): value
             for key, value in run_config.items()
             if key.startswith(PREFIX)
         }
+        for name in ENTRY_OPTIONS:
+            section.pop(name, None)
         paths = {name: str(section.pop(name, "")) for name in PATH_OPTIONS}
         references = str(section.pop("references", "")) or "client"
         memory = _number("reference_memory", section.pop("reference_memory", ""))
@@ -87,10 +98,19 @@ class Settings:
         )
 
     @property
+    def codec_names(self) -> tuple[str, str]:
+        """The chains of both directions in words, for the other side to compare: up, down."""
+        return self.uplink.name, self.downlink.name
+
+    @property
+    def uncoded(self) -> bool:
+        """Whether messages hold plain numbers in both directions."""
+        return self.uplink.name == self.downlink.name == "none"
+
+    @property
     def active(self) -> bool:
         """Whether messages are touched at all."""
-        coded = self.uplink.name != "none" or self.downlink.name != "none"
-        return self.config.method != "none" or coded or bool(self.config.private)
+        return self.config.method != "none" or not self.uncoded or bool(self.config.private)
 
 
 def _number(name: str, value: Any) -> float | None:

@@ -1,0 +1,388 @@
+"""Apps of Flower's legacy API (``NumPyClient``, ``server_fn``): lists of arrays without names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fedpara_plugins as fedpara
+import fedpara_plugins_flower.coding as coding
+from fedpara_plugins.codecs import decode_payload, reference_hash
+from harness.apps import Hooks, Outcome, federate
+from harness.cells import GAMMA, METHODS, STRATEGIES
+from harness.inprocess_grid import InProcessGrid, Sent
+from harness.legacy_apps import PARTS, LegacyExperiment, Part, legacy_plain_apps, legacy_plugin_apps
+from harness.reference import RULES, Reference, federated
+from harness.task import Task
+
+State = dict[str, Tensor]
+
+TASK = Task(clients=3, rounds=3, epochs=1)
+PAIR = Task(clients=2, rounds=3, epochs=1)
+"""The legacy API sums replies in whatever order its threads end; of two, either gives the same."""
+LOSSY = ("int8", "balanced", "small")
+BOTH = frozenset({"net", "app"})
+NEITHER: frozenset[str] = frozenset()
+NET, APP = frozenset({"net"}), frozenset({"app"})
+
+
+def _section(method: str, codec: str = "none", **options: Any) -> dict[str, Any]:
+    chosen = {"method": method, "codec": codec, "gamma": GAMMA, **options}
+    return {f"fedpara.{key.replace('_', '-')}": value for key, value in chosen.items()}
+
+
+def _run(experiment: LegacyExperiment, section: Mapping[str, Any], **options: Any) -> Outcome:
+    apps = legacy_plugin_apps(experiment)
+    return federate(apps, section, nodes=experiment.task.clients, **options)
+
+
+def _build(task: Task, method: str, private: tuple[str, ...] = ()) -> nn.Module:
+    net = task.net()
+    return fedpara.convert(net, method=method, gamma=GAMMA, init="random", private=private)
+
+
+def _private(task: Task, method: str, private: tuple[str, ...] = ()) -> State:
+    return fedpara.split(_build(task, method, private)).private
+
+
+@cache
+def _plain_loop(task: Task, strategy: str, method: str, private: tuple[str, ...] = ()) -> Reference:
+    spec = STRATEGIES[strategy]
+    options = {k: v for k, v in spec.options.items() if k != "proximal_mu"}
+    return federated(
+        task,
+        partial(_build, task, method, private),
+        RULES[spec.rule](**options),
+        proximal_mu=spec.proximal_mu,
+        private_names=tuple(_private(task, method, private)),
+    )
+
+
+def _distance(a: State, b: State, keys: Mapping[str, Any] | list[str]) -> float:
+    return float(sum(((a[key].double() - b[key].double()) ** 2).sum() for key in keys) ** 0.5)
+
+
+# Against a plain loop ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_is_that_of_a_plain_loop(strategy: str, method: str) -> None:
+    outcome = _run(LegacyExperiment(TASK, strategy), _section(method, "lossless"))
+    plain = _plain_loop(TASK, strategy, method)
+    shared = [key for key in plain.state if key not in _private(TASK, method)]
+    assert list(outcome.state) == list(plain.state)
+    # FedAdam divides by the square root of small second moments.
+    tolerance = 2e-3 if strategy == "fedadam" else 1e-5
+    moved = _distance(plain.state, plain.initial, shared)
+    assert _distance(outcome.state, plain.state, shared) < tolerance * moved
+    assert outcome.losses == pytest.approx(plain.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+@pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
+def test_a_lossy_codec_stays_near_the_plain_loop_and_saves_bytes(method: str, codec: str) -> None:
+    outcome = _run(LegacyExperiment(TASK), _section(method, codec))
+    plain = _plain_loop(TASK, "fedavg", method)
+    shared = [key for key in plain.state if key not in _private(TASK, method)]
+    moved = _distance(plain.state, plain.initial, shared)
+    off = _distance(outcome.state, plain.state, shared)
+    assert 0 < off < (0.5 if codec == "small" else 0.1) * moved
+    uncoded = _run(LegacyExperiment(TASK), _section(method))
+    ratio = sum(s.array_bytes for s in uncoded.sent) / sum(s.array_bytes for s in outcome.sent)
+    assert ratio > 2
+
+
+def test_the_server_asks_a_client_for_the_first_weights() -> None:
+    """The server gives none and builds no model before the first evaluation."""
+    experiment = LegacyExperiment(TASK, initial=False, evaluate_fn=False)
+    seen: list[Tensor] = []
+
+    def loaded(model: nn.Module, client: int, server_round: int) -> None:
+        seen.append(model.get_parameter("fc2.weight").detach().clone())
+
+    for method in ("none", "pfedpara"):
+        seen.clear()
+        outcome = _run(
+            LegacyExperiment(TASK, initial=False, hooks=Hooks(loaded=loaded)),
+            _section(method, "int8"),
+        )
+        plain = _plain_loop(TASK, "fedavg", method)
+        assert outcome.sent[1].kind == "get_parameters"
+        for value in seen[: TASK.clients]:
+            assert torch.equal(value, plain.initial["fc2.weight"])
+        assert outcome.losses == pytest.approx(plain.losses, rel=0.02)
+        without_model = _run(experiment, _section(method, "int8"))
+        assert without_model.client_accuracies == pytest.approx(outcome.client_accuracies, abs=0.1)
+
+
+@pytest.mark.parametrize("codec", ["lossless", "int8"])
+@pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
+def test_an_app_may_send_parameters_and_keep_its_buffers(method: str, codec: str) -> None:
+    """Shorter than the state of a model with BatchNorm, whose statistics then stay at home."""
+    task = Task(model="batchnorm", clients=2, rounds=2, epochs=1)
+    names = [name for name, _ in _build(task, method).named_parameters()]
+    outcome = _run(LegacyExperiment(task, part="parameters"), _section(method, codec))
+    by_hand = federate(
+        legacy_plain_apps(LegacyExperiment(task, part="parameters"), partial(_build, task, method)),
+        nodes=2,
+    )
+    shared = [key for key in names if key not in _private(task, method)]
+    if method != "pfedpara":
+        off = _distance(outcome.state, by_hand.state, shared)
+        assert off <= (1e-6 if codec == "lossless" else 0.05)
+    for tensors in _travelled(outcome):
+        if method != "none":
+            assert list(tensors) == shared
+        assert not any("running" in key for key in tensors)
+    assert outcome.losses[-1] < outcome.losses[0]
+
+
+def test_batchnorm_travels_with_the_state() -> None:
+    task = Task(model="batchnorm", clients=2, rounds=2, epochs=1)
+    outcome = _run(LegacyExperiment(task), _section("fedpara", "lossless"))
+    plain = _plain_loop(task, "fedavg", "fedpara")
+    assert list(outcome.state) == list(plain.state)
+    assert {k: v.dtype for k, v in outcome.state.items()} == {
+        k: v.dtype for k, v in plain.initial.items()
+    }
+    assert outcome.losses == pytest.approx(plain.losses, rel=1e-3)
+
+
+# With everything off -----------------------------------------------------------------------------
+
+
+def _assert_same_messages(mine: Outcome, theirs: Outcome) -> None:
+    assert len(mine.sent) == len(theirs.sent) == 2 * 2 * PAIR.rounds * PAIR.clients
+
+    def place(sent: Sent) -> tuple[str, int, str, int]:
+        return sent.kind, sent.round, sent.direction, sent.partition
+
+    right = {place(sent): sent for sent in theirs.sent}
+    assert len(right) == len(theirs.sent)
+    for sent in mine.sent:
+        # Flower's id of the content is the hash of everything in it.
+        assert sent.content.object_id == right[place(sent)].content.object_id, place(sent)
+
+
+@pytest.mark.parametrize("section", [_section("none"), {}], ids=["none", "no section"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_with_method_and_codec_none_every_message_is_the_plain_apps(
+    strategy: str, section: dict[str, Any]
+) -> None:
+    experiment = LegacyExperiment(PAIR, strategy)
+    plain = federate(legacy_plain_apps(experiment), nodes=2)
+    plugged = _run(experiment, section)
+    _assert_same_messages(plugged, plain)
+    assert plugged.losses == plain.losses
+    with pytest.raises(AssertionError):  # the comparison can fail
+        _assert_same_messages(_run(experiment, _section("none", "lossless")), plain)
+
+
+# Private state -----------------------------------------------------------------------------------
+
+
+def _travelled(outcome: Outcome) -> list[State]:
+    """Every payload, decoded as a third party could that has seen all messages before it."""
+    held: dict[str, State] = {}
+    found = []
+    for sent in outcome.sent:
+        for record in sent.arrays.values():
+            (array,) = record.values()
+            payload = array.numpy().tobytes()
+            tensors = dict(decode_payload(payload, references=held, limit=10**7).tensors)
+            if sent.direction == "down":
+                held[reference_hash(tensors)] = tensors
+            found.append(tensors)
+    return found
+
+
+PRIVATE = [
+    ("pfedpara", ()),
+    ("none", ("fc2.*", "norm*")),
+    ("fedpara", ("fc2.*",)),
+    ("pfedpara", ("norm*",)),
+]
+
+
+@pytest.mark.parametrize("codec", ["none", "int8"])
+@pytest.mark.parametrize(("method", "private"), PRIVATE)
+def test_private_positions_never_travel_and_stay_with_their_client(
+    method: str, private: tuple[str, ...], codec: str
+) -> None:
+    before: dict[tuple[int, int], State] = {}
+    after: dict[tuple[int, int], State] = {}
+    names = list(_private(TASK, method, private))
+
+    def note(book: dict[tuple[int, int], State], model: nn.Module, client: int, n: int) -> None:
+        state = model.state_dict()
+        book[client, n] = {key: state[key].clone() for key in names}
+
+    hooks = Hooks(loaded=partial(note, before), trained=partial(note, after))
+    section = _section(method, codec, private=",".join(private))
+    outcome = _run(LegacyExperiment(TASK, hooks=hooks), section)
+    messages = _travelled(outcome)
+    assert len(messages) == 3 * TASK.rounds * TASK.clients  # to train, back, to evaluate
+    for tensors in messages:
+        assert set(tensors) == set(outcome.state) - set(names)
+    for client in range(TASK.clients):
+        for n in range(2, TASK.rounds + 1):
+            for key in names:
+                assert torch.equal(before[client, n][key], after[client, n - 1][key])
+                assert not torch.equal(before[client, n][key], after[client, n][key])
+    plain = _plain_loop(TASK, "fedavg", method, private)
+    if codec == "none" and not private:
+        for client, state in plain.private.items():
+            for key, value in state.items():
+                torch.testing.assert_close(
+                    after[client, TASK.rounds][key], value, rtol=1e-3, atol=1e-5
+                )
+
+
+def test_the_search_sees_private_positions_when_the_split_is_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coding, "shared_names", lambda spec: spec.keys)
+    outcome = _run(LegacyExperiment(TASK), _section("pfedpara"), raises=False)
+    names = set(_private(TASK, "pfedpara"))
+    assert any(names & set(tensors) for tensors in _travelled(outcome))
+
+
+# A client that fails, or comes back with nothing -------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", ["raises", "nan"])
+def test_a_failing_client_is_left_out_of_that_round_only(failure: str) -> None:
+    def trained(model: nn.Module, client: int, server_round: int) -> None:
+        if (client, server_round) == (1, 2):
+            if failure == "raises":
+                raise RuntimeError("no space left on device")
+            with torch.no_grad():
+                model.get_parameter("fc2.weight")[3, 5] = float("nan")
+
+    experiment = LegacyExperiment(TASK, hooks=Hooks(trained=trained))
+    outcome = _run(experiment, _section("pfedpara"))
+    plain = federated(
+        TASK,
+        partial(_build, TASK, "pfedpara"),
+        RULES["fedavg"](),
+        private_names=tuple(_private(TASK, "pfedpara")),
+        participants=[[0, 1, 2], [0, 2], [0, 1, 2]],
+    )
+    assert outcome.losses == pytest.approx(plain.losses, rel=1e-4)
+
+
+def test_a_client_that_fails_at_the_first_message_does_not_end_the_run() -> None:
+    """The legacy API asks each client in a call of its own: one error is not yet everybody's."""
+
+    def trained(model: nn.Module, client: int, server_round: int) -> None:
+        if (client, server_round) == (1, 1):
+            with torch.no_grad():
+                model.get_parameter("fc2.weight")[0, 0] = float("nan")
+
+    outcome = _run(LegacyExperiment(TASK, hooks=Hooks(trained=trained)), _section("fedpara"))
+    assert len(outcome.losses) == TASK.rounds + 1
+
+
+def test_a_client_that_lost_its_state_is_served_again_in_the_same_round() -> None:
+    lost: list[int] = []
+    trained: list[tuple[int, int]] = []
+
+    def tap(sent: Sent, grid: InProcessGrid) -> None:
+        if (sent.kind, sent.direction, sent.round) == ("train", "down", 3) and not lost:
+            grid.lose_state(2)
+            lost.append(2)
+
+    hooks = Hooks(trained=lambda model, client, n: trained.append((client, n)))
+    outcome = _run(LegacyExperiment(TASK, hooks=hooks), _section("pfedpara", "int8"), tap=tap)
+    assert lost
+    assert set(trained) == {(c, n) for c in range(TASK.clients) for n in (1, 2, 3)}
+    assert outcome.losses[-1] < outcome.losses[0]
+
+
+# What a user meets -------------------------------------------------------------------------------
+
+MISSING_LINES = [
+    # lines of the client, of the server, method, codec, what the error says
+    (NEITHER, BOTH, "fedpara", "none", "client_mod]"),
+    (NEITHER, BOTH, "none", "int8", "client_mod]"),
+    (NET, BOTH, "fedpara", "none", "client_mod]"),
+    (BOTH, NET, "fedpara", "none", "server_app(ServerApp())"),
+    (BOTH, NEITHER, "fedpara", "none", "server_app(ServerApp())"),
+    (BOTH, NEITHER, "none", "int8", "server_app(ServerApp())"),
+    (BOTH, APP, "fedpara", "none", "Net = fedpara.factorised(Net)"),
+    (BOTH, APP, "pfedpara", "int8", "Net = fedpara.factorised(Net)"),
+    (APP, BOTH, "fedpara", "none", "Net = fedpara.factorised(Net)"),
+]
+
+
+@pytest.mark.parametrize(("client", "server", "method", "codec", "says"), MISSING_LINES)
+@pytest.mark.parametrize("evaluate_fn", [True, False])
+def test_a_missing_line_ends_the_run_in_its_first_round(
+    client: frozenset[str],
+    server: frozenset[str],
+    method: str,
+    codec: str,
+    says: str,
+    evaluate_fn: bool,
+) -> None:
+    experiment = LegacyExperiment(TASK, evaluate_fn=evaluate_fn)
+    apps = legacy_plugin_apps(experiment, client=client, server=server)
+    outcome = federate(apps, _section(method, codec), nodes=TASK.clients, raises=False)
+    assert outcome.error is not None
+    assert says in str(outcome.error)
+    assert {(sent.round, sent.kind) for sent in outcome.sent} <= {(1, "train")}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "says"),
+    [
+        ({"gamma": 0.5}, ["conv2.weight", "same fedpara options"]),
+        ({"method": "lowrank"}, ["conv2.weight", "lowrank", "fedpara"]),
+        ({"codec": "int8"}, ["codec differs", "int8", "none"]),
+    ],
+    ids=["gamma", "method", "codec"],
+)
+def test_different_options_on_the_two_sides_end_the_run_in_its_first_round(
+    theirs: dict[str, Any], says: list[str]
+) -> None:
+    outcome = _run(
+        LegacyExperiment(TASK),
+        _section("fedpara"),
+        client_config=_section(**{"method": "fedpara", **theirs}),
+        raises=False,
+    )
+    assert isinstance(outcome.error, fedpara.FedParaError)
+    for text in says:
+        assert text in str(outcome.error)
+    assert {(sent.round, sent.kind) for sent in outcome.sent} == {(1, "train")}
+
+
+def test_a_list_of_something_else_is_refused_with_the_lengths() -> None:
+    experiment = LegacyExperiment(TASK, evaluate_fn=False)
+    whole = PARTS["state"]
+    halves = {
+        "server": Part(lambda model: whole.get(model)[:5], whole.set),
+        "client": Part(lambda model: whole.get(model)[:-1], whole.set),
+    }
+    for side, part in halves.items():
+        PARTS[side] = part
+        try:
+            wrong = LegacyExperiment(TASK, part=side, evaluate_fn=False)
+            right = legacy_plugin_apps(experiment)
+            broken = legacy_plugin_apps(wrong)
+            apps = type(right)(
+                client=broken.client if side == "client" else right.client,
+                server=broken.server if side == "server" else right.server,
+            )
+            outcome = federate(apps, _section("fedpara"), nodes=TASK.clients, raises=False)
+        finally:
+            del PARTS[side]
+        assert isinstance(outcome.error, fedpara.FedParaError)
+        assert "state_dict().values()" in str(outcome.error)
+        assert {sent.round for sent in outcome.sent} <= {1}
