@@ -28,7 +28,8 @@ from fedpara_plugins_flower._version import __version__
 if TYPE_CHECKING:
     from fedpara_plugins_flower.client import client_mod, client_mod_with
     from fedpara_plugins_flower.evaluation import log_metrics
-    from fedpara_plugins_flower.run import factorised, to_dense
+    from fedpara_plugins_flower.factories import factorised
+    from fedpara_plugins_flower.run import to_dense
     from fedpara_plugins_flower.server import server_app
     from fedpara_plugins_flower.settings import Settings
 
@@ -50,7 +51,7 @@ _HOMES = {
     "Settings": "settings",
     "client_mod": "client",
     "client_mod_with": "client",
-    "factorised": "run",
+    "factorised": "factories",
     "log_metrics": "evaluation",
     "server_app": "server",
     "to_dense": "run",

@@ -27,6 +27,7 @@ from fedpara_plugins_flower.coding import (
     encode,
     spec_of,
 )
+from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.logs import show_core_logs
 from fedpara_plugins_flower.marker import Marker
 from fedpara_plugins_flower.records import (
@@ -201,6 +202,8 @@ def _call_app(message: Message, context: Context, call_next: App, run: Run) -> M
                     f"fedpara: the app failed ({error}) and built no converted model, while the "
                     f"server sends one. Add to the client: Net = fedpara.factorised(Net)"
                 ) from error
+            if (hint := plain_model_hint(error, run)) is not None:
+                raise ConfigError(hint) from error
             raise
 
 

@@ -2,17 +2,16 @@
 
 User code builds its model in many places, some of which (an ``evaluate_fn``) know nothing of the
 run's config. The client mod and the server wrapper therefore open a `Run` around the user's code,
-and `factorised` asks for it.
+and `fedpara_plugins_flower.factories.factorised` asks for it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from flwr.common import ArrayRecord
@@ -26,9 +25,8 @@ from fedpara_plugins_flower.settings import Settings
 if TYPE_CHECKING:
     from fedpara_plugins_flower.strategy_start import StartHook
 
-__all__ = ["Run", "active_run", "factorised", "open_run", "to_dense"]
+__all__ = ["Run", "active_run", "open_run", "to_dense"]
 
-P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
 
 _active: ContextVar[Run | None] = ContextVar("fedpara_run", default=None)
@@ -107,38 +105,6 @@ def open_run(run: Run) -> Iterator[Run]:
         yield run
     finally:
         _active.reset(token)
-
-
-def factorised(factory: Callable[P, M]) -> Callable[P, M]:
-    """Wrap a model class or factory: what it returns is converted as the active run says.
-
-    Use it right after the imports, ``Net = fedpara.factorised(Net)``: every ``Net()`` of the file,
-    in helper functions and in an ``evaluate_fn`` too, then builds the run's model. With method
-    ``none`` the model is returned as it is.
-
-    Args:
-        factory: the model's class, or any function that returns a new model.
-
-    Returns:
-        A function with the same arguments. It raises `ConfigError` when it is called outside a run,
-        where the config is not known.
-    """
-
-    @functools.wraps(factory, updated=())
-    def build(*args: P.args, **kwargs: P.kwargs) -> M:
-        run = active_run()
-        if run is None:
-            name = getattr(factory, "__name__", "the model")
-            raise ConfigError(
-                f"fedpara: {name}() was called outside a run of the plugin, where its config is "
-                f"not known. On the server wrap the app, app = fedpara.server_app(ServerApp()); on "
-                f"the client put the mod first, ClientApp(mods=[fedpara.client_mod]); and build "
-                f"the model inside the app's functions. For the plain model elsewhere call the "
-                f"original class, {name}.__wrapped__()."
-            )
-        return run.converted(factory(*args, **kwargs))
-
-    return build
 
 
 def _of_parameters(spec: ModelSpec, model: nn.Module) -> ModelSpec:

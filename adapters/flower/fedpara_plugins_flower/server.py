@@ -10,9 +10,11 @@ from flwr.common import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
+from fedpara_plugins import ConfigError
 from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins_flower.accounting import Accounting
 from fedpara_plugins_flower.evaluation import noting_evaluations
+from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.final_state import FinalState
 from fedpara_plugins_flower.grid import CodecGrid, ObservingGrid
 from fedpara_plugins_flower.logs import show_core_logs
@@ -71,7 +73,7 @@ def _wrapped_class(base: type[Any], options: Mapping[str, Any]) -> type[Any]:
             )
             with open_run(run):
                 try:
-                    _serve(super().__call__, wrapped, context)
+                    _serve(super().__call__, wrapped, context, run)
                 finally:
                     accounting.log_run()
                     if isinstance(wrapped, CodecGrid):
@@ -84,7 +86,10 @@ def _wrapped_class(base: type[Any], options: Mapping[str, Any]) -> type[Any]:
 
 
 def _serve(
-    app: Callable[[Grid, Context], None], grid: CodecGrid | ObservingGrid, context: Context
+    app: Callable[[Grid, Context], None],
+    grid: CodecGrid | ObservingGrid,
+    context: Context,
+    run: Run,
 ) -> None:
     """Run the app, and raise the Grid's own error in the place of what followed from it."""
     if isinstance(grid, ObservingGrid):
@@ -96,6 +101,8 @@ def _serve(
     except Exception as error:
         if grid.fatal is not None and error is not grid.fatal:
             raise grid.fatal from error
+        if (hint := plain_model_hint(error, run)) is not None:
+            raise ConfigError(hint) from error
         raise
     grid.finish()
 
