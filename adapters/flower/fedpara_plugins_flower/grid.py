@@ -290,7 +290,7 @@ class CodecGrid(ForwardingGrid):
                 size += self._outbox.size_of(name, decoded.tensors)
                 check_finite(decoded.tensors)
                 content[name] = to_record(
-                    self._first_weights(decoded)
+                    self._first_weights(decoded, limit)
                     if first
                     else self._outbox.completed(name, decoded.tensors)
                 )
@@ -308,9 +308,9 @@ class CodecGrid(ForwardingGrid):
         reply.content = content
         return True
 
-    def _first_weights(self, payload: Payload) -> dict[str, Tensor]:
+    def _first_weights(self, payload: Payload, limit: int) -> dict[str, Tensor]:
         """The model that a client starts the run with; the server may never have built one."""
-        spec = spec_of(payload.header, payload.tensors)
+        spec = spec_of(payload.header, payload.tensors, limit=limit)
         mine = self._run.specs.setdefault(frozenset(spec.keys), spec)
         mine.check_equal(spec, here="the server", there="the client that was asked to start")
         return merge(spec, payload.tensors, spec.initial_private(payload.tensors))

@@ -10,7 +10,7 @@ from flwr.common import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from fedpara_plugins import ConfigError
+from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins_flower.accounting import Accounting
 from fedpara_plugins_flower.evaluation import noting_evaluations
@@ -101,7 +101,8 @@ def _serve(
     except Exception as error:
         if grid.fatal is not None and error is not grid.fatal:
             raise grid.fatal from error
-        if (hint := plain_model_hint(error, run)) is not None:
+        own = isinstance(error, FedParaError)
+        if not own and (hint := plain_model_hint(error, run)) is not None:
             raise ConfigError(hint) from error
         raise
     grid.finish()
