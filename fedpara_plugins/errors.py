@@ -10,7 +10,10 @@ FedParaError
 
 from __future__ import annotations
 
+from fedpara_plugins.text import printable, shortened
+
 __all__ = [
+    "LONGEST_TEXT",
     "ConfigError",
     "ConversionError",
     "FedParaError",
@@ -18,6 +21,10 @@ __all__ = [
     "PayloadError",
     "PluginError",
 ]
+
+
+LONGEST_TEXT = 2000
+"""Characters of an error's text, where it quotes what a stranger sent."""
 
 
 class FedParaError(Exception):
@@ -33,7 +40,14 @@ class ConversionError(FedParaError):
 
 
 class PayloadError(FedParaError, ValueError):
-    """Bytes are refused before they can do harm, or tensors before they are encoded."""
+    """Bytes are refused before they can do harm, or tensors before they are encoded.
+
+    The text fits a line of a log whatever it quotes: no control characters, and no more than
+    `LONGEST_TEXT` characters, the middle of a longer one left out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(shortened(message, LONGEST_TEXT)))
 
 
 class MismatchError(PayloadError):

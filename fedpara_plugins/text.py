@@ -7,6 +7,8 @@ __all__ = ["printable", "shortened"]
 
 def printable(text: str) -> str:
     """Text from a stranger without control characters, which a terminal would obey."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

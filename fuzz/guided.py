@@ -6,20 +6,27 @@ were checked, decoded and refused.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import atheris
 import torch
 
-with atheris.instrument_imports(include=["fedpara_plugins.codecs", "fedpara_plugins.spec"]):
-    import fedpara_plugins.codecs  # noqa: F401  (instrumented before invariant.py imports it)
+READERS = ("codecs", "spec", "own_state", "references", "ledger", "traffic", "inspector")
 
-from invariant import Checker
+with atheris.instrument_imports(include=[f"fedpara_plugins.{name}" for name in READERS]):
+    import fedpara_plugins.inspector
+    import fedpara_plugins.references
+    import fedpara_plugins.traffic  # noqa: F401  (instrumented before invariant.py imports them)
 
-from fedpara_plugins.testing.hostile import damaged, signed
+from invariant import Checker  # noqa: E402
+
+from fedpara_plugins.testing.hostile import damaged, signed  # noqa: E402
 
 REPORT_EVERY = 1000
 
@@ -27,7 +34,9 @@ REPORT_EVERY = 1000
 def main() -> None:
     """Fuzz until libFuzzer's limits are reached."""
     torch.set_num_threads(1)
-    checker = Checker()
+    logging.disable()  # thousands of torn ledgers
+    folder = tempfile.TemporaryDirectory()
+    checker = Checker(Path(folder.name))
 
     def report() -> None:
         os.write(1, f"CHECKED {checker.decoded} {checker.refused}\n".encode())

@@ -18,6 +18,7 @@ from typing import Any
 
 from fedpara_plugins.errors import FedParaError
 from fedpara_plugins.ledger.lines import KINDS, LedgerEntry, Line
+from fedpara_plugins.text import printable, shortened
 
 __all__ = ["CSV_HEAD", "encode", "is_csv", "mend", "numbered_lines", "read_lines", "torn_bytes"]
 
@@ -119,9 +120,9 @@ def _line(text: bytes, path: Path | str, number: int, as_csv: bool) -> Line:
     except (TypeError, ValueError, RecursionError, csv.Error) as error:
         named = word if isinstance(word, str) and word in KINDS else "message"
         what = "ledger entry" if KINDS[named] is LedgerEntry else f"ledger line of kind {named!r}"
+        got = printable(shortened(f"got {text[:60]!r}: {error}", 400))
         raise FedParaError(
-            f"{path}, line {number}: expected a {what} with {', '.join(_FIELDS[named])}, "
-            f"got {text[:60]!r}: {error}"
+            f"{path}, line {number}: expected a {what} with {', '.join(_FIELDS[named])}, {got}"
         ) from error
 
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedpara_plugins.codecs import PRESETS, Codec, Stage, decoders, parse_codec
-from fedpara_plugins.errors import ConfigError
+from fedpara_plugins.errors import ConfigError, FedParaError
 
-__all__ = ["damaged", "every_codec", "pack", "parts", "signed"]
+__all__ = ["check_refusal", "damaged", "every_codec", "pack", "parts", "signed"]
 
 MARK = b'{\\"crc32\\":\\"'
 """What the checksum's eight digits follow."""
@@ -53,6 +53,24 @@ def every_codec(stages: Mapping[str, Stage]) -> dict[str, Codec]:
         if all(stage.name in usable for stage in codec.stages if stage.entropy):
             found[text] = codec
     return found
+
+
+LONGEST_MESSAGE = 3000
+"""Characters of an error's text: it goes into logs, and a stranger decides what it quotes."""
+
+
+def check_refusal(error: FedParaError) -> None:
+    """Whether bytes were refused as they should be: in words, in time, for what is wrong in them.
+
+    Raises:
+        AssertionError: the text is long or holds control characters, or says that memory was
+            short or that a stage failed for a reason which it does not know.
+    """
+    text = str(error)
+    assert len(text) <= LONGEST_MESSAGE, f"a text of {len(text)} characters: {text[:200]!r}"
+    assert text.isprintable(), f"a text that would write more than a line: {text[:500]!r}"
+    for words in ("MemoryError", "can't allocate", "not enough memory", "failed to decode"):
+        assert words not in text, f"refused for the wrong reason: {text[:500]!r}"
 
 
 def signed(data: bytes) -> bytes:
@@ -92,6 +110,8 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
     try:
         table, header, body = parts(data)
     except (ValueError, KeyError, TypeError, RecursionError, struct.error):
+        if data[:1] == b"{":
+            return _damaged_lines(data, draw)
         return signed(_damaged_bytes(data, draw))
     kind = draw.random()
     if kind < 0.15:
@@ -106,6 +126,21 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
         body = _damaged_bytes(body, draw, keep_size=draw.random() < 0.7)
     text = json.dumps(header, separators=(",", ":"))
     return pack({"__metadata__": {"fedpara": text}, **tensors}, body)
+
+
+def _damaged_lines(data: bytes, draw: random.Random) -> bytes:
+    """JSON lines with one of them changed, or the bytes of them all."""
+    lines = data.splitlines(keepends=True)
+    place = draw.randrange(len(lines))
+    try:
+        values = json.loads(lines[place])
+    except ValueError:
+        return _damaged_bytes(data, draw)
+    if not isinstance(values, dict) or draw.random() < 0.3:
+        return _damaged_bytes(data, draw)
+    _change_somewhere(values, draw)
+    lines[place] = json.dumps(values).encode() + b"\n"
+    return b"".join(lines)
 
 
 def _damaged_bytes(data: bytes, draw: random.Random, *, keep_size: bool = False) -> bytes:
