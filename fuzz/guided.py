@@ -1,17 +1,20 @@
 """The coverage-guided engine: atheris (libFuzzer) with a mutator that repairs the checksum.
 
-Started by ``run.py``; arguments are libFuzzer's. The last line of its output says how many inputs
-were checked, decoded and refused.
+Started by ``run.py``; arguments are libFuzzer's, the folder for findings stands in the environment.
+The last line of its output says how many inputs were decoded, refused, and findings. A finding does
+not end the run, but a crash or an input that takes too long does.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import random
 import sys
 import tempfile
 import threading
+import traceback
 from pathlib import Path
 
 import atheris
@@ -38,13 +41,21 @@ def main() -> None:
     folder = tempfile.TemporaryDirectory()
     checker = Checker(Path(folder.name))
 
-    def report() -> None:
-        os.write(1, f"CHECKED {checker.decoded} {checker.refused}\n".encode())
+    findings = Path(os.environ["FUZZ_FINDINGS"])
+    tried = found = 0
 
     def check(data: bytes) -> None:
-        checker.check(data)
-        if (checker.decoded + checker.refused) % REPORT_EVERY == 0:
-            report()
+        nonlocal tried, found
+        tried += 1
+        try:
+            checker.check(data)
+        except Exception:
+            found += 1
+            path = findings / hashlib.sha256(data).hexdigest()[:16]
+            path.write_bytes(data)
+            os.write(2, f"FINDING {path}\n{traceback.format_exc(limit=-6)}\n".encode())
+        if tried % REPORT_EVERY == 0:
+            os.write(1, f"CHECKED {checker.decoded} {checker.refused} {found}\n".encode())
 
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         draw = random.Random(seed)

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import importlib.util
 import logging
+import os
 import random
 import re
 import resource
@@ -106,14 +107,17 @@ def _guided(checker: Checker, runs: int, seconds: int, seed: int) -> tuple[int, 
     # Small inputs are not better inputs here: keep the structure that the seeds have.
     command += ["-reduce_inputs=0", "-mutate_depth=2", "-print_final_stats=1"]
     command += [f"-artifact_prefix={BUILD / 'findings'}/"]
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    (BUILD / "guided.log").write_text(result.stdout + result.stderr)
-    print("\n".join(result.stderr.splitlines()[-25:]))
-    if result.returncode != 0:
-        print(f"the engine ended with {result.returncode}; see {BUILD / 'guided.log'}")
-    counts = re.findall(r"CHECKED (\d+) (\d+)", result.stdout)
-    decoded, refused = map(int, counts[-1]) if counts else (0, 0)
-    return decoded, refused, int(result.returncode != 0)
+    log = BUILD / "guided.log"
+    environment = {**os.environ, "FUZZ_FINDINGS": str(BUILD / "findings")}
+    with log.open("w") as out:
+        code = subprocess.run(command, stdout=out, stderr=out, env=environment).returncode
+    text = log.read_text(errors="replace")
+    print("\n".join(text.splitlines()[-8:]))
+    if code != 0:
+        print(f"the engine ended with {code}; see {log}")
+    counts = re.findall(r"CHECKED (\d+) (\d+) (\d+)", text)
+    decoded, refused, found = map(int, counts[-1]) if counts else (0, 0, 0)
+    return decoded, refused, found + (code != 0)
 
 
 def _bound_memory() -> None:

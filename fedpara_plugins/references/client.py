@@ -32,7 +32,7 @@ class LostReferenceError(MismatchError):
         holds: what it does hold, by hash, for the server's ``refused``.
     """
 
-    def __init__(self, message: str, holds: tuple[str, ...]) -> None:
+    def __init__(self, message: str, holds: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.holds = holds
 

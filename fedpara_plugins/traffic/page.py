@@ -80,15 +80,19 @@ def _page(runs: Sequence[RunData], metrics: Sequence[Metric], wanted: str | None
 
 
 def _totals(runs: Sequence[RunData], metrics: Sequence[Metric]) -> Iterator[str]:
-    heads = ["run", "method", "codec", "rounds", "clients", "messages", "down", "up", "total"]
-    heads += ["before coding", "dense", "fewer than dense"]
+    # What matters most stands first: a phone shows four columns.
+    heads = ["run", "total", "fewer than dense"]
     heads += [f"{_text(metric)}, {_text(source)}" for source, metric in metrics]
+    heads += ["down", "up", "before coding", "dense", "rounds", "clients", "messages"]
+    heads += ["method", "codec"]
+    words = {0, len(heads) - 2, len(heads) - 1}
     yield '<div class="table"><table><thead><tr>'
-    yield "".join(f"<th{_left(i, 3)}>{head}</th>" for i, head in enumerate(heads))
+    yield "".join(f"<th{_left(i in words)}>{head}</th>" for i, head in enumerate(heads))
     yield "</tr></thead><tbody>"
     for place, run in enumerate(runs):
-        cells = [_run_name(place, run), *_settings(run), *_figures_of(run, metrics)]
-        row = "".join(f"<td{_left(i, 3)}>{cell}</td>" for i, cell in enumerate(cells))
+        cells = [_run_name(place, run), *_totals_of(run), *_merit_of(run, metrics)]
+        cells += [*_figures_of(run), *_settings(run)]
+        row = "".join(f"<td{_left(i in words)}>{cell}</td>" for i, cell in enumerate(cells))
         yield f"<tr>{row}</tr>"
     yield "</tbody></table></div>"
     yield (
@@ -104,21 +108,13 @@ def _settings(run: RunData) -> list[str]:
     return [_text(last.method), _text(last.codec)]
 
 
-def _figures_of(run: RunData, metrics: Sequence[Metric]) -> Iterator[str]:
+def _totals_of(run: RunData) -> Iterator[str]:
     whole = run.sum()
-    totals = whole.totals
-    yield f"{len({number for number, _ in run.rounds}):,}"
-    yield f"{len({client for client, _ in run.clients}):,}"
-    yield f"{totals.messages:,}"
-    for size in (
-        *(run.sum(way).totals.encoded_bytes for way in DIRECTIONS),
-        totals.encoded_bytes,
-        totals.raw_bytes,
-    ):
-        yield f'<span title="{size:,} bytes">{readable_bytes(size)}</span>'
-    known = totals.dense_bytes and not whole.unknown
-    yield readable_bytes(totals.dense_bytes) if known else "not known"
+    yield _size_text(whole.totals.encoded_bytes)
     yield NONE if whole.fewer is None else f"{whole.fewer:.1f}x"
+
+
+def _merit_of(run: RunData, metrics: Sequence[Metric]) -> Iterator[str]:
     for source, metric in metrics:
         found = run.figures.get((source, metric))
         if not found:
@@ -127,6 +123,22 @@ def _figures_of(run: RunData, metrics: Sequence[Metric]) -> Iterator[str]:
         value = found[max(found)]
         share = "acc" in metric.lower() and all(0 <= v <= 1 for v in found.values())
         yield f"{value:.1%}" if share else f"{value:.4g}"
+
+
+def _figures_of(run: RunData) -> Iterator[str]:
+    whole = run.sum()
+    totals = whole.totals
+    yield from (_size_text(run.sum(way).totals.encoded_bytes) for way in DIRECTIONS)
+    yield _size_text(totals.raw_bytes)
+    known = totals.dense_bytes and not whole.unknown
+    yield readable_bytes(totals.dense_bytes) if known else "not known"
+    yield f"{len({number for number, _ in run.rounds}):,}"
+    yield f"{len({client for client, _ in run.clients}):,}"
+    yield f"{totals.messages:,}"
+
+
+def _size_text(size: int) -> str:
+    return f'<span title="{size:,} bytes">{readable_bytes(size)}</span>'
 
 
 def _client_tables(runs: Sequence[RunData]) -> Iterator[str]:
@@ -234,5 +246,5 @@ def _text(name: str) -> str:
     return f'<span title="{escape(shown[:400])}">{escape(short)}</span>'
 
 
-def _left(column: int, first: int) -> str:
-    return ' class="left"' if column < first else ""
+def _left(words: bool) -> str:
+    return ' class="left"' if words else ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 __all__ = ["Scale", "byte_unit", "number"]
 
+_TINY = 1e-100
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 
 
@@ -39,7 +40,8 @@ class Scale:
         if zero:
             low = min(0.0, low)
         if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):  # one value, but for rounding
-            around = abs(high) or 1.0
+            # Next to nothing is nothing: its quotients would leave the range of a float.
+            around = abs(high) if abs(high) > _TINY else 1.0
             low, high = (low if zero else low - around), high + around
         step = _step((high - low) / most)
         return cls(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step)
@@ -71,7 +73,7 @@ class Scale:
             step = max(1.0, step)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
-        return [round(i * step, 12) for i in range(first, last + 1)]
+        return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
     def _log_ticks(self, most: int) -> list[float]:
         exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
