@@ -241,7 +241,8 @@ class ModelSpec:
                 raise MismatchError(
                     f"the model differs at {weight[:200]!r}: {here} has "
                     f"{mine.get(weight, 'dense')}, {there} has {theirs.get(weight, 'dense')}. "
-                    f"Build the same model with the same fedpara options on both sides."
+                    f"Build the same model with the same fedpara options (method; gamma, ratio or "
+                    f"rank) on both sides."
                 )
         if own != self._own_rows():
             apart = sorted(set(self.own) ^ set(own)) or sorted(self.own)

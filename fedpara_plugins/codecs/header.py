@@ -56,6 +56,16 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
 }
 
 
+def other_version(plugin: object) -> str:
+    """What to add to a refusal where the sender's version may be the reason; else nothing."""
+    if plugin == __version__:
+        return ""
+    return (
+        f"; the sender has fedpara-plugins {str(plugin)[:40]}, this side {__version__}: if it is "
+        "sound, the same version on both sides will read it"
+    )
+
+
 def header_text(header: Mapping[str, Any]) -> str:
     """The header as JSON, its fields in the given order.
 
@@ -92,6 +102,7 @@ def parse_header(text: str) -> PayloadHeader:
         raise PayloadError(
             f"header fields: expected {', '.join(_FIELDS)}, got "
             f"{ {key: kind.__name__ for key, kind in list(types.items())[:12]} }"
+            f"{other_version(header.get('plugin'))}"
         )
     order, notes = header["order"], header["notes"]
     if order is not None and not all(type(place) is int for place in order):

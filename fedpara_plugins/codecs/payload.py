@@ -30,11 +30,13 @@ from fedpara_plugins.codecs.header import (
     FORMAT_VERSION,
     PayloadHeader,
     header_text,
+    other_version,
     parse_header,
 )
 from fedpara_plugins.codecs.plain import plain, unshared
 from fedpara_plugins.codecs.reference import reference_hash
 from fedpara_plugins.codecs.stage import Notes, Stage, Tensors, byte_size, check_limit
+from fedpara_plugins.errors import PayloadError
 
 if TYPE_CHECKING:
     from fedpara_plugins.spec import ModelSpec
@@ -151,7 +153,13 @@ def decode_payload(
     codec = codec_of(header, stages)
     against = held_reference(header, codec, reference, references)
     coded = load_tensors(raw, header.order)
-    decoded = codec.decode(coded, header.notes, reference=against, limit=limit)
+    try:
+        decoded = codec.decode(coded, header.notes, reference=against, limit=limit)
+    except PayloadError as error:
+        added = other_version(header.plugin_version)
+        if type(error) is not PayloadError or not added:
+            raise
+        raise PayloadError(f"{error}{added}") from error
     size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in decoded.values())
     check_limit(size, limit, "the tensors")
     check_tensors(decoded, expect, like)

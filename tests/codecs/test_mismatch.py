@@ -222,3 +222,23 @@ def test_the_header_says_all_that_two_sides_must_agree_on():
     rows = {row[0]: (row[1], row[3]) for row in header["model"]["weights"]}
     plans = {"0.weight": net[0].plans["weight"], "2.weight": net[2].plans["weight"]}
     assert rows == {name: ("pfedpara", plan.rank) for name, plan in plans.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda header: header.update(more=1), lambda header: header["notes"].__setitem__(0, {"x": 1})],
+    ids=["field", "notes"],
+)
+def test_what_another_version_of_the_plugin_may_have_written_names_both(change):
+    data = rewritten(sent(model()), lambda header: (change(header), header.update(plugin="9.9")))
+    with pytest.raises(PayloadError) as caught:
+        receive(data, model(), decoding=True)
+    assert f"sender has fedpara-plugins 9.9, this side {fedpara.__version__}" in str(caught.value)
+    with pytest.raises(PayloadError) as caught:  # of the same version it is not the reason
+        receive(rewritten(sent(model()), change), model(), decoding=True)
+    assert "fedpara-plugins" not in str(caught.value)
+
+
+def test_another_version_of_the_plugin_alone_is_no_obstacle():
+    data = rewritten(sent(model()), lambda header: header.update(plugin="9.9"))
+    assert receive(data, model(), decoding=True).header.plugin_version == "9.9"
