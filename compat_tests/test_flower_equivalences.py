@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
 from harness.apps import Experiment, Outcome, federate, plain_apps, plugin_apps
-from harness.cells import CODECS, GAMMA, METHODS, STRATEGIES
+from harness.cells import GAMMA, METHODS, STRATEGIES, every_strategy, part
 from harness.inprocess_grid import Sent
 from harness.task import MODELS, Task
 
 Key = tuple[str, int, str, int]
+
+EVERY = every_strategy(part())
 
 
 @cache
@@ -31,13 +33,19 @@ def _run(
     section: dict[str, Any] = {}
     if method is not None:
         section = {"fedpara.method": method, "fedpara.codec": codec, "fedpara.gamma": GAMMA}
-    return federate(plugin_apps(Experiment(Task(model=model), strategy, options)), section)
+    return federate(plugin_apps(Experiment(_task(strategy, model), strategy, options)), section)
+
+
+def _task(strategy: str, model: str = "groupnorm") -> Task:
+    return Task(model=model, clients=STRATEGIES[strategy].clients, epochs=1)
 
 
 def _by_place(outcome: Outcome) -> dict[Key, Sent]:
     """Every message by where it stands in the run; each place holds one."""
     places: dict[Key, Sent] = {(s.kind, s.round, s.direction, s.partition): s for s in outcome.sent}
-    assert len(places) == len(outcome.sent) == 2 * 3 * 2 * 4  # kinds, rounds, directions, clients
+    clients = len({s.partition for s in outcome.sent})
+    assert len(places) == len(outcome.sent) == 2 * 3 * 2 * clients  # kinds, rounds, directions
+    assert clients >= 4
     return places
 
 
@@ -65,7 +73,7 @@ def _assert_same_weights(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> 
         assert torch.equal(value, theirs[key]), key
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", ["none", "int8"])
 @pytest.mark.parametrize("method", METHODS)
 def test_fedprox_with_mu_0_is_fedavg_bit_for_bit(method: str, codec: str) -> None:
     fedavg = _run("fedavg", method, codec)
@@ -76,20 +84,20 @@ def test_fedprox_with_mu_0_is_fedavg_bit_for_bit(method: str, codec: str) -> Non
 
 @pytest.mark.parametrize(
     ("strategy", "model"),
-    [*((strategy, "groupnorm") for strategy in STRATEGIES), ("fedavg", "batchnorm")],
+    [*((strategy, "groupnorm") for strategy in EVERY), ("fedavg", "batchnorm")],
 )
 def test_with_method_and_codec_none_every_message_is_the_plain_apps(
     strategy: str, model: str
 ) -> None:
     assert model in MODELS
-    plain = federate(plain_apps(Experiment(Task(model=model), strategy)))
+    plain = federate(plain_apps(Experiment(_task(strategy, model), strategy)))
     plugged = _run(strategy, "none", "none", model)
     _assert_same_messages(plugged, plain)
     _assert_same_weights(plugged.state, plain.state)
     assert plugged.losses == plain.losses
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EVERY)
 def test_without_a_section_every_message_is_that_of_none(strategy: str) -> None:
     _assert_same_messages(_run(strategy, None), _run(strategy, "none"))
 
@@ -102,12 +110,12 @@ def test_the_comparison_of_messages_sees_a_difference() -> None:
 
 
 @pytest.mark.parametrize("method", ["lowrank", "fedpara"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EVERY)
 def test_without_private_factors_the_run_is_that_of_a_converted_model(
     strategy: str, method: str
 ) -> None:
     """The plugin adds the conversion and a container for the arrays, nothing to the numbers."""
-    task = Task()
+    task = _task(strategy)
 
     def converted() -> nn.Module:
         return fedpara.convert(task.net(), method=method, gamma=GAMMA, init="random")
@@ -126,7 +134,7 @@ def test_a_lossless_codec_changes_no_weight(codec: str) -> None:
 def test_runs_repeat_bit_for_bit() -> None:
     """What all of the above rests on."""
     again = federate(
-        plugin_apps(Experiment(Task(), "fedavg")),
+        plugin_apps(Experiment(_task("fedavg"), "fedavg")),
         {"fedpara.method": "pfedpara", "fedpara.codec": "int8", "fedpara.gamma": GAMMA},
     )
     _assert_same_messages(again, _run("fedavg", "pfedpara", "int8"))

@@ -7,12 +7,15 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp, strategy
+from flwr.clientapp import ClientApp, mod
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
 from harness.cells import STRATEGIES
@@ -52,6 +55,8 @@ class Experiment:
         options: of the strategy's constructor, beside those of its `StrategySpec`.
         hooks: see there.
         evaluate_fn: whether the server evaluates the global model itself, each round.
+        mods: of the client's training, inside those of the app; those of the `StrategySpec` if
+            None.
     """
 
     task: Task = field(default_factory=Task)
@@ -59,6 +64,7 @@ class Experiment:
     options: Mapping[str, Any] = field(default_factory=dict)
     hooks: Hooks = field(default_factory=Hooks)
     evaluate_fn: bool = True
+    mods: tuple[Any, ...] | None = None
 
 
 @dataclass
@@ -93,10 +99,12 @@ class Apps:
     Attributes:
         client: builds the ClientApp.
         server: builds the ServerApp; it writes its results into the outcome.
+        clients: how many clients there are.
     """
 
     client: Callable[[], ClientApp]
     server: Callable[[Outcome], ServerApp]
+    clients: int = 4
 
 
 def plain_apps(experiment: Experiment, net: Factory | None = None) -> Apps:
@@ -110,6 +118,7 @@ def plain_apps(experiment: Experiment, net: Factory | None = None) -> Apps:
     return Apps(
         client=lambda: _client(ClientApp(), experiment, model),
         server=lambda outcome: _server(ServerApp(), experiment, model, outcome),
+        clients=experiment.task.clients,
     )
 
 
@@ -141,7 +150,7 @@ def plugin_apps(
             app, experiment, fedpara.factorised(Net) if "net" in server else Net, outcome
         )
 
-    return Apps(client_app, server_app)
+    return Apps(client_app, server_app, experiment.task.clients)
 
 
 def federate(
@@ -149,7 +158,6 @@ def federate(
     run_config: RunConfig | None = None,
     *,
     client_config: RunConfig | None = None,
-    nodes: int = 4,
     engine: Engine = "simulation",
     tap: Callable[[Sent, InProcessGrid], None] | None = None,
     late: Callable[[Sent], bool] | None = None,
@@ -161,7 +169,6 @@ def federate(
         apps: both sides.
         run_config: of both sides.
         client_config: of the clients, where it differs.
-        nodes: number of clients.
         engine: see `InProcessGrid`.
         tap: see `InProcessGrid`.
         late: see `InProcessGrid`.
@@ -169,7 +176,7 @@ def federate(
     """
     config = client_config if client_config is not None else run_config
     grid = InProcessGrid(
-        apps.client, nodes=nodes, run_config=config, engine=engine, tap=tap, late=late
+        apps.client, nodes=apps.clients, run_config=config, engine=engine, tap=tap, late=late
     )
     outcome = Outcome(grid, sent=grid.sent)
     with _captured_log() as outcome.log:
@@ -187,8 +194,10 @@ def federate(
 
 def _client(app: ClientApp, experiment: Experiment, net: Factory) -> ClientApp:
     task, hooks = experiment.task, experiment.hooks
+    name = STRATEGIES[experiment.strategy].client_mod
+    mods = [getattr(mod, name)] if name else []
 
-    @app.train()
+    @app.train(mods=mods if experiment.mods is None else list(experiment.mods))
     def fit(message: Message, context: Context) -> Message:
         client, config, model = _begin(message, context, net, hooks)
         server_round = config["server-round"]
@@ -239,6 +248,7 @@ def _server(app: ServerApp, experiment: Experiment, net: Factory, outcome: Outco
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         random.seed(task.seed)  # the strategies choose their clients with it
+        np.random.seed(task.seed)  # and draw their noise from this one
         torch.manual_seed(task.seed)
         model = net()
 
@@ -250,9 +260,7 @@ def _server(app: ServerApp, experiment: Experiment, net: Factory, outcome: Outco
             outcome.accuracies.append(accuracy)
             return MetricRecord({"loss": loss, "accuracy": accuracy})
 
-        spec = STRATEGIES[experiment.strategy]
-        chosen = getattr(strategy, spec.class_name)(**{**spec.options, **experiment.options})
-        result = chosen.start(
+        result = _strategy(experiment).start(
             grid=grid,
             initial_arrays=ArrayRecord(model.state_dict()),
             num_rounds=task.rounds,
@@ -266,6 +274,17 @@ def _server(app: ServerApp, experiment: Experiment, net: Factory, outcome: Outco
         }
 
     return app
+
+
+def _strategy(experiment: Experiment) -> Strategy:
+    spec = STRATEGIES[experiment.strategy]
+    options: dict[str, Any] = {**spec.options, **experiment.options}
+    home = import_module(spec.home)
+    if spec.inside:
+        options.setdefault("num_sampled_clients", experiment.task.clients)
+        options["strategy"] = getattr(home, spec.inside)()
+    made: Strategy = getattr(home, spec.class_name)(**options)
+    return made
 
 
 @contextmanager

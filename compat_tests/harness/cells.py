@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
+
+from harness.cover import pairwise
+from harness.strategies import STRATEGIES, StrategySpec
 
 __all__ = [
     "CODECS",
     "ENVIRONMENTS",
     "GAMMA",
+    "LATEST",
     "METHODS",
+    "MODELS",
     "NOT_BY_DEFAULT",
     "STRATEGIES",
     "Cell",
@@ -20,35 +25,19 @@ __all__ = [
     "StrategySpec",
     "cells",
     "environment",
+    "every_strategy",
     "installed_version",
+    "part",
 ]
 
-
-@dataclass(frozen=True)
-class StrategySpec:
-    """One optimizer.
-
-    Attributes:
-        class_name: in ``flwr.serverapp.strategy``.
-        options: of its constructor.
-        rule: of `harness.reference.RULES`: the plain computation it is checked against.
-        proximal_mu: of the clients' loss in that computation; None for no such term.
-    """
-
-    class_name: str
-    rule: str
-    options: Mapping[str, float] = field(default_factory=dict)
-    proximal_mu: float | None = None
-
-
-STRATEGIES: Mapping[str, StrategySpec] = {
-    "fedavg": StrategySpec("FedAvg", "fedavg"),
-    "fedprox": StrategySpec("FedProx", "fedavg", {"proximal_mu": 0.1}, proximal_mu=0.1),
-    "fedadam": StrategySpec("FedAdam", "fedadam", {"eta": 0.05, "tau": 0.01}),
-}
 METHODS = ("none", "lowrank", "fedpara", "pfedpara")
-CODECS = ("none", "int8")
+CODECS = ("none", "lossless", "int8", "balanced")
+LOSSY = ("int8", "balanced")
+MODELS = ("groupnorm", "batchnorm")
 GAMMA = 0.3
+
+BASIC = ("fedavg", "fedprox", "fedadam")
+"""Strategies that the smoke part runs with every method and with ``none`` and ``int8``."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +45,21 @@ class Environment:
     """A version of a framework, as a tox environment.
 
     Attributes:
-        name: of the tox environment.
+        name: of the tox environment that runs all its cells; with ``-smoke`` it runs a part.
         framework: as in `Cell`.
-        why_not: why the default ``tox run`` leaves it out; empty if it does not.
     """
 
     name: str
     framework: str
-    why_not: str = ""
 
 
+LATEST = "flower-latest"
 ENVIRONMENTS = (
-    Environment("flower-latest", "flower"),
+    Environment(LATEST, "flower"),
+    Environment("flower-138", "flower"),
+    Environment("flower-132", "flower"),
+    Environment("flower-128", "flower"),
     Environment("flower-oldest", "flower"),
-    Environment("flower-138", "flower", "time: the oldest and the latest version bracket it"),
-    Environment("flower-132", "flower", "time: the oldest and the latest version bracket it"),
-    Environment("flower-128", "flower", "time: the oldest and the latest version bracket it"),
 )
 
 NOT_BY_DEFAULT: Mapping[str, str] = {
@@ -89,7 +77,7 @@ NOT_BY_DEFAULT: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of the matrix: a real federated run.
+    """One entry of the matrix: a real federated run, or a refusal.
 
     Attributes:
         framework: ``flower``.
@@ -97,7 +85,7 @@ class Cell:
         strategy: a name in `STRATEGIES`.
         method: of the plugin.
         codec: of the plugin.
-        model: a name in `harness.task.MODELS`.
+        model: one of `MODELS`.
     """
 
     framework: str
@@ -112,10 +100,25 @@ class Cell:
         """As in test ids and file names; the environment is left out."""
         return "-".join((self.strategy, self.method, self.codec, self.model))
 
+    @property
+    def plain(self) -> bool:
+        """Whether the plugin has nothing to do."""
+        return (self.method, self.codec) == ("none", "none")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the codec loses nothing."""
+        return self.codec not in LOSSY
+
 
 def environment() -> str:
     """The tox environment that runs; ``local`` outside tox."""
-    return os.environ.get("FEDPARA_MATRIX_ENV") or "local"
+    return (os.environ.get("FEDPARA_MATRIX_ENV") or "local").removesuffix("-smoke")
+
+
+def part() -> str:
+    """``smoke`` or ``all``: how many of an environment's cells run."""
+    return "smoke" if (os.environ.get("FEDPARA_MATRIX_ENV") or "").endswith("-smoke") else "all"
 
 
 def installed_version(framework: str = "flower") -> str:
@@ -126,15 +129,62 @@ def installed_version(framework: str = "flower") -> str:
         return ""
 
 
-def cells(environment_name: str) -> list[Cell]:
-    """What runs in an environment; on every one the full square, and BatchNorm with FedAvg."""
+def cells(environment_name: str, which: str = "all") -> list[Cell]:
+    """What runs in an environment.
+
+    Args:
+        environment_name: one of `ENVIRONMENTS`, or ``local``, which is the latest.
+        which: ``all`` or ``smoke``.
+    """
+    rows = _smoke() if which == "smoke" else _all(environment_name)
+    return [Cell("flower", environment_name, *row) for row in dict.fromkeys(rows)]
+
+
+def every_strategy(which: str) -> tuple[str, ...]:
+    """The strategies of the tests beside the cells, in a part of an environment."""
+    return BASIC if which == "smoke" else tuple(STRATEGIES)
+
+
+Row = tuple[str, str, str, str]
+
+
+def _all(environment_name: str) -> list[Row]:
+    """The full table on the latest version, every pair of values on the others."""
+    factors = {
+        "strategy": tuple(STRATEGIES),
+        "method": METHODS,
+        "codec": CODECS,
+        "model": MODELS,
+    }
+    pairs = [(r["strategy"], r["method"], r["codec"], r["model"]) for r in pairwise(factors)]
+    if environment_name not in (LATEST, "local"):
+        return pairs
+    full = [
+        (strategy, method, codec, "groupnorm")
+        for strategy, method in product(STRATEGIES, METHODS)
+        for codec in _two_codecs(strategy)
+    ]
+    return full + _smoke() + pairs
+
+
+def _two_codecs(strategy: str) -> tuple[str, str]:
+    """A lossy codec after the client's clip is refused, which the pairs show."""
+    return ("none", "lossless") if STRATEGIES[strategy].client_mod else ("none", "int8")
+
+
+def _smoke() -> list[Row]:
+    """Every strategy once, methods in turn; the basic ones with each method; BatchNorm."""
     square = [
-        Cell("flower", environment_name, *combination)
-        for combination in product(STRATEGIES, METHODS, CODECS)
+        (strategy, method, codec, "groupnorm")
+        for strategy, method, codec in product(BASIC, METHODS, ("none", "int8"))
     ]
-    # FedAdam of Flower before 1.28 refuses arrays without dimensions, which BatchNorm has.
-    batchnorm = [
-        Cell("flower", environment_name, "fedavg", method, codec, "batchnorm")
-        for method, codec in product(("none", "fedpara", "pfedpara"), CODECS)
+    batch = [
+        ("fedavg", method, codec, "batchnorm")
+        for method, codec in product(("none", "fedpara", "pfedpara"), ("none", "int8"))
     ]
-    return square + batchnorm
+    rest = [name for name in STRATEGIES if name not in BASIC]
+    once = [
+        (strategy, METHODS[-1 - place % 3], _two_codecs(strategy)[1], "groupnorm")
+        for place, strategy in enumerate(rest)
+    ]
+    return square + batch + once

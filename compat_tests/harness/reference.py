@@ -7,64 +7,16 @@ loop of `harness.task` (models and the order of the data are shared with it, not
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from harness.replies import PlainReply, Rule, State
+from harness.rules import RULES
 from harness.task import Task
 
 __all__ = ["RULES", "Reference", "Rule", "federated"]
-
-State = dict[str, Tensor]
-
-
-class Rule(Protocol):
-    """What the server makes of the clients' average."""
-
-    def __call__(self, server_round: int, current: State, average: State) -> State:
-        """The next global state; both arguments and the result are float64."""
-
-
-class FedAvgRule:
-    """The average itself."""
-
-    def __call__(self, server_round: int, current: State, average: State) -> State:
-        return average
-
-
-@dataclass
-class FedAdamRule:
-    """Flower's FedAdam: d = average - x, and with t = round + 1
-
-    m = b1 m + (1 - b1) d,  v = b2 v + (1 - b2) d²,
-    x' = x + eta sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + tau)
-
-    so the correction counts one round more than have happened, m and v start at zero, and tau
-    stands outside the root, not corrected.
-    """
-
-    eta: float = 0.1
-    beta_1: float = 0.9
-    beta_2: float = 0.99
-    tau: float = 1e-3
-    m: State = field(default_factory=dict)
-    v: State = field(default_factory=dict)
-
-    def __call__(self, server_round: int, current: State, average: State) -> State:
-        t = server_round + 1
-        rate = self.eta * (1 - self.beta_2**t) ** 0.5 / (1 - self.beta_1**t)
-        new = {}
-        for key, x in current.items():
-            d = average[key] - x
-            self.m[key] = self.beta_1 * self.m.get(key, 0.0) + (1 - self.beta_1) * d
-            self.v[key] = self.beta_2 * self.v.get(key, 0.0) + (1 - self.beta_2) * d**2
-            new[key] = x + rate * self.m[key] / (self.v[key].sqrt() + self.tau)
-        return new
-
-
-RULES: Mapping[str, Callable[..., Rule]] = {"fedavg": FedAvgRule, "fedadam": FedAdamRule}
 
 
 @dataclass(frozen=True)
@@ -77,6 +29,7 @@ class Reference:
         losses: of the server's model on its test data, before the first round and after each.
         accuracies: the same.
         private: each client's private state after the last round it took part in.
+        client_accuracy: of the clients' own models at the end, each on its held-out data.
     """
 
     initial: State
@@ -84,6 +37,7 @@ class Reference:
     losses: tuple[float, ...]
     accuracies: tuple[float, ...]
     private: Mapping[int, State]
+    client_accuracy: float
 
 
 def federated(
@@ -108,50 +62,66 @@ def federated(
     torch.manual_seed(task.seed)
     model = build()
     initial = _copy(model.state_dict())
-    state = {key: value.double() for key, value in initial.items()}
+    state = _double(initial)
     kept: dict[int, State] = {}
-    scores = [_score(model, state, task)]
+    scores = [_score(model, _as(state, initial), task.test_data())]
     for server_round in range(1, task.rounds + 1):
         chosen = participants[server_round - 1] if participants else range(task.clients)
-        total = sum(task.size(client) for client in chosen)
-        average = {key: torch.zeros_like(value) for key, value in state.items()}
+        shared = [key for key in state if key not in private_names]
+        replies = []
         for client in chosen:
             own = kept.get(client, {key: initial[key] for key in private_names})
-            model.load_state_dict({**_as(state, initial), **own})
-            _descend(model, task, client, server_round, proximal_mu)
-            after = _copy(model.state_dict())
-            kept[client] = {key: after[key] for key in private_names}
-            for key in average:
-                average[key] += after[key].double() * (task.size(client) / total)
-        shared = [key for key in state if key not in private_names]
-        part = ({key: whole[key] for key in shared} for whole in (state, average))
-        state.update(rule(server_round, *part))
-        scores.append(_score(model, _as(state, initial), task))
+            before = {**_as(state, initial), **own}
+            model.load_state_dict(before)
+            loss = _descend(model, task, client, server_round, proximal_mu)
+            after = rule.client(_double(before), _double(model.state_dict()))
+            kept[client] = _as({key: after[key] for key in private_names}, initial)
+            part = {key: after[key] for key in shared}
+            replies.append(PlainReply(part, task.size(client), loss))
+        state.update(rule.server(server_round, {key: state[key] for key in shared}, replies))
+        scores.append(_score(model, _as(state, initial), task.test_data()))
     losses, accuracies = zip(*scores, strict=True)
-    return Reference(initial, state, losses, accuracies, kept)
+    own_accuracies = [
+        _score(model, {**_as(state, initial), **kept.get(client, {})}, task.held_out(client))[1]
+        for client in range(task.clients)
+    ]
+    own_accuracy = sum(own_accuracies) / task.clients  # all hold out equally many
+    return Reference(initial, state, losses, accuracies, kept, own_accuracy)
 
 
 def _descend(
     model: nn.Module, task: Task, client: int, server_round: int, mu: float | None
-) -> None:
-    """Gradient descent by hand; FedProx's term enters as its gradient, mu (w - w0)."""
+) -> float:
+    """Gradient descent by hand; FedProx's term enters as its gradient, mu (w - w0).
+
+    Returns:
+        The mean of the batches' losses, FedProx's term included.
+    """
     model.train()
     weights = list(model.parameters())
     start = [weight.detach().clone() for weight in weights]
+    losses = []
     for images, labels in task.batches(client, server_round):
         loss = nn.functional.cross_entropy(model(images), labels)
         gradients = torch.autograd.grad(loss, weights)
         with torch.no_grad():
+            losses.append(float(loss))
+            if mu is not None:
+                pairs = zip(weights, start, strict=True)
+                losses[-1] += mu / 2 * sum(float(((w - w0) ** 2).sum()) for w, w0 in pairs)
             for weight, gradient, origin in zip(weights, gradients, start, strict=True):
                 pull = 0.0 if mu is None else mu * (weight - origin)
                 weight.sub_(task.lr * (gradient + pull))
+    return sum(losses) / len(losses)
 
 
 @torch.no_grad()
-def _score(model: nn.Module, state: Mapping[str, Tensor], task: Task) -> tuple[float, float]:
+def _score(
+    model: nn.Module, state: Mapping[str, Tensor], data: tuple[Tensor, Tensor]
+) -> tuple[float, float]:
     model.load_state_dict(state)
     model.eval()
-    images, labels = task.test_data()
+    images, labels = data
     logits = model(images)
     hits = int((logits.argmax(dim=1) == labels).sum())
     return float(nn.functional.cross_entropy(logits, labels)), hits / len(labels)
@@ -159,6 +129,10 @@ def _score(model: nn.Module, state: Mapping[str, Tensor], task: Task) -> tuple[f
 
 def _copy(state: Mapping[str, Tensor]) -> State:
     return {key: value.detach().clone() for key, value in state.items()}
+
+
+def _double(state: Mapping[str, Tensor]) -> State:
+    return {key: value.detach().double().clone() for key, value in state.items()}
 
 
 def _as(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:

@@ -24,10 +24,11 @@ __all__ = ["CellResult", "pytest_configure", "pytest_runtest_makereport", "resul
 
 @dataclass
 class CellResult:
-    """One cell and the figures its test has noted so far."""
+    """One cell and what its test has noted so far; ``refused_by`` if it must not train."""
 
     cell: Cell
     figures: dict[str, float] = field(default_factory=dict)
+    refused_by: str = ""
 
     def note(self, **figures: float) -> None:
         """Keep figures by name; they are written even if the test fails afterwards."""
@@ -74,6 +75,7 @@ def _write(found: CellResult, report: pytest.TestReport) -> None:
         "error": error[:500],
         "seconds": round(report.duration, 1),
         "figures": found.figures,
+        "refused_by": found.refused_by,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }

@@ -15,9 +15,10 @@ from torch.nn.functional import silu
 
 __all__ = ["MODELS", "BatchNet", "Net", "Task", "evaluate", "train"]
 
-SIZES = (201, 210, 215, 220)
-"""Training images a client: unequal, so that a wrong weighting shows, in equally many batches of
-20, so that integer buffers stay integers when they are averaged."""
+SIZES = {4: (201, 210, 215, 220), 7: (121, 124, 127, 130, 133, 136, 140)}
+"""Training images of each client, by their number: unequal, so that a wrong weighting shows, in
+equally many batches of 20, so that integer buffers stay integers when they are averaged. Seven are
+the fewest that Bulyan can do with against one malicious client."""
 HELD_OUT = 40
 TEST = 400
 SKEW = 8.0
@@ -67,7 +68,7 @@ class Task:
 
     Attributes:
         model: a name in `MODELS`.
-        clients: at most ``len(SIZES)``.
+        clients: one of `SIZES`.
         rounds: of the server.
         epochs: of a client in a round.
         batch_size: images.
@@ -90,7 +91,7 @@ class Task:
 
     def size(self, client: int) -> int:
         """Training images of a client: its weight in an average."""
-        return SIZES[client]
+        return SIZES[self.clients][client]
 
     def batches(self, client: int, server_round: int) -> Iterator[tuple[Tensor, Tensor]]:
         """A client's batches of one round, all epochs; the order follows from the arguments."""
@@ -174,7 +175,7 @@ def _order(seed: int) -> NDArray[np.int64]:
 @cache
 def _deal(seed: int, clients: int) -> list[NDArray[np.int64]]:
     """Each client's images, the held-out ones first, with a label skew."""
-    sizes = [size + HELD_OUT for size in SIZES[:clients]]
+    sizes = [size + HELD_OUT for size in SIZES[clients]]
     pool = _order(seed)[TEST : TEST + sum(sizes)]
     rng = np.random.default_rng([seed, clients])
     labels = _images()[1].numpy()[pool]

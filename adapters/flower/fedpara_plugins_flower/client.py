@@ -19,6 +19,7 @@ from fedpara_plugins.references import LostReferenceError, Received, shared_part
 from fedpara_plugins.storage import Storage
 from fedpara_plugins_flower import positional, secagg
 from fedpara_plugins_flower.client_state import ClientState, client_storage
+from fedpara_plugins_flower.clipping import check_clipping_mods
 from fedpara_plugins_flower.coding import (
     blind_limit,
     check_finite,
@@ -135,6 +136,7 @@ def _answer(
         lost = Marker(lost=True, has=has, decoders=decoders())
         return Message(lost.attached_to(RecordDict()), reply_to=message)
     for name, part in received.items():
+        check_clipping_mods(call_next, settings, part.full)
         message.content[name] = to_record(part.full)
     positional.unname_request(message)
     expected = next((part.spec for part in received.values()), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -20,6 +20,7 @@ from fedpara_plugins import FedParaError, PayloadError, merge
 from fedpara_plugins.codecs import Payload, decode_payload
 from fedpara_plugins_flower import positional, secagg
 from fedpara_plugins_flower.accounting import Accounting, Direction, Size
+from fedpara_plugins_flower.clipping import check_clipped_message
 from fedpara_plugins_flower.coding import blind_limit, check_finite, spec_of
 from fedpara_plugins_flower.final_state import FinalState
 from fedpara_plugins_flower.first_contact import FirstContact
@@ -27,6 +28,7 @@ from fedpara_plugins_flower.marker import Marker
 from fedpara_plugins_flower.outbox import Outbox
 from fedpara_plugins_flower.records import carried_payload, to_record, to_tensors
 from fedpara_plugins_flower.run import Run
+from fedpara_plugins_flower.strategy_arrays import averageable, tell_integers
 
 __all__ = ["CodecGrid", "ForwardingGrid", "ObservingGrid"]
 
@@ -129,6 +131,7 @@ class CodecGrid(ForwardingGrid):
             run.specs, plain_names=config.method == "none" and not config.private
         )
         self._first = FirstContact()
+        self._told_integers = False
         self._place: tuple[str, str] | None = None
         # The legacy strategies send and receive from several threads.
         self._lock = threading.RLock()
@@ -228,6 +231,7 @@ class CodecGrid(ForwardingGrid):
             plain = list(messages)
             for message in plain:
                 secagg.check_settings(message, self._run.settings)
+                check_clipped_message(message, self._run.settings)
             return [self._namer.named(message) for message in plain]
 
     def _sent(self, message: Message) -> Message:
@@ -289,10 +293,11 @@ class CodecGrid(ForwardingGrid):
                 decoded = decode_payload(payload, references=references, limit=limit)
                 size += self._outbox.size_of(name, decoded.tensors)
                 check_finite(decoded.tensors)
+                self._tell_once(decoded.tensors)
                 content[name] = to_record(
                     self._first_weights(decoded, limit)
                     if first
-                    else self._outbox.completed(name, decoded.tensors)
+                    else averageable(self._outbox.completed(name, decoded.tensors))
                 )
             positional.unname_reply(content, reply.metadata.message_type)
         except PayloadError as error:
@@ -313,10 +318,18 @@ class CodecGrid(ForwardingGrid):
         spec = spec_of(payload.header, payload.tensors, limit=limit)
         mine = self._run.specs.setdefault(frozenset(spec.keys), spec)
         mine.check_equal(spec, here="the server", there="the client that was asked to start")
-        return merge(spec, payload.tensors, spec.initial_private(payload.tensors))
+        private = spec.initial_private(payload.tensors)
+        for key in spec.private_factors:  # as in every model that the server builds
+            private[key].zero_()
+        return merge(spec, payload.tensors, private)
 
     def _masked(self, reply: Message) -> Size:
         """What stands behind a masked list: the shared part of what the client received."""
         if not secagg.is_secagg(reply.content):
             return Size()
         return self._outbox.size(positional.PARAMETERS)
+
+    def _tell_once(self, tensors: Mapping[str, Tensor]) -> None:
+        if not self._told_integers:
+            self._told_integers = True
+            tell_integers(tensors)

@@ -77,6 +77,8 @@ class Run:
         if self.expected is not None:
             mine = specs.get(frozenset(self.expected.keys), spec)
             mine.check_equal(self.expected, here="this client", there="the server")
+        if self.side == "server":
+            _zero_private_factors(model, spec)
         self.specs |= specs
         start_round(model, previous_steps=self.previous_steps)
         if (training := training_of(model)) is not None:
@@ -133,6 +135,18 @@ def to_dense(arrays: ArrayRecord | Mapping[str, Tensor]) -> dict[str, Tensor]:
             "and none of them has these names; call it inside the app's main function"
         )
     return spec.dense_state(state)
+
+
+@torch.no_grad()
+def _zero_private_factors(model: nn.Module, spec: ModelSpec) -> None:
+    """The server's model is W1. Strategies see its private factors in every reply, the same in all.
+
+    Their seeded values are larger than weights: distances between replies, which Krum takes in
+    float32, would drown in them.
+    """
+    parameters = dict(model.named_parameters())
+    for name in spec.private_factors:
+        parameters[name].zero_()
 
 
 def _announce_loaded(module: nn.Module, incompatible_keys: Any) -> None:

@@ -23,6 +23,7 @@ from fedpara_plugins_flower.rounds import Rounds
 from fedpara_plugins_flower.run import Run, open_run
 from fedpara_plugins_flower.secagg import complete_sums
 from fedpara_plugins_flower.settings import Settings
+from fedpara_plugins_flower.strategy_arrays import explained
 from fedpara_plugins_flower.strategy_start import follow_strategies
 
 __all__ = ["server_app"]
@@ -74,6 +75,10 @@ def _wrapped_class(base: type[Any], options: Mapping[str, Any]) -> type[Any]:
             with open_run(run):
                 try:
                     _serve(super().__call__, wrapped, context, run)
+                except Exception as error:
+                    if settings.active and (better := explained(error)) is not error:
+                        raise better from error
+                    raise
                 finally:
                     accounting.log_run()
                     if isinstance(wrapped, CodecGrid):
