@@ -24,6 +24,7 @@ from harness.task import Task, evaluate, train
 __all__ = [
     "PARTS",
     "LegacyExperiment",
+    "components",
     "legacy_client_app",
     "legacy_plain_apps",
     "legacy_plugin_apps",
@@ -93,7 +94,7 @@ def legacy_plain_apps(experiment: LegacyExperiment, net: Factory | None = None) 
     model = net or experiment.task.net
     return Apps(
         client=lambda: legacy_client_app(experiment, model, []),
-        server=lambda outcome: ServerApp(server_fn=_server_fn(experiment, model, outcome)),
+        server=lambda outcome: ServerApp(server_fn=components(experiment, model, outcome)),
     )
 
 
@@ -114,7 +115,7 @@ def legacy_plugin_apps(
 
     def server_app(outcome: Outcome) -> ServerApp:
         net = fedpara.factorised(Net) if "net" in server else Net
-        app = ServerApp(server_fn=_server_fn(experiment, net, outcome))
+        app = ServerApp(server_fn=components(experiment, net, outcome))
         return fedpara.server_app(app) if "app" in server else app
 
     return Apps(client_app, server_app)
@@ -168,9 +169,10 @@ def legacy_client_app(experiment: LegacyExperiment, net: Factory, mods: list[Any
     return ClientApp(client_fn=client_fn, mods=mods)
 
 
-def _server_fn(
+def components(
     experiment: LegacyExperiment, net: Factory, outcome: Outcome
 ) -> Callable[[Context], ServerAppComponents]:
+    """What the ``server_fn`` is."""
     task, part = experiment.task, PARTS[experiment.part]
 
     def evaluate_fn(

@@ -150,7 +150,7 @@ def _answer(
         starts=positional.asks_for_parameters(message),
     )
     reply = _call_app(message, context, call_next, run)
-    if reply.has_error():
+    if reply.has_error() or secagg.is_step_without_app(message):
         return reply
     named = received.get(positional.PARAMETERS)
     positional.name_reply(reply, named.spec.keys if named else None, run.specs)

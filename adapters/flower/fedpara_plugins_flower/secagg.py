@@ -33,6 +33,7 @@ __all__ = [
     "check_settings",
     "complete_sums",
     "is_secagg",
+    "is_step_without_app",
     "masked_bytes",
     "masks_reply",
     "take_shared",
@@ -77,6 +78,11 @@ def masked_bytes(content: RecordDict) -> int:
     """Bytes of the masked numbers in a client's answer; they travel beside the arrays."""
     masked: Any = content[CONFIGS].get("masked_params") if is_secagg(content) else None
     return sum(map(len, masked)) if isinstance(masked, list) else 0
+
+
+def is_step_without_app(message: Message) -> bool:
+    """On a client: whether this is a step of the protocol in which the app takes no part."""
+    return is_secagg(message.content) and not message.content.array_records
 
 
 def check_order(message: Message, *, private: bool) -> None:

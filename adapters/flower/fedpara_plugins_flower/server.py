@@ -49,12 +49,15 @@ def server_app(app: A, **options: Any) -> A:
         ConfigError: an option is unknown or out of range; one of the section, when the app runs.
     """
     Settings.from_run_config({}, options)
-    app.__class__ = _wrapped_class(type(app), options)
+    if not hasattr(app, "_fedpara_plugged"):
+        app.__class__ = _wrapped_class(type(app), options)
     return app
 
 
 def _wrapped_class(base: type[Any], options: Mapping[str, Any]) -> type[Any]:
     class PluggedServerApp(base):  # type: ignore[misc]
+        _fedpara_plugged = True
+
         def __call__(self, grid: Grid, context: Context) -> None:
             settings = Settings.from_run_config(context.run_config, options)
             show_core_logs()

@@ -1,0 +1,116 @@
+"""An app with the plugin without any edit of its Python: everything is named in its pyproject.toml.
+
+    [tool.flwr.app.components]
+    serverapp = "fedpara_plugins_flower.entry:server_app"
+    clientapp = "fedpara_plugins_flower.entry:client_app"
+
+    [tool.flwr.app.config.fedpara]
+    serverapp = "my_app.server_app:app"  # what stood in components before
+    clientapp = "my_app.client_app:app"
+    model = "my_app.task:Net"            # or several, joined by commas
+    method = "fedpara"
+
+The app is imported when a run begins, since only then are these options known. A model's class is
+changed in place, for every file that imported it, before the app's own files are imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from flwr.clientapp import ClientApp
+from flwr.common import Context, Message
+from flwr.serverapp import Grid, ServerApp
+
+from fedpara_plugins import ConfigError
+from fedpara_plugins_flower.client import client_mod, client_mod_with
+from fedpara_plugins_flower.factories import factorise_class, factorised
+from fedpara_plugins_flower.server import server_app as plugged
+from fedpara_plugins_flower.settings import PREFIX, Settings
+
+__all__ = ["client_app", "server_app"]
+
+
+class _ServerApp(ServerApp):
+    """Stands for the ServerApp that the run's config names."""
+
+    def __call__(self, grid: Grid, context: Context) -> None:
+        plugged(_named(context, "serverapp", ServerApp))(grid, context)
+
+
+class _ClientApp(ClientApp):
+    """Stands for the ClientApp that the run's config names."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        app = _named(context, "clientapp", ClientApp)
+        if _has_mod(app):
+            answer: Message = app(message, context)
+            return answer
+        return client_mod(message, context, app)
+
+
+server_app = _ServerApp()
+client_app = _ClientApp()
+
+
+def _named(context: Context, option: str, kind: type[Any]) -> Any:
+    """The app that the option names, its models prepared.
+
+    Raises:
+        ConfigError: nothing is named, or what is named is not there or of another kind.
+    """
+    config = context.run_config
+    names = [name.strip() for name in str(config.get(f"{PREFIX}model", "")).split(",")]
+    for name in filter(None, names):
+        _prepare(name)
+    settings = Settings.from_run_config(config)
+    if not any(names) and settings.active and settings.config.method != "none":
+        raise ConfigError(_missing("model", "my_app.task:Net", config))
+    if not config.get(PREFIX + option):
+        raise ConfigError(_missing(option, f"my_app.{option}:app", config))
+    app = _loaded(option, str(config[PREFIX + option]))
+    if not isinstance(app, kind):
+        raise ConfigError(
+            f"fedpara: option {option!r} names a {type(app).__name__}, expected a {kind.__name__}"
+        )
+    return app
+
+
+def _prepare(name: str) -> None:
+    module, _, attribute = name.partition(":")
+    model = _loaded("model", name)
+    if isinstance(model, type):
+        factorise_class(model)
+    elif not hasattr(model, "__wrapped__"):
+        # Files imported before hold the function as it was: the app's are imported after this.
+        setattr(import_module(module), attribute, factorised(model))
+
+
+def _loaded(option: str, name: str) -> Any:
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f"fedpara: option {option!r}: expected module:name, got {name!r}")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"fedpara: option {option!r}: cannot load {name!r}: {error}") from error
+
+
+def _missing(option: str, example: str, config: Mapping[str, Any]) -> str:
+    named = sorted(key for key in config if key.startswith(PREFIX))
+    return (
+        f"fedpara: components names fedpara_plugins_flower.entry, so the section "
+        f'[tool.flwr.app.config.fedpara] must name the app\'s own: {option} = "{example}". It has '
+        f"{', '.join(named) or 'nothing'}"
+    )
+
+
+def _has_mod(app: ClientApp) -> bool:
+    """Whether the app's own file has the plugin's mod already."""
+    made_with_options = getattr(client_mod_with(), "func", None)
+    return any(
+        mod is client_mod or getattr(mod, "func", None) is made_with_options
+        for mod in getattr(app, "_mods", None) or ()
+    )
