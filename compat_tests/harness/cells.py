@@ -68,6 +68,8 @@ NOT_BY_DEFAULT: Mapping[str, str] = {
     "core-py313": "needs a Python 3.13 interpreter",
     "core-torch24": "torch 2.4 comes with several GB of CUDA",
     "core-compiler": "needs a C++ compiler: torch.compile generates code",
+    "core-browser": "needs Chromium; where one is found, core-py311 runs these tests too",
+    "fuzz": "time: a million damaged inputs",
     "core-models": "needs Hugging Face transformers",
     "flower-engines": "time: a quarter of an hour of real processes; needs Ray",
     "demo": "needs Flower's simulation engine (Ray) and some minutes; `.ci/run` runs it",
