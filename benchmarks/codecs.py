@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ CODERS = ("zlib", "zstd", "ans")
 CODECS = {
     "none": ("none",),
     "lossless": ("zlib", "zstd", "planes+zlib", "planes+zstd"),
-    "fp16": ("delta+cast:to=fp16+zlib", "delta+cast:to=fp16+planes+zstd"),
+    "fp16": tuple(f"delta+cast:to=fp16+{rest}" for rest in ("zlib", "planes+zlib", "planes+zstd")),
     "int8": ("delta+int8+zlib", "delta+int8+zstd", "delta+int8+ans"),
     "balanced": tuple(f"delta+quantise:rms=0.05+{coder}" for coder in CODERS),
     "top-k 10 %": ("delta+topk:share=0.1+zstd",),
@@ -52,7 +53,17 @@ LADDER = {
     "small": "delta+quantise:rms=2+ans",
     "tiny": "delta+quantise:rms=4+ans",
 }
-"""Each step compresses more than the one above."""
+"""Each step compresses more than the one above; with the coder that the preset prefers."""
+ZLIB_LADDER = {
+    "raw": None,
+    "lossless": "planes+zlib",
+    "fp16": "delta+cast:to=fp16+planes+zlib",
+    "balanced": "delta+quantise:rms=0.05+zlib",
+    "int8": "delta+int8+zlib",
+    "small": "delta+quantise:rms=2+zlib",
+    "tiny": "delta+quantise:rms=4+zlib",
+}
+"""The same while the other side's decoders are not known, or where it has no other."""
 CURVES = {
     "quantise, step in rms": [f"delta+quantise:rms={2.0**-i:g}+ans" for i in range(-2, 7)],
     "int8": ["delta+int8+zlib"],
@@ -72,6 +83,11 @@ class Update:
     reference: State
     model: torch.nn.Module
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """Of the model, as it stands in the header of a message."""
+        return fedpara.ModelSpec.of(self.model).to_json()
+
     def dense(self, state: State) -> State:
         """Composed weights and all that is dense."""
         self.model.load_state_dict(state)
@@ -85,7 +101,10 @@ class Update:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one codec on one update; times in seconds of processor time."""
+    """Of one codec on one update; times in seconds of processor time.
+
+    ``known`` are the times to encode and decode where both sides keep the reference under its hash.
+    """
 
     size: int
     share: float
@@ -94,6 +113,7 @@ class Result:
     composed: float
     encode: float
     decode: float
+    known: tuple[float, float]
 
 
 def load(path: Path | None) -> Update:
@@ -141,14 +161,18 @@ def symbol_entropy(chain: str, update: Update) -> float:
 
 def measure(chain: str, update: Update) -> Result:
     """Encode and decode the whole way, payload and hash of the reference included."""
-    codec = parse_codec(chain)
+    codec, model, reference = parse_codec(chain), update.description, update.reference
     raw = 4 * update.values
+    digest = reference_hash(reference)
+    held = {digest: reference}
 
-    def encode() -> bytes:
-        return encode_payload(update.trained, codec=codec, reference=update.reference)
+    def encode(known: str | None = None) -> bytes:
+        return encode_payload(
+            update.trained, codec=codec, reference=reference, digest=known, model=model
+        )
 
     def decode() -> State:
-        return decode_payload(data, reference=update.reference, limit=raw).tensors
+        return decode_payload(data, reference=reference, limit=raw).tensors
 
     data = encode()
     back = decode()
@@ -162,6 +186,10 @@ def measure(chain: str, update: Update) -> Result:
         composed=0.0 if exact else distance(*states),
         encode=best(encode),
         decode=best(decode),
+        known=(
+            best(lambda: encode(digest)),
+            best(lambda: decode_payload(data, references=held, limit=raw)),
+        ),
     )
 
 
@@ -187,9 +215,10 @@ def table(results: dict[str, dict[str, Result]], update: Update) -> Iterable[str
     yield ""
     yield (
         "| | codec | MB | bits a value | entropy of symbols | table and header | error, factors | "
-        "error, composed | encode, MB/s (copies, zlib 6) | decode, MB/s (copies, zlib 6) |"
+        "error, composed | encode, MB/s (copies, zlib 6) | decode, MB/s (copies, zlib 6) | "
+        "hash known |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for name, chains in results.items():
         for chain, result in chains.items():
             bits = 8 * result.size / update.values
@@ -201,7 +230,8 @@ def table(results: dict[str, dict[str, Result]], update: Update) -> Iterable[str
             yield (
                 f"| {name} | `{chain}` | {result.size / 1e6:.3f} | {bits:.3f} | {entropy} | "
                 f"{100 * result.share:.2f} % | {100 * result.factors:.2f} % | "
-                f"{100 * result.composed:.2f} % | {speeds[0]} | {speeds[1]} |"
+                f"{100 * result.composed:.2f} % | {speeds[0]} | {speeds[1]} | "
+                f"{', '.join(f'{raw / seconds / 1e6:.0f}' for seconds in result.known)} |"
             )
 
 
@@ -215,11 +245,13 @@ def where_shorter(saved: int, longer: float) -> str:
     return f"up to {limit}" if saved > 0 else f"from {limit} on"
 
 
-def links(results: dict[str, dict[str, Result]], update: Update) -> Iterable[str]:
+def links(
+    ladder: Mapping[str, str | None], results: dict[str, dict[str, Result]], update: Update
+) -> Iterable[str]:
     """Up to which link speed each rung of the ladder is faster than the one above."""
     found = {chain: result for chains in results.values() for chain, result in chains.items()}
     rungs = []
-    for name, chain in LADDER.items():
+    for name, chain in ladder.items():
         if chain is None:
             rungs.append((name, "no codec", 4 * update.values, 0.0))
         elif chain in found:
@@ -237,13 +269,15 @@ def links(results: dict[str, dict[str, Result]], update: Update) -> Iterable[str
 def two_layers() -> Iterable[str]:
     """What table and header take where there is little else."""
     model = torch.nn.Sequential(torch.nn.Linear(784, 64), torch.nn.Linear(64, 10))
-    reference = fedpara.convert(model, method="fedpara", gamma=0.1).state_dict()
+    model = fedpara.convert(model, method="fedpara", gamma=0.1)
+    described, reference = fedpara.ModelSpec.of(model).to_json(), model.state_dict()
     trained = {name: t + 0.01 * torch.randn_like(t) for name, t in reference.items()}
     yield "| | bytes | of them table and header |"
     yield "|---|---|---|"
     for name, chain in LADDER.items():
         if chain is not None and ("zstd" not in chain or "zstd" in decoders()):
-            data = encode_payload(trained, codec=parse_codec(chain), reference=reference)
+            codec = parse_codec(chain)
+            data = encode_payload(trained, codec=codec, reference=reference, model=described)
             head = 8 + int.from_bytes(data[:8], "little")
             yield f"| {name}, `{chain}` | {len(data)} | {head} |"
 
@@ -290,7 +324,8 @@ def main() -> None:
         }
         for name, chains in CODECS.items()
     }
-    for lines in (table(results, update), links(results, update), two_layers()):
+    ladders = [links(ladder, results, update) for ladder in (LADDER, ZLIB_LADDER)]
+    for lines in (table(results, update), *ladders, two_layers()):
         print("\n".join(lines), end="\n\n")
     if options.plot:
         plot(update, options.plot)

@@ -145,18 +145,25 @@ def _pack(values: Integers, counts: Counts) -> tuple[list[bytes], bytes]:
     counts = np.append(np.where(rare, 0, counts[:-1])[lowest:end], escapes)
     lowest -= _REACH
     table = table_of(counts)
-    # int16 holds every place; of wider values the low bits are wrong, and they escape anyhow.
-    places = values.astype(np.int16) - np.int16(lowest)
-    escaped = values[:0]
-    if escapes:
-        outside = (values < lowest) | (values >= lowest + len(table) - 1)
-        outside |= table.take(places, mode="clip") == 0
-        escaped = values[outside]
-        places[outside] = len(table) - 1
-    states, words = pack(places, table, lanes_for(len(values)))
+    keys, symbols = _keys(values)
+    places = symbols - lowest
+    outside = (places < 0) | (places >= len(table) - 1)
+    outside |= table.take(places, mode="clip") == 0
+    places[outside] = len(table) - 1
+    escaped = values[np.flatnonzero(outside.take(keys))] if escapes else values[:0]
+    states, words = pack(keys, places, table, lanes_for(len(values)))
     head = _HEAD.pack(lowest, len(table) - 1, len(escaped), len(words))
     plain = states.astype("<u4").tobytes() + table.astype("<u2").tobytes() + escaped.tobytes()
     return [head, words.astype("<u2").tobytes()], plain
+
+
+def _keys(values: Integers) -> tuple[Integers, Counts]:
+    """A small key for each value, and which symbol each key stands for; the ends stand for more."""
+    if values.dtype == np.int8:
+        return values.view(np.uint8), np.arange(256, dtype=np.uint8).view(np.int8).astype(np.int64)
+    ends = -_REACH - 1, _REACH
+    keys = values.clip(*ends).astype(np.int16) - np.int16(ends[0])
+    return keys, np.arange(ends[0], ends[1] + 1)
 
 
 def _decode(stream: memoryview, coded: Layout, others: Layout, limit: int) -> Tensors:

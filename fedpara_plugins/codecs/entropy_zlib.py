@@ -5,6 +5,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 
+import numpy as np
+
 from fedpara_plugins.codecs.entropy_layout import (
     as_stream,
     cut,
@@ -30,6 +32,18 @@ __all__ = ["ZlibStage", "deflate", "inflate"]
 # frequencies and runs of zeros: searching for strings costs time and mixes the code tables. The
 # same on float32 noise: 5.574, 5.557 and 5.547 of 6 MB at 38, 34 and 122 MB/s. Any zlib reads it.
 _LEVEL, _MEMORY, _STRATEGY = 6, 9, zlib.Z_RLE
+_HEAD = b"\x78\x9c"
+"""What zlib itself writes in front of a stream of this level and window."""
+
+# Most bytes of a float are noise (stage planes puts them together), and Huffman codes of noise take
+# time and save nothing. VGG16's factors in planes: 24 ms and 5.28 MB where noise is stored, 45 ms
+# and 5.39 MB where it is not.
+_PIECE = 8192
+"""Bytes that are judged together, and the fewest that are judged."""
+_SAMPLED = 17
+"""One byte in that many is looked at; odd, to meet every byte of wider values."""
+_NOISE = 1.2
+"""Noise has so many times the equal pairs of even frequencies at most; a code saves 1 % there."""
 
 
 class ZlibStage(Stage):
@@ -63,10 +77,35 @@ class ZlibStage(Stage):
 
 
 def deflate(chunks: Iterable[memoryview | bytes]) -> list[bytes]:
-    """One zlib stream, in parts."""
-    squeezer = zlib.compressobj(_LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, _MEMORY, _STRATEGY)
-    parts = [squeezer.compress(chunk) for chunk in chunks]
-    return [*parts, squeezer.flush()]
+    """One zlib stream, in parts; stretches of noise are stored as they are."""
+    parts, checksum = [_HEAD], zlib.adler32(b"")
+    noise, squeezer = False, _squeezer(noise=False)
+    for chunk in chunks:
+        for start in range(0, len(chunk), _PIECE):
+            piece = chunk[start : start + _PIECE]
+            if _is_noise(piece) != noise:
+                parts.append(squeezer.flush(zlib.Z_FULL_FLUSH))  # whole bytes, and nothing open
+                noise = not noise
+                squeezer = _squeezer(noise=noise)
+            parts.append(squeezer.compress(piece))
+            checksum = zlib.adler32(piece, checksum)
+    return [*parts, squeezer.flush(), checksum.to_bytes(4, "big")]
+
+
+def _squeezer(*, noise: bool) -> zlib._Compress:
+    # Without zlib's frame (the negative number): several of them write into one.
+    level = 0 if noise else _LEVEL
+    return zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, _MEMORY, _STRATEGY)
+
+
+def _is_noise(piece: memoryview | bytes) -> bool:
+    """Whether its bytes are about equally frequent, by the pairs of equal ones in a sample."""
+    if len(piece) < _PIECE:
+        return False
+    sample = np.frombuffer(piece, np.uint8)[::_SAMPLED]
+    counts = np.bincount(sample)
+    even = len(sample) + len(sample) * (len(sample) - 1) / 256
+    return int(counts @ counts) < _NOISE * even
 
 
 def inflate(stage: str, stream: memoryview, size: int) -> bytes:

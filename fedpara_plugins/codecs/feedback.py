@@ -20,6 +20,7 @@ import torch
 from fedpara_plugins.codecs.chain import Codec
 from fedpara_plugins.codecs.payload import write_payload
 from fedpara_plugins.codecs.plain import plain
+from fedpara_plugins.codecs.reference import digest_of
 from fedpara_plugins.codecs.stage import REAL_DTYPES, Tensors, byte_size
 
 __all__ = ["encode_with_feedback"]
@@ -33,6 +34,7 @@ def encode_with_feedback(
     codec: Codec,
     reference: Mapping[str, torch.Tensor] | None,
     residual: Mapping[str, torch.Tensor] | None,
+    digest: str | None = None,
     model: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> tuple[bytes, Tensors]:
@@ -48,6 +50,7 @@ def encode_with_feedback(
         reference: what the receiver holds too, or None.
         residual: what this function returned last time, if that payload was used; entries that do
             not fit ``tensors`` are dropped and counted in the log.
+        digest: as for `encode_payload`.
         model: JSON for the receiver to compare with its own model.
         extra: any other JSON of the caller.
 
@@ -63,6 +66,7 @@ def encode_with_feedback(
     if chain.needs_reference and reference is None:
         chain = chain.first_contact()
     against = plain(reference) if chain.needs_reference and reference is not None else None
+    named = None if against is None else digest_of(against, digest)
     sent = plain(tensors)
     totals = _totals(sent, residual) if codec.feedback and residual else {}
     wanted = {name: totals[name][0] if name in totals else x for name, x in sent.items()}
@@ -70,7 +74,7 @@ def encode_with_feedback(
     coded, notes = inner.encode(wanted, reference=against)
     stream, more = outer.encode(coded, reference=against)
     payload = write_payload(
-        stream, [*notes, *more], codec=chain, against=against, model=model, extra=extra
+        stream, [*notes, *more], codec=chain, reference=named, model=model, extra=extra
     )
     if not codec.feedback or chain.lossless:
         return payload, {}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
 from fedpara_plugins.codecs.options import choice, known_options, number_text, real, whole
@@ -17,7 +19,7 @@ from fedpara_plugins.codecs.quantise_notes import (
     scaled,
     written_parts,
 )
-from fedpara_plugins.codecs.quantise_steps import Step, StepRule, arithmetic, grouped
+from fedpara_plugins.codecs.quantise_steps import Rows, Step, StepRule, arithmetic, grouped
 from fedpara_plugins.codecs.quantise_symbols import narrowed
 from fedpara_plugins.codecs.stage import (
     REAL_DTYPES,
@@ -118,11 +120,12 @@ class QuantiseStage(Stage):
         """
         chance = self.generator() if self.rounding == "stochastic" else None
         double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
+        room = _Room()
         coded: Tensors = {}
         parts: list[Part | None] = []
         for name, tensor in tensors.items():
             acts = tensor.dtype in REAL_DTYPES and tensor.ndim > 0
-            part = self._part(name, tensor, chance, 8 if double else 4) if acts else None
+            part = self._part(name, tensor, chance, room, 8 if double else 4) if acts else None
             coded[name] = tensor if part is None else part.symbols.near
             parts.append(part)
         return written_parts(coded, parts, self.block)
@@ -149,18 +152,23 @@ class QuantiseStage(Stage):
         }
 
     def _part(
-        self, name: str, tensor: torch.Tensor, chance: torch.Generator | None, step_size: int
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        chance: torch.Generator | None,
+        room: _Room,
+        step_size: int,
     ) -> Part | None:
         """Symbols and steps; None where they would take more bytes than the values."""
         flat = tensor.ndim == 1
         rule = StepRule(FLAT_BITS if flat else self.bits, None if flat else self.rms)
-        exact = tensor.detach().to(arithmetic(tensor.dtype))
+        exact = tensor.detach().to(arithmetic(tensor.dtype)).numpy()
         wanted = ONE if flat or tensor.numel() == 0 else self.scope[0]
         for scope in dict.fromkeys((wanted, ONE)):
             rows = grouped(exact, scope, self.block)
             steps = rule.steps(name, rows, tensor)
-            counts = _counts(rows, steps, chance).reshape(-1)[: tensor.numel()].view(tensor.shape)
-            symbols = narrowed(counts, max(step.most for step in steps))
+            counts = _counts(rows, steps, chance, room.like(rows)).reshape(-1)[: exact.size]
+            symbols = narrowed(counts.reshape(exact.shape), max(step.most for step in steps))
             if symbols is None:
                 continue
             size = symbols.near.nbytes + symbols.far.nbytes
@@ -172,20 +180,34 @@ class QuantiseStage(Stage):
 _DEFAULTS = {"scope": "tensor", "block": "256", "rounding": "nearest"}
 
 
+class _Room:
+    """Memory for one tensor's counts, then the next one's: fresh pages cost more than dividing."""
+
+    def __init__(self) -> None:
+        self._held: dict[np.dtype[Any], Rows] = {}
+
+    def like(self, rows: Rows) -> Rows:
+        """Contiguous, of the shape and dtype of ``rows``; holds anything."""
+        held = self._held.get(rows.dtype)
+        if held is None or held.size < rows.size:
+            held = self._held[rows.dtype] = np.empty(rows.size, dtype=rows.dtype)
+        return held[: rows.size].reshape(rows.shape)
+
+
 def _counts(
-    rows: torch.Tensor, steps: Sequence[Step], chance: torch.Generator | None
-) -> torch.Tensor:
-    """Whole numbers of steps, still as floating point."""
-    if len(steps) == 1:
-        counts = rows / steps[0].size
-    else:
-        counts = rows / torch.tensor([[step.size] for step in steps], dtype=rows.dtype)
+    rows: Rows, steps: Sequence[Step], chance: torch.Generator | None, counts: Rows
+) -> Rows:
+    """Whole numbers of steps, still as floating point; written into ``counts``."""
+    sizes = np.array([[step.size] for step in steps], dtype=rows.dtype)
+    np.divide(rows, sizes, out=counts)
     if chance is None:
-        return counts.round_()
-    counts.add_(torch.rand(counts.shape, generator=chance, dtype=counts.dtype)).floor_()
+        return np.rint(counts, out=counts)
+    noise = torch.from_numpy(counts)
+    noise += torch.rand(counts.shape, generator=chance, dtype=noise.dtype)
+    np.floor(counts, out=counts)
     # The sum is rounded, and may reach the next whole number.
-    most = torch.tensor([[float(step.most)] for step in steps], dtype=rows.dtype)
-    return torch.minimum(torch.maximum(counts, -most), most)
+    most = np.array([[step.most] for step in steps], dtype=rows.dtype)
+    return np.clip(counts, -most, most, out=counts)
 
 
 def _values(name: str, part: Part, block: int) -> torch.Tensor:

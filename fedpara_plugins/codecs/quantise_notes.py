@@ -8,12 +8,12 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from fedpara_plugins.codecs.checks import free_name
 from fedpara_plugins.codecs.quantise_steps import arithmetic
 from fedpara_plugins.codecs.quantise_symbols import (
-    ESCAPE,
     SYMBOL_DTYPES,
     Symbols,
     escaped,
@@ -110,9 +110,9 @@ def read_parts(tensors: Tensors, notes: Notes) -> tuple[dict[str, Part | torch.T
 def scaled(part: Part, block: int) -> torch.Tensor:
     """The products of symbols and steps, in the part's arithmetic."""
     wide = arithmetic(part.dtype)
-    exact = part.symbols.near.to(wide, copy=True)
+    exact = part.symbols.near.contiguous().to(wide, copy=True)
     if len(part.symbols.far):
-        exact[part.symbols.near == ESCAPE] = part.symbols.far.to(wide)
+        exact.view(-1).numpy()[escaped(part.symbols.near)] = part.symbols.far.numpy()
     if part.scope == ONE:
         return exact.mul_(float(part.steps[0]))
     steps = torch.as_tensor(part.steps, dtype=wide)
@@ -148,8 +148,7 @@ def _count(symbols: torch.Tensor, scope: str, block: int) -> int:
 
 
 def _read_symbols(near: Sequence[torch.Tensor], far: torch.Tensor) -> list[Symbols]:
-    masks = [escaped(tensor) for tensor in near]
-    counts = [0 if mask is None else int(mask.sum()) for mask in masks]
+    counts = [int(np.count_nonzero(escaped(tensor))) for tensor in near]
     if sum(counts) != len(far):
         raise _malformed(f"{len(far)} values for {sum(counts)} symbols that escape")
     return [Symbols(*pair) for pair in zip(near, torch.split(far, counts), strict=True)]

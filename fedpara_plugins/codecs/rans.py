@@ -48,28 +48,31 @@ def lanes_for(count: int) -> int:
     return lanes
 
 
-def pack(symbols: NDArray[np.integer], table: Table, lanes: int) -> tuple[States, Words]:
-    """Code symbols; each is a place in the table whose frequency is not 0."""
-    starts = np.cumsum(table) - table
+def pack(
+    keys: NDArray[np.integer], places: NDArray[np.int64], table: Table, lanes: int
+) -> tuple[States, Words]:
+    """Code keys; ``places`` says where in the table each key is, the frequency there is not 0."""
+    starts = (np.cumsum(table) - table)[places]
+    table = table[places]
     ceilings = table << (32 - PRECISION)
     complements = _TOTAL - table
     inverses = 1 / np.maximum(table, 1)
     states = np.full(lanes, _LEAST, dtype=np.int64)
-    rows = -(-len(symbols) // lanes)
+    rows = -(-len(keys) // lanes)
     words: list[Words] = []
     for row in range(rows - 1, -1, -1):  # what is coded last is decoded first
-        place = symbols[row * lanes : (row + 1) * lanes].astype(np.int64)
-        state = states[: len(place)]
-        full = np.flatnonzero(state >= ceilings.take(place))
+        key = keys[row * lanes : (row + 1) * lanes].astype(np.int64)
+        state = states[: len(key)]
+        full = np.flatnonzero(state >= ceilings.take(key))
         if len(full):
             spilled = state[full]
             words.append(spilled.astype(np.uint16))  # the low bits
             state[full] = spilled >> _WORD
         # Half a unit keeps the product 2**-15 away from every integer, and its rounding errors stay
         # below 2**-19: what is cut off is the exact quotient.
-        quotient = ((state + 0.5) * inverses.take(place)).astype(np.int64)
-        state += quotient * complements.take(place)  # = quotient * total + remainder
-        state += starts.take(place)
+        quotient = ((state + 0.5) * inverses.take(key)).astype(np.int64)
+        state += quotient * complements.take(key)  # = quotient * total + remainder
+        state += starts.take(key)
     words.reverse()
     return states.astype(np.uint32), np.concatenate(words or [np.empty(0, np.uint16)])
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from collections.abc import Mapping
 
 import torch
 
 from fedpara_plugins.codecs.stage import dtype_name, tensor_bytes
+from fedpara_plugins.errors import PayloadError
 
-__all__ = ["reference_hash"]
+__all__ = ["digest_of", "reference_hash"]
 
 
 def reference_hash(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -33,3 +35,19 @@ def reference_hash(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(struct.pack(f"<{tensor.ndim + 1}Q", tensor.ndim, *tensor.shape))
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor], known: str | None) -> str:
+    """The hash of a state: the one its keeper knows, or computed.
+
+    Raises:
+        PayloadError: a dtype that cannot travel, or what is known is no hash.
+    """
+    if known is None:
+        return reference_hash(tensors)
+    if not (isinstance(known, str) and re.fullmatch("[0-9a-f]{64}", known)):
+        raise PayloadError(
+            f"digest: expected reference_hash of the reference, 64 hexadecimal digits, got "
+            f"{str(known)[:80]!r}; leave it out to have it computed"
+        )
+    return known

@@ -22,7 +22,8 @@ ENTROPY = "entropy"
 
 PRESETS: Mapping[str, str] = {
     NONE: "",
-    "lossless": "zlib",
+    # Most bits of a float are noise: what is left to save stands in the exponents.
+    "lossless": "planes+entropy:prefer=zstd",
     "int8": "delta+int8+zlib",
     # 2.5 % of the root mean square is the largest error of a value, 1.44 % the usual one.
     "balanced": "delta+quantise:rms=0.05+entropy:prefer=zstd",

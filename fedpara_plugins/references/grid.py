@@ -164,13 +164,15 @@ class GridDownlink:
         kind = _kind(job, version, held)
         key = json.dumps([kind, held, job.codec.name, job.spec.fingerprint, job.extra])
         if key not in known:
-            known[key] = self._encode(job, version, kind, base)
+            known[key] = self._encode(job, version, kind, held, base)
         known.move_to_end(key)
         while len(known) > REMEMBERED:
             known.popitem(last=False)
         return known[key]
 
-    def _encode(self, job: _Job, version: Version, kind: Kind, base: Tensors | None) -> Coded:
+    def _encode(
+        self, job: _Job, version: Version, kind: Kind, held: str | None, base: Tensors | None
+    ) -> Coded:
         if kind == "full":
             payload = self._from_base(job, version, ZEROS)
             log.info(
@@ -184,15 +186,22 @@ class GridDownlink:
                 "fedpara: what a client needs that holds nothing yet takes %d bytes", len(payload)
             )
         else:
-            payload = self._payload(job, version, base, job.extra)
+            payload = self._payload(job, version, base, held, job.extra)
         return Coded(payload, version.reference, kind)
 
     def _from_base(self, job: _Job, version: Version, kind: BaseKind) -> bytes:
         base = self._bases.get(kind, job.spec, job.shared)
-        return self._payload(job, version, base.tensors, {**job.extra, **base.extra})
+        return self._payload(
+            job, version, base.tensors, base.reference, {**job.extra, **base.extra}
+        )
 
     def _payload(
-        self, job: _Job, version: Version, base: Tensors | None, extra: Mapping[str, Any]
+        self,
+        job: _Job,
+        version: Version,
+        base: Tensors | None,
+        digest: str | None,
+        extra: Mapping[str, Any],
     ) -> bytes:
         codec = job.codec
         if not job.plain:
@@ -202,6 +211,7 @@ class GridDownlink:
             job.shared if job.plain else self._store[version.reference],
             codec=codec,
             reference=base if codec.needs_reference else None,
+            digest=digest,
             model=job.spec.to_json(),
             extra=dict(extra) or None,
         )

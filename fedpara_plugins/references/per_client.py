@@ -143,23 +143,26 @@ class PerClientDownlink:
 
     def _encode(self, job: _Job, kind: Kind, base: _Held) -> Coded:
         codec, extra = job.codec, job.extra
-        reference = base.state
+        reference, digest = base.state, base.reference
         if kind in ("first", "full"):
             derived = (
                 self._bases.nearest(job.spec, job.shared)
                 if kind == "first"
                 else self._bases.get(ZEROS, job.spec, job.shared)
             )
-            codec, reference, extra = fine_codec(codec), derived.tensors, {**extra, **derived.extra}
+            codec, extra = fine_codec(codec), {**extra, **derived.extra}
+            reference, digest = derived.tensors, derived.reference
         payload = encode_payload(
             job.shared if kind != "repeat" or reference is None else reference,
             codec=codec,
             reference=reference,
+            digest=digest,
             model=job.spec.to_json(),
             extra=extra or None,
         )
         # Decoded again here, since a lossy codec leaves the client with other values.
-        received = decode_payload(payload, reference=reference, limit=OWN_MESSAGE).tensors
+        held = {digest: reference} if digest and reference is not None else None
+        received = decode_payload(payload, references=held, limit=OWN_MESSAGE).tensors
         if kind in ("first", "full"):
             log.info(
                 "fedpara: what a client needs that %s takes %d bytes",

@@ -64,7 +64,7 @@ def test_payloads(command, codec, method):
     assert (code, err) == (0, "")
     assert f"message: payload of format version 1, {len(data):,} bytes" in out
     size = sum(value.numel() * value.element_size() for value in reference.values())
-    assert f"codec: {parse_codec(codec).name}, for tensors of {size:,} bytes" in out
+    assert f"codec: {parse_codec(codec).resolved(None).name}, for tensors of {size:,} bytes" in out
     needs = parse_codec(codec).needs_reference
     assert f"reference: {reference_hash(reference) if needs else 'none'}" in out
     assert "extra: {'client': 3}" in out

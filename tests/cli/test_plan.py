@@ -83,7 +83,7 @@ def test_coded_bytes_are_those_of_an_encoded_update(method):
     assert plan.messages[2].size == raw
     assert raw / 6 < plan.messages[-1].size < raw / 3
     first = encode_payload(
-        state, codec=parse_codec("lossless"), model=fedpara.ModelSpec.of(converted).to_json()
+        state, codec=parse_codec("zlib"), model=fedpara.ModelSpec.of(converted).to_json()
     )
     assert plan.first_contact == pytest.approx(len(first), rel=0.01)
 
@@ -113,7 +113,7 @@ def test_pfedpara_sends_the_shared_half():
 def test_method_none_plans_the_dense_model(command):
     code, out, _ = command("plan", "user_models:Net", "--method", "none", "--codec", "lossless")
     assert code == 0
-    assert line_of(out, "dense, zlib")
+    assert line_of(out, "dense, planes+entropy:prefer=zstd")
     assert "rank" in out
 
 

@@ -294,7 +294,7 @@ class TestCoder:
         assert ((table > 0) == (np.array(counts) > 0)).all()
         used = np.flatnonzero(counts)
         places = np.array([chance.choice(used) for _ in range(length)], dtype=np.int16)
-        states, words = pack(places, table, lanes)
+        states, words = pack(places, np.arange(len(table)), table, lanes)
         names = np.arange(len(table), dtype=np.int16)
         assert (unpack(states, words, table, names, length) == places).all()
 

@@ -24,11 +24,12 @@ from fedpara_plugins.codecs import (
     Stage,
     decode_payload,
     encode_payload,
+    encode_with_feedback,
     parse_codec,
     peek_header,
     reference_hash,
 )
-from fedpara_plugins.codecs.stage import DTYPES, tensor_bytes
+from fedpara_plugins.codecs.stage import DTYPES, STREAM_DTYPES, tensor_bytes
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.testing.samples import SAMPLE_NAMES, finite_sample, nearby, same_bits
 
@@ -57,6 +58,9 @@ def bits_of(dtype, shape):
 any_tensor = st.tuples(
     st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 3), max_size=3)
 ).flatmap(lambda kind: bits_of(*kind))
+wide_tensor = st.tuples(
+    st.sampled_from(list(STREAM_DTYPES.values())), st.lists(st.integers(0, 12), max_size=2)
+).flatmap(lambda kind: bits_of(*kind))
 any_name = st.text(st.characters(codec="utf-8"), max_size=12).filter(lambda n: n != "__metadata__")
 any_state = st.dictionaries(any_name, any_tensor, max_size=6)
 
@@ -72,6 +76,18 @@ plain_json = st.recursive(
 @settings(deadline=None)
 def test_lossless_codecs_keep_every_bit_of_every_dtype(tensors, codec):
     assert same_bits(decode(encode_payload(tensors, codec=codec)).tensors, tensors)
+
+
+@given(
+    tensors=st.dictionaries(any_name, wide_tensor, max_size=4),
+    theirs=st.sampled_from([None, ("zlib", "zstd"), ("zlib", "ans")]),
+)
+@settings(deadline=None)
+def test_the_preset_lossless_does_with_every_coder_that_the_other_side_may_have(tensors, theirs):
+    codec = parse_codec("lossless", STAGES).resolved(theirs)
+    data = encode_payload(tensors, codec=codec)
+    assert peek_header(data).codec.startswith("planes+")
+    assert same_bits(decode(data).tensors, tensors)
 
 
 @given(tensors=st.dictionaries(any_name, bits_of(torch.int16, (2, 3)), max_size=4), data=st.data())
@@ -190,6 +206,39 @@ def test_the_reference_is_found_by_its_hash():
     assert reference_hash(other) in str(refused.value)
     with pytest.raises(MismatchError, match="this side holds none"):
         decode(data)
+
+
+def test_a_hash_that_the_caller_knows_is_not_computed_again(monkeypatch):
+    tensors = finite_sample("plain")
+    mine, other = nearby(tensors), finite_sample("plain")
+    name, wrong = reference_hash(mine), reference_hash(other)
+    small = parse_codec("small", STAGES)
+    plain = [
+        encode_payload(tensors, codec=INT8, reference=mine),
+        encode_with_feedback(tensors, codec=small, reference=mine, residual=None)[0],
+    ]
+    monkeypatch.setattr("fedpara_plugins.codecs.reference.reference_hash", None)
+    known = [
+        encode_payload(tensors, codec=INT8, reference=mine, digest=name),
+        encode_with_feedback(tensors, codec=small, reference=mine, residual=None, digest=name)[0],
+    ]
+    assert known == plain
+    monkeypatch.undo()
+    forged = encode_payload(tensors, codec=INT8, reference=mine, digest=wrong)
+    with pytest.raises(MismatchError, match=f"{wrong}, this side holds {name}"):
+        decode(forged, reference=mine)
+    with pytest.raises(MismatchError, match=f"{wrong}, this side holds {name}"):
+        decode(forged, references={name: mine})
+
+
+@pytest.mark.parametrize("digest", ["", "A" * 64, "0" * 63, "0" * 64 + "\n", b"0" * 64, 64])
+def test_what_is_no_hash_is_refused_in_its_place(digest):
+    tensors = finite_sample("plain")
+    with pytest.raises(PayloadError, match="digest: expected reference_hash"):
+        encode_payload(tensors, codec=INT8, reference=nearby(tensors), digest=digest)
+    # Where no stage needs a reference, none is named.
+    data = encode_payload(tensors, codec=LOSSLESS, reference=tensors, digest=digest)
+    assert peek_header(data).reference is None
 
 
 def test_the_hash_covers_names_dtypes_shapes_and_bits_but_not_the_order():

@@ -50,6 +50,7 @@ def test_the_name_of_a_codec_reads_back_to_that_codec(text):
 @pytest.mark.parametrize(
     ("text", "name"),
     [
+        ("lossless", "planes+entropy:prefer=zstd"),
         ("balanced", "delta+quantise:rms=0.05+entropy:prefer=zstd"),
         ("small", "delta+feedback+quantise:rms=2+entropy:prefer=ans"),
         ("tiny", "delta+feedback+quantise:rms=4+entropy:prefer=ans"),
@@ -142,6 +143,9 @@ def test_what_cannot_work_is_refused_with_what_would(text, said):
         ("balanced", ("zlib", "zstd", "ans"), "zstd"),
         ("balanced", ("ans", "zlib"), "ans"),
         ("balanced", ("of another plugin",), "zlib"),
+        ("lossless", None, "zlib"),
+        ("lossless", ("zlib", "zstd", "ans"), "zstd"),
+        ("lossless", ("zlib", "ans"), "ans"),
     ],
 )
 def test_the_entropy_coder_is_the_best_that_both_sides_have(text, decoders, coder, monkeypatch):
@@ -171,4 +175,5 @@ def test_first_contact_is_lossless_and_without_feedback(preset):
     assert codec.lossless
     assert not codec.feedback
     assert not codec.needs_reference
-    assert codec.resolved(None).stage_names == ("none" if preset == "none" else "zlib")
+    kept = {"none": "none", "lossless": "planes+zlib"}.get(preset, "zlib")
+    assert codec.resolved(None).stage_names == kept

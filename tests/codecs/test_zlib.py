@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fedpara_plugins.codecs.entropy_zlib import ZlibStage
+from fedpara_plugins.codecs.stage import tensor_bytes
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.testing.samples import same_bits
 from fedpara_plugins.testing.stage_contract import StageContract
@@ -62,6 +63,29 @@ class TestZlib(StageContract):
     def test_untouched_parts_cost_next_to_nothing(self):
         coded, _ = self.stage.encode({"x": torch.zeros(10**6, dtype=torch.int8)}, reference=None)
         assert coded["stream"].numel() < 10**6 / 500
+
+    def test_noise_is_stored_and_what_stands_between_still_shrinks(self):
+        draw = torch.Generator().manual_seed(0)
+        noise = torch.randint(0, 256, (3, 6 * 8192), dtype=torch.uint8, generator=draw)
+        symbols = (2 * torch.randn(3, 50_000, generator=draw)).round().to(torch.int8)
+        pairs = zip(noise, symbols, strict=True)
+        tensors = {f"{i}{kind}": t for i, two in enumerate(pairs) for kind, t in enumerate(two)}
+        coded, notes = self.stage.encode(tensors, reference=None)
+        packed = bytes(coded["stream"].tolist())
+        assert zlib.decompress(packed) == b"".join(bytes(tensor_bytes(t)) for t in tensors.values())
+        for row in noise:
+            assert bytes(row[8192 : 2 * 8192].tolist()) in packed
+        alone, _ = self.stage.encode({"x": symbols}, reference=None)
+        assert len(packed) < noise.numel() * 1.001 + alone["stream"].numel() * 1.02
+        back = self.stage.decode(coded, notes, reference=None, limit=10**6)
+        assert same_bits(back, tensors)
+
+    @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+    def test_a_byte_of_noise_in_each_value_is_no_noise(self, dtype):
+        draw = torch.Generator().manual_seed(0)
+        values = torch.randint(0, 256, (100_000,), generator=draw).to(dtype)
+        coded, _ = self.stage.encode({"x": values}, reference=None)
+        assert coded["stream"].numel() < 0.75 * values.nbytes
 
     def test_decoded_tensors_have_memory_of_their_own(self):
         tensors = {"a": torch.arange(4.0), "b": torch.arange(4.0)}
