@@ -9,41 +9,51 @@ import pytest
 from fedpara_plugins import LedgerEntry
 from harness.deployment import deployment
 from harness.engine_app import EngineApp
+from harness.engine_cells import ENGINE_CELLS, EngineCell
+from harness.results import CellResult
 from harness.wiretap import Wiretap
+
+CELLS = [cell for cell in ENGINE_CELLS if cell.engine == "deployment"]
 
 FRAMING = 3000
 """Bytes that may surround a payload on the wire without HTTP's heads: NumPy's and Flower's headers,
 names, metrics, and the marker with its hashes."""
 
 
-@pytest.mark.parametrize(
-    ("variant", "method", "clients"),
-    [("insecure", "fedpara", 3), ("tls", "fedpara", 2), ("authenticated", "pfedpara", 2)],
-)
-def test_a_deployed_run_equals_the_plain_loop(
-    tmp_path: Path, variant: str, method: str, clients: int
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.id)
+def test_a_deployed_run_comes_to_what_the_plain_loop_does(
+    tmp_path: Path, cell: EngineCell, result: CellResult
 ) -> None:
-    app = EngineApp(tmp_path, method=method, clients=clients)
+    app = EngineApp(tmp_path, method=cell.method, codec=cell.codec, clients=cell.clients)
     with deployment(
         tmp_path / "run",
-        nodes=clients,
-        tls=variant == "tls",
-        authenticated=variant == "authenticated",
+        nodes=cell.clients,
+        tls=cell.variant == "tls",
+        authenticated=cell.variant == "authenticated",
         record=True,
     ) as engine:
         finished = engine.run(app.path, app.config).check()
         on_wire = b"".join(engine.tap.streams("up") + engine.tap.streams("down"))
         assert engine.processes.logs_with("Traceback") == []
+    result.note(wire_bytes=len(on_wire), **app.noteworthy())
     app.check_everyone_took_part(finished.log)
-    app.check_equal()
+    app.check_outcome()
     # In plain text names can be read; encrypted they cannot, and the plugin changes neither.
-    readable = variant == "insecure"
+    readable = cell.variant == "insecure"
     assert (b"POST /v1/fleet/" in on_wire) == readable
     assert (b"fedpara.payload" in on_wire) == readable
     encoded = sum(entry.encoded_bytes for entry in app.ledger)
     assert encoded < finished.traffic < len(on_wire)
     if readable:
         _check_framing(app.ledger, engine.tap)
+    # References and residuals outlive the process that each message has of its own.
+    assert "lost what it held" not in finished.log
+    if cell.codec != "none":
+        whole = app.build().state_dict().values()
+        size = sum(value.numel() * value.element_size() for value in whole)
+        later = [entry for entry in app.ledger if (entry.direction, entry.round) != ("down", 1)]
+        assert later
+        assert all(entry.encoded_bytes < size / 4 for entry in later)
 
 
 def _check_framing(ledger: list[LedgerEntry], tap: Wiretap) -> None:
@@ -54,20 +64,6 @@ def _check_framing(ledger: list[LedgerEntry], tap: Wiretap) -> None:
         passed = tap.http(direction, "bodies")[request]
         messages = tap.http("up", "count")["confirm-message-received"]  # one each way
         assert encoded < passed < encoded + FRAMING * messages
-
-
-def test_a_lossy_codec_in_deployment(tmp_path: Path) -> None:
-    """References and residuals outlive the process that each message has of its own."""
-    app = EngineApp(tmp_path, method="fedpara", codec="balanced")
-    with deployment(tmp_path / "run") as engine:
-        finished = engine.run(app.path, app.config).check()
-    app.check_everyone_took_part(finished.log)
-    app.check_close()
-    assert "lost what it held" not in finished.log
-    whole = sum(value.numel() * value.element_size() for value in app.build().state_dict().values())
-    later = [entry for entry in app.ledger if (entry.direction, entry.round) != ("down", 1)]
-    assert later
-    assert all(entry.encoded_bytes < whole / 4 for entry in later)
 
 
 def test_a_node_without_a_registered_key_stays_outside(tmp_path: Path) -> None:

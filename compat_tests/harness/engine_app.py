@@ -70,7 +70,7 @@ class EngineApp:
             "engine_app.client_app:", f"engine_app.{component}:"
         )
         declared.write_text(text, "utf-8")
-        self.method = method
+        self.method, self.codec = method, codec
         self.task = Task(clients=clients, rounds=rounds, epochs=1)
         self.config = {
             "rounds": rounds,
@@ -130,6 +130,23 @@ class EngineApp:
         answers = re.findall(r"Received (\d+) results and (\d+) failures", log)
         assert answers == [(str(self.task.clients), "0")] * (2 * self.task.rounds)
         assert "left out" not in log
+
+    def noteworthy(self) -> dict[str, float]:
+        """Figures for the page of cells."""
+        entries = self.ledger
+        encoded = sum(entry.encoded_bytes for entry in entries)
+        return {
+            "loss": self.figures["losses"][-1],
+            "reference_loss": self.reference().losses[-1],
+            "ratio_to_dense": sum(entry.dense_bytes for entry in entries) / encoded,
+        }
+
+    def check_outcome(self) -> None:
+        """Equal to the plain loop's without a codec, near to it with a lossy one."""
+        if self.codec == "none":
+            self.check_equal()
+        else:
+            self.check_close()
 
     def check_equal(self) -> None:
         """The server's state equals the plain loop's, to float tolerance."""
