@@ -22,6 +22,7 @@ from harness.cells import (
     Cell,
     cells,
 )
+from harness.engine_page import engine_results, engine_section, of_an_engine
 
 Row = Mapping[str, Any]
 Results = Mapping[tuple[str, str], Row]
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/compatibility.md"))
     parser.add_argument("--print", action="store_true", help="write the page to the terminal too")
     options = parser.parse_args()
-    page = render(read(options.input))
+    page = render(read(options.input), engine_results(options.input))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(page, encoding="utf-8")
     if options.print:
@@ -75,19 +76,26 @@ def read(folder: Path) -> dict[tuple[str, str], Row]:
     found: dict[tuple[str, str], Row] = {}
     for path in sorted(folder.glob("*.json")):
         row = json.loads(path.read_text(encoding="utf-8"))
+        if of_an_engine(row):
+            continue
         own = {key: row[key] for key in Cell.__dataclass_fields__}
         found[row["environment"], Cell(**own).id] = row
     return found
 
 
-def render(results: Results) -> str:
-    """The page: an overview, a table for each environment that ran, what did not run and why."""
+def render(results: Results, engines: Mapping[str, Row] | None = None) -> str:
+    """The page: an overview, a table for each environment that ran, what did not run and why.
+
+    Args:
+        results: of the cells without engine.
+        engines: of those with one, by cell.
+    """
     names = [known.name for known in ENVIRONMENTS]
     ran = {environment for environment, _ in results}
     ordered = [name for name in names if name in ran] + sorted(ran - set(names))
     parts = [HEAD, _summary(results), _overview(ordered, results)]
     parts += [_section(name, results) for name in ordered]
-    parts.append(_not_run(ran))
+    parts += [engine_section(engines or {}), _not_run(_all_that_ran(ran, engines or {}))]
     return "\n".join(parts)
 
 
@@ -160,6 +168,10 @@ def _cell(row: Row) -> str:
         f"{codec}: {figures['accuracy']:.3f} ({figures['reference_accuracy']:.3f}), "
         f"{figures['ratio_to_dense']:.1f}x{own}"
     )
+
+
+def _all_that_ran(cells_in: set[str], engines: Mapping[str, Row]) -> set[str]:
+    return cells_in | {str(row["environment"]) for row in engines.values()}
 
 
 def _not_run(ran: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from harness.cells import STRATEGIES, Cell, installed_version
+from harness.engine_cells import EngineCell
 
 __all__ = ["CellResult", "pytest_configure", "pytest_runtest_makereport", "result"]
 
@@ -26,7 +27,7 @@ __all__ = ["CellResult", "pytest_configure", "pytest_runtest_makereport", "resul
 class CellResult:
     """One cell and what its test has noted so far; ``refused_by`` if it must not train."""
 
-    cell: Cell
+    cell: Cell | EngineCell
     figures: dict[str, float] = field(default_factory=dict)
     refused_by: str = ""
 
@@ -39,7 +40,7 @@ _KEY = pytest.StashKey[CellResult]()
 
 
 @pytest.fixture
-def result(request: pytest.FixtureRequest, cell: Cell) -> CellResult:
+def result(request: pytest.FixtureRequest, cell: Cell | EngineCell) -> CellResult:
     """Where the test of a cell notes its figures."""
     request.node.stash[_KEY] = CellResult(cell)
     return request.node.stash[_KEY]  # type: ignore[no-any-return]
