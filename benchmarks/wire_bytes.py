@@ -47,8 +47,8 @@ RUNS: dict[str, dict[str, dict[str, str]]] = {
     },
     "demo": {
         "dense": {},
-        "fedpara": {"method": "fedpara", "codec": "int8"},
-        "pfedpara": {"method": "pfedpara", "codec": "int8"},
+        "fedpara": {"method": "fedpara", "codec": "small", "init": "seeded"},
+        "pfedpara": {"method": "pfedpara", "codec": "small", "init": "seeded"},
     },
 }
 """By name: the options of the section ``fedpara``; what is not named is ``none``."""
@@ -133,7 +133,7 @@ def _figures(tap: Wiretap) -> Row:
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    dense = next((_sum(row["total"]) for row in rows if row["name"] == "dense"), None)
+    dense: Row = next((row for row in rows if row["name"] == "dense"), {})
     head = (
         "method",
         "codec",
@@ -141,6 +141,7 @@ def table(rows: list[Row]) -> str:
         "MB up",
         "MB down",
         "times below dense",
+        "by Flower's count",
         "of it payloads",
         "Flower's framing",
         "HTTP heads",
@@ -157,7 +158,8 @@ def table(rows: list[Row]) -> str:
                 section["codec"],
                 section.get("init", "random"),
                 *(f"{row['total'][way] / 1e6:.2f}" for way in ("up", "down")),
-                f"{dense / total:.1f}" if dense else "?",
+                f"{_sum(dense['total']) / total:.1f}" if dense else "?",
+                f"{dense['flower'] / row['flower']:.1f}" if dense else "?",
                 *(f"{part / total:.1%}" for part in parts),
             )
         )
