@@ -15,7 +15,7 @@ import fedpara_plugins as fedpara
 from fedpara_plugins import Ledger, LedgerEntry
 from harness.cells import GAMMA
 from harness.deployment import app_copy
-from harness.reference import FedAvgRule, Reference, federated
+from harness.reference import RULES, Reference, federated
 from harness.task import Task
 
 __all__ = ["EngineApp"]
@@ -123,7 +123,7 @@ class EngineApp:
     def reference(self) -> Reference:
         """The plain loop in torch for the same task."""
         names = fedpara.split(self.build()).private
-        return federated(self.task, self.build, FedAvgRule(), private_names=names)
+        return federated(self.task, self.build, RULES["fedavg"](), private_names=names)
 
     def check_everyone_took_part(self, log: str) -> None:
         """Each round's answers are complete; a run without some clients could equal by luck."""

@@ -15,10 +15,16 @@ from torch.nn.functional import silu
 
 __all__ = ["MODELS", "BatchNet", "Net", "Task", "evaluate", "train"]
 
-SIZES = {4: (201, 210, 215, 220), 7: (121, 124, 127, 130, 133, 136, 140)}
+SIZES = {
+    2: (201, 210),
+    3: (201, 210, 215),
+    4: (201, 210, 215, 220),
+    7: (121, 124, 127, 130, 133, 136, 140),
+}
 """Training images of each client, by their number: unequal, so that a wrong weighting shows, in
-equally many batches of 20, so that integer buffers stay integers when they are averaged. Seven are
-the fewest that Bulyan can do with against one malicious client."""
+equally many batches of 20, so that integer buffers stay integers when they are averaged. Two and
+three are for runs on real engines; seven are the fewest that Bulyan can do with against one
+malicious client."""
 HELD_OUT = 40
 TEST = 400
 SKEW = 8.0
