@@ -85,9 +85,16 @@ class Codec:
                     f"{follows!r} follows"
                 )
             # Any other stage changes dtypes or values, and the reference would no longer fit.
-            if stage.needs_reference and not all(other.needs_reference for other in before):
+            if stage.needs_reference and before:
+                both = "; keep one of them" if before[0].needs_reference else ""
                 raise self._wrong(
-                    f"{stage.name!r} needs the plain tensors and must stand before {names[0]!r}"
+                    f"{stage.name!r} needs the plain tensors and must stand before "
+                    f"{names[0]!r}{both}"
+                )
+            if before and before[-1].sorts and not stage.entropy:
+                raise self._wrong(
+                    f"{before[-1].name!r} makes bytes of values and must stand right before the "
+                    f"entropy coder, but {stage.name!r} follows"
                 )
             shorter = [other.name for other in before if other.shortens]
             if shorter and stage.shortens:

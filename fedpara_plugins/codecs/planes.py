@@ -44,6 +44,7 @@ class PlanesStage(Stage):
 
     name = "planes"
     lossless = True
+    sorts = True
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
         """Sort."""

@@ -60,4 +60,5 @@ def escaped(near: torch.Tensor) -> NDArray[np.bool_]:
     """Which of the symbols, in row-major order, escape; no places where none can."""
     # As a mask, and in numpy: places take eight bytes each, torch three times as long.
     flat = near.reshape(-1) if near.dtype == torch.int8 else near.new_empty(0)
-    return np.equal(flat.numpy(), ESCAPE)
+    mask: NDArray[np.bool_] = np.equal(flat.numpy(), ESCAPE)
+    return mask

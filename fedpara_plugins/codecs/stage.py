@@ -86,6 +86,7 @@ class Stage(abc.ABC):
         needs_reference: works against tensors that sender and receiver both hold.
         selects: sends some of the values only, so it comes before what shortens them.
         shortens: writes each value with fewer bits; a chain has one such stage at most.
+        sorts: writes values as bytes in another order, which only an entropy coder makes use of.
         entropy: the output is one opaque stream, so no other stage can follow.
     """
 
@@ -94,6 +95,7 @@ class Stage(abc.ABC):
     needs_reference: bool = False
     selects: bool = False
     shortens: bool = False
+    sorts: bool = False
     entropy: bool = False
 
     @property

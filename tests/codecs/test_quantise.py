@@ -90,16 +90,31 @@ def test_vectors_have_eight_bits_whatever_the_step():
     assert float((back - bias).abs().max()) <= float(bias.abs().max()) / 127 / 2 * (1 + 1e-4)
 
 
-def test_stochastic_rounding_is_unbiased_and_nearest_is_not():
-    """Mean of 4,000 independent roundings; five standard errors of a step's uniform chance."""
-    tensor = torch.tensor([[0.3, 0.1, -0.45, 0.77, 1.0, -0.02]]).repeat(2, 1)
-    stage = QuantiseStage(bits=2, rounding="stochastic", generator=fresh(11))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 2},
+        {"bits": 3, "scope": "row"},
+        {"bits": None, "rms": 1.3},
+        {"bits": None, "rms": 4.0},
+        {"bits": None, "rms": 2.0, "scope": "row"},
+        {"bits": None, "rms": 1.0, "scope": "block", "block": 16},
+    ],
+)
+def test_stochastic_rounding_is_unbiased_and_nearest_is_not(options):
+    """Mean of 4,000 independent roundings; five standard errors of a chance within one step."""
+    row = torch.tensor([[0.3, 0.1, -0.45, 0.77, 1.0, -0.02, 0.0, -1.0]])
+    tensor = torch.cat([row, 3 * row, row / 64, row])
+    stage = QuantiseStage(**options, rounding="stochastic", generator=fresh(11))
     tries = 4000
-    mean = torch.stack([round_trip(stage, tensor) for _ in range(tries)]).mean(0)
-    bound = 5 * 0.5 / tries**0.5
-    assert float((mean - tensor).abs().max()) < bound
-    nearest = round_trip(QuantiseStage(bits=2), tensor)
-    assert float((nearest - tensor).abs().max()) > 5 * bound
+    copies = round_trip(stage, tensor.repeat(tries, 1))  # all with the same steps
+    mean = copies.view(tries, *tensor.shape).mean(0)
+    # No step is larger than the largest value that shares it.
+    near = tensor.abs().amax(1, keepdim=True) if stage.scope == "row" else tensor.abs().max()
+    bound = 5 * 0.5 * near / tries**0.5
+    assert ((mean - tensor).abs() < bound).all()
+    nearest = round_trip(QuantiseStage(**options), tensor)
+    assert ((nearest - tensor).abs() > 2 * bound).any()
 
 
 def fresh(seed):

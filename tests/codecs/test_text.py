@@ -123,6 +123,9 @@ def test_headers_name_plain_stages():
         ("quantise+int8", "'quantise' and 'int8' both write values with fewer bits"),
         ("cast+quantise", "'cast' and 'quantise' both write values with fewer bits"),
         ("quantise+topk", "'topk' compares exact values and must stand before 'quantise'"),
+        ("planes+quantise", "'planes' makes bytes of values.*coder, but 'quantise' follows"),
+        ("delta+planes+topk", "'planes' makes bytes of values.*but 'topk' follows"),
+        ("delta+grid", "'grid' needs the plain tensors.*before 'delta'; keep one of them"),
         ("topk+delta", "'delta' needs the plain tensors and must stand before 'topk'"),
     ],
 )  # fmt: skip

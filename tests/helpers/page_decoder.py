@@ -1,0 +1,282 @@
+"""A second decoder, by the words of docs/payload.md alone: Python's integers and floats.
+
+It uses nothing of this library: only `zlib`, and `zstandard` for a Zstandard frame. Tensors are
+(dtype's name, sizes, values) by name; values of float8 and complex tensors are their bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+import math
+import struct
+import zlib
+
+__all__ = ["LETTERS", "by_the_page", "reference_by_the_page"]
+
+LETTERS = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b"}
+LETTERS |= {"U64": "Q", "U32": "I", "U16": "H", "U8": "B", "BOOL": "?"}
+WIDTHS = {kind: struct.calcsize("<" + letter) for kind, letter in LETTERS.items()}
+WIDTHS |= {"BF16": 2, "C64": 8, "C128": 16}
+WIDTHS |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1)
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def rounded(value, kind):
+    """A number as the nearest of that kind, ties to even."""
+    if kind == "BF16":  # the upper half of a float32
+        (bits,) = struct.unpack("<I", struct.pack("<f", value))
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+        return struct.unpack("<f", struct.pack("<I", bits))[0]
+    return struct.unpack("<" + LETTERS[kind], struct.pack("<" + LETTERS[kind], value))[0]
+
+
+def plain(raw, kind, count):
+    """The values behind some bytes."""
+    if kind == "BF16":
+        words = struct.unpack(f"<{count}H", raw)
+        return [struct.unpack("<f", struct.pack("<I", word << 16))[0] for word in words]
+    if kind not in LETTERS:
+        return list(raw)
+    return list(struct.unpack(f"<{count}{LETTERS[kind]}", raw))
+
+
+def kinds_of(note):
+    """A dtype's name for each tensor, or None where it passed."""
+    return [None if digit == "-" else note["dtypes"][int(digit, 36)] for digit in note["each"]]
+
+
+def laid_out(note):
+    """Name, dtype's name and sizes of each tensor of a stream."""
+    return list(zip(note["names"], kinds_of(note), note["shapes"], strict=True))
+
+
+def cut(octets, layout):
+    """Tensors whose bytes stand one after the other, to the last byte."""
+    at, found = 0, {}
+    for name, kind, shape in layout:
+        end = at + WIDTHS[kind] * math.prod(shape)
+        found[name] = (kind, shape, plain(octets[at:end], kind, math.prod(shape)))
+        at = end
+    assert at == len(octets)
+    return found
+
+
+def stream_of(tensors):
+    """The bytes of the only tensor."""
+    ((name, (kind, shape, values)),) = tensors.items()
+    assert (name, kind, len(shape)) == ("stream", "U8", 1)
+    return bytes(values)
+
+
+def unzlib(tensors, note, _):
+    return cut(zlib.decompress(stream_of(tensors)), laid_out(note))
+
+
+def unzstd(tensors, note, _):
+    import zstandard
+
+    stream = stream_of(tensors)
+    return cut(zstandard.decompress(stream) if stream else b"", laid_out(note))
+
+
+def unans(tensors, note, _):
+    stream, layout = stream_of(tensors), laid_out(note)
+    sides = {side: [] for side in "s-"}
+    for entry, side in zip(layout, note["coded"], strict=True):
+        sides[side].append(entry)
+    n = sum(math.prod(shape) for _, _, shape in sides["s"])
+    lowest, p, e, w = struct.unpack_from("<iIII", stream)
+    words, rest = stream[16 : 16 + 2 * w], zlib.decompress(stream[16 + 2 * w :])
+    if not n:
+        assert (lowest, p, e, w) == (0, 0, 0, 0)
+        found = cut(rest, sides["-"])
+        return {name: found.get(name, (kind, shape, [])) for name, kind, shape in layout}
+    lanes = next(size for k in range(3, 13) if 768 * (size := 2**k) >= n or size == 4096)
+    x = list(struct.unpack_from(f"<{lanes}I", rest))
+    f = struct.unpack_from(f"<{p + 1}H", rest, 4 * lanes)
+    assert sum(f) == 2**14
+    widest = max((kind for _, kind, _ in sides["s"]), key=WIDTHS.get)
+    at = 4 * lanes + 2 * (p + 1)
+    escaped = iter(struct.unpack_from(f"<{e}{LETTERS[widest]}", rest, at))
+    c = [0, *itertools.accumulate(f)]
+    word, symbols = iter(struct.unpack(f"<{w}H", words)), []
+    for i in range(n):
+        state = x[i % lanes]
+        slot = state % 2**14
+        (k,) = (k for k in range(p + 1) if c[k] <= slot < c[k] + f[k])
+        symbols.append(next(escaped) if k == p else lowest + k)
+        state = f[k] * (state // 2**14) + slot - c[k]
+        x[i % lanes] = state if state >= 2**16 else 2**16 * state + next(word)
+    assert set(x) == {2**16}
+    assert not [*word, *escaped]
+    found, row = cut(rest[at + e * WIDTHS[widest] :], sides["-"]), iter(symbols)
+    for name, kind, shape in sides["s"]:
+        found[name] = (kind, shape, list(itertools.islice(row, math.prod(shape))))
+    return {name: found[name] for name, _, _ in layout}
+
+
+def unplanes(tensors, note, _):
+    found = {}
+    for (name, (held, shape, octets)), kind in zip(tensors.items(), kinds_of(note), strict=True):
+        if kind is None:
+            found[name] = (held, shape, octets)
+            continue
+        bits, count = 8 * WIDTHS[kind], math.prod(shape[1:])
+        assert (held, 8 * shape[0]) == ("U8", bits)
+        planes = [octets[k * count : (k + 1) * count] for k in range(shape[0])]
+        words = [
+            sum(octet << 8 * k for k, octet in enumerate(one)) for one in zip(*planes, strict=True)
+        ]
+        if kind in FLOATS:
+            words = [word >> 1 | (word & 1) << bits - 1 for word in words]
+        else:  # 2 v, or -2 v - 1
+            words = [(-(word + 1) // 2 if word & 1 else word // 2) % 2**bits for word in words]
+        raw = b"".join(word.to_bytes(bits // 8, "little") for word in words)
+        found[name] = (kind, shape[1:], plain(raw, kind, count))
+    return found
+
+
+def wide(kind):
+    return "F64" if kind == "F64" else "F32"
+
+
+def unint8(tensors, note, _):
+    scales, found = iter(plain_all(base64.b64decode(note["scales"]), "F64")), {}
+    for (name, (held, shape, symbols)), kind in zip(tensors.items(), kinds_of(note), strict=True):
+        values = symbols
+        if kind is not None:
+            scale = next(scales)
+            products = [rounded(q * scale, wide(kind)) for q in symbols]
+            values = [rounded(product, kind) for product in products]
+        found[name] = (kind or held, shape, values)
+    return found
+
+
+def plain_all(raw, kind):
+    return plain(raw, kind, len(raw) // WIDTHS[kind])
+
+
+def unquantise(tensors, note, _):
+    far = iter(tensors.pop(list(tensors)[-1])[2] if note["far"] else [])
+    many = iter(tensors.pop(list(tensors)[-1])[2] if set(note["scopes"]) - {"t"} else [])
+    scopes, raw, found = iter(note["scopes"]), base64.b64decode(note["steps"]), {}
+    for (name, (held, shape, symbols)), kind in zip(tensors.items(), kinds_of(note), strict=True):
+        if kind is None:
+            found[name] = (held, shape, symbols)
+            continue
+        exact, scope = wide(kind), next(scopes)
+        size = {"t": len(symbols) or 1, "b": note["block"], "r": math.prod(shape[1:])}[scope]
+        if scope == "t":
+            steps, raw = plain(raw[: WIDTHS[exact]], exact, 1), raw[WIDTHS[exact] :]
+        else:
+            steps = list(itertools.islice(many, math.ceil(len(symbols) / size)))
+        numbers = [next(far) if held == "I8" and q == -128 else q for q in symbols]
+        floats = [rounded(float(q), exact) for q in numbers]
+        products = [rounded(q * steps[i // size], exact) for i, q in enumerate(floats)]
+        found[name] = (kind, shape, [rounded(product, kind) for product in products])
+    return found
+
+
+def untopk(tensors, note, _):
+    gaps, found = iter(tensors.pop(list(tensors)[-1])[2]), {}
+    for (name, (kind, held, kept)), shape in zip(tensors.items(), note["shapes"], strict=True):
+        if shape is None:
+            found[name] = (kind, held, kept)
+            continue
+        values, place = [0.0] * math.prod(shape), -1
+        for value in kept:
+            place += 1
+            while (byte := next(gaps)) == 255:
+                place += 255
+            place += byte
+            values[place] = value
+        found[name] = (kind, shape, values)
+    return found
+
+
+def uncast(tensors, note, _):
+    pairs = zip(tensors.items(), kinds_of(note), strict=True)
+    return {name: (was or kind, shape, x) for (name, (kind, shape, x)), was in pairs}
+
+
+def undelta(tensors, note, reference):
+    found = {}
+    for place, (name, (kind, shape, values)) in enumerate(tensors.items()):
+        if kind in FLOATS and place not in note.get("whole", []):
+            assert reference[name][:2] == (kind, shape)
+            sums = zip(reference[name][2], values, strict=True)
+            values = [rounded(r + d, kind) for r, d in sums]
+        found[name] = (kind, shape, values)
+    return found
+
+
+def ungrid(tensors, note, reference):
+    exponents, found = iter(note["exponents"]), {}
+    for (name, (held, shape, symbols)), kind in zip(tensors.items(), kinds_of(note), strict=True):
+        values = symbols
+        if kind is not None:
+            assert reference[name][:2] == (kind, shape)
+            step, base = 2.0 ** next(exponents), reference[name][2]
+            pairs = zip(base, symbols, strict=True)
+            values = [rounded(r + k * step, kind) if k else r for r, k in pairs]
+        found[name] = (kind or held, shape, values)
+    return found
+
+
+UNDO = {"zlib": unzlib, "zstd": unzstd, "ans": unans, "planes": unplanes, "int8": unint8}
+UNDO |= {"quantise": unquantise, "topk": untopk, "cast": uncast, "delta": undelta, "grid": ungrid}
+
+
+def opened(data):
+    """Header, and the tensors of a payload in their order; the checksum holds."""
+    (size,) = struct.unpack("<Q", data[:8])
+    mark = b'{\\"crc32\\":\\"'
+    place = data.index(mark) + len(mark)
+    assert place < 8 + size
+    blank = data[:place] + b"00000000" + data[place + 8 :]
+    assert data[place : place + 8] == b"%08x" % zlib.crc32(blank)
+    table = json.loads(data[8 : 8 + size])
+    header = json.loads(table.pop("__metadata__")["fedpara"])
+    names = sorted(table)
+    order = range(len(names)) if header["order"] is None else header["order"]
+    tensors = {}
+    for name in (names[i] for i in order):
+        entry = table[name]
+        start, stop = (8 + size + end for end in entry["data_offsets"])
+        count = math.prod(entry["shape"])
+        values = plain(data[start:stop], entry["dtype"], count)
+        tensors[name] = (entry["dtype"], entry["shape"], values)
+    return header, tensors
+
+
+def by_the_page(data, reference=None):
+    """Name to (dtype's name, sizes, values) of a payload.
+
+    ``reference`` is the decoder's answer to another payload, that of the state coded against.
+    """
+    header, tensors = opened(data)
+    assert header["version"] == 1
+    stages = [] if header["codec"] == "none" else header["codec"].split("+")
+    for stage, note in zip(reversed(stages), reversed(header["notes"]), strict=True):
+        tensors = UNDO[stage](tensors, note, reference)
+    return tensors
+
+
+def reference_by_the_page(data):
+    """The hash of the state in a payload of codec ``none``."""
+    (size,) = struct.unpack("<Q", data[:8])
+    table = json.loads(data[8 : 8 + size])
+    digest = hashlib.sha256()
+    for name in sorted(table.keys() - {"__metadata__"}, key=str.encode):
+        entry = table[name]
+        for text in (name.encode(), entry["dtype"].encode()):
+            digest.update(struct.pack("<Q", len(text)) + text)
+        digest.update(
+            struct.pack(f"<{len(entry['shape']) + 1}Q", len(entry["shape"]), *entry["shape"])
+        )
+        start, stop = (8 + size + end for end in entry["data_offsets"])
+        digest.update(data[start:stop])
+    return digest.hexdigest()
