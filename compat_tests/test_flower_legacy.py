@@ -26,6 +26,7 @@ State = dict[str, Tensor]
 TASK = Task(clients=3, rounds=3, epochs=1)
 PAIR = Task(clients=2, rounds=3, epochs=1)
 """The legacy API sums replies in whatever order its threads end; of two, either gives the same."""
+OPTIMIZERS = ("fedavg", "fedprox", "fedadam")
 LOSSY = ("int8", "balanced", "small")
 BOTH = frozenset({"net", "app"})
 NEITHER: frozenset[str] = frozenset()
@@ -39,7 +40,7 @@ def _section(method: str, codec: str = "none", **options: Any) -> dict[str, Any]
 
 def _run(experiment: LegacyExperiment, section: Mapping[str, Any], **options: Any) -> Outcome:
     apps = legacy_plugin_apps(experiment)
-    return federate(apps, section, nodes=experiment.task.clients, **options)
+    return federate(apps, section, **options)
 
 
 def _build(task: Task, method: str, private: tuple[str, ...] = ()) -> nn.Module:
@@ -54,11 +55,10 @@ def _private(task: Task, method: str, private: tuple[str, ...] = ()) -> State:
 @cache
 def _plain_loop(task: Task, strategy: str, method: str, private: tuple[str, ...] = ()) -> Reference:
     spec = STRATEGIES[strategy]
-    options = {k: v for k, v in spec.options.items() if k != "proximal_mu"}
     return federated(
         task,
         partial(_build, task, method, private),
-        RULES[spec.rule](**options),
+        RULES[spec.rule](**spec.rule_options),
         proximal_mu=spec.proximal_mu,
         private_names=tuple(_private(task, method, private)),
     )
@@ -68,11 +68,18 @@ def _distance(a: State, b: State, keys: Mapping[str, Any] | list[str]) -> float:
     return float(sum(((a[key].double() - b[key].double()) ** 2).sum() for key in keys) ** 0.5)
 
 
+def _assert_near(state: State, plain: Reference, private: State) -> None:
+    """Near the plain loop's end, as far as it has gone."""
+    shared = [key for key in plain.state if key not in private]
+    moved = _distance(plain.state, plain.initial, shared)
+    assert _distance(state, plain.state, shared) < 1e-4 * moved
+
+
 # Against a plain loop ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", OPTIMIZERS)
 def test_a_run_is_that_of_a_plain_loop(strategy: str, method: str) -> None:
     outcome = _run(LegacyExperiment(TASK, strategy), _section(method, "lossless"))
     plain = _plain_loop(TASK, strategy, method)
@@ -82,7 +89,9 @@ def test_a_run_is_that_of_a_plain_loop(strategy: str, method: str) -> None:
     tolerance = 2e-3 if strategy == "fedadam" else 1e-5
     moved = _distance(plain.state, plain.initial, shared)
     assert _distance(outcome.state, plain.state, shared) < tolerance * moved
-    assert outcome.losses == pytest.approx(plain.losses, rel=1e-3)
+    assert len(outcome.losses) == len(plain.losses)
+    if method != "pfedpara":  # whose server evaluates W1 alone
+        assert outcome.losses == pytest.approx(plain.losses, rel=1e-3)
 
 
 @pytest.mark.parametrize("codec", LOSSY)
@@ -115,7 +124,7 @@ def test_the_server_asks_a_client_for_the_first_weights(method: str) -> None:
     assert len(seen) == TASK.clients
     for value in seen:
         assert torch.equal(value, plain.initial["fc2.weight"])
-    assert outcome.losses == pytest.approx(plain.losses, rel=1e-3)
+    _assert_near(outcome.state, plain, _private(TASK, method))
     without_model = _run(LegacyExperiment(TASK, initial=False, evaluate_fn=False), section)
     assert without_model.client_accuracies == pytest.approx(outcome.client_accuracies, abs=0.02)
 
@@ -129,7 +138,6 @@ def test_an_app_may_send_parameters_and_keep_its_buffers(method: str, codec: str
     outcome = _run(LegacyExperiment(task, part="parameters"), _section(method, codec))
     by_hand = federate(
         legacy_plain_apps(LegacyExperiment(task, part="parameters"), partial(_build, task, method)),
-        nodes=2,
     )
     shared = [key for key in names if key not in _private(task, method)]
     if method != "pfedpara":
@@ -170,12 +178,12 @@ def _assert_same_messages(mine: Outcome, theirs: Outcome) -> None:
 
 
 @pytest.mark.parametrize("section", [_section("none"), {}], ids=["none", "no section"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", OPTIMIZERS)
 def test_with_method_and_codec_none_every_message_is_the_plain_apps(
     strategy: str, section: dict[str, Any]
 ) -> None:
     experiment = LegacyExperiment(PAIR, strategy)
-    plain = federate(legacy_plain_apps(experiment), nodes=2)
+    plain = federate(legacy_plain_apps(experiment))
     plugged = _run(experiment, section)
     _assert_same_messages(plugged, plain)
     assert plugged.losses == plain.losses
@@ -276,7 +284,7 @@ def test_a_failing_client_is_left_out_of_that_round_only(failure: str) -> None:
         private_names=tuple(_private(TASK, "pfedpara")),
         participants=[[0, 1, 2], [0, 2], [0, 1, 2]],
     )
-    assert outcome.losses == pytest.approx(plain.losses, rel=1e-4)
+    _assert_near(outcome.state, plain, _private(TASK, "pfedpara"))
 
 
 def test_a_client_that_fails_at_the_first_message_does_not_end_the_run() -> None:
@@ -335,7 +343,7 @@ def test_a_missing_line_ends_the_run_in_its_first_round(
 ) -> None:
     experiment = LegacyExperiment(TASK, evaluate_fn=evaluate_fn)
     apps = legacy_plugin_apps(experiment, client=client, server=server)
-    outcome = federate(apps, _section(method, codec), nodes=TASK.clients, raises=False)
+    outcome = federate(apps, _section(method, codec), raises=False)
     assert outcome.error is not None
     assert says in str(outcome.error)
     assert {(sent.round, sent.kind) for sent in outcome.sent} <= {(1, "train")}
@@ -382,7 +390,7 @@ def test_a_list_of_something_else_is_refused_with_the_lengths() -> None:
                 client=broken.client if side == "client" else right.client,
                 server=broken.server if side == "server" else right.server,
             )
-            outcome = federate(apps, _section("fedpara"), nodes=TASK.clients, raises=False)
+            outcome = federate(apps, _section("fedpara"), raises=False)
         finally:
             del PARTS[side]
         assert isinstance(outcome.error, fedpara.FedParaError)

@@ -95,6 +95,7 @@ def legacy_plain_apps(experiment: LegacyExperiment, net: Factory | None = None) 
     return Apps(
         client=lambda: legacy_client_app(experiment, model, []),
         server=lambda outcome: ServerApp(server_fn=components(experiment, model, outcome)),
+        clients=experiment.task.clients,
     )
 
 
@@ -118,7 +119,7 @@ def legacy_plugin_apps(
         app = ServerApp(server_fn=components(experiment, net, outcome))
         return fedpara.server_app(app) if "app" in server else app
 
-    return Apps(client_app, server_app)
+    return Apps(client_app, server_app, experiment.task.clients)
 
 
 class _Client(NumPyClient):
