@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from fedpara_plugins.codecs.checks import check_dimensions
 from fedpara_plugins.codecs.stage import Notes, Stage, Tensors, byte_size, check_limit
 from fedpara_plugins.errors import ConfigError, PayloadError
 
@@ -199,6 +200,8 @@ class Codec:
             except Exception as error:
                 # A third party's stage may miss a hostile case; the caller still gets one type.
                 raise PayloadError(f"stage {stage.name!r} failed to decode: {error!r}") from error
+            for name, tensor in tensors.items():
+                check_dimensions(name, tensor.ndim)
             size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in tensors.values())
             check_limit(size, limit, f"the output of stage {stage.name!r}")
         return tensors

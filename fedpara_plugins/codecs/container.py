@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import safetensors.torch
 
+from fedpara_plugins.codecs.checks import check_dimensions
 from fedpara_plugins.codecs.stage import DTYPES, Tensors, check_booleans, check_count, check_limit
 from fedpara_plugins.codecs.strict_json import strict_json
 from fedpara_plugins.errors import PayloadError
@@ -79,11 +81,20 @@ def open_container(data: bytes, limit: int | None) -> tuple[str, bytes]:
     except UnicodeDecodeError as error:
         raise PayloadError(f"the container's header is not UTF-8: {error}") from error
     metadata = outer.get("__metadata__") if isinstance(outer, dict) else None
-    check_count(len(outer) - 1 if metadata is not None else 0, "the container's table")
+    _check_table(outer if isinstance(outer, dict) else {})
     text = metadata.get(_KEY) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise PayloadError(f"the container has no metadata {_KEY!r}: not a payload")
     return text, data if isinstance(data, bytes) else bytes(view)
+
+
+def _check_table(table: Mapping[str, Any]) -> None:
+    """Bound what costs memory and time whatever the tensors' bytes; the rest the library checks."""
+    check_count(len(table) - 1, "the container's table")
+    for name, entry in table.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if isinstance(shape, list):
+            check_dimensions(name, len(shape))
 
 
 def _header_size(data: memoryview) -> int:

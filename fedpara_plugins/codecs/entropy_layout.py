@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import torch
 
+from fedpara_plugins.codecs.checks import is_shape
 from fedpara_plugins.codecs.stage import (
     Notes,
     Tensors,
@@ -49,17 +50,12 @@ def read_layout(stage: str, notes: Notes, more: Mapping[str, type] | None = None
     check_count(len(names), f"the layout of stage {stage!r}")
     if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
         raise PayloadError(f"stage {stage!r}: the names are not text, or one stands there twice")
-    if len(shapes) != len(names) or not all(_is_shape(shape) for shape in shapes):
+    if len(shapes) != len(names) or not all(is_shape(shape) for shape in shapes):
         raise PayloadError(f"stage {stage!r}: expected {len(names)} shapes, lists of sizes")
     dtypes = [dtype for dtype in unpack_dtypes(notes, len(names)) if dtype is not None]
     if len(dtypes) != len(names):
         raise PayloadError(f"stage {stage!r}: a tensor has no dtype")
     return list(zip(names, dtypes, shapes, strict=True))
-
-
-def _is_shape(shape: object) -> bool:
-    # bool is an int to isinstance, not to the wire.
-    return isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
 
 
 def as_stream(parts: Sequence[bytes]) -> Tensors:

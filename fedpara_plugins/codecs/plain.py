@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from fedpara_plugins.codecs.checks import MAX_DIMENSIONS, check_dimensions
 from fedpara_plugins.codecs.stage import Tensors, dtype_name
 from fedpara_plugins.errors import PayloadError
 
@@ -28,6 +29,7 @@ def plain(tensors: Mapping[str, torch.Tensor]) -> Tensors:
                 f"on {tensor.device}; call to_dense(), or load its values first"
             )
         dtype_name(tensor.dtype)
+        check_dimensions(name, tensor.ndim, MAX_DIMENSIONS // 2)  # stages may add some
         tensor = tensor.detach().cpu()
         found[name] = tensor.resolve_conj().resolve_neg().contiguous()
     return found

@@ -28,6 +28,7 @@ from fedpara_plugins.codecs import (
     parse_codec,
     peek_header,
 )
+from fedpara_plugins.codecs.stage import MAX_TENSORS
 from fedpara_plugins.errors import MismatchError, PayloadError
 
 STAGES = {stage.name: stage for stage in BUILTIN_STAGES}
@@ -502,3 +503,34 @@ def test_the_largest_header_costs_bounded_memory_and_time():
             tracemalloc.stop()
         assert peak < 40 * 2**22
         assert time.process_time() - start < 30
+
+
+def test_more_dimensions_than_torch_computes_with_are_refused():
+    """On a tensor of 300,000 dimensions a multiplication takes longer than anyone waited."""
+    many = [1] * 65
+    scale = {"dtypes": ["F32"], "each": "0", "scales": "AAAAAAAA8D8="}
+    one_byte = container({"x": one("I8", many, 0, 1)}, bytes(1), codec="int8", notes=[scale])
+    assert "65 dimensions" in refused(one_byte)
+    body = zlib.compress(bytes(4))
+    notes = {"names": ["x"], "shapes": [many], "dtypes": ["F32"], "each": "0"}
+    stream = {"stream": one("U8", [len(body)], 0, len(body))}
+    refused(container(stream, body, codec="zlib", notes=[notes]))
+    notes["shapes"] = [many[:64]]
+    assert decode(container(stream, body, codec="zlib", notes=[notes])).tensors["x"].ndim == 64
+    with pytest.raises(PayloadError, match="33 dimensions"):
+        encode_payload({"x": torch.zeros([1] * 33)}, codec=parse_codec("none"))
+    for codec in ("none", "planes+zlib", "small"):
+        sent = {"x": torch.zeros([1] * 32)}
+        data = encode_payload(sent, codec=parse_codec(codec), reference=sent)
+        assert decode_payload(data, limit=100, reference=sent).tensors["x"].ndim == 32
+
+
+def test_more_tensors_than_a_payload_may_have_are_refused():
+    count = MAX_TENSORS + 1
+    notes = {"names": [str(i) for i in range(count)], "shapes": [[0]] * count}
+    notes |= {"dtypes": ["U8"], "each": "0" * count}
+    body = zlib.compress(b"")
+    stream = {"stream": one("U8", [len(body)], 0, len(body))}
+    assert f"{count} tensors" in refused(container(stream, body, codec="zlib", notes=[notes]))
+    table = {f"{i:x}": one("U8", [0], 0, 0) for i in range(count)}
+    assert f"{count} tensors" in refused(container(table, b""))
