@@ -29,7 +29,7 @@ Results = Mapping[tuple[str, str], Row]
 
 HEAD = """# What is verified
 
-Every cell is a real federated run (4 or 7 clients, 3 rounds, scikit-learn's digits, a small CNN
+Every cell is a real federated run (4 or 7 clients, 2 rounds, scikit-learn's digits, a small CNN
 with GroupNorm or BatchNorm) through the Grid of [`compat_tests/harness`](../compat_tests/harness),
 with assertions that can fail:
 

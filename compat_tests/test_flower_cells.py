@@ -11,15 +11,7 @@ from fedpara_plugins import Ledger, LedgerEntry
 from harness.apps import Experiment, Outcome, federate, plugin_apps
 from harness.cell_runs import build, plain_loop, private_names, run, section
 from harness.cells import Cell, cells, environment, installed_version, part
-from harness.checks import (
-    check_bytes_reconcile,
-    check_close,
-    check_every_client_took_part,
-    check_learned,
-    check_refused,
-    check_same_weights,
-    check_sizes,
-)
+from harness.checks import check_cell, check_close, check_refused, check_same_weights
 from harness.reference import RULES, Reference, federated
 from harness.refusals import refusal
 from harness.results import CellResult
@@ -45,14 +37,7 @@ def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
     plain = plain_loop(cell)
     entries = Ledger.read(ledger)
     _note(result, outcome, plain, entries)
-    check_every_client_took_part(outcome, cell)
-    check_bytes_reconcile(outcome, entries, cell)
-    check_sizes(outcome, entries, cell)
-    if cell.exact:
-        check_same_weights(outcome, plain, cell)
-    else:
-        check_close(outcome, plain, cell)
-    check_learned(outcome, plain, cell)
+    check_cell(cell, outcome, plain, entries)
 
 
 @pytest.mark.parametrize("codec", ["none", "int8"])

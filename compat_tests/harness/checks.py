@@ -19,6 +19,7 @@ from harness.task import HELD_OUT, TEST
 
 __all__ = [
     "check_bytes_reconcile",
+    "check_cell",
     "check_close",
     "check_every_client_took_part",
     "check_learned",
@@ -41,6 +42,20 @@ add up like the updates themselves."""
 
 ACCURACY = 0.02
 """8 of 400 images: a quarter of what chance would do to the accuracy of an unrelated model."""
+
+
+def check_cell(
+    cell: Cell, outcome: Outcome, plain: Reference, entries: Sequence[LedgerEntry]
+) -> None:
+    """All of the below, for a cell that trains."""
+    check_every_client_took_part(outcome, cell)
+    check_bytes_reconcile(outcome, entries, cell)
+    check_sizes(outcome, entries, cell)
+    if cell.exact:
+        check_same_weights(outcome, plain, cell)
+    else:
+        check_close(outcome, plain, cell)
+    check_learned(outcome, plain, cell)
 
 
 def check_every_client_took_part(outcome: Outcome, cell: Cell) -> None:
