@@ -72,6 +72,9 @@ class Checker:
         for name in SAMPLE_NAMES:
             self.reference.update(nearby(finite_sample(name)))
         self.references = {reference_hash(self.reference): self.reference}
+        golden = (GOLDEN / "v1_reference.safetensors").read_bytes()
+        old = decode_payload(golden, limit=LIMIT).tensors
+        self.references[reference_hash(old)] = old
         held = dict(list(self.reference.items())[:3])
         self.held = {f"{RECORD}/last": encode_payload(held, codec=parse_codec(NONE))}
         self.ledgers = LedgerChecker(folder)

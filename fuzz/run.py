@@ -1,4 +1,4 @@
-"""Fuzz the payload decoder; ``tox run -e fuzz -- --runs 20000 --seconds 60``.
+"""Fuzz whatever reads what others wrote; ``tox run -e fuzz -- --runs 20000 --seconds 60``.
 
 Coverage-guided with atheris where it is installed, else with random damage; the count of inputs is
 printed at the end, and what broke the invariant is kept under ``build/fuzz/findings``.
@@ -48,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=int, default=7200, help="stop after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=("auto", "atheris", "random"), default="auto")
+    parser.add_argument("--check", nargs="+", type=Path, help="try these files instead")
     options = parser.parse_args(arguments)
+    if options.check:
+        return _check_files(options.check)
     engine = options.engine
     if engine == "auto":
         engine = "atheris" if importlib.util.find_spec("atheris") else "random"
@@ -65,6 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{', '.join(checker.known_texts())}"
     )
     return 1 if found else 0
+
+
+def _check_files(paths: Sequence[Path]) -> int:
+    """Try findings again; the first that still is one ends with its traceback."""
+    with tempfile.TemporaryDirectory() as name:
+        checker = Checker(Path(name))
+        for path in paths:
+            print(f"{path}: {'decoded' if checker.check(path.read_bytes()) else 'refused'}")
+    return 0
 
 
 def _random(checker: Checker, runs: int, seconds: int, seed: int) -> tuple[int, int, int]:
