@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Message
+from flwr.client import mod as legacy_mods
 from flwr.clientapp import mod
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
@@ -164,8 +165,13 @@ def _wrapped(message: Message, context: Any, call_next: Any) -> Message:
 _wrapped.__wrapped__ = LOCAL  # type: ignore[attr-defined]
 
 
+LEGACY = legacy_mods.LocalDpMod(clipping_norm=CLIP, sensitivity=1e-6, epsilon=1.0, delta=0.1)
+
+
 @pytest.mark.parametrize(
-    "local", [LOCAL, functools.partial(LOCAL), _wrapped], ids=["mod", "partial", "wrapped"]
+    "local",
+    [LOCAL, functools.partial(LOCAL), _wrapped, LEGACY],
+    ids=["mod", "partial", "wrapped", "legacy"],
 )
 @pytest.mark.parametrize("codec", ["int8", "small"])
 def test_clients_refuse_local_privacy_before_a_lossy_codec(codec: str, local: Any) -> None:
@@ -237,6 +243,13 @@ def test_integers_go_to_qfedavg_as_numbers_and_the_log_says_so() -> None:
     said = [line for line in outcome.log if "num_batches_tracked" in line and "norm" in line]
     assert len(said) == 1
     assert 'private = "*num_batches_tracked"' in said[0]
+
+
+def test_integers_are_no_news_for_a_mean() -> None:
+    experiment = Experiment(Task(model="batchnorm", rounds=1, epochs=1))
+    outcome = federate(plugin_apps(experiment), {"fedpara.codec": "lossless"})
+    assert outcome.accuracies
+    assert not [line for line in outcome.log if "integer tensors" in line]
 
 
 def test_integers_that_float64_cannot_hold_stay_integers() -> None:

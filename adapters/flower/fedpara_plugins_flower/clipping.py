@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from flwr.client import mod as legacy_mods
 from flwr.clientapp import mod as flower_mods
 from flwr.common import Message
 from torch import Tensor
@@ -25,6 +26,13 @@ __all__ = ["check_clipped_message", "check_clipping_mods"]
 
 CLIPPING_KEY = "clipping_norm"
 """Under which Flower's client-side clipping strategies send the bound, in every version so far."""
+
+CLIPPING_MODS = tuple(
+    getattr(home, name)
+    for home in (flower_mods, legacy_mods)
+    for name in ("fixedclipping_mod", "adaptiveclipping_mod")
+)
+LOCAL_MODS = (flower_mods.LocalDpMod, legacy_mods.LocalDpMod)
 
 
 def check_clipped_message(message: Message, settings: Settings) -> None:
@@ -89,9 +97,9 @@ def _clipping_mods(call_next: Callable[..., Any]) -> Iterator[str]:
         if id(function) in seen:
             continue
         seen.add(id(function))
-        if function in (flower_mods.fixedclipping_mod, flower_mods.adaptiveclipping_mod):
+        if function in CLIPPING_MODS:
             yield function.__name__
-        elif isinstance(function, flower_mods.LocalDpMod):
+        elif isinstance(function, LOCAL_MODS):
             yield "LocalDpMod"
         waiting += [inner for inner in _held_by(function) if callable(inner)]
 

@@ -332,4 +332,4 @@ class CodecGrid(ForwardingGrid):
     def _tell_once(self, tensors: Mapping[str, Tensor]) -> None:
         if not self._told_integers:
             self._told_integers = True
-            tell_integers(tensors)
+            tell_integers(tensors, self._run.strategy)

@@ -50,6 +50,7 @@ class Run:
         on_loaded: called with every complete state that such a model loads.
         on_evaluated: on a server with a ledger, called with a round and figures of the model.
         on_start: on a server, what takes part when a strategy is started; see `strategy_start`.
+        strategy: on a server, the one that was started last.
     """
 
     settings: Settings
@@ -64,6 +65,7 @@ class Run:
     on_loaded: Callable[[dict[str, Tensor]], None] | None = None
     on_evaluated: Callable[[int, Mapping[str, float]], None] | None = None
     on_start: list[StartHook] = field(default_factory=list)
+    strategy: object | None = None
 
     def converted(self, model: M) -> M:
         """Convert a model that the user's code has just built, and remember its spec.

@@ -23,7 +23,7 @@ from fedpara_plugins_flower.rounds import Rounds
 from fedpara_plugins_flower.run import Run, open_run
 from fedpara_plugins_flower.secagg import complete_sums
 from fedpara_plugins_flower.settings import Settings
-from fedpara_plugins_flower.strategy_arrays import explained
+from fedpara_plugins_flower.strategy_arrays import explained, noting_strategy
 from fedpara_plugins_flower.strategy_start import follow_strategies
 
 __all__ = ["server_app"]
@@ -65,6 +65,8 @@ def _wrapped_class(base: type[Any], options: Mapping[str, Any]) -> type[Any]:
             run = Run(settings, side="server", on_loaded=final.seen)
             accounting = Accounting(settings.ledger, settings.config)
             follow_strategies()
+            if settings.active:
+                run.on_start.append(noting_strategy(run))
             if settings.ledger is not None:
                 run.on_evaluated = accounting.ledger.log
                 run.on_start.append(noting_evaluations(run.on_evaluated))

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fedpara_plugins import ConfigError
+from fedpara_plugins_flower.run import Run
+from fedpara_plugins_flower.strategy_start import Start, StartHook
 
-__all__ = ["averageable", "explained", "tell_integers"]
+__all__ = ["averageable", "explained", "noting_strategy", "tell_integers"]
 
 log = logging.getLogger("flwr.fedpara")
 
 EXACT = 2**53
 """Integers up to here are float64 values."""
+
+NORMS = ("QFedAvg", "MultiKrum", "Bulyan", "DifferentialPrivacy")
+"""Beginnings of the names of Flower's classes whose rule takes a norm over all tensors."""
 
 SCALAR_ERROR = "Invalid arguments for Array"
 
@@ -31,10 +38,26 @@ def averageable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def tell_integers(tensors: Mapping[str, Tensor]) -> None:
-    """Say once, at the first message, which integers a strategy will count among the weights."""
+def noting_strategy(run: Run) -> StartHook:
+    """Let a run know which strategy it is started with."""
+
+    @contextlib.contextmanager
+    def noted(start: Start) -> Iterator[Callable[[Result], Result]]:
+        run.strategy = start["self"]
+        yield lambda result: result
+
+    return noted
+
+
+def tell_integers(tensors: Mapping[str, Tensor], strategy: object | None) -> None:
+    """Warn of integers among the clients' tensors where the strategy takes norms.
+
+    Args:
+        tensors: of the first reply.
+        strategy: Flower's, possibly a wrapper; None if it is not known.
+    """
     names = [name for name, value in tensors.items() if _integer(value)]
-    if names:
+    if names and (strategy is None or _takes_norms(strategy)):
         log.warning(
             "fedpara: %d integer tensors (%s%s) go to the strategy as numbers like the weights. A "
             "rule that takes a norm over all tensors (QFedAvg, Krum, Bulyan, clipping) counts "
@@ -44,6 +67,13 @@ def tell_integers(tensors: Mapping[str, Tensor]) -> None:
             ", ..." if len(names) > 1 else "",
             names[0].rpartition(".")[2],
         )
+
+
+def _takes_norms(strategy: object) -> bool:
+    return any(
+        base.__name__.startswith(NORMS) and "ClientSide" not in base.__name__
+        for base in type(strategy).__mro__
+    )
 
 
 def explained(error: Exception) -> Exception:
