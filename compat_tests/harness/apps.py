@@ -22,7 +22,16 @@ from harness.cells import STRATEGIES
 from harness.inprocess_grid import Engine, InProcessGrid, RunConfig, Sent
 from harness.task import Task, evaluate, train
 
-__all__ = ["Apps", "Experiment", "Hooks", "Outcome", "federate", "plain_apps", "plugin_apps"]
+__all__ = [
+    "Apps",
+    "Experiment",
+    "Hooks",
+    "Outcome",
+    "federate",
+    "plain_apps",
+    "plugin_apps",
+    "train_app",
+]
 
 Factory = Callable[[], nn.Module]
 Hook = Callable[[nn.Module, int, int], None]
@@ -116,7 +125,7 @@ def plain_apps(experiment: Experiment, net: Factory | None = None) -> Apps:
     """
     model = net or experiment.task.net
     return Apps(
-        client=lambda: _client(ClientApp(), experiment, model),
+        client=lambda: train_app(ClientApp(), experiment, model),
         server=lambda outcome: _server(ServerApp(), experiment, model, outcome),
         clients=experiment.task.clients,
     )
@@ -142,7 +151,7 @@ def plugin_apps(
 
     def client_app() -> ClientApp:
         app = ClientApp(mods=[fedpara.client_mod]) if "app" in client else ClientApp()
-        return _client(app, experiment, fedpara.factorised(Net) if "net" in client else Net)
+        return train_app(app, experiment, fedpara.factorised(Net) if "net" in client else Net)
 
     def server_app(outcome: Outcome) -> ServerApp:
         app = fedpara.server_app(ServerApp()) if "app" in server else ServerApp()
@@ -192,7 +201,8 @@ def federate(
 # The app -----------------------------------------------------------------------------------------
 
 
-def _client(app: ClientApp, experiment: Experiment, net: Factory) -> ClientApp:
+def train_app(app: ClientApp, experiment: Experiment, net: Factory) -> ClientApp:
+    """Put the experiment's functions into a ClientApp; the same comes back."""
     task, hooks = experiment.task, experiment.hooks
     name = STRATEGIES[experiment.strategy].client_mod
     mods = [getattr(mod, name)] if name else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from flwr.common import Message
@@ -9,6 +10,7 @@ from flwr.common.constant import ErrorCode
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins_flower.marker import has_marker
+from fedpara_plugins_flower.records import carried_payload
 from fedpara_plugins_flower.secagg import is_secagg
 
 __all__ = ["FirstContact"]
@@ -18,9 +20,12 @@ ADD_MOD = "Add to the client: app = ClientApp(mods=[fedpara.client_mod]), the mo
 WITHOUT_MOD = ("fedpara.payload", "fedpara.parameters", "fitins.parameters")
 """Names in the error of an app that has to read an encoded message by itself."""
 
+OWN = "fedpara: "
+"""How the plugin's own errors begin, wherever an engine puts them in its text."""
+
 
 class FirstContact:
-    """Watches replies until one comes from a client that has the plugin.
+    """Watches replies until one can be used.
 
     An app of its own accord goes on for all its rounds when every client fails, so a set-up that
     cannot work would show itself at the very end.
@@ -28,7 +33,15 @@ class FirstContact:
 
     def __init__(self) -> None:
         self._met = False
-        self._failed: list[Message] = []
+        self._failed: dict[int, tuple[int, str]] = {}
+        self._left_out: dict[int, str] = {}
+        self._lengths: set[str] = set()
+
+    def sent(self, message: Message) -> None:
+        """Note the lengths of what goes out: whoever stumbles over it may name them."""
+        if not self._met:
+            payloads = map(carried_payload, message.content.array_records.values())
+            self._lengths |= {str(len(payload)) for payload in payloads if payload is not None}
 
     def replied(self, replies: Sequence[Message]) -> None:
         """Take in some replies.
@@ -38,14 +51,24 @@ class FirstContact:
         """
         if self._met:
             return
-        self._failed += [reply for reply in replies if reply.has_error()]
+        for reply in replies:
+            if reply.has_error():
+                found = reply.error.code, reply.error.reason or ""
+                self._failed[reply.metadata.src_node_id] = found
         sound = [r for r in replies if not r.has_error() and not is_secagg(r.content)]
-        self._met = any(has_marker(reply.content) for reply in replies if not reply.has_error())
-        if sound and not self._met:
+        if sound and not any(has_marker(reply.content) for reply in sound):
             raise ConfigError(
                 f"fedpara: the clients (node {sound[0].metadata.src_node_id}, for one) answer "
                 f"without the plugin, while this run's config turns it on. {ADD_MOD}"
             )
+
+    def used(self) -> None:
+        """A reply has been decoded: from now on, failures are one client's own."""
+        self._met = True
+
+    def left_out(self, node: int, reason: str) -> None:
+        """A reply could not be decoded."""
+        self._left_out[node] = reason.removeprefix(OWN)
 
     def check(self) -> None:
         """All replies to the first messages are in: raise if they show that none can be used.
@@ -57,19 +80,25 @@ class FirstContact:
         """
         if self._met:
             return
-        for reply in self._failed:
-            node, reason = reply.metadata.src_node_id, reply.error.reason or ""
-            all_failed = f"all {len(self._failed)} clients failed at the first message"
-            if "fedpara: " in reason:
-                raise FedParaError(f"fedpara: {all_failed}. Node {node} said: {reason}")
+        all_failed = f"all {len(self._failed)} clients failed at the first message"
+        for node, (code, reason) in self._failed.items():
+            if OWN in reason:
+                said = reason[reason.index(OWN) :].removesuffix("'>")
+                raise FedParaError(f"fedpara: {all_failed}. Node {node} said: {said}")
             if any(name in reason for name in WITHOUT_MOD):
                 raise ConfigError(
                     f"fedpara: {all_failed}: their app reads encoded messages without the plugin. "
                     f"{ADD_MOD}. Node {node} said: {reason}"
                 )
-            if reply.error.code == ErrorCode.MOD_FAILED_PRECONDITION:
+            stumbled = not self._lengths.isdisjoint(re.findall(r"\d+", reason))
+            if stumbled or code == ErrorCode.MOD_FAILED_PRECONDITION:
                 raise ConfigError(
-                    f"fedpara: {all_failed}, in a mod. A mod that stands before fedpara.client_mod "
-                    f"sees encoded messages: put fedpara.client_mod first in the client's list, "
-                    f"ClientApp(mods=[fedpara.client_mod, ...]). Node {node} said: {reason}"
+                    f"fedpara: {all_failed}, in their app or in a mod that reads encoded messages. "
+                    f"What stands before fedpara.client_mod in the client's list sees those: "
+                    f"{ADD_MOD}, before clipping or noise. Node {node} said: {reason}"
                 )
+        for node, reason in self._left_out.items():
+            raise FedParaError(
+                f"fedpara: all {len(self._left_out)} replies to the first message had to be left "
+                f"out. Node {node}: {reason}"
+            )

@@ -237,6 +237,7 @@ class CodecGrid(ForwardingGrid):
     def _sent(self, message: Message) -> Message:
         with self._lock:
             encoded = self._outbox.encoded(message)
+            self._first.sent(encoded)
             names = list(message.content.array_records)
             if len(names) == 1:
                 self._final.sent(partial(self._outbox.last_state, names[0]))
@@ -268,6 +269,7 @@ class CodecGrid(ForwardingGrid):
                     lost.add(node)
                     self._outbox.note_reply(node, marker)
                 elif self._decode_in_place(reply):
+                    self._first.used()
                     self._outbox.note_reply(node, marker)
                     fresh += marker.fresh
                     self._accounting.evaluated(reply)
@@ -286,7 +288,10 @@ class CodecGrid(ForwardingGrid):
                     continue
                 payload = carried_payload(record)
                 if payload is None:
-                    raise PayloadError(f"record {name!r} carries no payload")
+                    raise PayloadError(
+                        f"record {name!r} carries no payload, or one that was changed on its way: "
+                        f"no mod may stand before fedpara.client_mod that changes arrays"
+                    )
                 first = positional.asks_for_parameters(reply)
                 limit = blind_limit(payload) if first else self._outbox.limit(name)
                 references = self._outbox.references
@@ -307,6 +312,7 @@ class CodecGrid(ForwardingGrid):
                     f"fedpara: the first weights, of node {node}: {error}"
                 ) from error
             log.warning("fedpara: left out the reply of node %d: %s", node, error)
+            self._first.left_out(node, str(error))
             return False
         finally:
             self._accounting.received(reply, size)

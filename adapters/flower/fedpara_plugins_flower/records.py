@@ -32,10 +32,11 @@ def payload_record(payload: bytes) -> ArrayRecord:
 
 
 def carried_payload(record: ArrayRecord) -> bytes | None:
-    """The payload that a record carries, or None if it is an ordinary record."""
+    """The payload that a record carries, or None if it is an ordinary record, or changed."""
     if list(record) != [PAYLOAD_KEY]:
         return None
-    return record[PAYLOAD_KEY].numpy().astype(np.uint8, copy=False).tobytes()
+    array = record[PAYLOAD_KEY].numpy()
+    return array.tobytes() if array.dtype == np.uint8 else None
 
 
 def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
