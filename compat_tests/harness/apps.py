@@ -28,6 +28,7 @@ __all__ = [
     "Hooks",
     "Outcome",
     "federate",
+    "main_app",
     "plain_apps",
     "plugin_apps",
     "train_app",
@@ -126,7 +127,7 @@ def plain_apps(experiment: Experiment, net: Factory | None = None) -> Apps:
     model = net or experiment.task.net
     return Apps(
         client=lambda: train_app(ClientApp(), experiment, model),
-        server=lambda outcome: _server(ServerApp(), experiment, model, outcome),
+        server=lambda outcome: main_app(ServerApp(), experiment, model, outcome),
         clients=experiment.task.clients,
     )
 
@@ -155,7 +156,7 @@ def plugin_apps(
 
     def server_app(outcome: Outcome) -> ServerApp:
         app = fedpara.server_app(ServerApp()) if "app" in server else ServerApp()
-        return _server(
+        return main_app(
             app, experiment, fedpara.factorised(Net) if "net" in server else Net, outcome
         )
 
@@ -252,7 +253,8 @@ def _begin(
     return client, config, model
 
 
-def _server(app: ServerApp, experiment: Experiment, net: Factory, outcome: Outcome) -> ServerApp:
+def main_app(app: ServerApp, experiment: Experiment, net: Factory, outcome: Outcome) -> ServerApp:
+    """Put the experiment's main function into a ServerApp; the same comes back."""
     task = experiment.task
 
     @app.main()

@@ -69,7 +69,8 @@ def _named(context: Context, option: str, kind: type[Any]) -> Any:
     if not any(names) and settings.active and settings.config.method != "none":
         raise ConfigError(_missing("model", "my_app.task:Net", config))
     if not config.get(PREFIX + option):
-        raise ConfigError(_missing(option, f"my_app.{option}:app", config))
+        example = f"my_app.{option.removesuffix('app')}_app:app"
+        raise ConfigError(_missing(option, example, config))
     app = _loaded(option, str(config[PREFIX + option]))
     if not isinstance(app, kind):
         raise ConfigError(
