@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,7 @@ from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.convert import convert
 from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.spec import ModelSpec
+from fedpara_plugins.units import readable_bytes
 
 __all__ = ["dense_from"]
 
@@ -36,7 +38,7 @@ def dense_from(
         ConfigError: neither the file nor the arguments say how the model was converted.
         MismatchError: the file is of another model or was trained with other options; names the
             first tensor that differs, and both shapes.
-        PayloadError: the weights hold NaN or infinity.
+        PayloadError: the weights hold NaN or infinity, or would not fit this machine's memory.
     """
     if found.about.get("format") == "dense":
         raise PayloadError("the file holds a dense model already: there is nothing to export")
@@ -53,11 +55,25 @@ def dense_from(
         factors = factor_shapes(spec)
         rest = {k: v.shape for k, v in found.tensors.items() if k not in factors}
         check_same_shapes({**rest, **composed}, model.state_dict(), there="the unconverted model")
+    size, memory = spec.dense_bytes(found.tensors), _memory()
+    if memory is not None and size > memory:  # small factors can stand for a weight of any size
+        raise PayloadError(
+            f"the dense model would take {readable_bytes(size)}, this machine has "
+            f"{readable_bytes(memory)} of memory: export it on a larger one, or the file is forged"
+        )
     dense = spec.dense_state(found.tensors)
     for name, value in dense.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise PayloadError(f"{name!r} holds NaN or infinite values: training has diverged")
     return dense, spec
+
+
+def _memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _spec_for(found: Checkpoint, model: nn.Module, config: FedParaConfig) -> ModelSpec:

@@ -24,6 +24,7 @@ from fedpara_plugins.checkpoints import (
     save_factors,
 )
 from fedpara_plugins.codecs import encode_payload, parse_codec
+from fedpara_plugins.spec import plan_from_row
 
 USER_MODELS = runpy.run_path(str(Path(__file__).with_name("user_models.py")))
 Net = USER_MODELS["Net"]
@@ -245,6 +246,18 @@ def test_nan_is_not_exported(refused):
 
 
 # Damaged and hostile files
+
+
+def test_small_factors_of_a_weight_without_bound_are_refused(refused):
+    """Two columns of a million entries compose to 4 TB, which no size of the file tells."""
+    count = 10**6
+    row = ["weight", "lowrank", [count, count], 1, [1.0, 0.1, 0.0, 0.1], False]
+    spec = fedpara.ModelSpec(weights={"weight": plan_from_row(row)}, keys=("x1", "y1"), seed=0)
+    about = {"format": "factors", "version": "0", "method": "lowrank", "config": {}}
+    about |= {"model": spec.to_json(), "keys": ["x1", "y1"]}
+    factors = {"x1": torch.ones(count, 1), "y1": torch.ones(count, 1)}
+    save_file(factors, "f.safetensors", metadata={METADATA_KEY: json.dumps(about)})
+    assert "would take 4,000 GB" in refused("export", "f.safetensors", "-o", "d", code=1)
 
 
 def rewritten(path, change):
