@@ -83,15 +83,15 @@ def _totals(runs: Sequence[RunData], metrics: Sequence[Metric]) -> Iterator[str]
     # What matters most stands first: a phone shows four columns.
     heads = ["run", "total", "fewer than dense"]
     heads += [f"{_text(metric)}, {_text(source)}" for source, metric in metrics]
-    heads += ["down", "up", "before coding", "dense", "rounds", "clients", "messages"]
+    words = {0, len(heads), len(heads) + 1}
     heads += ["method", "codec"]
-    words = {0, len(heads) - 2, len(heads) - 1}
+    heads += ["down", "up", "before coding", "dense", "rounds", "clients", "messages"]
     yield '<div class="table"><table><thead><tr>'
     yield "".join(f"<th{_left(i in words)}>{head}</th>" for i, head in enumerate(heads))
     yield "</tr></thead><tbody>"
     for place, run in enumerate(runs):
         cells = [_run_name(place, run), *_totals_of(run), *_merit_of(run, metrics)]
-        cells += [*_figures_of(run), *_settings(run)]
+        cells += [*_settings(run), *_figures_of(run)]
         row = "".join(f"<td{_left(i in words)}>{cell}</td>" for i, cell in enumerate(cells))
         yield f"<tr>{row}</tr>"
     yield "</tbody></table></div>"

@@ -96,11 +96,11 @@ def test_totals_are_those_of_the_messages(tmp_path):
     down, up = 3 * 4 * 1500, 3 * 4 * 1000 + 3 * 6
     total, dense = down + up, 3 * 4 * 2 * 20_000
     assert cells(text, 1) == [
-        "small", "30.0 kB", f"{dense / total:.1f}x", "90.0%", "40.0%", "18.0 kB", "12.0 kB",
-        "96.0 kB", "480 kB", "3", "4", "24", "fedpara", "int8",
+        "small", "30.0 kB", f"{dense / total:.1f}x", "90.0%", "40.0%", "fedpara", "int8",
+        "18.0 kB", "12.0 kB", "96.0 kB", "480 kB", "3", "4", "24",
     ]  # fmt: skip
     second = cells(text, 2)
-    assert [second[0], *second[-2:]] == ["big", "fedpara", "int8"]
+    assert [second[0], *second[5:7]] == ["big", "fedpara", "int8"]
     assert f'title="{total:,} bytes"' in text
     # two figures, each over bytes and rounds; direction, down, up, client, layer
     assert found.count("figure") == len(found.of_class("chart")) == 4 + 5
@@ -209,12 +209,12 @@ def test_runs_that_lack_something(tmp_path):
         assert not re.search(r"\binf\b", text)
     found, text = page(runs[2])
     assert cells(text, 1)[2] == "&ndash;"
-    assert cells(text, 1)[6] == "not known"
+    assert cells(text, 1)[8] == "not known"
     assert "no figures of merit" in found.text
     assert "No ledger says how large the layers are" in found.text
     assert "some of its messages have no dense size" in found.text
     assert not [title for title in page(start)[0].titles if "round" in title]
-    assert cells(page(start)[1], 1)[7:10] == ["0", "0", "0"]
+    assert cells(page(start)[1], 1)[-3:] == ["0", "0", "0"]
 
 
 def test_what_is_odd_about_a_file_is_said(tmp_path):
@@ -225,7 +225,7 @@ def test_what_is_odd_about_a_file_is_said(tmp_path):
     found, text = page(path)
     assert "its last line is unfinished (9 bytes)" in found.text
     assert "the file holds 2 starts of a run" in found.text
-    assert cells(text, 1)[11] == "48"
+    assert cells(text, 1)[-1] == "48"
 
 
 def test_the_metric_can_be_chosen(tmp_path):
