@@ -1,7 +1,8 @@
 """FedAvg on clipped updates, the clip on the server or on the client: Flower's DP wrappers.
 
 Without noise: what noise adds is tested by itself. An update is u = y - x over all tensors at once;
-clipped it is u min(1, c/|u|).
+clipped it is u min(1, c/|u|). Tensors without dimensions count in the norm, but Flower leaves them
+as they are.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ def _norm(before: State, after: State) -> float:
 
 def _clipped(before: State, after: State, bound: float) -> State:
     scale = min(1.0, bound / _norm(before, after))
-    return {key: before[key] + scale * (after[key] - before[key]) for key in after}
+    return {
+        key: before[key] + (scale if value.dim() else 1.0) * (value - before[key])
+        for key, value in after.items()
+    }
 
 
 def _clipped_reply(reply: PlainReply, current: State, bound: float) -> PlainReply:

@@ -43,16 +43,13 @@ def refusal(cell: Cell, version: str) -> Refusal | None:
         return Refusal("plugin", "breaks the bound", sends=False)
     if cell.model == "groupnorm":
         return None
-    if spec.client_mod:
-        if cell.plain:
-            return Refusal("Flower", "ufunc 'multiply'", raises=False)
-        return Refusal("plugin", "cannot clip integer tensors")
-    old = tuple(map(int, version.split(".")[:2])) < SCALARS_SINCE
-    clipped = spec.inside or cell.strategy == "qfedavg"
-    if clipped and cell.plain:
+    if spec.client_mod and not cell.plain:
+        return Refusal("plugin", "cannot clip")
+    if cell.strategy == "qfedavg" and cell.plain:
         return Refusal("Flower", "ufunc 'multiply'")
+    old = tuple(map(int, version.split(".")[:2])) < SCALARS_SINCE
     if old and cell.strategy not in SCALARS_REFUSED:
         if cell.plain:
-            return Refusal("Flower", "Invalid arguments for Array")
+            return Refusal("Flower", "Invalid arguments for Array", raises=not spec.client_mod)
         return Refusal("plugin", "arrays without dimensions")
     return None

@@ -52,7 +52,10 @@ def check_clipped_message(message: Message, settings: Settings) -> None:
 def check_clipping_mods(
     call_next: Callable[..., Any], settings: Settings, received: Mapping[str, Tensor]
 ) -> None:
-    """Refuse, on a client, Flower's clipping mods before a lossy codec, or on integer tensors.
+    """Refuse, on a client, Flower's clipping mods before a lossy codec, or where they cannot clip.
+
+    They scale arrays in place, which does nothing for arrays without dimensions, and fails for
+    integers.
 
     Args:
         call_next: what the mod of this plugin calls: the mods after it and the app.
@@ -66,12 +69,15 @@ def check_clipping_mods(
     if name is None:
         return
     _check_codecs(settings, f"Flower's {name}")
-    integers = [key for key, value in received.items() if not value.is_floating_point()]
-    if integers:
+    left = [
+        key for key, value in received.items() if not (value.dim() and value.is_floating_point())
+    ]
+    if left:
         raise ConfigError(
-            f"fedpara: Flower's {name} cannot clip integer tensors, and the model has "
-            f"{len(integers)}: {', '.join(integers[:3])}. Use a normalisation without counters "
-            f"(GroupNorm), BatchNorm with track_running_stats=False, or clip on the server"
+            f"fedpara: Flower's {name} cannot clip integers and tensors without dimensions, though "
+            f"it counts them in the norm, and the model has {len(left)}: {', '.join(left[:3])}. "
+            f"Use a normalisation without counters (GroupNorm), or BatchNorm with "
+            f"track_running_stats=False"
         )
 
 
