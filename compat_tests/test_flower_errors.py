@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -195,6 +195,27 @@ def test_a_client_that_sends_damaged_bytes_is_left_out(
     monkeypatch.setattr(client_side, "encode", damaging)
     outcome = _one_fails(noting, "fedpara", codec)
     _check_named(outcome, "checksum")
+    _check_as_without_the_client(outcome, "fedpara", codec)
+
+
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_a_client_that_sends_another_shape_is_left_out(
+    codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its payload is sound, and no strategy can average what is in it with the others' replies."""
+    now: list[tuple[int, int]] = []
+    encode: Callable[..., tuple[bytes, dict[str, Tensor]]] = vars(client_side)["encode"]
+
+    def other(tensors: Mapping[str, Tensor], **kwargs: Any) -> tuple[bytes, dict[str, Tensor]]:
+        wrong = now[-1] == (CULPRIT, ROUND)
+        return encode({**tensors, "fc2.bias": torch.zeros(3)} if wrong else tensors, **kwargs)
+
+    def noting(model: nn.Module, client: int, server_round: int) -> None:
+        now.append((client, server_round))
+
+    monkeypatch.setattr(client_side, "encode", other)
+    outcome = _one_fails(noting, "fedpara", codec)
+    _check_named(outcome, "'fc2.bias' of shape (3,), this server sent it with shape (10,)")
     _check_as_without_the_client(outcome, "fedpara", codec)
 
 

@@ -11,7 +11,7 @@ import torch
 from flwr.common import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
-from fedpara_plugins import ConfigError, ModelSpec
+from fedpara_plugins import ConfigError, MismatchError, ModelSpec
 from fedpara_plugins.codecs import Codec, reference_hash
 from fedpara_plugins.ledger import LayerSize, layer_sizes
 from fedpara_plugins.references import GridDownlink, PerClientDownlink, shared_part
@@ -159,8 +159,13 @@ class Outbox:
         """The model's complete state: private names are filled from what the server itself has.
 
         Strategies then see the same names in every reply that they sent themselves.
+
+        Raises:
+            MismatchError: a tensor has another shape than the one of its name that was sent.
         """
         known = self._contents.get(name)
+        if known is not None:
+            _check_shapes(shared, known.full)
         if known is None or set(shared_part(known.spec, known.full)) != set(shared):
             return shared
         return {key: shared.get(key, value) for key, value in known.full.items()}
@@ -218,3 +223,13 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _size(tensors: Mapping[str, Tensor]) -> int:
     return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+def _check_shapes(answer: State, sent: State) -> None:
+    """One client's odd shapes would end the round of all: no strategy can average them."""
+    for key, value in answer.items():
+        if key in sent and value.shape != sent[key].shape:
+            raise MismatchError(
+                f"the client answers with {key!r} of shape {tuple(value.shape)}, this server sent "
+                f"it with shape {tuple(sent[key].shape)}; build the same model on both sides"
+            )
