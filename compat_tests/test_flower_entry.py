@@ -222,6 +222,21 @@ def test_the_mod_with_options_can_be_pickled() -> None:
     assert again.keywords == {"options": {"method": "fedpara"}}
 
 
+# A version of Flower that is too old -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["client_mod", "server_app", "factorised"])
+def test_an_old_flower_is_refused_when_the_app_is_imported(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(vars(fedpara), name, raising=False)
+    monkeypatch.setattr(fedpara, "version", lambda package: "1.21.0")
+    with pytest.raises(core.PluginError, match=r"needs flwr>=1.22, found 1.21.0: upgrade flwr"):
+        getattr(fedpara, name)
+    monkeypatch.setattr(fedpara, "version", lambda package: "1.22.0.dev20251001")
+    assert getattr(fedpara, name)
+
+
 # A line at the class -----------------------------------------------------------------------------
 
 

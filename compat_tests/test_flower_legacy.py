@@ -129,6 +129,26 @@ def test_the_server_asks_a_client_for_the_first_weights(method: str) -> None:
     assert without_model.client_accuracies == pytest.approx(outcome.client_accuracies, abs=0.02)
 
 
+@pytest.mark.parametrize("init", ["fit", "random"])
+def test_the_first_weights_of_a_client_are_fitted_if_the_run_says_so(init: str) -> None:
+    """And the other way round are not."""
+    task = Task(clients=2, rounds=1, epochs=1)
+    seen: list[Tensor] = []
+
+    def loaded(model: nn.Module, client: int, server_round: int) -> None:
+        seen.append(fedpara.to_dense(model).state_dict()["fc1.weight"].clone())
+
+    experiment = LegacyExperiment(
+        task, initial=False, evaluate_fn=False, hooks=Hooks(loaded=loaded)
+    )
+    _run(experiment, _section("fedpara", init=init) | {"fedpara.gamma": 1.0})
+    torch.manual_seed(task.seed)
+    dense = task.net().get_parameter("fc1.weight").detach()
+    off = [float((value - dense).norm() / dense.norm()) for value in seen]
+    assert len(off) == task.clients
+    assert all(value < 0.3 if init == "fit" else value > 1 for value in off)
+
+
 @pytest.mark.parametrize("codec", ["lossless", "int8"])
 @pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
 def test_an_app_may_send_parameters_and_keep_its_buffers(method: str, codec: str) -> None:
