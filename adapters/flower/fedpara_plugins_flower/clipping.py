@@ -103,7 +103,7 @@ def _clipping_mods(call_next: Callable[..., Any]) -> Iterator[str]:
         if id(function) in seen:
             continue
         seen.add(id(function))
-        if function in CLIPPING_MODS:
+        if any(function is known for known in CLIPPING_MODS):
             yield function.__name__
         elif isinstance(function, LOCAL_MODS):
             yield "LocalDpMod"

@@ -146,7 +146,7 @@ def _zero_private_factors(model: nn.Module, spec: ModelSpec) -> None:
     Their seeded values are larger than weights: distances between replies, which Krum takes in
     float32, would drown in them.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in spec.private_factors:
         parameters[name].zero_()
 
