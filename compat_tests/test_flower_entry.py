@@ -209,6 +209,24 @@ def test_options_in_python_are_those_of_the_section(method: str, codec: str) -> 
     assert [s.content.object_id for s in off.sent] == [s.content.object_id for s in plain.sent]
 
 
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_options_on_one_side_alone_end_the_run_in_its_first_round(side: str) -> None:
+    experiment, options = Experiment(TASK), {"method": "fedpara"}
+    net = fedpara.factorised(TASK.net)
+    mod = fedpara.client_mod_with(**(options if side == "client" else {}))
+
+    def server(outcome: Outcome) -> ServerApp:
+        app = fedpara.server_app(ServerApp(), **(options if side == "server" else {}))
+        return main_app(app, experiment, net, outcome)
+
+    client = train_app(ClientApp(mods=[mod]), experiment, net)
+    outcome = federate(Apps(lambda: client, server, clients=2), raises=False)
+    assert outcome.error is not None
+    assert "the same" in str(outcome.error)
+    assert "options" in str(outcome.error)
+    assert {(sent.round, sent.kind) for sent in outcome.sent} == {(1, "train")}
+
+
 def test_bad_options_in_python_are_refused_where_they_stand() -> None:
     with pytest.raises(core.ConfigError, match="gama"):
         fedpara.client_mod_with(gama=0.3)

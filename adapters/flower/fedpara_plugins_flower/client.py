@@ -104,6 +104,11 @@ def _begin(
     message: Message, context: Context, call_next: App, options: Mapping[str, Any]
 ) -> Message:
     settings = Settings.from_run_config(context.run_config, options)
+    if not settings.active and _carries_payload(message):
+        raise ConfigError(
+            "the server has a method or codec on, and this client has method and codec none. Give "
+            "both sides the same fedpara options"
+        )
     if not settings.active or not message.has_content():
         with open_run(Run(settings, side="client")):
             return call_next(message, context)
@@ -115,6 +120,12 @@ def _begin(
     with contextlib.closing(client_storage(context, settings.state_dir)) as storage:
         sent = {name: payload for name, payload in payloads.items() if payload is not None}
         return _answer(message, sent, context, call_next, settings, storage)
+
+
+def _carries_payload(message: Message) -> bool:
+    return message.has_content() and any(
+        carried_payload(record) is not None for record in message.content.array_records.values()
+    )
 
 
 def _answer(

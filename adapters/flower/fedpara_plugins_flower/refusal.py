@@ -13,8 +13,8 @@ __all__ = ["refuse_plain_message"]
 log = logging.getLogger("flwr.fedpara")
 
 REASON = (
-    "fedpara: the server runs without the plugin, while this run's config turns it on. Add to the "
-    "server: app = fedpara.server_app(ServerApp())"
+    "fedpara: the server sends plain arrays, while this client's options turn the plugin on. Add "
+    "to the server: app = fedpara.server_app(ServerApp()), with the same options"
 )
 
 
