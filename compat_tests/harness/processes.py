@@ -80,9 +80,14 @@ class Program:
 
     def kill(self) -> None:
         """End it at once, and what it started in its process group (SIGKILL: no clean-up)."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self.send(signal.SIGKILL)
         self._process.wait(GRACE)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to it and to its process group, if it still runs."""
+        if self.running:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
 
     def tail(self, lines: int = 60) -> str:
         """The last lines of its output."""
@@ -174,6 +179,8 @@ class Processes:
     def end(self) -> None:
         """End everything: politely, then not. Waits until nothing is left."""
         for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
+            for program in self._programs:
+                program.send(number)  # where no mark can be seen, its group at least
             for pid in self.alive():
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, number)
