@@ -28,6 +28,11 @@ START = 180.0
 LIMIT = 900.0
 """Seconds for a run."""
 
+RAY_TOO_LATE = "The current node timed out during startup"
+"""Ray gives itself 30 s to start, too few on a busy machine, and has no option for it. Nothing
+has run then, so such a run is started again."""
+ATTEMPTS = 3
+
 RunConfig = Mapping[str, bool | float | int | str]
 
 
@@ -185,9 +190,13 @@ def simulated(
         _connect(processes.home, port, None)
         _start_link(processes, port, "--insecure", "--simulation")
         command = ("flwr", "run", str(app), CONNECTION, "--stream", *options)
-        program = processes.start("run", *command)
-        code = program.wait(seconds)
-        return _finished(processes, program.text, code)
+        for _ in range(ATTEMPTS):
+            program = processes.start("run", *command)
+            code = program.wait(seconds)
+            finished = _finished(processes, program.text, code)
+            if RAY_TOO_LATE not in finished.log:
+                break
+        return finished
 
 
 def _connect(home: Path, port: int, files: Certificates | None) -> None:
