@@ -18,9 +18,11 @@ from harness.cells import (
     METHODS,
     MODELS,
     NOT_BY_DEFAULT,
+    OURS,
     STRATEGIES,
     Cell,
     cells,
+    drift_cells,
 )
 from harness.engine_page import engine_results, engine_section, of_an_engine
 
@@ -115,14 +117,14 @@ def _overview(names: Sequence[str], results: Results) -> str:
     head = ["strategy", "marker"]
     head += [_listed(row["version"] for row in versions[name].values()) for name in names]
     lines = [head, ["---", "---", *["---:" for _ in names]]]
-    for strategy, spec in STRATEGIES.items():
+    for strategy, spec in {**STRATEGIES, **OURS}.items():
         counts = [_counted(strategy, name, versions[name]) for name in names]
         lines.append([spec.label, f"`{strategy}`", *counts])
     return f"Cells that passed, by version of Flower:\n\n{_table(lines)}\n"
 
 
 def _counted(strategy: str, name: str, own: Mapping[str, Row]) -> str:
-    planned = sum(cell.strategy == strategy for cell in cells(name))
+    planned = sum(c.strategy == strategy for c in [*cells(name), *drift_cells(name)])
     mine = [row for row in own.values() if row["strategy"] == strategy]
     passed = sum(row["outcome"] == "passed" for row in mine)
     failed = len(mine) - passed
@@ -139,8 +141,10 @@ def _section(name: str, results: Results) -> str:
     commits = _listed(row["commit"] or "no commit" for row in own.values())
     dates = _listed(row["date"] for row in own.values())
     lines = [["strategy", *METHODS], ["---"] * (1 + len(METHODS))]
-    for strategy, model in product(STRATEGIES, MODELS):
-        label = STRATEGIES[strategy].label + (", BatchNorm" if model == "batchnorm" else "")
+    for strategy, model in product({**STRATEGIES, **OURS}, MODELS):
+        label = {**STRATEGIES, **OURS}[strategy].label + (
+            ", BatchNorm" if model == "batchnorm" else ""
+        )
         ids = {
             method: [Cell("", "", strategy, method, codec, model).id for codec in CODECS]
             for method in METHODS

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 
 from harness.cover import pairwise
-from harness.strategies import STRATEGIES, StrategySpec
+from harness.strategies import OURS, STRATEGIES, StrategySpec
 
 __all__ = [
     "CODECS",
@@ -19,11 +19,13 @@ __all__ = [
     "METHODS",
     "MODELS",
     "NOT_BY_DEFAULT",
+    "OURS",
     "STRATEGIES",
     "Cell",
     "Environment",
     "StrategySpec",
     "cells",
+    "drift_cells",
     "environment",
     "every_strategy",
     "installed_version",
@@ -144,6 +146,20 @@ def cells(environment_name: str, which: str = "all") -> list[Cell]:
     found = [Cell("flower", environment_name, *row) for row in rows]
     version = next((e.version for e in ENVIRONMENTS if e.name == environment_name), "999.0")
     return list(dict.fromkeys(found + _in_place_of_refusals(found, version)))
+
+
+def drift_cells(environment_name: str, which: str = "all") -> list[Cell]:
+    """The cells of `OURS`, whose clients have lines of their own; as `cells`."""
+    if environment_name not in (LATEST, "flower-oldest", "local") or which == "smoke":
+        rows = [("scaffold", "pfedpara", "int8", "groupnorm")]
+        rows += [("feddyn", "fedpara", "int8", "groupnorm")]
+    else:
+        rows = [
+            (strategy, method, codec, "groupnorm")
+            for strategy, method, codec in product(OURS, METHODS, ("none", "int8"))
+        ]
+        rows += [(strategy, "fedpara", "balanced", "batchnorm") for strategy in OURS]
+    return [Cell("flower", environment_name, *row) for row in rows]
 
 
 def every_strategy(which: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from harness.cells import STRATEGIES, Cell, installed_version
+from harness.cells import OURS, STRATEGIES, Cell, installed_version
 from harness.engine_cells import EngineCell
 
 __all__ = ["CellResult", "pytest_configure", "pytest_runtest_makereport", "result"]
@@ -50,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register a marker for each optimizer: ``-m fedadam`` runs its cells."""
     for name, spec in STRATEGIES.items():
         config.addinivalue_line("markers", f"{name}: cells of Flower's {spec.class_name}")
+    for name, spec in OURS.items():
+        config.addinivalue_line("markers", f"{name}: the plugin's {spec.class_name}")
 
 
 @pytest.hookimpl(wrapper=True)

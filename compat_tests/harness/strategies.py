@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["RATE", "STRATEGIES", "StrategySpec"]
+__all__ = ["OURS", "RATE", "STRATEGIES", "StrategySpec"]
 
 FLOWER = "flwr.serverapp.strategy"
 
@@ -129,3 +129,11 @@ STRATEGIES: Mapping[str, StrategySpec] = {
     ),
 }
 """By marker: ``-m fedadam`` runs its cells. A new one is an entry here and a rule."""
+
+PLUGIN = "fedpara_plugins_flower"
+OURS: Mapping[str, StrategySpec] = {
+    "scaffold": StrategySpec("Scaffold", "scaffold", home=PLUGIN),
+    "feddyn": StrategySpec("FedDyn", "feddyn", {"alpha": 0.3}, home=PLUGIN),
+}
+"""Optimizers that Flower lacks. Their clients have lines of their own, so they are run by
+`harness.drift_apps` and checked against `harness.drift_reference`."""

@@ -29,15 +29,22 @@ if TYPE_CHECKING:
     from fedpara_plugins_flower.client import client_mod, client_mod_with
     from fedpara_plugins_flower.evaluation import log_metrics
     from fedpara_plugins_flower.factories import factorised
+    from fedpara_plugins_flower.feddyn import FedDyn
+    from fedpara_plugins_flower.local_correction import correction
     from fedpara_plugins_flower.run import to_dense
+    from fedpara_plugins_flower.scaffold import Guard, Scaffold
     from fedpara_plugins_flower.server import server_app
     from fedpara_plugins_flower.settings import Settings
 
 __all__ = [
+    "FedDyn",
+    "Guard",
+    "Scaffold",
     "Settings",
     "__version__",
     "client_mod",
     "client_mod_with",
+    "correction",
     "factorised",
     "log_metrics",
     "server_app",
@@ -54,6 +61,10 @@ _HOMES = {
     "factorised": "factories",
     "log_metrics": "evaluation",
     "server_app": "server",
+    "FedDyn": "feddyn",
+    "Guard": "scaffold",
+    "Scaffold": "scaffold",
+    "correction": "local_correction",
     "to_dense": "run",
 }
 

@@ -25,14 +25,18 @@ from fedpara_plugins_flower.coding import (
     check_finite,
     codecs_of,
     decoders_of,
+    difference,
     encode,
+    loss_known,
     spec_of,
+    update_codec,
 )
 from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.logs import show_core_logs
 from fedpara_plugins_flower.marker import Marker
 from fedpara_plugins_flower.records import (
     carried_payload,
+    is_side,
     payload_record,
     to_record,
     to_tensors,
@@ -150,7 +154,7 @@ def _answer(
         check_clipping_mods(call_next, settings, part.full)
         message.content[name] = to_record(part.full)
     positional.unname_request(message)
-    expected = next((part.spec for part in received.values()), None)
+    expected = next((part.spec for name, part in received.items() if not is_side(name)), None)
     secagg.check_order(message, private=expected is not None and bool(expected.private_keys))
     run = Run(
         settings,
@@ -167,7 +171,7 @@ def _answer(
     positional.name_reply(reply, named.spec.keys if named else None, run.specs)
     _export(message, context, settings, received)
     masked = secagg.masks_reply(message)
-    encoded = _encode_reply(reply, settings, state, received, run.specs, masked=masked)
+    encoded = _encode_reply(reply, settings, state, received, run, masked=masked)
     state.keep_steps(max((training.steps for training in run.trainings), default=0))
     # Only now: a round that fails leaves no trace, and one that is killed none or all of it.
     storage.commit()
@@ -225,7 +229,7 @@ def _encode_reply(
     settings: Settings,
     state: ClientState,
     received: Mapping[str, _Received],
-    built: Mapping[frozenset[str], ModelSpec],
+    run: Run,
     *,
     masked: bool,
 ) -> Message:
@@ -233,13 +237,17 @@ def _encode_reply(
     in_clear: dict[str, dict[str, Tensor]] = {}
     outgoing: dict[str, bytes] = {}
     residuals: dict[str, dict[str, Tensor]] = {}
+    kept: list[str] = []
+    lost: dict[str, dict[str, Tensor]] = {}
     for name, record in reply.content.array_records.items():
         if positional.carries_nothing(record):
             continue
         part = received.get(name) or next(iter(received.values()), None)
         tensors = to_tensors(record)
         check_finite(tensors)
-        spec = part.spec if part else _built_spec(built, tensors)
+        spec = part.spec if part else _built_spec(run.specs, tensors)
+        if is_side(name):
+            spec = ModelSpec(weights={}, keys=tuple(tensors), seed=0)
         if name in received:
             private.update({k: v for k, v in tensors.items() if k in spec.private_keys})
         if masked:
@@ -247,21 +255,28 @@ def _encode_reply(
             continue
         reference = received[name].held.tensors if name in received else None
         codec = settings.uplink.resolved(part.decoders if part else None)
+        if is_side(name):
+            codec = update_codec(codec)
+        residual = state.residual(name) if codec.feedback else None
         outgoing[name], residuals[name] = encode(
             tensors,
             spec=spec,
-            codec=codec,
+            codec=codec if run.on_encoded is None else loss_known(codec),
             reference=reference,
-            residual=state.residual(name) if codec.feedback else None,
+            residual=residual,
         )
+        lost[name] = difference(residuals[name], residual or {})
+        if codec.feedback:
+            kept.append(name)
     for name, shared in in_clear.items():
         secagg.take_shared(reply.content, name, shared)
     for name, payload in outgoing.items():
         reply.content[name] = payload_record(payload)
+    if run.on_encoded is not None:
+        run.on_encoded(lost)
     state.keep_private(private)
-    if settings.uplink.feedback:
-        for name, residual in residuals.items():
-            state.keep_residual(name, residual)
+    for name in kept:
+        state.keep_residual(name, residuals[name])
     if settings.downlink.needs_reference:
         for name, part in received.items():
             state.references.keep(name, part.held)

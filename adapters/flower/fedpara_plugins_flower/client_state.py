@@ -14,7 +14,7 @@ from fedpara_plugins.references import ClientReferences
 from fedpara_plugins.storage import FileStorage, Part, Storage
 from fedpara_plugins_flower.records import carried_payload, payload_record
 
-__all__ = ["ClientState", "client_name", "client_storage"]
+__all__ = ["ClientState", "client_name", "client_storage", "lasting_name"]
 
 PREFIX = "fedpara."
 """Of the names in ``Context.state``, where the app has its own."""
@@ -55,6 +55,12 @@ def client_storage(context: Context, state_dir: Path | None) -> Storage:
     if state_dir is None:
         return _ContextStorage(context.state)
     return FileStorage(state_dir / "clients" / f"{client_name(context)}.sqlite")
+
+
+def lasting_name(context: Context) -> str | None:
+    """What this client is called after a restart too; None if its node's config does not say."""
+    found = (str(context.node_config[key]) for key in NAMES if key in context.node_config)
+    return next(found, None)
 
 
 class ClientState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,9 +22,12 @@ __all__ = [
     "check_finite",
     "codecs_of",
     "decoders_of",
+    "difference",
     "encode",
+    "loss_known",
     "own_words",
     "spec_of",
+    "update_codec",
 ]
 
 DECODERS = "decoders"
@@ -73,6 +77,29 @@ def encode(
         model=spec.to_json(),
         extra=own_words(),
     )
+
+
+def update_codec(codec: Codec) -> Codec:
+    """The uplink's chain for tensors that are themselves an update, such as a variate's change.
+
+    There is nothing to take a difference to. Error feedback is left out too: who sends such updates
+    is told what was lost of them (`Run.on_encoded`) and keeps what the server has.
+    """
+    stages = tuple(stage for stage in codec.stages if not stage.needs_reference)
+    return replace(codec, stages=stages, feedback=False)
+
+
+def loss_known(codec: Codec) -> Codec:
+    """The same chain, coding the same, of which `encode` also says what was lost."""
+    lossy = not all(stage.lossless or stage.needs_reference for stage in codec.stages)
+    return replace(codec, feedback=lossy)
+
+
+def difference(after: Tensors, before: Tensors) -> dict[str, Tensor]:
+    """``after - before``, where either has a tensor; a missing one is zero."""
+    missing = {name: -value for name, value in before.items() if name not in after}
+    both = {n: value - before[n] if n in before else value for n, value in after.items()}
+    return both | missing
 
 
 def own_words(codecs: Sequence[str] = ()) -> dict[str, list[str]]:

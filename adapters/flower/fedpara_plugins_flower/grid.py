@@ -26,7 +26,7 @@ from fedpara_plugins_flower.final_state import FinalState
 from fedpara_plugins_flower.first_contact import FirstContact
 from fedpara_plugins_flower.marker import Marker
 from fedpara_plugins_flower.outbox import Outbox
-from fedpara_plugins_flower.records import carried_payload, to_record, to_tensors
+from fedpara_plugins_flower.records import carried_payload, is_side, to_record, to_tensors
 from fedpara_plugins_flower.run import Run
 from fedpara_plugins_flower.strategy_arrays import averageable, tell_integers
 
@@ -97,9 +97,10 @@ def _follow(final: FinalState, message: Message, direction: Direction) -> None:
     if direction == "up":
         if message.metadata.message_type.startswith("train"):
             final.trained()
-    elif len(message.content.array_records) == 1:
-        record = next(iter(message.content.array_records.values()))
-        final.sent(lambda: to_tensors(record))
+        return
+    models = [record for name, record in message.content.array_records.items() if not is_side(name)]
+    if len(models) == 1:
+        final.sent(lambda: to_tensors(models[0]))
 
 
 class CodecGrid(ForwardingGrid):
@@ -133,6 +134,7 @@ class CodecGrid(ForwardingGrid):
         self._first = FirstContact()
         self._told_integers = False
         self._place: tuple[str, str] | None = None
+        self._holds: dict[int, Mapping[str, str]] = {}
         # The legacy strategies send and receive from several threads.
         self._lock = threading.RLock()
 
@@ -210,6 +212,15 @@ class CodecGrid(ForwardingGrid):
             log.warning("fedpara: node %d lost its state and sits out this round", node)
         return usable
 
+    def received_by(self, node: int, name: str) -> Mapping[str, Tensor] | None:
+        """What a node that has answered made of a record, where the codec lost something of it.
+
+        Args:
+            node: whose last answer is meant.
+            name: of the record of arrays.
+        """
+        return self._outbox.references.get(self._holds.get(node, {}).get(name, ""))
+
     def close(self) -> None:
         """The run is over; references in files stay for the next one."""
         self._outbox.close()
@@ -239,10 +250,11 @@ class CodecGrid(ForwardingGrid):
             encoded = self._outbox.encoded(message)
             self._first.sent(encoded)
             names = list(message.content.array_records)
-            if len(names) == 1:
-                self._final.sent(partial(self._outbox.last_state, names[0]))
+            models = [name for name in names if not is_side(name)]
+            if len(models) == 1:
+                self._final.sent(partial(self._outbox.last_state, models[0]))
             self._accounting.describe_layers(
-                message, lambda: chain.from_iterable(map(self._outbox.layers, names))
+                message, lambda: chain.from_iterable(map(self._outbox.layers, models))
             )
             self._accounting.sent(encoded, sum(map(self._outbox.size, names), Size()))
             return encoded
@@ -271,6 +283,7 @@ class CodecGrid(ForwardingGrid):
                 elif self._decode_in_place(reply):
                     self._first.used()
                     self._outbox.note_reply(node, marker)
+                    self._holds[node] = marker.holds
                     fresh += marker.fresh
                     self._accounting.evaluated(reply)
                     usable.append(reply)

@@ -18,7 +18,7 @@ from fedpara_plugins.references import GridDownlink, PerClientDownlink, shared_p
 from fedpara_plugins_flower.accounting import Size
 from fedpara_plugins_flower.coding import own_words
 from fedpara_plugins_flower.marker import Marker
-from fedpara_plugins_flower.records import payload_record, to_tensors, with_content
+from fedpara_plugins_flower.records import is_side, payload_record, to_tensors, with_content
 from fedpara_plugins_flower.run import Run
 from fedpara_plugins_flower.settings import Settings
 
@@ -108,6 +108,8 @@ class Outbox:
         return {key: _cast(value, first.get(key, value.dtype)) for key, value in tensors.items()}
 
     def _spec(self, name: str, tensors: Mapping[str, Tensor]) -> ModelSpec:
+        if is_side(name):
+            return ModelSpec(weights={}, keys=tuple(tensors), seed=0)
         spec = self._run.specs.get(frozenset(tensors))
         if spec is not None:
             return spec
@@ -198,9 +200,11 @@ class Outbox:
 
     def size_of(self, name: str, tensors: Mapping[str, Tensor]) -> Size:
         """Of the shared part of a record's tensors."""
-        if name not in self._contents:
-            return Size(len(tensors), _size(tensors), _size(tensors))
-        spec = self._contents[name].spec
+        known = self._contents.get(name)
+        spec = known.spec if known is not None else ModelSpec({}, tuple(tensors), seed=0)
+        if is_side(name):  # a dense model's variates would be as large as the dense model
+            specs = self._run.specs.values()
+            spec = next((s for s in specs if set(tensors) <= set(s.keys)), spec)
         shared = shared_part(spec, tensors)
         return Size(len(shared), _size(shared), spec.dense_bytes(shared))
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 __all__ = [
     "PAYLOAD_KEY",
+    "SIDE",
     "array_bytes",
     "carried_payload",
+    "is_side",
     "payload_record",
     "raw_bytes",
     "to_record",
@@ -24,6 +26,17 @@ __all__ = [
 PAYLOAD_KEY = "fedpara.payload"
 """All tensors of a record travel in one array: each array of its own would cost the transport
 about 2.5 kB in each direction."""
+
+
+SIDE = "fedpara."
+"""How the names of records begin that the plugin itself adds beside the model: an optimizer's
+variates. They are tensors of the model's names, but no model: nothing of them is private, and
+nothing is filled in."""
+
+
+def is_side(name: str) -> bool:
+    """Whether a record of that name is the plugin's own."""
+    return name.startswith(SIDE)
 
 
 def payload_record(payload: bytes) -> ArrayRecord:

@@ -48,6 +48,9 @@ class Run:
         trainings: progress of the models that were built here with training options.
         dtypes: on a server that goes on with an earlier run, of the tensors that it began with.
         on_loaded: called with every complete state that such a model loads.
+        on_encoded: on a client, called when its reply is encoded and nothing has been kept yet,
+            with what the codec lost of each record: the tensors given minus those that the server
+            will decode.
         on_evaluated: on a server with a ledger, called with a round and figures of the model.
         on_start: on a server, what takes part when a strategy is started; see `strategy_start`.
         strategy: on a server, the one that was started last.
@@ -63,6 +66,7 @@ class Run:
     trainings: list[Training] = field(default_factory=list)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     on_loaded: Callable[[dict[str, Tensor]], None] | None = None
+    on_encoded: Callable[[Mapping[str, Mapping[str, Tensor]]], None] | None = None
     on_evaluated: Callable[[int, Mapping[str, float]], None] | None = None
     on_start: list[StartHook] = field(default_factory=list)
     strategy: object | None = None

@@ -1,0 +1,40 @@
+"""SCAFFOLD and FedDyn without a framework: what an adapter needs on either side.
+
+    with LocalScaffold(model, own=c_i, server=c) as local:      # a client
+        train(model)                                            # the user's own loop
+    x = ScaffoldServer(rate=1.0).step(x, replies)               # the server
+
+Variates and duals are named tensors of the shared, trained parameters. `Contributions` keeps their
+sum right when replies or clients' states are lost; `Guard` keeps them from growing on their own.
+"""
+
+from __future__ import annotations
+
+from fedpara_plugins.optimizers.contributions import Contributions, Kept, Verdict
+from fedpara_plugins.optimizers.feddyn import FedDynServer, LocalFedDyn
+from fedpara_plugins.optimizers.guard import Guard, Norms, share_kept
+from fedpara_plugins.optimizers.named import State, trained_parameters
+from fedpara_plugins.optimizers.rounds import LocalResult, Reply, client_weights, next_state
+from fedpara_plugins.optimizers.scaffold import LocalScaffold, ScaffoldServer, gradient_at
+from fedpara_plugins.optimizers.steps import AddedGradient
+
+__all__ = [
+    "AddedGradient",
+    "Contributions",
+    "FedDynServer",
+    "Guard",
+    "Kept",
+    "LocalFedDyn",
+    "LocalResult",
+    "LocalScaffold",
+    "Norms",
+    "Reply",
+    "ScaffoldServer",
+    "State",
+    "Verdict",
+    "client_weights",
+    "gradient_at",
+    "next_state",
+    "share_kept",
+    "trained_parameters",
+]

@@ -1,0 +1,185 @@
+"""FedDyn (Acar et al. 2021, arXiv 2111.04263, algorithm 1) on named tensors.
+
+Client k, from the server's x and its own dual d_k (the paper's gradient of L_k at its last model):
+
+    y = argmin of L_k(y) - <d_k, y> + alpha/2 |y - x|²      approximately, by any optimizer
+    d_k' = d_k - alpha (y - x)
+
+Server, from the clients P of the round, of m in all:
+
+    h <- h - alpha / m * sum over P of (y - x)             which keeps h the mean of all d_k
+    x <- mean over P of y  -  h / alpha
+
+All duals start at zero. h is taken in before x is made, so the very first round goes beyond the
+clients' mean: with d = 0 it is FedProx with mu = alpha and a server's rate of 1 + |P| / m.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from fedpara_plugins.errors import ConfigError
+from fedpara_plugins.optimizers.contributions import Contributions
+from fedpara_plugins.optimizers.guard import share_kept
+from fedpara_plugins.optimizers.named import (
+    State,
+    check_fit,
+    copied,
+    difference,
+    finite,
+    moved,
+    norm,
+    put_back,
+    trained_parameters,
+    zeros,
+)
+from fedpara_plugins.optimizers.rounds import LocalResult, Reply, Weighting, next_state
+from fedpara_plugins.optimizers.steps import AddedGradient
+
+__all__ = ["FedDynServer", "LocalFedDyn", "check_alpha"]
+
+
+class LocalFedDyn:
+    """One client's round: train inside this context, then read `result`.
+
+        with LocalFedDyn(model, own=d_k, alpha=0.1) as local:
+            train(model)                                    # any loop, any optimizer
+        local.result.own                                    # d_k'
+
+    Beyond ``bound`` the update is shortened in the model itself, and the dual's with it. A round
+    that gave NaN or infinity leaves the model where it was.
+
+    Args:
+        model: at the server's x.
+        own: d_k by name of `trained_parameters`; None for zeros.
+        alpha: of the quadratic term.
+        correct: whether the dual acts; if not, it is only collected.
+        bound: of the update's norm; None for none.
+
+    Raises:
+        ConfigError: alpha out of range, or an optimizer to whose gradients nothing can be added.
+        MismatchError: a dual of another model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        alpha: float,
+        own: Mapping[str, Tensor] | None = None,
+        correct: bool = True,
+        bound: float | None = None,
+    ) -> None:
+        self._alpha = check_alpha(alpha)
+        self._parameters = trained_parameters(model)
+        self._own = zeros(self._parameters)
+        if own is not None:
+            check_fit(own, self._parameters, what="this client's dual")
+            self._own = {n: own[n].to(p.device, p.dtype) for n, p in self._parameters.items()}
+        self._correct = correct
+        self._bound = bound
+        self._start: State = {}
+        self._steps = AddedGradient(self._parameters, self._term)
+        self.result: LocalResult | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The parameters that have a dual."""
+        return frozenset(self._parameters)
+
+    def __enter__(self) -> LocalFedDyn:
+        self._start = copied(self._parameters)
+        self._steps.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._steps.__exit__(kind, error, traceback)
+        if error is None:
+            self.result = self._finish()
+
+    def _term(self, name: str, parameter: Tensor) -> Tensor:
+        pull = self._alpha * (parameter - self._start[name])
+        return pull - self._own[name] if self._correct else pull
+
+    @torch.no_grad()
+    def _finish(self) -> LocalResult:
+        update = difference(self._parameters, self._start)
+        size = norm(update.values())
+        self._steps.check_moved(update)
+        if not finite(update.values()):
+            put_back(self._parameters, self._start)
+            return LocalResult(None, {}, norm=size, kept=0.0, steps=self._steps.steps)
+        kept = share_kept(size, self._bound)
+        if kept < 1.0:
+            put_back(self._parameters, moved(self._start, update, kept))
+        change = {n: -self._alpha * kept * value.cpu() for n, value in update.items()}
+        own = {name: self._own[name].cpu() + value for name, value in change.items()}
+        return LocalResult(own, change, norm=size, kept=kept, steps=self._steps.steps)
+
+
+@dataclass
+class FedDynServer:
+    """The server's half.
+
+    Attributes:
+        alpha: as on the clients.
+        weighting: ``uniform`` as published: every client counts the same; ``examples``: by its
+            number of examples, in x and in h.
+        sums: of all clients' duals.
+    """
+
+    alpha: float
+    weighting: Weighting = "uniform"
+    sums: Contributions = field(default_factory=Contributions)
+
+    def change(self, x: Mapping[str, Tensor], reply: Reply) -> State:
+        """How the client's dual has changed, as far as the server can see."""
+        return {
+            name: -self.alpha * (reply.arrays[name].double() - x[name].double())
+            for name in reply.names
+        }
+
+    def step(
+        self,
+        x: Mapping[str, Tensor],
+        replies: Sequence[Reply],
+        *,
+        clients: int,
+        correct: bool = True,
+    ) -> State:
+        """The next x, once the replies' changes are in `sums`; names without duals are averaged.
+
+        Args:
+            x: that the clients started from.
+            replies: of the round.
+            clients: m.
+            correct: whether h acts; if not, x becomes the clients' mean.
+        """
+        h = self.sums.mean(clients) if correct else {}
+
+        def then(old: Tensor, mean: Tensor, name: str) -> Tensor:
+            return mean - h[name] / self.alpha if name in h else mean
+
+        return next_state(x, replies, weighting=self.weighting, then=then)
+
+
+def check_alpha(alpha: float) -> float:
+    """The value, if it can be FedDyn's alpha.
+
+    Raises:
+        ConfigError: it is not positive and finite.
+    """
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ConfigError(f"FedDyn: alpha must be a positive number, got {alpha!r}")
+    return float(alpha)

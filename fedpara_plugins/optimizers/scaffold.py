@@ -1,0 +1,250 @@
+"""SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1) on named tensors.
+
+Client i, from the server's x and c and its own variate c_i, with mini-batch gradients g:
+
+    y <- x;   K times:  y <- y - lr (g(y) - c_i + c)
+    c_i' = g(x)                                         option I, a pass over the client's data at x
+    c_i' = c_i - c + (x - y) / (K lr)                   option II, the mean gradient of the K steps
+
+Server, from the clients S of the round, of N in all:
+
+    x <- x + server_rate * mean over S of (y - x)
+    c <- c + |S| / N * mean over S of (c_i' - c_i)      which keeps c the mean of all c_i
+
+All variates start at zero. Where the learning rate changes between steps, K lr is its sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fedpara_plugins.errors import ConfigError
+from fedpara_plugins.optimizers.contributions import Contributions
+from fedpara_plugins.optimizers.guard import share_kept
+from fedpara_plugins.optimizers.named import (
+    State,
+    check_fit,
+    copied,
+    difference,
+    finite,
+    moved,
+    norm,
+    put_back,
+    trained_parameters,
+    zeros,
+)
+from fedpara_plugins.optimizers.rounds import LocalResult, Reply, Weighting, next_state
+from fedpara_plugins.optimizers.steps import AddedGradient
+
+__all__ = ["LocalScaffold", "ScaffoldServer", "gradient_at"]
+
+Option = Literal["I", "II"]
+Losses = Callable[[], Iterable[tuple[Tensor, int]]]
+"""Makes one pass over a client's data: each batch's mean loss and how many examples it has."""
+
+
+class LocalScaffold:
+    """One client's round: train inside this context, then read `result`.
+
+        with LocalScaffold(model, own=c_i, server=c) as local:
+            train(model)                                    # any loop with torch.optim.SGD
+        local.result.own, local.result.change               # c_i' and c_i' - c_i
+
+    Beyond ``bound`` the update is shortened in the model itself, and the variate with it. A round
+    that gave NaN or infinity leaves the model where it was.
+
+    Args:
+        model: at the server's x.
+        own: c_i by name of `trained_parameters`; None for zeros.
+        server: c; None for zeros.
+        option: see above.
+        losses: for option I, a pass over this client's data.
+        correct: whether the steps are corrected; if not, the variate is only collected.
+        bound: of the update's norm; None for none.
+
+    Raises:
+        ConfigError: the optimizer is not plain SGD, or option I without ``losses``.
+        MismatchError: variates of another model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        own: Mapping[str, Tensor] | None = None,
+        server: Mapping[str, Tensor] | None = None,
+        option: Option = "II",
+        losses: Losses | None = None,
+        correct: bool = True,
+        bound: float | None = None,
+    ) -> None:
+        if option == "I" and losses is None:
+            raise ConfigError(
+                "SCAFFOLD's option I needs the gradient at the server's model over this client's "
+                "data: pass losses=lambda: ((loss_function(model(x), y), len(y)) for x, y in "
+                "loader); or set option='II' on the server"
+            )
+        self._model = model
+        self._parameters = trained_parameters(model)
+        self._own = _placed(own, self._parameters, "this client's variate")
+        self._server = _placed(server, self._parameters, "the server's variate")
+        self._correct = correct
+        self._bound = bound
+        self._losses = losses if option == "I" else None
+        self._at_start: State | None = None
+        self._start: State = {}
+        self._steps = AddedGradient(self._parameters, self._term, _check_plain_sgd)
+        self.result: LocalResult | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The parameters that have a variate."""
+        return frozenset(self._parameters)
+
+    def __enter__(self) -> LocalScaffold:
+        self._start = copied(self._parameters)
+        if self._losses is not None:
+            self._at_start = gradient_at(self._model, self._parameters, self._losses)
+        self._steps.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._steps.__exit__(kind, error, traceback)
+        if error is None:
+            self.result = self._finish()
+
+    def _term(self, name: str, parameter: Tensor) -> Tensor | None:
+        return self._server[name] - self._own[name] if self._correct else None
+
+    @torch.no_grad()
+    def _finish(self) -> LocalResult:
+        update = difference(self._parameters, self._start)
+        self._steps.check_moved(update)
+        size = norm(update.values())
+        variate = {name: self._new_variate(name, update[name]) for name in update}
+        if not finite([*update.values(), *variate.values()]):
+            put_back(self._parameters, self._start)
+            return LocalResult(None, {}, norm=size, kept=0.0, steps=self._steps.steps)
+        kept = share_kept(size, self._bound)
+        if kept < 1.0:
+            put_back(self._parameters, moved(self._start, update, kept))
+            variate = {name: kept * value for name, value in variate.items()}
+        own = {name: value.cpu() for name, value in variate.items()}
+        change = {name: value - self._own[name].cpu() for name, value in own.items()}
+        return LocalResult(own, change, norm=size, kept=kept, steps=self._steps.steps)
+
+    def _new_variate(self, name: str, update: Tensor) -> Tensor:
+        if self._at_start is not None:
+            return self._at_start[name]
+        rates = self._steps.rates[name]
+        if not rates:
+            return self._own[name]  # no step moved it, so nothing was learnt
+        mean = -update / rates
+        return mean + self._own[name] - self._server[name] if self._correct else mean
+
+
+def gradient_at(model: nn.Module, parameters: Mapping[str, nn.Parameter], losses: Losses) -> State:
+    """The gradient of the mean loss over a client's data where the model stands.
+
+    Buffers, which a pass in training mode moves, are put back.
+
+    Args:
+        model: whose buffers they are.
+        parameters: by name.
+        losses: one pass over the data.
+
+    Raises:
+        ConfigError: there are no data.
+    """
+    buffers = copied(dict(model.named_buffers()))
+    total, count = zeros(parameters), 0
+    for loss, examples in losses():
+        parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, part in zip(parameters, parts, strict=True):
+            if part is not None:
+                total[name] += examples * part
+        count += examples
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    if not count:
+        raise ConfigError("SCAFFOLD's option I: losses() gave no batch")
+    return {name: value / count for name, value in total.items()}
+
+
+@dataclass
+class ScaffoldServer:
+    """The server's half.
+
+    Attributes:
+        rate: the server's learning rate.
+        weighting: ``uniform`` as published: every client counts the same; ``examples``: by its
+            number of examples, in x and in c.
+        sums: of all clients' variates.
+    """
+
+    rate: float = 1.0
+    weighting: Weighting = "uniform"
+    sums: Contributions = field(default_factory=Contributions)
+
+    def variate(self, clients: int, like: Mapping[str, Tensor]) -> State:
+        """C for a round, in the dtypes of ``like``; {} before any client answered.
+
+        Args:
+            clients: N.
+            like: the server's x.
+        """
+        mean = self.sums.mean(clients)
+        return {name: value.to(like[name].dtype) for name, value in mean.items()}
+
+    def step(self, x: Mapping[str, Tensor], replies: Sequence[Reply]) -> State:
+        """The next x; names without variates (buffers) are averaged.
+
+        The replies' changes are not taken in here, see `Contributions.take`.
+        """
+        return next_state(
+            x,
+            replies,
+            weighting=self.weighting,
+            then=lambda old, mean, name: old + self.rate * (mean - old),
+        )
+
+
+def _placed(
+    given: Mapping[str, Tensor] | None, parameters: Mapping[str, nn.Parameter], what: str
+) -> State:
+    if given is None:
+        return zeros(parameters)
+    check_fit(given, parameters, what=what)
+    return {name: given[name].to(p.device, p.dtype) for name, p in parameters.items()}
+
+
+def _check_plain_sgd(optimizer: Optimizer) -> None:
+    why = (
+        "SCAFFOLD's correction and its variate, the mean gradient (x - y) / (K lr), are those of "
+        "plain SGD"
+    )
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise ConfigError(
+            f"{why}, and the training loop uses {type(optimizer).__name__}; use "
+            f"torch.optim.SGD(..., momentum=0), or FedDyn, which bears any optimizer"
+        )
+    for group in optimizer.param_groups:
+        for name in ("momentum", "maximize"):
+            if group.get(name):
+                raise ConfigError(
+                    f"{why}, and the training loop's SGD has {name}={group[name]}; leave it out, "
+                    f"or use FedDyn, which bears any optimizer"
+                )

@@ -1,0 +1,162 @@
+"""Terms added to gradients, whatever loop and optimizer the user has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fedpara_plugins as fedpara
+from fedpara_plugins import ConfigError, MismatchError
+from fedpara_plugins.optimizers import AddedGradient, LocalFedDyn, LocalScaffold, trained_parameters
+
+
+def made():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+
+def loss(model):
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+    return model(x).square().mean()
+
+
+def test_the_term_is_in_the_step_and_not_in_the_users_gradient():
+    model = made()
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss(model).backward()
+    gradients = {name: p.grad.clone() for name, p in named.items()}
+    before = {name: p.detach().clone() for name, p in named.items()}
+    with AddedGradient(named, lambda name, p: torch.ones_like(p)) as added:
+        optimizer.step()
+    for name, p in named.items():
+        assert torch.equal(p.grad, gradients[name])
+        assert torch.allclose(p, before[name] - 0.1 * (gradients[name] + 1), atol=1e-7)
+        assert added.rates[name] == pytest.approx(0.1)
+    assert added.steps == 1
+
+
+def test_after_the_context_steps_are_plain_again():
+    model = made()
+    named = dict(model.named_parameters())
+    with AddedGradient(named, lambda name, p: torch.ones_like(p)) as added:
+        pass
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.zero_grad()
+    for p in named.values():
+        p.grad = torch.zeros_like(p)
+    before = [p.detach().clone() for p in named.values()]
+    optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(named.values(), before, strict=True))
+    assert added.steps == 0
+
+
+def test_the_clip_bounds_the_clients_gradient_and_not_the_term():
+    """As docs/optimizers.md says: the option clip comes first."""
+    model = fedpara.convert(nn.Linear(64, 64), method="fedpara", gamma=0.1, clip=1e-3)
+    named = trained_parameters(model)
+    before = {name: p.detach().clone() for name, p in named.items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with AddedGradient(named, lambda name, p: torch.ones_like(p)):
+        (1000 * model(torch.ones(2, 64)).sum()).backward()
+        optimizer.step()
+    for name, p in named.items():
+        assert torch.allclose(p, before[name] - 1, atol=2e-3), name
+
+
+def test_learning_rates_that_change_are_added_up():
+    model = made()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    gradients = {name: torch.zeros_like(p) for name, p in start.items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with LocalScaffold(model) as local:
+        for lr in (0.1, 0.3):
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.zero_grad()
+            loss(model).backward()
+            gradients = {
+                n: g + lr * p.grad
+                for (n, p), g in zip(model.named_parameters(), gradients.values(), strict=True)
+            }
+            optimizer.step()
+    for name, value in local.result.own.items():
+        assert torch.allclose(value, gradients[name] / 0.4, atol=1e-6)
+
+
+def test_frozen_parameters_buffers_and_private_names_have_no_variates():
+    model = made()
+    model[2].bias.requires_grad_(False)
+    assert set(trained_parameters(model)) == {
+        "0.weight", "0.bias", "1.weight", "1.bias", "2.weight",
+    }  # fmt: skip
+    personal = fedpara.convert(
+        nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3)),
+        method="pfedpara", gamma=0.3, private="1.*",
+    )  # fmt: skip
+    private = fedpara.ModelSpec.of(personal).private_keys
+    assert {"1.weight", "1.bias"} < private
+    names = set(trained_parameters(personal))
+    assert names
+    assert not names & private
+
+
+def test_parameters_that_no_optimizer_moved_are_refused():
+    model = made()
+
+    def by_hand():
+        with LocalFedDyn(model, alpha=0.1), torch.no_grad():
+            model[0].weight.add_(1.0)
+
+    with pytest.raises(ConfigError, match="no step of a torch optimizer"):
+        by_hand()
+
+
+def test_an_untouched_parameter_keeps_its_variate():
+    model = made()
+    own = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    with LocalScaffold(model, own=own) as local:
+        optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        loss(model).backward()
+        optimizer.step()
+    assert torch.equal(local.result.own["2.weight"], own["2.weight"])
+    assert not torch.equal(local.result.own["0.weight"], own["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "momentum=0.9"),
+        (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), "maximize"),
+        (lambda p: torch.optim.AdamW(p), "AdamW"),
+    ],
+)
+def test_scaffold_refuses_optimizers_that_are_not_plain_sgd(make, word):
+    model = made()
+    optimizer = make(model.parameters())
+    loss(model).backward()
+    with pytest.raises(ConfigError, match=word), LocalScaffold(model):
+        optimizer.step()
+
+
+def test_lbfgs_is_refused_by_both():
+    model = made()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(ConfigError, match="LBFGS"), LocalFedDyn(model, alpha=0.1):
+        optimizer.step(lambda: loss(model))
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
+def test_alpha_must_be_positive(alpha):
+    with pytest.raises(ConfigError, match="alpha"):
+        LocalFedDyn(made(), alpha=alpha)
+
+
+def test_variates_of_another_model_are_refused():
+    own = {name: torch.zeros_like(p) for name, p in made().named_parameters()}
+    own["0.weight"] = torch.zeros(9, 9)
+    with pytest.raises(MismatchError, match=r"0\.weight"):
+        LocalScaffold(made(), own=own)
+    del own["0.weight"]
+    with pytest.raises(MismatchError, match=r"0\.weight"):
+        LocalScaffold(made(), server=own)
