@@ -165,6 +165,7 @@ def test_with_everything_off_the_workflow_is_the_plain_apps() -> None:
         return sorted((s.kind, s.direction, s.partition, list(s.content)) for s in outcome.sent)
 
     assert shape(plugged) == shape(plain)
+    assert not [line for line in plugged.log if "dense: up 0.00" in line]
     assert plugged.losses == pytest.approx(plain.losses, rel=1e-3)
 
 

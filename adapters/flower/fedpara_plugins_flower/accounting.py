@@ -79,6 +79,8 @@ class Accounting:
         records = message.content.array_records.values() if message.has_content() else ()
         tensors = sum(len(record) for record in records)
         raw = sum(map(raw_bytes, records))
+        if message.has_content():
+            raw += masked_bytes(message.content)
         enter = self.sent if direction == "down" else self.received
         if direction == "down":
             self.describe_layers(message, lambda: _plain_layers(records))
