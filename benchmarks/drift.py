@@ -4,9 +4,9 @@
     python benchmarks/drift.py --rounds 10 --seeds 0 --methods none --rates 0.1
 
 scikit-learn's digits over 20 clients, labels drawn from Dirichlet(0.3) for each; 5 clients a round,
-3 epochs in batches of 10, plain SGD, a CNN without norm layers, 8 of 20 clients never see some
-digits. Accuracy on 397 images that no client has: the mean of the last 5 rounds, and the best
-round; "x 12" is a model that was NaN by round 12. The plugin's core is used without a framework.
+3 epochs in batches of 10, plain SGD, a CNN without norm layers. Accuracy on 397 images that no
+client has: the mean of the last 5 rounds, and the best round; "x 12" is a model that was NaN by
+round 12. The plugin's core is used without a framework.
 """
 
 from __future__ import annotations
