@@ -253,7 +253,7 @@ def _encode_reply(
         if masked:
             in_clear[name] = shared_part(spec, tensors)
             continue
-        reference = received[name].held.tensors if name in received else None
+        held = received[name].held if name in received else None
         codec = settings.uplink.resolved(part.decoders if part else None)
         if is_side(name):
             codec = update_codec(codec)
@@ -262,7 +262,8 @@ def _encode_reply(
             tensors,
             spec=spec,
             codec=codec if run.on_encoded is None else loss_known(codec),
-            reference=reference,
+            reference=held.tensors if held else None,
+            digest=held.reference if held else None,
             residual=residual,
         )
         lost[name] = difference(residuals[name], residual or {})

@@ -50,6 +50,7 @@ def encode(
     spec: ModelSpec,
     codec: Codec,
     reference: Tensors | None,
+    digest: str | None = None,
     residual: Tensors | None = None,
 ) -> tuple[bytes, dict[str, Tensor]]:
     """The payload of the shared part of ``tensors``, and what the codec lost of it.
@@ -62,6 +63,7 @@ def encode(
         codec: the run's codec.
         reference: what the receiver holds of the same names; without it (or with other names)
             the codec's first-contact chain is used.
+        digest: the reference's hash, where the caller knows it.
         residual: what was lost last time, where the codec has error feedback.
 
     Returns:
@@ -73,6 +75,7 @@ def encode(
         shared,
         codec=codec,
         reference=dict(reference) if usable and reference is not None else None,
+        digest=digest if usable else None,
         residual=residual,
         model=spec.to_json(),
         extra=own_words(),
