@@ -17,7 +17,7 @@ __all__ = ["FirstContact"]
 
 ADD_MOD = "Add to the client: app = ClientApp(mods=[fedpara.client_mod]), the mod first in the list"
 
-WITHOUT_MOD = ("fedpara.payload", "fedpara.parameters", "fitins.parameters")
+WITHOUT_MOD = ("fedpara.payload", "fitins.parameters")
 """Names in the error of an app that has to read an encoded message by itself."""
 
 OWN = "fedpara: "

@@ -29,8 +29,9 @@ __all__ = [
     "unname_request",
 ]
 
-PARAMETERS = "fedpara.parameters"
-"""What a legacy record of arrays is called on its way."""
+PARAMETERS = "parameters"
+"""What a legacy record of arrays is called on its way. Not a name of the plugin's side records, which
+are nobody's model: private state is held back from this one."""
 
 ASKING = "get_parameters"
 """Type of the message that asks one client for the first weights."""
