@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 PARAMETERS = "parameters"
-"""What a legacy record of arrays is called on its way. Not a name of the plugin's side records, which
-are nobody's model: private state is held back from this one."""
+"""What a legacy record of arrays is called on its way. Not as the plugin's side records, which are
+nobody's model: private state is held back from this one."""
 
 ASKING = "get_parameters"
 """Type of the message that asks one client for the first weights."""
