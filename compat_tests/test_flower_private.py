@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, Message
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
@@ -15,7 +16,14 @@ import fedpara_plugins.references.coded as coded
 import fedpara_plugins_flower.client as client_side
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
 from fedpara_plugins.references.version_zero import base_from_header
-from harness.apps import Experiment, Hooks, Outcome, federate, plain_apps, plugin_apps
+from harness.apps import (
+    Experiment,
+    Hooks,
+    Outcome,
+    federate,
+    plain_apps,
+    plugin_apps,
+)
 from harness.cells import CODECS, GAMMA
 from harness.inprocess_grid import InProcessGrid, Sent
 from harness.search import count_pieces, pieces_of
@@ -121,6 +129,27 @@ def test_the_search_finds_private_factors_when_the_plugin_is_away() -> None:
     diary = Diary()
     apps = plain_apps(Experiment(TASK, "fedavg", {}, diary.hooks), _converted)
     assert _found_privately(diary, federate(apps).sent) > 10_000
+
+
+@pytest.mark.parametrize("name", ["copy", "fedpara.copy", "fedpara.variate"])
+def test_a_further_record_of_the_app_holds_nothing_private_either(name: str) -> None:
+    """Whatever it is called: an app may send its state twice, and name it like the plugin does."""
+
+    def adding(message: Message, context: Context, call_next: Any) -> Message:
+        reply: Message = call_next(message, context)
+        if "arrays" in reply.content:
+            reply.content[name] = reply.content["arrays"]
+            added.append(name)
+        return reply
+
+    diary, added = Diary(), []
+    experiment = Experiment(TASK, "fedavg", {}, diary.hooks, mods=[adding])
+    outcome = federate(plugin_apps(experiment), _section(), raises=False)
+    assert added
+    assert _found_privately(diary, outcome.sent) == 0
+    # With a name of the plugin's own there is no telling what it is: the reply is refused, by name.
+    refused = [line for line in outcome.log if "leave private names out" in line]
+    assert bool(refused or "leave private" in str(outcome.error)) == (name == "fedpara.variate")
 
 
 # What coded messages hold ------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 from flwr.common import Context, Message, RecordDict
 from torch import Tensor
 
-from fedpara_plugins import ConfigError, FedParaError, ModelSpec, merge
+from fedpara_plugins import ConfigError, FedParaError, ModelSpec, PayloadError, merge
 from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins.codecs import decoders
 from fedpara_plugins.references import LostReferenceError, Received, shared_part
@@ -239,14 +239,16 @@ def _encode_reply(
     residuals: dict[str, dict[str, Tensor]] = {}
     kept: list[str] = []
     lost: dict[str, dict[str, Tensor]] = {}
+    models = [part for name, part in received.items() if not is_side(name)]
     for name, record in reply.content.array_records.items():
         if positional.carries_nothing(record):
             continue
-        part = received.get(name) or next(iter(received.values()), None)
+        part = received.get(name) or next(iter(models), None)
         tensors = to_tensors(record)
         check_finite(tensors)
         spec = part.spec if part else _built_spec(run.specs, tensors)
         if is_side(name):
+            _check_shared_only(name, tensors, models)
             spec = ModelSpec(weights={}, keys=tuple(tensors), seed=0)
         if name in received:
             private.update({k: v for k, v in tensors.items() if k in spec.private_keys})
@@ -298,6 +300,18 @@ def _built_spec(
         if spec is not None and set(tensors) <= set(spec.keys):
             return spec
     return ModelSpec(weights={}, keys=tuple(tensors), seed=0)
+
+
+def _check_shared_only(
+    name: str, tensors: Mapping[str, Tensor], models: Sequence[_Received]
+) -> None:
+    """Nothing is held back from such a record, so nothing private may be in it."""
+    private = [key for key in tensors for part in models if key in part.spec.private_keys]
+    if private:
+        raise PayloadError(
+            f"fedpara: record {name!r} of the reply holds {private[0]!r}, which stays on the "
+            f"device: leave private names out of it"
+        )
 
 
 def _export(

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from flwr.common import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedpara_plugins_flower.records import CHANGE, VARIATE
+
 __all__ = ["CHANGE", "TASK", "VARIATE", "Report", "Task", "marked", "names_of"]
 
 TASK = "fedpara.optimizer"
-VARIATE = "fedpara.variate"
-CHANGE = "fedpara.update.variate"
 UNKNOWN = -1
 
 

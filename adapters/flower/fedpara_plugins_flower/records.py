@@ -10,8 +10,9 @@ from flwr.common import Array, ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 __all__ = [
+    "CHANGE",
     "PAYLOAD_KEY",
-    "SIDE",
+    "VARIATE",
     "array_bytes",
     "carried_payload",
     "is_side",
@@ -27,16 +28,16 @@ PAYLOAD_KEY = "fedpara.payload"
 """All tensors of a record travel in one array: each array of its own would cost the transport
 about 2.5 kB in each direction."""
 
-
-SIDE = "fedpara."
-"""How the names of records begin that the plugin itself adds beside the model: an optimizer's
-variates. They are tensors of the model's names, but no model: nothing of them is private, and
-nothing is filled in."""
+VARIATE = "fedpara.variate"
+CHANGE = "fedpara.update.variate"
 
 
 def is_side(name: str) -> bool:
-    """Whether a record of that name is the plugin's own."""
-    return name.startswith(SIDE)
+    """Whether a record is one that the plugin adds beside the model: an optimizer's variates.
+
+    They are tensors of the model's shared names, but no model: nothing is filled in.
+    """
+    return name in (VARIATE, CHANGE)
 
 
 def payload_record(payload: bytes) -> ArrayRecord:
