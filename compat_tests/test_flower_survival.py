@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,9 @@ def test_a_run_killed_at_any_moment_goes_on(
     section = _section(tmp_path / "state", method, codec, ledger=str(ledger))
     order = Order(str(tmp_path / "end.safetensors"), section, "fedadam", {}, ROUNDS)
     draw, killed = random.Random(method), 0
-    for _ in range(6):
-        killed += program.run(order, kill_after=draw.uniform(0.3, 2.5)) is None
+    for _ in range(8):
+        moment = {"die_after": draw.randint(1, 30), "moment": draw.uniform(0.0, 0.2)}
+        killed += program.run(replace(order, **moment)) is None
     assert killed >= 3
     state = program.run(order)
     assert state is not None

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,8 +33,10 @@ class Order:
         options: of its constructor.
         rounds: of the run.
         epochs: of a client in a round.
-        die_before: kill the process when the first training message of this round leaves the
-            server; 0 for never.
+        die_before: the process kills itself when the first training message of this round leaves
+            the server; 0 for never.
+        die_after: it kills itself a moment after this many messages, in any direction; 0 for never.
+        moment: seconds.
     """
 
     output: str
@@ -44,6 +46,8 @@ class Order:
     rounds: int = 4
     epochs: int = 1
     die_before: int = 0
+    die_after: int = 0
+    moment: float = 0.0
 
 
 class Program:
@@ -62,16 +66,12 @@ class Program:
             },
         )
 
-    def run(self, order: Order, *, kill_after: float | None = None) -> dict[str, Tensor] | None:
+    def run(self, order: Order) -> dict[str, Tensor] | None:
         """The global state at the end; None if the run was killed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(asdict(order)) + "\n")
         self._process.stdin.flush()
-        child = int(self._process.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            os.kill(child, signal.SIGKILL)
         code = int(self._process.stdout.readline())
         if code == -signal.SIGKILL:
             return None
@@ -90,8 +90,10 @@ def _main() -> None:
 
     def run(order: Order) -> None:
         def tap(sent: Sent, grid: InProcessGrid) -> None:
+            if len(grid.sent) == order.die_after:
+                threading.Timer(order.moment, _die).start()
             if (sent.kind, sent.direction, sent.round) == ("train", "down", order.die_before):
-                os.kill(os.getpid(), signal.SIGKILL)
+                _die()
 
         task = Task(rounds=order.rounds, epochs=order.epochs)
         experiment = Experiment(task, order.strategy, dict(order.options))
@@ -111,9 +113,12 @@ def _main() -> None:
                 Path(order.output).with_suffix(".log").write_text(repr(error))
             finally:
                 os._exit(status)
-        print(child, flush=True)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
