@@ -55,6 +55,8 @@ def _equal(one: dict[str, Tensor] | None, other: dict[str, Tensor] | None) -> No
         ("fedadam", {}, "fedpara", "none"),
         ("fedadam", {}, "pfedpara", "small"),
         ("fedavg", {}, "none", "small"),
+        ("Scaffold", {}, "fedpara", "small"),
+        ("FedDyn", {"alpha": 0.3}, "fedpara", "none"),
     ],
 )
 def test_a_run_killed_between_rounds_ends_as_if_it_had_not_been(

@@ -29,7 +29,7 @@ class Order:
     Attributes:
         output: gets the global state at the end (safetensors); its log lies beside it.
         section: the options of the plugin.
-        strategy: a name in `harness.cells.STRATEGIES`.
+        strategy: a name in `harness.cells.STRATEGIES`, or of a class of the plugin.
         options: of its constructor.
         rounds: of the run.
         epochs: of a client in a round.
@@ -84,7 +84,10 @@ class Program:
 
 
 def _main() -> None:
+    import fedpara_plugins_flower
     from harness.apps import Experiment, federate, plugin_apps
+    from harness.cells import STRATEGIES
+    from harness.drift_apps import DriftExperiment, drift_apps
     from harness.inprocess_grid import InProcessGrid, Sent
     from harness.task import Task
 
@@ -96,8 +99,13 @@ def _main() -> None:
                 _die()
 
         task = Task(rounds=order.rounds, epochs=order.epochs)
-        experiment = Experiment(task, order.strategy, dict(order.options))
-        outcome = federate(plugin_apps(experiment), order.section, tap=tap)
+        options = dict(order.options)
+        if order.strategy in STRATEGIES:
+            apps = plugin_apps(Experiment(task, order.strategy, options))
+        else:
+            kind = getattr(fedpara_plugins_flower, order.strategy)
+            apps = drift_apps(DriftExperiment(kind, options, task))
+        outcome = federate(apps, order.section, tap=tap)
         Path(order.output).with_suffix(".log").write_text("\n".join(outcome.log))
         save_file({k: v.contiguous() for k, v in outcome.state.items()}, order.output)
 

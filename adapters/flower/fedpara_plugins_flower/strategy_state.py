@@ -34,7 +34,10 @@ def captured(strategy: Strategy, tensors: Tensors) -> tuple[dict[str, Any], list
         Plain JSON for `restore`, and the names of attributes that cannot be kept.
     """
     if hasattr(strategy, "state_dict") and hasattr(strategy, "load_state_dict"):
-        return {"own": pack(strategy.state_dict(), tensors)}, []
+        try:
+            return {"own": pack(strategy.state_dict(), tensors)}, []
+        except TypeError as error:
+            return {"attributes": {}}, [f"state_dict() ({error})"]
     kept: dict[str, Any] = {}
     lost: list[str] = []
     for name, value in vars(strategy).items():
