@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -87,7 +88,8 @@ def test_without_the_plugin_on_the_server_the_clients_end_the_run_and_say_why(
     strategy: str, method: str, codec: str
 ) -> None:
     """Nothing of the plugin runs on that server: what its strategy reads has to tell it."""
-    apps = plugin_apps(Experiment(TASK, strategy), server=NEITHER)
+    task = replace(TASK, clients=STRATEGIES[strategy].clients)
+    apps = plugin_apps(Experiment(task, strategy), server=NEITHER)
     outcome = federate(apps, _section(method, codec), raises=False)
     assert "app = fedpara.server_app(ServerApp())" in str(outcome.error)
     assert {sent.round for sent in outcome.sent} == {1}

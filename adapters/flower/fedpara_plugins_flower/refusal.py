@@ -18,6 +18,10 @@ REASON = (
 )
 
 
+EXPECTED: dict[str, int | float | list[int] | list[float]] = {"num-examples": 1, "norm_bit": 0}
+"""Figures without which some strategy ends before it reads an array, with an error of its own."""
+
+
 def refuse_plain_message(message: Message) -> Message:
     """A reply that no strategy can aggregate, and whose failure says why.
 
@@ -30,7 +34,7 @@ def refuse_plain_message(message: Message) -> Message:
     if is_legacy(message):
         return Message(_unreadable_result(message), reply_to=message)
     unreadable = Array(dtype="float32", shape=(), stype=REASON, data=b"")
-    content = RecordDict({"metrics": MetricRecord({"num-examples": 1})})
+    content = RecordDict({"metrics": MetricRecord(EXPECTED)})
     for name, record in message.content.array_records.items():
         content[name] = ArrayRecord(dict.fromkeys(record, unreadable))
     return Message(content, reply_to=message)
