@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 __all__ = ["MODELS", "BatchNet", "Net", "Task", "evaluate", "train"]
 
 SIZES = {
+    1: (201,),
     2: (201, 210),
     3: (201, 210, 215),
     4: (201, 210, 215, 220),
