@@ -160,6 +160,8 @@ def test_a_finished_folder_gives_its_result_again_and_more_rounds_go_on(tmp_path
     [
         ("fedavg", {}, "holds rounds of FedAdam, this run starts FedAvg"),
         ("fedadam", {"gamma": 0.6}, "holds rounds of another model"),
+        ("fedadam", {"method": "pfedpara"}, "method fedpara .* there and method pfedpara"),
+        ("fedadam", {"tanh": True}, "holds rounds of another model"),
     ],
 )
 def test_a_folder_of_another_run_is_refused(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -168,8 +169,10 @@ def _load_plugins() -> pluggy.PluginManager:
             f"{', '.join(name for name in vars(specs) if name.startswith('fedpara_'))}"
         ) from error
     except ImportError as error:
+        names = sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)})
         raise PluginError(
             f"a plugin of the entry-point group {ENTRY_POINT_GROUP!r} cannot be imported: {error}. "
-            f"Repair or uninstall it, or name it in {DISABLE_VARIABLE}."
+            f"Repair or uninstall it, or name it in {DISABLE_VARIABLE}; installed are "
+            f"{', '.join(names)}."
         ) from error
     return manager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +48,7 @@ class _Snapshot:
         arrays: the global model.
         state: of the strategy, see `strategy_state`.
         first: the same before the first round.
+        model: method and fingerprint of the converted model, "" for none.
         tensors: of ``state``.
     """
 
@@ -56,6 +57,7 @@ class _Snapshot:
     arrays: dict[str, Tensor]
     state: dict[str, Any]
     first: dict[str, Any]
+    model: str = ""
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
@@ -65,6 +67,7 @@ class _Snapshot:
             "round": self.round,
             "state": self.state,
             "first": self.first,
+            "model": self.model,
         }
         everything = {**{MODEL + k: v for k, v in self.arrays.items()}, **self.tensors}
         _replace(path, encode_payload(everything, codec=parse_codec("none"), extra=words))
@@ -169,6 +172,13 @@ class _Following:
                 f"fedpara: {self._path.parent} holds rounds of {there}, this run starts {here}: "
                 f"choose another state-dir"
             )
+        now = _described(initial)
+        if now != saved.model:
+            raise ConfigError(
+                f"fedpara: {self._path.parent} holds rounds of another model: it was converted "
+                f"with {saved.model or 'method none'} there and {now or 'method none'} here; "
+                f"choose another state-dir"
+            )
         mine = {name: tuple(array.shape) for name, array in initial.items()}
         theirs = {name: tuple(value.shape) for name, value in saved.arrays.items()}
         unlike = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
@@ -240,7 +250,8 @@ class _Following:
         name = type(self._strategy).__name__
         try:
             model = to_tensors(arrays)
-            snapshot = _Snapshot(name, number, model, state, self._first, tensors)
+            described = _described(model)
+            snapshot = _Snapshot(name, number, model, state, self._first, described, tensors)
             snapshot.write(self._path)
         except (FedParaError, OSError) as error:
             log.error("fedpara: round %d is not kept in %s: %s", number, self._path, error)
@@ -251,10 +262,21 @@ class _Following:
         """The result of all rounds, those before this process among them."""
         if self._before and not result.arrays:
             result.arrays = self._arrays
+            if (run := active_run()) is not None and run.on_loaded is not None:
+                run.on_loaded(to_tensors(self._arrays))  # for the checkpoint: nothing was sent
         for kind in METRICS:
             known = {int(k): MetricRecord(unpack(v, {})) for k, v in self._metrics[kind].items()}
             setattr(result, kind, dict(sorted(known.items())))
         return result
+
+
+def _described(names: Iterable[str]) -> str:
+    """How the model with these names was converted in this run; factors alone do not tell."""
+    run = active_run()
+    spec = None if run is None else run.specs.get(frozenset(names))
+    if run is None or spec is None or not spec.weights:
+        return ""
+    return f"method {run.settings.config.method} (fingerprint {spec.fingerprint})"
 
 
 def _replace(path: Path, data: bytes) -> None:
