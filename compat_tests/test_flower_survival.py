@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, Ledger
@@ -153,6 +154,15 @@ def test_a_finished_folder_gives_its_result_again_and_more_rounds_go_on(tmp_path
     _equal(longer.state, whole.state)
     assert longer.client_accuracies == pytest.approx(whole.client_accuracies)
     assert longer.accuracies == whole.accuracies[3:]  # the earlier ones are in the run before
+
+
+def test_a_finished_folder_writes_the_checkpoint_again(tmp_path: Path) -> None:
+    """Nothing is sent any more that would show the model."""
+    task, files = Task(rounds=1, epochs=1), [tmp_path / "first", tmp_path / "second"]
+    for path in files:
+        section = _section(tmp_path / "state", checkpoint=str(path))
+        federate(plugin_apps(Experiment(task, evaluate_fn=False)), section)
+    _equal(load_file(files[1]), load_file(files[0]))
 
 
 @pytest.mark.parametrize(
