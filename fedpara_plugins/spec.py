@@ -233,7 +233,9 @@ class ModelSpec:
         try:
             mine = {weight: _row_text(row) for weight, *row in self._rows()}
             theirs = {str(weight): _row_text(row) for weight, *row in data["weights"]}
-            seed, own = data["seed"], dict(data.get("own", {}))
+            seed, own = data["seed"], data.get("own", {})
+            if not isinstance(own, Mapping) or not all(isinstance(key, str) for key in own):
+                raise TypeError("'own' is no object with names as keys")
         except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise PayloadError(f"the header's model description is malformed: {error!r}") from error
         for weight in [*mine, *theirs]:

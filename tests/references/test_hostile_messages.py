@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import fedpara_plugins as fedpara
@@ -122,6 +122,8 @@ def test_any_value_in_a_row_of_a_model(spec, place, value):
 
 @FEW
 @given(name=st.sampled_from(["seed", "weights", "private", "own", "fingerprint"]), value=json_like)
+@example(name="own", value=[[None, None], [False, None]])
+@example(name="own", value={"a": None, "b": [None]})
 def test_any_value_in_a_description_of_a_model(spec, name, value):
     described = {**spec.to_json(), name: value}
     for attempt in (
