@@ -1,4 +1,11 @@
-"""Makes the fixture and the hooks of `harness.results` known to pytest."""
+"""Makes the fixture and the hooks of `harness.results` known to pytest, and picks the framework.
+
+Flower and FedML cannot share an environment: each runs the tests of the one that is installed.
+"""
+
+import os
+import tempfile
+from importlib.util import find_spec
 
 import torch
 
@@ -8,3 +15,15 @@ __all__ = ["pytest_configure", "pytest_runtest_makereport", "result"]
 
 # The models are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
+
+collect_ignore_glob = []
+if find_spec("flwr") is None:
+    collect_ignore_glob += ["test_flower_*.py", "test_cells_catch.py", "test_harness.py"]
+if find_spec("fedml") is None:
+    collect_ignore_glob += ["test_fedml_*.py"]
+else:
+    # FedML keeps files in the home folder that override the environment, and asks a server on the
+    # internet for its configuration unless it is told not to.
+    _home = tempfile.TemporaryDirectory(prefix="fedpara-home-")
+    os.environ["HOME"] = _home.name
+    os.environ["FEDML_ENV_VERSION"] = "local"

@@ -115,6 +115,8 @@ def _plugin(point: EntryPoint) -> Finding:
 def _adapter(adapter: Adapter) -> Iterator[Finding]:
     name, wanted, _ = _parsed(adapter.requires)
     yield replace(_installed(name, wanted), subject=f"adapter {adapter.name}: {name}")
+    if adapter.findings is not None and _is_installed(name):
+        yield from adapter.findings()
     for lack in adapter.lacks:
         yield Finding("note", f"adapter {adapter.name}", f"lacks {lack}")
 
@@ -125,6 +127,14 @@ def _optional() -> Iterator[Finding]:
             yield Finding("ok", f"optional {name}", f"{version(name)}: {use}")
         except PackageNotFoundError:
             yield Finding("note", f"optional {name}", f"not installed; with it, {use}")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _installed(name: str, wanted: str) -> Finding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedpara_plugins.codecs import Stage
+    from fedpara_plugins.environment import Finding
     from fedpara_plugins.layers import FactorisedLayer, LazyLayer
     from fedpara_plugins.methods import Method
 
@@ -41,12 +42,15 @@ class Adapter:
         module: import name of the adapter.
         requires: the requirement on the framework, such as ``flwr>=1.22``.
         lacks: what the adapter cannot do yet, a sentence each.
+        findings: what `fedpara doctor` says of an environment that has the framework; it must not
+            import the framework.
     """
 
     name: str
     module: str
     requires: str
     lacks: tuple[str, ...] = ()
+    findings: Callable[[], Iterable[Finding]] | None = None
 
     def load(self) -> ModuleType:
         """Import the adapter (and with it, as far as it is used, the framework)."""

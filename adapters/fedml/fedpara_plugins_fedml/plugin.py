@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from fedpara_plugins.plugins import Adapter, hookimpl
+
+if TYPE_CHECKING:
+    from fedpara_plugins.environment import Finding
+
+
+def _findings() -> Iterable[Finding]:
+    from fedpara_plugins_fedml.environment import findings  # it imports the core's own
+
+    return findings()
+
 
 ADAPTER = Adapter(
     name="fedml",
@@ -15,6 +26,7 @@ ADAPTER = Adapter(
         "a codec for FedML's messages",
         "repairs of FedML's own optimizers",
     ),
+    findings=_findings,
 )
 
 
