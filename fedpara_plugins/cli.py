@@ -10,7 +10,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,6 +23,7 @@ from fedpara_plugins.carried import Settings, check_settings, settings_of
 from fedpara_plugins.checkpoints import Checkpoint, read_checkpoint, save_dense
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.doctor import check_environment, check_model, check_training
+from fedpara_plugins.environment import Finding
 from fedpara_plugins.errors import ConfigError, FedParaError
 from fedpara_plugins.export import dense_from
 from fedpara_plugins.factories import current_directory_importable, model_from, training_from
@@ -98,25 +99,40 @@ def _plan(parsed: argparse.Namespace) -> int:
 def _doctor(parsed: argparse.Namespace) -> int:
     config = _config(parsed)
     findings = check_environment()
-    if parsed.model is not None:
-        if parsed.optimizer_check:
-            model, optimizer = training_from(parsed.model)
-            findings += check_training(model, optimizer)
-            findings += check_settings(model, settings_of(optimizer))
-        else:
-            model = model_from(parsed.model)
-            findings += check_model(model, config)
-            if any(vars(parsed)[name] is not None for name in CARRIED):
-                findings += check_settings(model, _carried(parsed))
-    elif parsed.optimizer_check:
-        raise ConfigError("--optimizer-check needs a factory that returns (model, optimizer)")
-    elif any(vars(parsed)[name] is not None for name in CARRIED):
-        raise ConfigError("--optimizer, --lr, --weight-decay and --mu need a FACTORY of the model")
-    for finding in findings:
-        _say(printable(str(finding)))
+    try:
+        findings += _about_training(parsed, config)
+    except FedParaError:
+        _say_all(finding for finding in findings if finding.level == "attention")  # it may be why
+        raise
+    _say_all(findings)
     bad = sum(finding.level == "attention" for finding in findings)
     _say(f"{bad} of {len(findings)} findings need attention" if bad else "nothing needs attention")
     return 1 if bad else 0
+
+
+def _about_training(parsed: argparse.Namespace, config: FedParaConfig) -> list[Finding]:
+    """The user's model, optimizer and settings, as far as they are given."""
+    if parsed.model is not None and parsed.optimizer_check:
+        model, optimizer = training_from(parsed.model)
+        return [
+            *check_training(model, optimizer),
+            *check_settings(model, settings_of(optimizer)),
+        ]
+    carried = any(vars(parsed)[name] is not None for name in CARRIED)
+    if parsed.model is not None:
+        model = model_from(parsed.model)
+        found = check_model(model, config)
+        return found + check_settings(model, _carried(parsed)) if carried else found
+    if parsed.optimizer_check:
+        raise ConfigError("--optimizer-check needs a factory that returns (model, optimizer)")
+    if carried:
+        raise ConfigError("--optimizer, --lr, --weight-decay and --mu need a FACTORY of the model")
+    return []
+
+
+def _say_all(findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        _say(printable(str(finding)))
 
 
 def _carried(parsed: argparse.Namespace) -> Settings:

@@ -22,7 +22,7 @@ from typing import Literal
 
 from fedpara_plugins._version import __version__
 from fedpara_plugins.errors import PluginError
-from fedpara_plugins.plugins import ENTRY_POINT_GROUP, Adapter, adapters, layers
+from fedpara_plugins.plugins import ENTRY_POINT_GROUP, Adapter, adapters, layers, leave_out_broken
 from fedpara_plugins.plugins.registry import DISABLE_VARIABLE
 
 __all__ = ["Finding", "check_environment", "satisfies"]
@@ -54,7 +54,10 @@ class Finding:
 
 
 def check_environment() -> list[Finding]:
-    """Versions against requirements, plugins, adapters with their frameworks, optional packages."""
+    """Versions against requirements, plugins, adapters with their frameworks, optional packages.
+
+    A plugin that cannot be loaded is a finding, and is left out in this process from here on.
+    """
     return [*_own_requirements(), *_plugins(), *_optional()]
 
 
@@ -80,17 +83,23 @@ def _own_requirements() -> Iterator[Finding]:
 def _plugins() -> Iterator[Finding]:
     disabled = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",")}
     found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
+    try:
+        broken = leave_out_broken()
+        active = adapters()
+    except PluginError as error:
+        yield Finding("attention", "plugins", str(error))
+        broken, active = {}, {}
     for point in found:
         if point.name in disabled:
             yield Finding("note", f"plugin {point.name}", f"left out, named in {DISABLE_VARIABLE}")
+        elif point.name in broken:
+            yield Finding("attention", f"plugin {point.name}", broken[point.name])
         else:
             yield _plugin(point)
     try:
-        active = adapters()
-        layers()
+        layers()  # lazy kinds whose package has been imported are loaded here
     except PluginError as error:
         yield Finding("attention", "plugins", str(error))
-        return
     if not active:
         yield Finding(
             "note", "adapters", "none installed: pip install 'fedpara-plugins[flower]' for Flower"

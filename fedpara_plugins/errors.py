@@ -55,4 +55,12 @@ class MismatchError(PayloadError):
 
 
 class PluginError(FedParaError):
-    """A plugin is missing, duplicated, misspelt, or does not fit the installed framework."""
+    """A plugin is missing, duplicated, misspelt, or does not fit the installed framework.
+
+    Attributes:
+        plugin: name of the entry point without which things would work; None if there is no such.
+    """
+
+    def __init__(self, message: str = "", *, plugin: str | None = None) -> None:
+        super().__init__(message)
+        self.plugin = plugin

@@ -11,6 +11,10 @@ marking functions of that module with `hookimpl`::
 
 The built-in parts register through the same hooks. Plugins are loaded at the first look into a
 registry, never at import, and never consulted per tensor or step.
+
+A plugin that cannot be loaded is an error that names it. ``FEDPARA_PLUGINS_DISABLE=name,other``, in
+the environment of every process that uses the core, leaves plugins out by the names of their entry
+points; ``fedpara doctor`` lists these.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from fedpara_plugins.plugins.registry import (
     Adapter,
     adapters,
     layers,
+    leave_out_broken,
     method_named,
     methods,
     reload,
@@ -32,6 +37,7 @@ __all__ = [
     "adapters",
     "hookimpl",
     "layers",
+    "leave_out_broken",
     "method_named",
     "methods",
     "reload",

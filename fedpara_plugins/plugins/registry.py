@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,10 +27,25 @@ if TYPE_CHECKING:
     from fedpara_plugins.layers import FactorisedLayer, LazyLayer
     from fedpara_plugins.methods import Method
 
-__all__ = ["Adapter", "adapters", "layers", "method_named", "methods", "reload", "stages"]
+__all__ = [
+    "Adapter",
+    "adapters",
+    "layers",
+    "leave_out_broken",
+    "method_named",
+    "methods",
+    "reload",
+    "stages",
+]
 
 DISABLE_VARIABLE = "FEDPARA_PLUGINS_DISABLE"
 """Comma-separated names of entry points to leave out, to find out which plugin misbehaves."""
+
+BUILTINS = "builtins"
+"""Name of the plugin that is this distribution itself."""
+
+_left_out: set[str] = set()
+"""Names of plugins that were found broken, see `leave_out_broken`."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +125,34 @@ def method_named(name: str) -> Method | None:
 
 
 def reload() -> None:
-    """Forget all plugins; the next look into a registry loads them anew."""
+    """Forget all plugins; the next look into a registry loads them anew, broken ones too."""
+    _left_out.clear()
     _registries.cache_clear()
+
+
+def leave_out_broken() -> dict[str, str]:
+    """Leave out, in this process, the plugins that cannot be loaded.
+
+    Everywhere else one of them is an error: a run must not go on without a part that was installed
+    for it. This is for who looks into the installation itself.
+
+    Returns:
+        Why each of them cannot be loaded, by the plugin's name.
+
+    Raises:
+        PluginError: the fault is no plugin's that could be left out.
+    """
+    why: dict[str, str] = {}
+    while True:
+        try:
+            _registries()
+        except PluginError as error:
+            if error.plugin is None or error.plugin in _left_out:
+                raise
+            why[error.plugin] = str(error)
+            _left_out.add(error.plugin)
+        else:
+            return why
 
 
 @lru_cache(maxsize=1)
@@ -144,11 +185,21 @@ def _collect(
             if name in into:
                 raise PluginError(
                     f"{what} {name!r} is registered twice: by plugin {owners[name]!r} and by "
-                    f"plugin {plugin!r}. Uninstall one of them, or name it in {DISABLE_VARIABLE}."
+                    f"plugin {plugin!r}. Uninstall one of them, or name it in {DISABLE_VARIABLE}.",
+                    plugin=plugin if plugin != BUILTINS else owners[name],
                 )
             into[name], owners[name] = thing, plugin
 
-        implementation.function(*[register for _ in implementation.argnames])
+        try:
+            implementation.function(*[register for _ in implementation.argnames])
+        except PluginError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"plugin {plugin!r} fails when it registers its {what}s: {_words(error)}. "
+                f"{_remedy(plugin)}",
+                plugin=plugin,
+            ) from error
 
 
 def _dense_name(kind: type[FactorisedLayer] | LazyLayer) -> str:
@@ -160,23 +211,38 @@ def _dense_name(kind: type[FactorisedLayer] | LazyLayer) -> str:
 def _load_plugins() -> pluggy.PluginManager:
     manager = pluggy.PluginManager(ENTRY_POINT_GROUP)
     manager.add_hookspecs(specs)
-    manager.register(import_module("fedpara_plugins.plugins.builtins"), name="builtins")
-    for name in os.environ.get(DISABLE_VARIABLE, "").split(","):
-        if name.strip():
-            manager.set_blocked(name.strip())
+    manager.register(import_module("fedpara_plugins.plugins.builtins"), name=BUILTINS)
+    disabled = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",")}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        known = manager.has_plugin(point.name)
+        if not known and point.name not in disabled and point.name not in _left_out:
+            _load(manager, point)
+    return manager
+
+
+def _load(manager: pluggy.PluginManager, point: EntryPoint) -> None:
+    """One plugin at a time, so that an error can say which it was."""
     try:
-        manager.load_setuptools_entrypoints(ENTRY_POINT_GROUP)
+        manager.register(point.load(), name=point.name)
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         raise PluginError(
-            f"plugin {error.plugin!r}: {error}. Known hooks: "
-            f"{', '.join(name for name in vars(specs) if name.startswith('fedpara_'))}"
+            f"plugin {point.name!r}: {error}. Known hooks: "
+            f"{', '.join(name for name in vars(specs) if name.startswith('fedpara_'))}. "
+            f"{_remedy(point.name)}",
+            plugin=point.name,
         ) from error
-    except ImportError as error:
-        names = sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)})
+    except (Exception, SystemExit) as error:
         raise PluginError(
-            f"a plugin of the entry-point group {ENTRY_POINT_GROUP!r} cannot be imported: {error}. "
-            f"Repair or uninstall it, or name it in {DISABLE_VARIABLE}; installed are "
-            f"{', '.join(names)}."
+            f"plugin {point.name!r} ({point.value}) cannot be imported: {_words(error)}. "
+            f"{_remedy(point.name)}",
+            plugin=point.name,
         ) from error
-    return manager
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def _remedy(name: str) -> str:
+    return f"Repair or uninstall it, or leave it out with {DISABLE_VARIABLE}={name}"

@@ -4,7 +4,6 @@ import subprocess
 import sys
 import types
 
-import pluggy
 import pytest
 
 from fedpara_plugins import ConfigError, PluginError, hookimpl, plugins
@@ -20,11 +19,8 @@ def with_plugin(monkeypatch):
     def install(**hooks):
         module = types.ModuleType("thirdparty")
         vars(module).update(hooks)
-        monkeypatch.setattr(
-            pluggy.PluginManager,
-            "load_setuptools_entrypoints",
-            lambda self, group: bool(self.register(module, name="thirdparty")),
-        )
+        point = types.SimpleNamespace(name="thirdparty", value="thirdparty", load=lambda: module)
+        monkeypatch.setattr(registry, "entry_points", lambda group: [point])
         plugins.reload()
 
     yield install

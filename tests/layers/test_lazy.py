@@ -4,13 +4,13 @@ import importlib
 import sys
 import types
 
-import pluggy
 import pytest
 from torch import nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import PluginError, hookimpl, plugins
 from fedpara_plugins.layers import FactorisedLinear, LazyLayer
+from fedpara_plugins.plugins import registry
 
 OTHER = """
 from torch import nn
@@ -50,11 +50,8 @@ def registered(monkeypatch):
 
         module = types.ModuleType("thirdparty")
         module.fedpara_register_layers = fedpara_register_layers
-        monkeypatch.setattr(
-            pluggy.PluginManager,
-            "load_setuptools_entrypoints",
-            lambda self, group: bool(self.register(module, name="thirdparty")),
-        )
+        point = types.SimpleNamespace(name="thirdparty", value="thirdparty", load=lambda: module)
+        monkeypatch.setattr(registry, "entry_points", lambda group: [point])
         plugins.reload()
 
     yield install
