@@ -13,13 +13,24 @@ from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
 import fedpara_plugins_flower.client as client_side
-from harness.apps import Experiment, Hooks, Outcome, federate, plugin_apps
+from harness.apps import Apps, Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.cells import GAMMA, STRATEGIES
 from harness.inprocess_grid import Engine, Sent
+from harness.legacy_apps import LegacyExperiment, legacy_plugin_apps
 from harness.reference import RULES, Reference, federated
 from harness.task import Task
 
 TASK = Task(rounds=3, epochs=1)
+
+
+def plugin_experiment(**lines: frozenset[str]) -> Apps:
+    return plugin_apps(Experiment(TASK), **lines)
+
+
+def legacy_experiment(**lines: frozenset[str]) -> Apps:
+    return legacy_plugin_apps(LegacyExperiment(TASK), **lines)
+
+
 BOTH = frozenset({"net", "app"})
 NEITHER: frozenset[str] = frozenset()
 NET, APP = frozenset({"net"}), frozenset({"app"})
@@ -94,6 +105,29 @@ def test_without_the_plugin_on_the_server_the_clients_end_the_run_and_say_why(
     assert "app = fedpara.server_app(ServerApp())" in str(outcome.error)
     assert {sent.round for sent in outcome.sent} == {1}
     assert not outcome.state
+
+
+@pytest.mark.parametrize("engine", ["simulation", "deployment"])
+@pytest.mark.parametrize("lines", [NEITHER, NET], ids=["no-line", "mod-missing"])
+@pytest.mark.parametrize("make", [plugin_experiment, legacy_experiment])
+def test_a_missing_mod_is_said_of_a_client_with_the_line_to_add_there(
+    make: Callable[..., Apps], lines: frozenset[str], engine: Engine
+) -> None:
+    """Whoever lacks the mod is not sent to the server's file."""
+    outcome = federate(make(client=lines), _section("pfedpara"), engine=engine, raises=False)
+    said = str(outcome.error)
+    add = "Add to the client: app = ClientApp(mods=[fedpara.client_mod])"
+    nodes = [outcome.grid.node_id(client) for client in range(TASK.clients)]
+    assert any(f"ode {node} " in said[: said.index(add)] for node in nodes)
+    assert "client" in said[: said.index(add)]
+    assert "server_app" not in said
+
+
+def test_a_server_without_its_line_is_not_sent_to_the_clients() -> None:
+    apps = plugin_apps(Experiment(TASK), server=NET)
+    outcome = federate(apps, _section(), raises=False)
+    assert "Add to the server: app = fedpara.server_app(ServerApp())" in str(outcome.error)
+    assert "client_mod" not in str(outcome.error)
 
 
 def test_what_the_plugin_needs_is_both_lines_of_both_sides() -> None:
@@ -237,6 +271,32 @@ def test_a_client_that_does_not_answer_in_time_is_left_out_and_named(
     first, *others = [s.array_bytes for s in after]
     assert codec == "none" or max(others) < first / 2
     assert outcome.losses[-1] < outcome.losses[0]
+
+
+@pytest.mark.parametrize("checked_by", ["client", "server"])
+@pytest.mark.parametrize(("method", "codec"), [("pfedpara", "none"), ("none", "small")])
+def test_nan_on_every_client_is_told_as_what_it_is(
+    method: str, codec: str, checked_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as an app that lacks the plugin's lines, since none of its clients could be used."""
+
+    def diverging(model: nn.Module, client: int, server_round: int) -> None:
+        with torch.no_grad():
+            model.get_parameter("fc2.weight")[3, 5] = float("nan")
+
+    if checked_by == "server":
+        monkeypatch.setattr(client_side, "check_finite", lambda tensors: None)
+        codec = codec if method != "none" else "lossless"  # a lossy one cannot even code it
+    apps = plugin_apps(Experiment(TASK, hooks=Hooks(trained=diverging)))
+    outcome = federate(apps, _section(method, codec), raises=False)
+    said = str(outcome.error)
+    assert isinstance(outcome.error, fedpara.FedParaError)
+    assert "'fc2.weight' holds 1 NaN or infinite values of 640" in said
+    assert "clip = 1.0" in said
+    assert any(f"ode {outcome.grid.node_id(n)}" in said for n in range(TASK.clients))
+    for misleading in ("mods=", "client_mod", "Add to", "without the plugin"):
+        assert misleading not in said
+    assert {(sent.round, sent.kind) for sent in outcome.sent} == {(1, "train")}
 
 
 def _one_fails(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar, cast
 
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
 from torch import nn
 
 from fedpara_plugins import ConfigError
+from fedpara_plugins_flower.lines import ADD_MOD, ADD_WRAPPER
 from fedpara_plugins_flower.run import Run, active_run
 
 __all__ = ["factorise_class", "factorised", "plain_model_hint"]
@@ -108,11 +112,29 @@ def plain_model_hint(error: Exception, run: Run) -> str | None:
 def _run_for(name: str) -> Run:
     run = active_run()
     if run is None:
+        where = _app_that_calls()
+        plain = f"For the plain model call the original class, {name}.__wrapped__()"
+        if where is None:
+            raise ConfigError(
+                f"fedpara: {name}() was called outside a run of the plugin, where its config is "
+                f"not known. Build the model inside the app's functions. {plain}"
+            )
+        side, line = where
         raise ConfigError(
-            f"fedpara: {name}() was called outside a run of the plugin, where its config is "
-            f"not known. On the server wrap the app, app = fedpara.server_app(ServerApp()); on "
-            f"the client put the mod first, ClientApp(mods=[fedpara.client_mod]); and build "
-            f"the model inside the app's functions. For the plain model elsewhere call the "
-            f"original class, {name}.__wrapped__()."
+            f"fedpara: this {side} runs without the plugin, so that {name}() does not know the "
+            f"run's config. Add to the {side}: {line}. {plain}"
         )
     return run
+
+
+def _app_that_calls() -> tuple[str, str] | None:
+    """The side whose app the caller runs in, and the line that it lacks; None outside of apps."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        app = frame.f_locals.get("self")
+        if isinstance(app, ClientApp):
+            return "client", ADD_MOD
+        if isinstance(app, ServerApp):
+            return "server", ADD_WRAPPER
+        frame = frame.f_back
+    return None

@@ -9,13 +9,12 @@ from flwr.common import Message
 from flwr.common.constant import ErrorCode
 
 from fedpara_plugins import ConfigError, FedParaError
+from fedpara_plugins_flower.lines import ADD_MOD
 from fedpara_plugins_flower.marker import has_marker
 from fedpara_plugins_flower.records import carried_payload
 from fedpara_plugins_flower.secagg import is_secagg
 
 __all__ = ["FirstContact"]
-
-ADD_MOD = "Add to the client: app = ClientApp(mods=[fedpara.client_mod]), the mod first in the list"
 
 WITHOUT_MOD = ("fedpara.payload", "fitins.parameters")
 """Names in the error of an app that has to read an encoded message by itself."""
@@ -58,8 +57,9 @@ class FirstContact:
         sound = [r for r in replies if not r.has_error() and not is_secagg(r.content)]
         if sound and not any(has_marker(reply.content) for reply in sound):
             raise ConfigError(
-                f"fedpara: the clients (node {sound[0].metadata.src_node_id}, for one) answer "
-                f"without the plugin, while this run's config turns it on. {ADD_MOD}"
+                f"fedpara: the client of node {sound[0].metadata.src_node_id} answers without the "
+                f"plugin, and so do all others. Add to the client: {ADD_MOD}. This run's config "
+                f"turns the plugin on"
             )
 
     def used(self) -> None:
@@ -87,15 +87,17 @@ class FirstContact:
                 raise FedParaError(f"fedpara: {all_failed}. Node {node} said: {said}")
             if any(name in reason for name in WITHOUT_MOD):
                 raise ConfigError(
-                    f"fedpara: {all_failed}: their app reads encoded messages without the plugin. "
-                    f"{ADD_MOD}. Node {node} said: {reason}"
+                    f"fedpara: the client of node {node} reads encoded messages without the "
+                    f"plugin. Add to the client: {ADD_MOD}. {all_failed.capitalize()}; this one "
+                    f"said: {reason}"
                 )
             stumbled = not self._lengths.isdisjoint(re.findall(r"\d+", reason))
             if stumbled or code == ErrorCode.MOD_FAILED_PRECONDITION:
                 raise ConfigError(
                     f"fedpara: {all_failed}, in their app or in a mod that reads encoded messages. "
-                    f"What stands before fedpara.client_mod in the client's list sees those: "
-                    f"{ADD_MOD}, before clipping or noise. Node {node} said: {reason}"
+                    f"What stands before fedpara.client_mod in the client's list sees those. "
+                    f"Change in the client: {ADD_MOD}, before clipping or noise. Node {node} said: "
+                    f"{reason}"
                 )
         for node, reason in self._left_out.items():
             raise FedParaError(

@@ -24,6 +24,7 @@ from fedpara_plugins_flower.clipping import check_clipped_message
 from fedpara_plugins_flower.coding import blind_limit, check_finite, spec_of
 from fedpara_plugins_flower.final_state import FinalState
 from fedpara_plugins_flower.first_contact import FirstContact
+from fedpara_plugins_flower.lines import ADD_MOD
 from fedpara_plugins_flower.marker import Marker
 from fedpara_plugins_flower.outbox import Outbox
 from fedpara_plugins_flower.records import carried_payload, is_side, to_record, to_tensors
@@ -276,7 +277,12 @@ class CodecGrid(ForwardingGrid):
                 if marker is None and secagg.is_secagg(reply.content):
                     usable.append(reply)  # a step of the protocol that the app took no part in
                 elif marker is None:
-                    log.warning("fedpara: left out node %d: it answers without the plugin", node)
+                    log.warning(
+                        "fedpara: left out node %d: its client answers without the plugin. Add to "
+                        "that client: %s",
+                        node,
+                        ADD_MOD,
+                    )
                 elif marker.lost:
                     lost.add(node)
                     self._outbox.note_reply(node, marker)

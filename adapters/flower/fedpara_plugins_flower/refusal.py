@@ -6,6 +6,7 @@ import logging
 
 from flwr.common import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedpara_plugins_flower.lines import ADD_WRAPPER
 from fedpara_plugins_flower.positional import REPLIES, is_legacy
 
 __all__ = ["refuse_plain_message"]
@@ -13,8 +14,8 @@ __all__ = ["refuse_plain_message"]
 log = logging.getLogger("flwr.fedpara")
 
 REASON = (
-    "fedpara: the server sends plain arrays, while this client's options turn the plugin on. Add "
-    "to the server: app = fedpara.server_app(ServerApp()), with the same options"
+    f"fedpara: the server sends plain arrays, while this client's options turn the plugin on. Add "
+    f"to the server: {ADD_WRAPPER}, with the same options"
 )
 
 

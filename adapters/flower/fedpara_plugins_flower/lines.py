@@ -1,0 +1,8 @@
+"""The lines that a user adds to an app, as the errors about their absence quote them."""
+
+from __future__ import annotations
+
+__all__ = ["ADD_MOD", "ADD_WRAPPER"]
+
+ADD_MOD = "app = ClientApp(mods=[fedpara.client_mod]), the mod first in the list"
+ADD_WRAPPER = "app = fedpara.server_app(ServerApp())"
