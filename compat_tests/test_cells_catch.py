@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fedpara_plugins import Ledger
 from fedpara_plugins.codecs import parse_codec
+from fedpara_plugins.exchange.client_state import ClientState
 from fedpara_plugins_flower import accounting, client, grid, outbox
 from fedpara_plugins_flower import run as adapter_run
-from fedpara_plugins_flower.client_state import ClientState
 from harness import apps, rules
 from harness.cell_runs import _plain_loop, plain_loop, run
 from harness.cells import Cell, installed_version
@@ -44,9 +44,9 @@ def _private_factors_forgotten(patch: Patch) -> None:
 
 
 def _private_factors_sent(patch: Patch) -> None:
+    from fedpara_plugins.exchange import coding
     from fedpara_plugins.references import grid as schemes
     from fedpara_plugins.references import per_client
-    from fedpara_plugins_flower import coding
 
     for module in (client, coding, outbox, per_client, schemes):
         patch.setattr(module, "shared_part", lambda spec, tensors: dict(tensors))

@@ -15,12 +15,8 @@ from torch import Tensor
 from fedpara_plugins import ConfigError, FedParaError, ModelSpec, PayloadError, merge
 from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins.codecs import decoders
-from fedpara_plugins.references import LostReferenceError, Received, shared_part
-from fedpara_plugins.storage import Storage
-from fedpara_plugins_flower import positional, secagg
-from fedpara_plugins_flower.client_state import ClientState, client_storage
-from fedpara_plugins_flower.clipping import check_clipping_mods
-from fedpara_plugins_flower.coding import (
+from fedpara_plugins.exchange.client_state import ClientState
+from fedpara_plugins.exchange.coding import (
     blind_limit,
     check_finite,
     codecs_of,
@@ -31,6 +27,11 @@ from fedpara_plugins_flower.coding import (
     spec_of,
     update_codec,
 )
+from fedpara_plugins.references import LostReferenceError, Received, shared_part
+from fedpara_plugins.storage import Storage
+from fedpara_plugins_flower import positional, secagg
+from fedpara_plugins_flower.client_storage import client_storage
+from fedpara_plugins_flower.clipping import check_clipping_mods
 from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.logs import show_core_logs
 from fedpara_plugins_flower.marker import Marker

@@ -14,7 +14,7 @@ from fedpara_plugins import PayloadError
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
 from fedpara_plugins.optimizers import Kept, State
 from fedpara_plugins.storage import Part
-from fedpara_plugins_flower.client_state import client_storage, lasting_name
+from fedpara_plugins_flower.client_storage import client_storage, lasting_name
 from fedpara_plugins_flower.run import Run
 from fedpara_plugins_flower.settings import Settings
 

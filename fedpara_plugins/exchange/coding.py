@@ -1,4 +1,4 @@
-"""A record's tensors to a payload and back: what both sides of the adapter do alike."""
+"""A record's tensors to a payload and back: what both sides of every adapter do alike."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedpara_plugins import ModelSpec, PayloadError
 from fedpara_plugins.codecs import (
     Codec,
     PayloadHeader,
     decoders,
     encode_with_feedback,
 )
+from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.references import alike, shared_part
+from fedpara_plugins.spec import ModelSpec
 
 __all__ = [
     "blind_limit",
