@@ -191,6 +191,18 @@ class Ledger:
         count = len(self._clients.get(round, ()))
         return f"round {round}: {', '.join(parts)}, {count} client{'' if count == 1 else 's'}"
 
+    def run_line(self) -> str | None:
+        """The whole run in one line, next to the dense model's bytes; None if nothing was sent."""
+        up, down = self.totals(direction="up"), self.totals(direction="down")
+        sent = up.encoded_bytes + down.encoded_bytes
+        if not sent:
+            return None
+        return (
+            f"whole run: up {up.encoded_bytes / 1e6:.2f} MB, down {down.encoded_bytes / 1e6:.2f} "
+            f"MB; dense: up {up.dense_bytes / 1e6:.2f} MB, down {down.dense_bytes / 1e6:.2f} MB "
+            f"({(up.dense_bytes + down.dense_bytes) / sent:.1f} times fewer)"
+        )
+
     @staticmethod
     def read(path: Path | str) -> list[LedgerEntry]:
         """The messages of a file of either format; `read_lines` gives its other lines too.

@@ -1,25 +1,60 @@
-"""The FedML adapter: registered, and not usable yet. Whatever is asked of it says what it lacks.
+"""FedPara and pFedPara in an existing FedML project.
 
-Until it is there, ``fedpara_plugins.convert(model, method="fedpara")`` before ``FedMLRunner(...)``
-gives a FedML project smaller messages by itself, since the factors are the model's state.
+Change one import, or start with ``python -m fedpara_plugins_fedml main.py --cf config.yaml`` and
+change nothing::
+
+    from fedpara_plugins_fedml import FedMLRunner
+
+What to do is read from keys ``fedpara_*`` of the YAML, in a section of any name at the left margin;
+without them, or with method and codec ``none``, the project is exactly what it was::
+
+    fedpara_args:
+      fedpara_method: pfedpara
+      fedpara_gamma: 0.5
+      fedpara_codec: balanced
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from fedpara_plugins import PluginError
+from fedpara_plugins import PluginError, set_label_counts
 from fedpara_plugins_fedml._version import __version__
-from fedpara_plugins_fedml.plugin import ADAPTER
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from fedpara_plugins_fedml.runner import FedMLRunner
+    from fedpara_plugins_fedml.settings import Settings
+
+__all__ = ["FedMLRunner", "Settings", "__version__", "set_label_counts"]
+
+FEDML = "0.9.6"
+"""The release that the adapter is made for; there has been none since February 2025."""
+
+_HOMES = {"FedMLRunner": "runner", "Settings": "settings"}
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    raise PluginError(
-        f"fedpara_plugins_fedml.{name} does not exist: the FedML adapter still lacks "
-        f"{'; '.join(ADAPTER.lacks)}. For FedPara without private factors or codec, call "
-        f"fedpara_plugins.convert(model, method='fedpara') before FedMLRunner(...)."
-    )
+    """Import FedML only when the adapter is used: pluggy finds it in any environment."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _check_fedml()
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def _check_fedml() -> None:
+    try:
+        found = version("fedml")
+    except PackageNotFoundError:
+        raise PluginError(
+            f"fedpara-plugins-fedml needs fedml=={FEDML}, and fedml is not installed: see the "
+            f"page docs/fedml.md for an installation that imports"
+        ) from None
+    if found != FEDML:
+        raise PluginError(
+            f"fedpara-plugins-fedml is made for fedml=={FEDML} and found {found}: install that "
+            f"version"
+        )

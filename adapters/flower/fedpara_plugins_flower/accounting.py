@@ -4,41 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from flwr.common import ArrayRecord, Message
 
 from fedpara_plugins import FedParaConfig, Ledger, LedgerEntry, __version__
+from fedpara_plugins.exchange.sizes import Size, codec_text
 from fedpara_plugins.ledger import LayerSize, RunStart
 from fedpara_plugins_flower.evaluation import ClientMetrics, scalars
 from fedpara_plugins_flower.records import array_bytes, raw_bytes, value_bytes
 from fedpara_plugins_flower.secagg import masked_bytes
 
-__all__ = ["Accounting", "Direction", "Size"]
+__all__ = ["Accounting", "Direction"]
 
 log = logging.getLogger("flwr.fedpara")
 
 Direction = Literal["up", "down"]
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a message holds before encoding.
-
-    Attributes:
-        tensors: number of tensors that are sent.
-        raw: their bytes.
-        dense: bytes of the same part of the dense model.
-    """
-
-    tensors: int = 0
-    raw: int = 0
-    dense: int = 0
-
-    def __add__(self, other: Size) -> Size:
-        return Size(self.tensors + other.tensors, self.raw + other.raw, self.dense + other.dense)
 
 
 class Accounting:
@@ -59,7 +42,7 @@ class Accounting:
         self._evaluated = ClientMetrics()
         if config is not None:
             self.ledger.describe(
-                RunStart(version=__version__, method=config.method, codec=_codec_text(config))
+                RunStart(version=__version__, method=config.method, codec=codec_text(config))
             )
 
     def sent(self, message: Message, size: Size) -> None:
@@ -136,19 +119,8 @@ class Accounting:
     def log_run(self) -> None:
         """Say in one line what the run has cost, and the dense model would have."""
         self.log_round()
-        up, down = self.ledger.totals(direction="up"), self.ledger.totals(direction="down")
-        sent, dense = (
-            [total.encoded_bytes / 1e6 for total in (up, down)],
-            [total.dense_bytes / 1e6 for total in (up, down)],
-        )
-        if sum(sent):
-            log.info(
-                "fedpara: whole run: up %.2f MB, down %.2f MB; dense: up %.2f MB, down %.2f MB "
-                "(%.1f times fewer)",
-                *sent,
-                *dense,
-                sum(dense) / sum(sent),
-            )
+        if (line := self.ledger.run_line()) is not None:
+            log.info("fedpara: %s", line)
 
 
 def _plain_layers(records: Iterable[ArrayRecord]) -> Iterable[LayerSize]:
@@ -166,11 +138,6 @@ def _merged(a: LayerSize, b: LayerSize) -> LayerSize:
         raw_bytes=a.raw_bytes + b.raw_bytes,
         dense_bytes=a.dense_bytes + b.dense_bytes,
     )
-
-
-def _codec_text(config: FedParaConfig) -> str:
-    up, down = config.uplink_codec or config.codec, config.downlink_codec or config.codec
-    return up if up == down else f"up {up}, down {down}"
 
 
 def _round_of(message: Message) -> int | None:

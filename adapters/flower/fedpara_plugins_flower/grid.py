@@ -19,8 +19,9 @@ from torch import Tensor
 from fedpara_plugins import FedParaError, PayloadError, merge
 from fedpara_plugins.codecs import Payload, decode_payload
 from fedpara_plugins.exchange.coding import blind_limit, check_finite, spec_of
+from fedpara_plugins.exchange.sizes import Size
 from fedpara_plugins_flower import positional, secagg
-from fedpara_plugins_flower.accounting import Accounting, Direction, Size
+from fedpara_plugins_flower.accounting import Accounting, Direction
 from fedpara_plugins_flower.clipping import check_clipped_message
 from fedpara_plugins_flower.final_state import FinalState
 from fedpara_plugins_flower.first_contact import FirstContact

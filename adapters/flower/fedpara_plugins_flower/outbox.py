@@ -14,9 +14,9 @@ from torch import Tensor
 from fedpara_plugins import ConfigError, MismatchError, ModelSpec
 from fedpara_plugins.codecs import Codec, reference_hash
 from fedpara_plugins.exchange.coding import own_words
+from fedpara_plugins.exchange.sizes import Size
 from fedpara_plugins.ledger import LayerSize, layer_sizes
 from fedpara_plugins.references import GridDownlink, PerClientDownlink, shared_part
-from fedpara_plugins_flower.accounting import Size
 from fedpara_plugins_flower.marker import Marker
 from fedpara_plugins_flower.records import is_side, payload_record, to_tensors, with_content
 from fedpara_plugins_flower.run import Run

@@ -3,64 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from fedpara_plugins import ConfigError, FedParaConfig
-from fedpara_plugins.codecs import Codec, parse_codec
-from fedpara_plugins.plugins import method_named
+from fedpara_plugins.exchange.settings import ExchangeSettings
 
 __all__ = ["PREFIX", "Settings"]
 
 PREFIX = "fedpara."
 """Flower flattens nested config tables to dotted keys."""
 
-PATH_OPTIONS = ("ledger", "checkpoint", "client_checkpoints", "state_dir")
 ENTRY_OPTIONS = ("serverapp", "clientapp", "model")
 """Where `fedpara_plugins_flower.entry` finds the app; no business of a run's settings."""
-REFERENCES = ("client", "grid")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything the user may set for one run.
-
-    Attributes:
-        config: the options of the core: method, gamma, codec, ...
-        uplink: the chain for messages to the server.
-        downlink: the chain for messages to clients; without feedback, since each message is taken
-            against what that client really has.
-        ledger: file for the bytes of every message, JSON lines; None for none.
-        checkpoint: file for the server's dense model at the end (safetensors); None for none.
-        client_checkpoints: folder for each client's own dense model; None for none.
-        state_dir: folder where server and clients keep what a killed process would lose; None
-            leaves it to the process and to Flower's ``Context.state``.
-        references: what a downlink is coded against: ``client``, what that very client holds, or
-            ``grid``, a version that all clients share (`fedpara_plugins.references`).
-        reference_memory: MiB of references that the server keeps in memory; the rest is on disk.
-    """
-
-    config: FedParaConfig
-    uplink: Codec
-    downlink: Codec
-    ledger: Path | None = None
-    checkpoint: Path | None = None
-    client_checkpoints: Path | None = None
-    state_dir: Path | None = None
-    references: str = "client"
-    reference_memory: float = 256
-
-    def __post_init__(self) -> None:
-        if self.references not in REFERENCES:
-            raise ConfigError(
-                f"option 'references': expected one of {', '.join(REFERENCES)}, got "
-                f"{self.references!r}"
-            )
-        if not 0 <= self.reference_memory < 2**40:
-            raise ConfigError(
-                f"option 'reference_memory': expected a number of MiB, got {self.reference_memory}"
-            )
+class Settings(ExchangeSettings):
+    """Everything the user may set for one run; see `ExchangeSettings`."""
 
     @classmethod
     def from_run_config(
@@ -83,38 +42,4 @@ class Settings:
         }
         for name in ENTRY_OPTIONS:
             section.pop(name, None)
-        paths = {name: str(section.pop(name, "")) for name in PATH_OPTIONS}
-        references = str(section.pop("references", "")) or "client"
-        memory = _number("reference_memory", section.pop("reference_memory", ""))
-        config = FedParaConfig.from_mapping(section)
-        method_named(config.method)
-        return cls(
-            config=config,
-            uplink=parse_codec(config.uplink_codec or config.codec),
-            downlink=replace(parse_codec(config.downlink_codec or config.codec), feedback=False),
-            references=references,
-            reference_memory=256 if memory is None else memory,
-            **{name: Path(path) if path else None for name, path in paths.items()},
-        )
-
-    @property
-    def codec_names(self) -> tuple[str, str]:
-        """The chains of both directions in words, for the other side to compare: up, down."""
-        return self.uplink.name, self.downlink.name
-
-    @property
-    def uncoded(self) -> bool:
-        """Whether messages hold plain numbers in both directions."""
-        return self.uplink.name == self.downlink.name == "none"
-
-    @property
-    def active(self) -> bool:
-        """Whether messages are touched at all."""
-        return self.config.method != "none" or not self.uncoded or bool(self.config.private)
-
-
-def _number(name: str, value: Any) -> float | None:
-    try:
-        return None if value == "" else float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"option {name!r}: expected a number, got {value!r}") from None
+        return cls(**cls.read(section))

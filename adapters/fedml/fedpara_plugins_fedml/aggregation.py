@@ -1,0 +1,110 @@
+"""The user's ServerAggregator between the answers and the rule, as in FedML's cross-silo mode."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpara_plugins import MismatchError, ModelSpec
+from fedpara_plugins.exchange.outbox import cast
+from fedpara_plugins_fedml.models import plain_state
+from fedpara_plugins_fedml.rules import Answer, Rule, State
+
+__all__ = ["Aggregation"]
+
+log = logging.getLogger("fedpara.fedml")
+
+Weighed = list[tuple[float, OrderedDict[str, Tensor]]]
+
+
+class Aggregation:
+    """Calls ``on_before_aggregation``, ``aggregate`` and ``on_after_aggregation`` of an aggregator.
+
+    All of them see plain named tensors, of memory that is theirs.
+
+    Args:
+        aggregator: the user's, or FedML's default.
+        args: FedML's.
+        spec: of the model that is exchanged.
+    """
+
+    def __init__(self, aggregator: Any, args: Any, spec: ModelSpec) -> None:
+        self._aggregator = aggregator
+        self._args = args
+        self._spec = spec
+
+    def next_state(self, x: State, answers: Sequence[Answer], rule: Rule) -> State:
+        """The server's next state; x itself if it came to NaN or infinity.
+
+        Args:
+            x: the state that the clients started from.
+            answers: of the round, at least one.
+            rule: of the optimizer.
+
+        Raises:
+            MismatchError: a hook has changed names or shapes.
+        """
+        with _averaging(self._args):
+            usable = self._before(answers)
+            new = rule.step(x, usable, lambda some: self._mean(x, some))
+            after = self._aggregator.on_after_aggregation(plain_state(new))
+        return self._sound(x, after)
+
+    def _before(self, answers: Sequence[Answer]) -> list[Answer]:
+        raw: Weighed = [(answer.examples, plain_state(answer.state)) for answer in answers]
+        found, kept = self._aggregator.on_before_aggregation(list(raw))
+        places = list(kept) if kept is not None else []
+        if len(places) != len(found):
+            places = list(range(len(found)))
+        return [
+            replace(answers[place], examples=float(examples), state=dict(state))
+            for place, (examples, state) in zip(places, found, strict=True)
+        ]
+
+    def _mean(self, x: State, answers: Sequence[Answer]) -> State:
+        weighed: Weighed = [(answer.examples, plain_state(answer.state)) for answer in answers]
+        return self._named(x, self._aggregator.aggregate(weighed))
+
+    def _named(self, x: State, found: Mapping[str, Any]) -> State:
+        """In the order and the dtypes of x: integers are averaged as floats."""
+        if unlike := sorted(x.keys() ^ found.keys()):
+            raise MismatchError(
+                f"the aggregator returned other names than it was given: {unlike[:5]} "
+                f"({len(unlike)} differ)"
+            )
+        return {k: cast(found[k].detach().cpu(), value.dtype) for k, value in x.items()}
+
+    def _sound(self, x: State, found: Mapping[str, Any]) -> State:
+        new = self._named(x, found)
+        for name, value in new.items():
+            if value.shape != x[name].shape:
+                raise MismatchError(
+                    f"the aggregator returned {name!r} of shape {tuple(value.shape)}, expected "
+                    f"{tuple(x[name].shape)}"
+                )
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                log.error(
+                    "fedpara: this round's aggregate holds NaN or infinity in %r: the model stays "
+                    "as it was", name,
+                )  # fmt: skip
+                return x
+        # Noise of central differential privacy, say, falls on private places too.
+        return {k: x[k] if k in self._spec.private_keys else v for k, v in new.items()}
+
+
+@contextlib.contextmanager
+def _averaging(args: Any) -> Iterator[None]:
+    """FedML's aggregation looks at the optimizer's name, and averages under FedAvg's alone."""
+    name = args.federated_optimizer
+    args.federated_optimizer = "FedAvg"
+    try:
+        yield
+    finally:
+        args.federated_optimizer = name

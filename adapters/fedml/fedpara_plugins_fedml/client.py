@@ -1,0 +1,262 @@
+"""The clients' half of a run: decode, train with the user's trainer, encode."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpara_plugins import ConfigError, ConversionError, FedParaError, MismatchError, merge
+from fedpara_plugins.codecs import decoders
+from fedpara_plugins.exchange.client_state import ClientState
+from fedpara_plugins.exchange.coding import (
+    blind_limit,
+    check_finite,
+    codecs_of,
+    decoders_of,
+    difference,
+    encode,
+    loss_known,
+    spec_of,
+    update_codec,
+)
+from fedpara_plugins.references import LostReferenceError, Received
+from fedpara_plugins.spec import ModelSpec
+from fedpara_plugins.storage import Part, Storage
+from fedpara_plugins.training import start_round, training_of
+from fedpara_plugins_fedml.client_storage import ClientStorages
+from fedpara_plugins_fedml.envelope import Envelope, pack, unpack
+from fedpara_plugins_fedml.models import plain_state, spec_for, to_state
+from fedpara_plugins_fedml.replies import MODEL, Head
+from fedpara_plugins_fedml.rules import LocalRule, LocalWork, State, Visit
+from fedpara_plugins_fedml.settings import Settings
+
+__all__ = ["ClientHalf"]
+
+log = logging.getLogger("fedpara.fedml")
+
+FATAL = (ConfigError, ConversionError, MismatchError)
+"""No other round will mend them."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A message, decoded.
+
+    Attributes:
+        head: of it.
+        received: by record.
+        full: the model's state: shared as received, private of this client.
+        fresh: the private part is the seeded first one.
+    """
+
+    head: Head
+    received: Mapping[str, Received]
+    full: State
+    fresh: bool
+
+
+class ClientHalf:
+    """All clients of a process, one after the other.
+
+    Args:
+        settings: of the run.
+        args: FedML's; its ``round_idx`` is kept up to date.
+        device: FedML's.
+        trainer: the user's ClientTrainer or FedML's default; its model is converted.
+        local_rule: of the optimizer.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        args: Any,
+        device: torch.device,
+        trainer: Any,
+        local_rule: LocalRule,
+    ) -> None:
+        self._settings = settings
+        self._args = args
+        self._device = device
+        self._trainer = trainer
+        self._rule = local_rule
+        self._spec = spec_for(trainer.model, to_state(trainer.get_model_params()))
+        self._storages = ClientStorages(settings.state_dir)
+
+    # Training
+
+    def train(
+        self, client: str, data: object, train_data: Any, test_data: Any, examples: float
+    ) -> bytes:
+        """Answer a message that asks for training.
+
+        Whatever goes wrong here is said in the reply: the server leaves this client out, or ends
+        the run. What the client keeps changes when the reply is complete, and not before.
+
+        Args:
+            client: its name, the index of its data set.
+            data: the message.
+            train_data: the client's own, FedML's loader.
+            test_data: likewise.
+            examples: number of its training examples.
+        """
+        head, envelope = Head(round=0), Envelope()
+        with contextlib.closing(self._storages.open(client)) as storage:
+            try:
+                envelope = unpack(data)
+                head = Head.from_json(envelope.head)
+                return self._trained(
+                    client, head, envelope, storage, (train_data, test_data, examples)
+                )
+            except LostReferenceError as error:
+                log.warning("fedpara: the server is asked to send again: %s", error)
+                return self._lost(head, envelope, storage)
+            except Exception as error:
+                fatal = isinstance(error, FATAL)
+                log.log(
+                    logging.ERROR if fatal else logging.WARNING,
+                    "fedpara: client %s has no answer in round %d: %s", client, head.round, error,
+                    exc_info=not isinstance(error, FedParaError),
+                )  # fmt: skip
+                return pack(head.failed(error, fatal=fatal).to_json(), {})
+
+    def _trained(
+        self,
+        client: str,
+        head: Head,
+        envelope: Envelope,
+        storage: Storage,
+        data: tuple[Any, Any, float],
+    ) -> bytes:
+        train_data, test_data, examples = data
+        self._args.round_idx = head.round - 1
+        kept = ClientState(storage)
+        task = self._received(head, envelope, kept)
+        trainer = self._trainer
+        trainer.set_id(int(client))
+        trainer.update_dataset(train_data, test_data, examples)
+        trainer.set_model_params(plain_state(task.full))
+        start_round(trainer.model, previous_steps=kept.steps())
+        visit = Visit(
+            client=client,
+            server_round=head.round,
+            task=head.task,
+            records={n: r.tensors for n, r in task.received.items() if n != MODEL},
+            storage=Part(storage, "rule/"),
+            train_data=trainer.local_train_dataset,
+            device=self._device,
+            args=self._args,
+        )
+        trainer.on_before_local_training(visit.train_data, self._device, self._args)
+        with self._rule.around(trainer.model, visit) as work:
+            trainer.train(visit.train_data, self._device, self._args)
+        trainer.on_after_local_training(visit.train_data, self._device, self._args)
+        after = to_state(trainer.get_model_params())
+        check_finite(after)
+        payloads = self._encoded(task, after, work, kept)
+        if (training := training_of(trainer.model)) is not None:
+            kept.keep_steps(training.steps)
+        answer = Head(
+            round=head.round,
+            purpose=head.purpose,
+            examples=examples,
+            holds={name: part.reference for name, part in task.received.items()},
+            decoders=list(decoders()),
+            fresh=task.fresh,
+            report=work.report,
+        )
+        reply = pack(answer.to_json(), payloads)
+        # Only now: a round that fails leaves no trace, and one that is killed none or all of it.
+        storage.commit()
+        return reply
+
+    def _lost(self, head: Head, envelope: Envelope, storage: Storage) -> bytes:
+        references = ClientState(storage).references
+        has = {name: list(references.holds(name)) for name in envelope.payloads}
+        return pack(Head(round=head.round, purpose=head.purpose, lost=True, has=has).to_json(), {})
+
+    # Receiving
+
+    def _received(self, head: Head, envelope: Envelope, kept: ClientState) -> _Task:
+        received = {}
+        for name, payload in envelope.payloads.items():
+            limit = blind_limit(payload)
+            part = kept.references.receive(name, payload, limit=limit)
+            self._check_codecs(codecs_of(part.header))
+            received[name] = part
+        if MODEL not in received:
+            raise MismatchError("the server's message holds no model")
+        model = received[MODEL]
+        theirs = spec_of(model.header, model.tensors, limit=blind_limit(envelope.payloads[MODEL]))
+        self._spec.check_equal(theirs, here="this client", there="the server")
+        private, fresh = kept.private(self._spec, model.tensors)
+        full = merge(self._spec, model.tensors, private)
+        return _Task(head, received, full, fresh and bool(private))
+
+    def _check_codecs(self, theirs: tuple[str, ...]) -> None:
+        """Raise if the two sides code in different ways: each would go on sending whole models."""
+        mine = self._settings.codec_names
+        if theirs and theirs != mine:
+            raise ConfigError(
+                f"the codec differs: this client has {' and '.join(dict.fromkeys(mine))}, the "
+                f"server has {' and '.join(dict.fromkeys(theirs))}. Set the same fedpara_codec in "
+                f"the YAML of both"
+            )
+
+    # Answering
+
+    def _encoded(
+        self, task: _Task, after: State, work: LocalWork, kept: ClientState
+    ) -> dict[str, bytes]:
+        payloads: dict[str, bytes] = {}
+        lost: dict[str, State] = {}
+        names = decoders_of(task.received[MODEL].header)
+        for name, tensors in {MODEL: after, **work.records}.items():
+            check_finite(tensors)
+            spec = self._spec if name == MODEL else _no_model(tensors)
+            codec = self._settings.uplink.resolved(names)
+            if name in self._rule.updates:
+                codec = update_codec(codec)
+            held = task.received.get(name)
+            residual = kept.residual(name) if codec.feedback else None
+            payloads[name], rest = encode(
+                tensors,
+                spec=spec,
+                codec=codec if work.on_encoded is None else loss_known(codec),
+                reference=held.tensors if held else None,
+                digest=held.reference if held else None,
+                residual=residual,
+            )
+            lost[name] = difference(rest, residual or {})
+            if codec.feedback:
+                kept.keep_residual(name, rest)
+        if work.on_encoded is not None:
+            work.on_encoded(lost)
+        kept.keep_private({k: v for k, v in after.items() if k in self._spec.private_keys})
+        if self._settings.downlink.needs_reference:
+            for name, part in task.received.items():
+                kept.references.keep(name, part)
+        return payloads
+
+    # Evaluating
+
+    def load(self, client: str, state: Mapping[str, Tensor]) -> None:
+        """Give the trainer's model a server's state, completed with this client's private part."""
+        with contextlib.closing(self._storages.open(client)) as storage:
+            private, _ = ClientState(storage).private(self._spec, state)
+        shared = {k: v for k, v in state.items() if k not in self._spec.private_keys}
+        self._trainer.set_id(int(client))
+        self._trainer.set_model_params(plain_state(merge(self._spec, shared, private)))
+
+    def test(self, data: Any) -> Any:
+        """What the trainer's ``test`` says of the model that was loaded last."""
+        return self._trainer.test(data, self._device, self._args)
+
+
+def _no_model(tensors: Mapping[str, Tensor]) -> ModelSpec:
+    return ModelSpec(weights={}, keys=tuple(tensors), seed=0)

@@ -1,0 +1,116 @@
+"""One message between server and client: a JSON head and named payloads, as plain bytes.
+
+    4 bytes   "FPE1"
+    4 bytes   length of the head, little endian
+    4 bytes   CRC-32 of the head
+    the head  JSON: {"head": {...}, "payloads": [[name, size], ...]}
+    payloads  one after the other
+
+FedML's transports pickle what they carry; this is what our part of it is, and it is read without
+pickle. Sizes are checked before anything is taken apart, and each payload is decoded by the core's
+strict decoder (docs/payload.md) afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedpara_plugins import MismatchError, PayloadError
+from fedpara_plugins.codecs.strict_json import strict_json
+
+__all__ = ["Envelope", "pack", "unpack"]
+
+MAGIC = b"FPE1"
+FIXED = struct.Struct("<4sII")
+MAX_HEAD = 2**20
+MAX_PAYLOADS = 64
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A message, taken apart.
+
+    Attributes:
+        head: plain JSON values.
+        payloads: bytes by name.
+    """
+
+    head: Mapping[str, Any] = field(default_factory=dict)
+    payloads: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def pack(head: Mapping[str, Any], payloads: Mapping[str, bytes]) -> bytes:
+    """The message as bytes.
+
+    Raises:
+        PayloadError: the head is no JSON, or too large.
+    """
+    sizes = [[name, len(data)] for name, data in payloads.items()]
+    try:
+        words = {"head": dict(head), "payloads": sizes}
+        text = json.dumps(words, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise PayloadError(f"the head of a message is no plain JSON: {error}") from error
+    if len(text) > MAX_HEAD or len(payloads) > MAX_PAYLOADS:
+        raise PayloadError(
+            f"a message's head takes {len(text)} bytes and names {len(payloads)} payloads, more "
+            f"than the {MAX_HEAD} and {MAX_PAYLOADS} that a receiver reads"
+        )
+    return b"".join([FIXED.pack(MAGIC, len(text), zlib.crc32(text)), text, *payloads.values()])
+
+
+def unpack(data: object) -> Envelope:
+    """Undo `pack`, of bytes that anyone may have sent.
+
+    Raises:
+        MismatchError: no message of ours: the other side runs without the plugin.
+        PayloadError: damaged.
+    """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise MismatchError(
+            f"expected a message of fedpara-plugins, got a {type(data).__name__}: the other side "
+            f"runs without the plugin, or with method and codec none. Give both the same "
+            f"fedpara_* keys"
+        )
+    data = bytes(data)
+    if len(data) < FIXED.size:
+        raise PayloadError(f"a message of {len(data)} bytes is no whole message")
+    magic, size, checksum = FIXED.unpack_from(data)
+    if magic != MAGIC:
+        raise MismatchError(f"a message begins with {magic!r}, expected {MAGIC!r}")
+    text = data[FIXED.size : FIXED.size + size]
+    if size > MAX_HEAD or len(text) != size or zlib.crc32(text) != checksum:
+        raise PayloadError("the head of a message is damaged")
+    try:
+        words = strict_json(text.decode())
+        head, sizes = words["head"], [(name, count) for name, count in words["payloads"]]
+    except (UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise PayloadError(f"the head of a message is malformed: {error}") from error
+    return Envelope(_checked_head(head), _cut(data, FIXED.size + size, sizes))
+
+
+def _checked_head(head: Any) -> Mapping[str, Any]:
+    if not isinstance(head, dict):
+        raise PayloadError("the head of a message is no JSON object")
+    return head
+
+
+def _cut(data: bytes, start: int, sizes: list[tuple[Any, Any]]) -> dict[str, bytes]:
+    sound = all(isinstance(n, str) and type(c) is int and c >= 0 for n, c in sizes)
+    if not sound or len(sizes) > MAX_PAYLOADS or len({name for name, _ in sizes}) != len(sizes):
+        raise PayloadError("the head of a message names its payloads in a way that makes no sense")
+    if start + sum(count for _, count in sizes) != len(data):
+        raise PayloadError(
+            f"a message of {len(data)} bytes does not hold what its head says: it was cut or added "
+            f"to on its way"
+        )
+    payloads = {}
+    for name, count in sizes:
+        payloads[name] = data[start : start + count]
+        start += count
+    return payloads

@@ -1,0 +1,74 @@
+"""The project's model: converted as the keys say, and a copy of it for the server."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpara_plugins import ConversionError, ModelSpec, convert
+from fedpara_plugins_fedml.settings import Settings
+
+__all__ = ["converted", "plain_state", "server_copy", "spec_for", "to_state"]
+
+
+def converted(model: Any, settings: Settings) -> nn.Module:
+    """The project's model, converted in place.
+
+    Raises:
+        ConversionError: it cannot be converted; the message names the layer and the remedy.
+        ConfigError: a pattern matches no layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(
+            f"fedpara: FedMLRunner got a {type(model).__name__} as its model; the plugin works on "
+            f"torch.nn.Module. Remove the fedpara_* keys from the YAML for other engines"
+        )
+    return convert(model, settings.config)
+
+
+@torch.no_grad()
+def server_copy(model: nn.Module) -> nn.Module:
+    """The server's model, of its own memory: W1, with private factors at zero."""
+    own = copy.deepcopy(model)
+    parameters = dict(own.named_parameters(remove_duplicate=False))
+    for name in ModelSpec.of(own).private_factors:
+        parameters[name].zero_()
+    return own
+
+
+def spec_for(model: nn.Module, names: Collection[str]) -> ModelSpec:
+    """The spec of what a project exchanges of its model: all of the state, or a part.
+
+    Raises:
+        ConversionError: names that the model has not.
+    """
+    spec = ModelSpec.of(model)
+    kept = set(names)
+    if strange := sorted(kept - set(spec.keys)):
+        raise ConversionError(
+            f"fedpara: get_model_params() gives {strange[0]!r} ({len(strange)} such names), which "
+            f"the model's state_dict() has not; the plugin needs the state's own names"
+        )
+    if kept == set(spec.keys):
+        return spec
+    return replace(
+        spec,
+        keys=tuple(key for key in spec.keys if key in kept),
+        own={key: own for key, own in spec.own.items() if key in kept},
+    )
+
+
+def to_state(params: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Copies, on the CPU: FedML's trainers hand out the very tensors that they go on training."""
+    return {str(name): value.detach().cpu().clone() for name, value in params.items()}
+
+
+def plain_state(state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """Copies in the form that FedML's hooks expect (a plain dict means something else there)."""
+    return OrderedDict((name, value.clone()) for name, value in state.items())

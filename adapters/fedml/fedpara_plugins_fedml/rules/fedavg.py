@@ -1,0 +1,19 @@
+"""FedAvg (McMahan et al. 2017, arXiv 1602.05629): the clients' mean, weighted by examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedpara_plugins_fedml.rules.base import Answer, Mean, Rule, State
+
+__all__ = ["FedAvg"]
+
+
+class FedAvg(Rule):
+    """The server's half; clients just train."""
+
+    name = "FedAvg"
+
+    def step(self, x: State, answers: Sequence[Answer], mean: Mean) -> State:
+        """The mean of the answers."""
+        return mean(answers)

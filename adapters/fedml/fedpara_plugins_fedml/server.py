@@ -1,0 +1,225 @@
+"""The server's half of a run: what is sent to whom, what comes back, and the next state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from fedpara_plugins import FedParaError, MismatchError, ModelSpec, PayloadError
+from fedpara_plugins.checkpoints import save_dense
+from fedpara_plugins.codecs import decode_payload
+from fedpara_plugins.exchange.coding import check_finite
+from fedpara_plugins.exchange.outbox import Outbox
+from fedpara_plugins.exchange.sizes import Size, size_of
+from fedpara_plugins_fedml.accounting import Accounting
+from fedpara_plugins_fedml.aggregation import Aggregation
+from fedpara_plugins_fedml.envelope import Envelope, pack, unpack
+from fedpara_plugins_fedml.models import plain_state, spec_for, to_state
+from fedpara_plugins_fedml.replies import MODEL, Head
+from fedpara_plugins_fedml.rules import Answer, Rule, State
+from fedpara_plugins_fedml.settings import Settings
+
+__all__ = ["Purpose", "ServerHalf"]
+
+log = logging.getLogger("fedpara.fedml")
+
+Purpose = Literal["train", "evaluate", "prepare"]
+
+
+class ServerHalf:
+    """One server, whatever carries its messages.
+
+        server.begin(["3", "5"])
+        for client in ["3", "5"]:
+            reply = ...(server.message(client, "train"))     # the transport
+            server.receive(client, reply)                    # FedParaError: server.exclude(...)
+        server.end()
+
+    Args:
+        settings: of the run.
+        args: FedML's; its ``round_idx`` is kept up to date, as FedML's own servers do.
+        device: FedML's.
+        dataset: FedML's eight entries.
+        aggregator: the user's ServerAggregator or FedML's default; its model is converted.
+        rule: of the optimizer.
+
+    Attributes:
+        round: the current one, 1 for the first; 0 before it.
+        accounting: of the run.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        args: Any,
+        device: torch.device,
+        dataset: Sequence[Any],
+        aggregator: Any,
+        rule: Rule,
+    ) -> None:
+        self.settings = settings
+        self.rule = rule
+        self.round = 0
+        self.accounting = Accounting(settings.ledger, settings.config)
+        self._args = args
+        self._device = device
+        self._dataset = dataset
+        self._aggregator = aggregator
+        self._x = to_state(aggregator.get_model_params())
+        self._spec = spec_for(aggregator.model, self._x)
+        self._aggregation = Aggregation(aggregator, args, self._spec)
+        self._outbox = Outbox(settings)
+        self._asked: tuple[str, ...] = ()
+        self._answers: dict[str, Answer] = {}
+        self._excluded: dict[str, str] = {}
+        self._fresh = 0
+
+    @property
+    def state(self) -> State:
+        """The server's state: all names, private factors at zero. Not to be changed."""
+        return self._x
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model that the state belongs to."""
+        return self._spec
+
+    # A round
+
+    def begin(self, clients: Sequence[str]) -> None:
+        """Start the next round with these clients."""
+        self.round += 1
+        self._args.round_idx = self.round - 1
+        self._asked, self._answers, self._excluded = tuple(clients), {}, {}
+        self._fresh = 0
+        self.rule.begin(self.round, self._x, self._asked)
+        self._put()
+
+    def _put(self) -> None:
+        self._outbox.put(MODEL, self._x, self._spec)
+        for name, tensors in self.rule.records().items():
+            self._outbox.put(name, dict(tensors), _no_model(tensors))
+
+    def message(self, client: str, purpose: Purpose = "train") -> bytes:
+        """The message for one client, coded against what that client holds."""
+        records = [MODEL, *self.rule.records()] if purpose == "train" else [MODEL]
+        task = dict(self.rule.task(client))
+        head = Head(round=self.round, purpose=purpose, task=task)
+        payloads = {name: self._outbox.encode(client, name) for name in records}
+        data = pack(head.to_json(), payloads)
+        self.accounting.describe_layers(lambda: self._outbox.layers(MODEL))
+        size = sum((self._outbox.size(name) for name in records), Size())
+        self.accounting.message(self.round, "down", client, data, size, kind=purpose)
+        return data
+
+    def receive(self, client: str, data: object) -> bool:
+        """Take a client's reply.
+
+        Returns:
+            False if the client has lost what the message was coded against, and did nothing: the
+            next `message` for it will suit it.
+
+        Raises:
+            ConfigError: the client says that the two sides are set up differently, or that an
+                option of its own is wrong: no round can succeed.
+            FedParaError: the reply cannot be used: `exclude` the client.
+        """
+        size = Size()
+        try:
+            envelope = unpack(data)
+            head = Head.from_json(envelope.head)
+            if head.round != self.round:
+                raise MismatchError(f"a reply of round {head.round} in round {self.round}")
+            if head.lost:
+                self._outbox.refused(client, head.has)
+                return False
+            head.raise_error(client)
+            size = self._take(client, head, envelope)
+            return True
+        finally:
+            if isinstance(data, bytes):
+                self.accounting.message(self.round, "up", client, data, size)
+
+    def _take(self, client: str, head: Head, envelope: Envelope) -> Size:
+        if client not in self._asked:
+            raise MismatchError(f"client {client} answers, and was not asked in this round")
+        size, records = Size(), {}
+        for name, payload in envelope.payloads.items():
+            decoded = decode_payload(
+                payload,
+                references=self._outbox.references,
+                limit=self._outbox.limit(name),
+            ).tensors
+            check_finite(decoded)
+            size += size_of(decoded, self._spec)
+            records[name] = decoded
+        model = records.pop(MODEL, None)
+        if model is None:
+            raise PayloadError("the reply holds no model")
+        if not head.examples > 0:
+            raise PayloadError(f"the reply names {head.examples} training examples")
+        state = self._outbox.completed(MODEL, model)
+        self._answers[client] = Answer(client, head.examples, state, records, head.report)
+        self._fresh += head.fresh
+        self._outbox.acknowledge(client, head.holds, head.decoders)
+        return size
+
+    def exclude(self, client: str, reason: object) -> None:
+        """Leave a client out of this round, with a line in the log that names it."""
+        text = str(reason).removeprefix("fedpara: ")
+        log.warning("fedpara: left out client %s in round %d: %s", client, self.round, text)
+        self._excluded[client] = text
+        self._answers.pop(client, None)
+
+    def end(self) -> None:
+        """Aggregate what came back: the round is over.
+
+        Raises:
+            FedParaError: fewer usable answers than ``fedpara_min_clients``.
+        """
+        self._check_enough()
+        if self._fresh and self._spec.private_keys:
+            log.info("fedpara: %d clients started from the seeded private factors", self._fresh)
+        self._outbox.tell_first_contacts()
+        answers = [self._answers[name] for name in self._asked if name in self._answers]
+        self._x = self._aggregation.next_state(self._x, answers, self.rule)
+        self._aggregator.set_model_params(plain_state(self._x))
+        self.accounting.log_round(self.round)
+
+    def _check_enough(self) -> None:
+        if len(self._answers) >= self.settings.min_clients:
+            return
+        reasons = "; ".join(f"client {name}: {why}" for name, why in self._excluded.items())
+        raise FedParaError(
+            f"fedpara: round {self.round} has {len(self._answers)} usable answers of "
+            f"{len(self._asked)} clients, fedpara_min_clients is {self.settings.min_clients}. "
+            f"{reasons or 'Nobody answered'}"
+        )
+
+    # The end
+
+    def close(self) -> None:
+        """The run is over: say what it cost, and write the dense checkpoint."""
+        self.accounting.log_run()
+        self._outbox.close()
+
+    def save_checkpoint(self) -> None:
+        """Write the server's dense model, where ``fedpara_checkpoint`` is set."""
+        path = self.settings.checkpoint
+        if path is None:
+            return
+        private = self._spec.private_factors
+        state = {name: value for name, value in self._x.items() if name not in private}
+        model = "the server's model"
+        if private:
+            model += ": W1, the shared part (private part zero)"
+        dense = self._spec.dense_state(state)
+        save_dense(path, dense, model=model, method=self.settings.config.method)
+        log.info("fedpara: dense checkpoint of the server's model written to %s", path)
+
+
+def _no_model(tensors: Mapping[str, Any]) -> ModelSpec:
+    return ModelSpec(weights={}, keys=tuple(tensors), seed=0)

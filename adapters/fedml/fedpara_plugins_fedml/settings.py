@@ -1,0 +1,144 @@
+"""The keys ``fedpara_*`` of a FedML project's YAML, as they arrive in ``args``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from fedpara_plugins import ConfigError, FedParaConfig
+from fedpara_plugins.exchange.settings import ExchangeSettings, to_number
+from fedpara_plugins.optimizers import Guard
+
+__all__ = ["PREFIX", "Settings"]
+
+PREFIX = "fedpara_"
+"""FedML drops the names of sections, so that every key needs one of ours."""
+
+WEIGHTINGS = ("", "uniform", "examples")
+_SWITCHES = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+@dataclass(frozen=True)
+class Settings(ExchangeSettings):
+    """Everything the user may set for one run; see `ExchangeSettings` for the rest.
+
+    Attributes:
+        mend: run the plugin's engine even with method and codec ``none``: the dense baseline of a
+            comparison, computed as the optimizer is published.
+        min_clients: fewer usable answers than this in a round end the run.
+        weighting: how SCAFFOLD and FedDyn weigh clients: ``uniform``, as published, or
+            ``examples``; "" leaves it to the optimizer.
+        guard: whether SCAFFOLD's and FedDyn's updates are bounded (`fedpara_plugins.optimizers`).
+        guard_tau: see `Guard`.
+        guard_window: see `Guard`.
+        guard_collect: see `Guard`; None for one pass over the clients.
+        timeout: seconds without a sign of life after which a process counts as gone.
+    """
+
+    mend: bool = False
+    min_clients: int = 1
+    weighting: str = ""
+    guard: bool = True
+    guard_tau: float = 1.5
+    guard_window: int = 50
+    guard_collect: int | None = None
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("min_clients", self.min_clients >= 1, "1 or more", self.min_clients)
+        expected = "'uniform' or 'examples'"
+        _check("weighting", self.weighting in WEIGHTINGS, expected, self.weighting)
+        _check("timeout", 0 < self.timeout < 2**31, "seconds above 0", self.timeout)
+        _ = self.guard_options
+
+    @classmethod
+    def from_args(cls, args: Any) -> Settings:
+        """Read and validate the keys; all defaults (method and codec ``none``) without any.
+
+        Args:
+            args: FedML's, or any object with the keys as attributes.
+
+        Raises:
+            ConfigError: unknown key (the nearest known one is named), method or codec, or a value
+                out of range.
+        """
+        section = {
+            key[len(PREFIX) :].replace("-", "_"): "" if value is None else value
+            for key, value in vars(args).items()
+            if key.startswith(PREFIX)
+        }
+        _refuse_section(vars(args))
+        _refuse_unknown(section)
+        own = _own_options(section)
+        return cls(**cls.read(section), **own)
+
+    @property
+    def guard_options(self) -> Guard | None:
+        """The guard of SCAFFOLD and FedDyn; None for the published algorithm."""
+        if not self.guard:
+            return None
+        return Guard(tau=self.guard_tau, window=self.guard_window, collect=self.guard_collect)
+
+
+_OWN = {
+    field.name: field
+    for field in fields(Settings)
+    if field.name not in {base.name for base in fields(ExchangeSettings)}
+}
+
+
+def _own_options(section: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, field in _OWN.items():
+        value = section.pop(name, "")
+        if value == "":
+            continue
+        kind = str(field.type)
+        if kind == "bool":
+            found[name] = _switch(name, value)
+        elif kind == "str":
+            found[name] = str(value)
+        else:
+            number = to_number(PREFIX + name, value)
+            if kind.startswith("int") and number is not None:
+                _check(name, number == int(number), "an integer", value)
+                number = int(number)
+            found[name] = number
+    return found
+
+
+def _switch(name: str, value: Any) -> bool:
+    found = _SWITCHES.get(str(value).lower())
+    _check(name, found is not None, "true or false", value)
+    return bool(found)
+
+
+def _check(name: str, valid: bool, expected: str, value: Any) -> None:
+    if not valid:
+        raise ConfigError(f"option '{PREFIX}{name}': expected {expected}, got {repr(value)[:80]}")
+
+
+def _refuse_section(values: Mapping[str, Any]) -> None:
+    """FedML flattens one level of sections; a deeper one arrives as a mapping, and unread."""
+    for key in ("fedpara", "fedpara_args"):
+        if isinstance(values.get(key), Mapping):
+            raise ConfigError(
+                f"the YAML has {key!r} inside another section, where its keys are not seen: put "
+                f"fedpara_args at the left margin, with keys like fedpara_method: pfedpara in it"
+            )
+
+
+def _refuse_unknown(section: Mapping[str, Any]) -> None:
+    known = [field.name for field in (*fields(FedParaConfig), *fields(Settings))]
+    known = [name for name in known if name not in ("config", "uplink", "downlink")]
+    for name in section:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {PREFIX}{near[0]}?" if near else "."
+            raise ConfigError(
+                f"unknown key {PREFIX}{name} in the YAML{hint} Known: "
+                f"{', '.join(PREFIX + other for other in known)}"
+            )

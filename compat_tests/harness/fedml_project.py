@@ -1,0 +1,130 @@
+"""A FedML project in one process: arguments, data set, model, and what came of a run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import fedml
+import numpy as np
+import torch
+from fedml.arguments import Arguments
+from torch import Tensor, nn
+
+__all__ = ["DEFAULTS", "arguments", "dataset", "model", "run"]
+
+Batches = list[tuple[Tensor, Tensor]]
+
+DEFAULTS: Mapping[str, Any] = {
+    "training_type": "simulation",
+    "backend": "sp",
+    "random_seed": 0,
+    "using_mlops": False,
+    "enable_tracking": False,
+    "enable_wandb": False,
+    "dataset": "synthetic",
+    "federated_optimizer": "FedAvg",
+    "client_num_in_total": 4,
+    "client_num_per_round": 2,
+    "comm_round": 3,
+    "epochs": 1,
+    "batch_size": 10,
+    "client_optimizer": "sgd",
+    "learning_rate": 0.1,
+    "weight_decay": 0.0,
+    "frequency_of_the_test": 1,
+    "using_gpu": False,
+    "rank": 0,
+    "run_id": "0",
+}
+SIZES = (50, 30, 40, 20, 60)
+
+
+def arguments(**keys: Any) -> Any:
+    """What ``fedml.init`` would have made of a YAML with these keys, besides `DEFAULTS`."""
+    args = Arguments.__new__(Arguments)
+    for name, value in {**DEFAULTS, **keys}.items():
+        setattr(args, name, value)
+    _initialise_once()
+    fedml.mlops.pre_setup(args)
+    return args
+
+
+@cache
+def _initialise_once() -> None:
+    """FedML asks its home for settings here, and gives up after some seconds."""
+    args = Arguments.__new__(Arguments)
+    for name, value in DEFAULTS.items():
+        setattr(args, name, value)
+    fedml.init(args, check_env=False, should_init_logs=False)
+
+
+def dataset(clients: int = 4) -> list[Any]:
+    """FedML's eight entries: each client's batches of 10, in an order that never changes."""
+    rng = np.random.default_rng(5)
+    centres = rng.normal(size=(4, 32))
+    train, test = [], []
+    for client in range(clients):
+        train.append(_batches(rng, centres, SIZES[client], client))
+        test.append(_batches(rng, centres, 20, client))
+    everything = [[batch for own in part for batch in own] for part in (train, test)]
+    sizes = {client: SIZES[client] for client in range(clients)}
+    by_client = [dict(enumerate(part)) for part in (train, test)]
+    return [sum(sizes.values()), 20 * clients, *everything, sizes, *by_client, 4]
+
+
+def _batches(rng: np.random.Generator, centres: Any, size: int, client: int) -> Batches:
+    """Each client has another mixture of classes, and its own shift of the inputs."""
+    weights = np.roll([0.55, 0.25, 0.1, 0.1], client)
+    labels = rng.choice(4, size=size, p=weights)
+    inputs = centres[labels] + rng.normal(size=(size, 32)) + 0.1 * client
+    x, y = torch.tensor(inputs, dtype=torch.float32), torch.tensor(labels)
+    return [(x[at : at + 10], y[at : at + 10]) for at in range(0, size, 10)]
+
+
+def model(seed: int = 3) -> nn.Module:
+    """Two layers to factorise, one that is too small; smooth."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 4)
+    )
+
+
+@dataclass
+class Outcome:
+    """What a run left behind.
+
+    Attributes:
+        runner: the FedMLRunner.
+        state: the server's model at the end.
+    """
+
+    runner: Any
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run(
+    *, net: nn.Module | None = None, data: list[Any] | None = None, plain: bool = False, **keys: Any
+) -> Outcome:
+    """Run a project in this process.
+
+    Args:
+        net: the model; `model` by default.
+        data: the data set; `dataset` by default.
+        plain: with FedML's own runner.
+        keys: of the YAML, and ``client_trainer`` or ``server_aggregator``.
+    """
+    from fedpara_plugins_fedml import FedMLRunner
+
+    given = {k: keys.pop(k) for k in ("client_trainer", "server_aggregator") if k in keys}
+    args = arguments(**keys)
+    kind = fedml.FedMLRunner if plain else FedMLRunner
+    runner = kind(args, torch.device("cpu"), data or dataset(), net or model(), **given)
+    runner.run()
+    inner = runner.runner
+    if hasattr(inner, "server"):
+        return Outcome(runner, {k: v.clone() for k, v in inner.server.state.items()})
+    return Outcome(runner, copy.deepcopy(inner.fl_trainer.model_trainer.get_model_params()))
