@@ -78,6 +78,19 @@ class Kept:
         """Keep the tensors of a round that is over, until the server confirms them or not."""
         self.last, self.last_round = tensors, server_round
 
+    def correct(self, lost: Mapping[str, Tensor], factor: float) -> None:
+        """Take into the last round's tensors what a codec has lost on the way to the server.
+
+        Else the sum over all clients would drift away from what they keep.
+
+        Args:
+            lost: by name, what was given to the codec minus what the server will decode.
+            factor: by which it enters.
+        """
+        for name, value in (self.last or {}).items():
+            if name in lost:
+                self.last[name] = value + factor * lost[name].to(value.dtype)  # type: ignore[index]
+
 
 @dataclass
 class Contributions:

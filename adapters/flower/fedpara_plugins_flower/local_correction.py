@@ -154,19 +154,13 @@ class Correction:
         return content
 
     def _encoded(self, lost: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Keep what the server will have, where a codec has lost something on the way there.
-
-        Else the sum over all clients would drift away from what they keep.
-        """
+        """Keep what the server will have, where a codec has lost something on the way there."""
         if self._task is None or self._kept.last is None:
             return
         if self.algorithm == "scaffold":
-            factor, errors = -1.0, lost.get(CHANGE, {})
+            self._kept.correct(lost.get(CHANGE, {}), -1.0)
         else:
-            factor, errors = self._task.alpha, _joined(lost)
-        for name, value in self._kept.last.items():
-            if name in errors:
-                self._kept.last[name] = value + factor * errors[name].to(value.dtype)
+            self._kept.correct(_joined(lost), self._task.alpha)
         self._save()
 
     def _names(self, content: RecordDict) -> list[str]:
