@@ -14,6 +14,7 @@ from fedpara_plugins.codecs import decode_payload
 from fedpara_plugins.exchange.coding import check_finite
 from fedpara_plugins.exchange.outbox import Outbox
 from fedpara_plugins.exchange.sizes import Size, size_of
+from fedpara_plugins.optimizers import trained_parameters
 from fedpara_plugins_fedml.accounting import Accounting
 from fedpara_plugins_fedml.aggregation import Aggregation
 from fedpara_plugins_fedml.envelope import Envelope, pack, unpack
@@ -70,6 +71,7 @@ class ServerHalf:
         self._aggregator = aggregator
         self._x = to_state(aggregator.get_model_params())
         self._spec = spec_for(aggregator.model, self._x)
+        rule.trained = frozenset(trained_parameters(aggregator.model)) & self._x.keys()
         self._aggregation = Aggregation(aggregator, args, self._spec)
         self._outbox = Outbox(settings)
         self._asked: tuple[str, ...] = ()
@@ -162,7 +164,8 @@ class ServerHalf:
         if not head.examples > 0:
             raise PayloadError(f"the reply names {head.examples} training examples")
         state = self._outbox.completed(MODEL, model)
-        self._answers[client] = Answer(client, head.examples, state, records, head.report)
+        received = self._outbox.references.get(head.holds.get(MODEL, ""))
+        self._answers[client] = Answer(client, head.examples, state, records, head.report, received)
         self._fresh += head.fresh
         self._outbox.acknowledge(client, head.holds, head.decoders)
         return size

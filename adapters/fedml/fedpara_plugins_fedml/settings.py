@@ -30,21 +30,31 @@ class Settings(ExchangeSettings):
         min_clients: fewer usable answers than this in a round end the run.
         weighting: how SCAFFOLD and FedDyn weigh clients: ``uniform``, as published, or
             ``examples``; "" leaves it to the optimizer.
-        guard: whether SCAFFOLD's and FedDyn's updates are bounded (`fedpara_plugins.optimizers`).
+        guard: whether SCAFFOLD's and FedDyn's updates are bounded (`fedpara_plugins.optimizers`);
+            None leaves it to the optimizer: SCAFFOLD's are.
         guard_tau: see `Guard`.
         guard_window: see `Guard`.
         guard_collect: see `Guard`; None for one pass over the clients.
         timeout: seconds without a sign of life after which a process counts as gone.
+        server_rule: whose rule FedOpt's ``server_optimizer`` names: ``torch``, FedML's own, or
+            ``flower``, which both frameworks can be set to.
+        server_beta_1: of adaptive server optimizers; None for the rule's own.
+        server_beta_2: likewise.
+        server_tau: what they add to the root (torch's ``eps``); likewise.
     """
 
     mend: bool = False
     min_clients: int = 1
     weighting: str = ""
-    guard: bool = True
+    guard: bool | None = None
     guard_tau: float = 1.5
     guard_window: int = 50
     guard_collect: int | None = None
     timeout: float = 60.0
+    server_rule: str = "torch"
+    server_beta_1: float | None = None
+    server_beta_2: float | None = None
+    server_tau: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,7 +62,14 @@ class Settings(ExchangeSettings):
         expected = "'uniform' or 'examples'"
         _check("weighting", self.weighting in WEIGHTINGS, expected, self.weighting)
         _check("timeout", 0 < self.timeout < 2**31, "seconds above 0", self.timeout)
-        _ = self.guard_options
+        rules = "'torch' or 'flower'"
+        _check("server_rule", self.server_rule in ("torch", "flower"), rules, self.server_rule)
+        for name in ("server_beta_1", "server_beta_2"):
+            beta = getattr(self, name)
+            _check(name, beta is None or 0 <= beta < 1, "a number from 0 to below 1", beta)
+        tau = self.server_tau
+        _check("server_tau", tau is None or tau > 0, "a number above 0", tau)
+        self.guard_for(default=True)
 
     @classmethod
     def from_args(cls, args: Any) -> Settings:
@@ -75,10 +92,13 @@ class Settings(ExchangeSettings):
         own = _own_options(section)
         return cls(**cls.read(section), **own)
 
-    @property
-    def guard_options(self) -> Guard | None:
-        """The guard of SCAFFOLD and FedDyn; None for the published algorithm."""
-        if not self.guard:
+    def guard_for(self, *, default: bool) -> Guard | None:
+        """The guard of an optimizer; None for the published algorithm.
+
+        Args:
+            default: whether the optimizer has one where the user says nothing.
+        """
+        if not (default if self.guard is None else self.guard):
             return None
         return Guard(tau=self.guard_tau, window=self.guard_window, collect=self.guard_collect)
 
@@ -97,7 +117,7 @@ def _own_options(section: dict[str, Any]) -> dict[str, Any]:
         if value == "":
             continue
         kind = str(field.type)
-        if kind == "bool":
+        if kind.startswith("bool"):
             found[name] = _switch(name, value)
         elif kind == "str":
             found[name] = str(value)

@@ -32,6 +32,8 @@ class Answer:
             server's own, the same in every answer.
         records: what the client's half of the rule has sent beside the model.
         report: small values of the client's half of the rule.
+        received: the shared model as this client received it, where a codec lost something of it;
+            None where it is what was sent.
     """
 
     client: str
@@ -39,6 +41,7 @@ class Answer:
     state: State
     records: Mapping[str, State] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+    received: State | None = None
 
 
 Mean = Callable[[Sequence[Answer]], State]
@@ -52,10 +55,13 @@ class Rule(ABC):
         name: of the optimizer, as FedML's key ``federated_optimizer`` has it.
         prepares: whether clients are asked for something at the server's state before any of them
             trains (Mime's gradients). Only the single process offers that.
+        trained: names of the parameters that are trained and shared, which the rule is about; the
+            engine sets it before the first round. All other names of the state are averaged.
     """
 
     name: str = ""
     prepares: bool = False
+    trained: frozenset[str] = frozenset()
 
     def begin(self, server_round: int, x: State, clients: Sequence[str]) -> None:  # noqa: B027
         """A round begins.
@@ -70,7 +76,7 @@ class Rule(ABC):
         """Take in what the clients found at x; only where `prepares`; ``state`` is x itself."""
 
     def records(self) -> Mapping[str, State]:
-        """What travels to the clients beside the model, by name; the names stay the same."""
+        """What travels to the clients beside the model, by name; empty records are left out."""
         return {}
 
     def task(self, client: str) -> Mapping[str, Any]:

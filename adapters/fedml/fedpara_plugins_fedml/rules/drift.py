@@ -1,0 +1,201 @@
+"""What SCAFFOLD and FedDyn have in common on the server: sums of what clients keep, and the guard.
+
+The arithmetic is the core's (`fedpara_plugins.optimizers`).
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedpara_plugins import ConfigError
+from fedpara_plugins.optimizers import Contributions, Guard, Norms, Reply, State
+from fedpara_plugins.optimizers.named import difference, finite, norm
+from fedpara_plugins.optimizers.rounds import Weighting
+from fedpara_plugins_fedml.rules.base import Answer, Mean, Rule
+
+__all__ = ["CHANGE", "DriftRule", "Usable"]
+
+log = logging.getLogger("fedpara.fedml")
+
+CHANGE = "change"
+"""The record of a client's change of its variate."""
+
+
+@dataclass(frozen=True)
+class Usable:
+    """An answer that counts.
+
+    Attributes:
+        answer: of the client.
+        reply: the same for the core's arithmetic.
+        change: of its variate; {} where the server derives it.
+    """
+
+    answer: Answer
+    reply: Reply
+    change: State
+
+
+class DriftRule(Rule):
+    """Clients keep a variate or dual, and correct their steps by it.
+
+    Args:
+        weighting: ``uniform``, as published, or ``examples``.
+        guard: bounds updates and collects at first; None for the published algorithm.
+        clients: how many there are in all.
+    """
+
+    needs_change = False
+
+    def __init__(self, *, weighting: Weighting, guard: Guard | None, clients: int) -> None:
+        self.weighting = weighting
+        self.guard = guard
+        self.clients = clients
+        self.sums = Contributions()
+        self._norms = Norms(guard) if guard is not None else None
+        self._round = 0
+        self._collected = 0
+        self._correct = True
+        self._bound: float | None = None
+
+    @abstractmethod
+    def next_x(self, x: State, usable: Sequence[Usable]) -> State:
+        """The next state; takes the changes into `sums`."""
+
+    # The engine's interface
+
+    def begin(self, server_round: int, x: State, clients: Sequence[str]) -> None:
+        """Decide whether variates act in this round, and how far an update may go."""
+        self._round = server_round
+        self._correct = not self._collects(len(clients))
+        self._bound = self._norms.bound() if self._norms is not None else None
+
+    def task(self, client: str) -> Mapping[str, Any]:
+        """Which of its states counts, whether it acts, and the bound."""
+        return {
+            "accepted": self.sums.rounds.get(client, 0),
+            "correct": self._correct,
+            "bound": self._bound or 0.0,
+        }
+
+    def step(self, x: State, answers: Sequence[Answer], mean: Mean) -> State:
+        """The next state, from the answers that can be used."""
+        usable = [found for answer in answers if (found := self._usable(answer)) is not None]
+        if not usable:
+            log.warning("fedpara: %s: no answer counts: the model stays as it was", self.name)
+            return x
+        new = self.next_x(x, usable)
+        self._note(x, usable)
+        return new
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, the norms of the guard, how often it has collected."""
+        sums = self.sums
+        return {
+            "total": sums.total,
+            "rounds": sums.rounds,
+            "weights": sums.weights,
+            "clients": {str(node): client for node, client in sums.clients.items()},
+            "norms": list(self._norms.last) if self._norms is not None else [],
+            "collected": self._collected,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo `state_dict`, on a rule of the same options."""
+        for name in ("total", "rounds", "weights"):
+            getattr(self.sums, name).clear()
+            getattr(self.sums, name).update(state[name])
+        self.sums.clients = {int(node): name for node, name in state["clients"].items()}
+        if self._norms is not None:
+            self._norms.last.clear()
+            self._norms.add(state["norms"])
+        self._collected = int(state["collected"])
+
+    # For the algorithms
+
+    def take(self, found: Usable, change: State) -> None:
+        """Take a client's change into the sums, and say what was out of the ordinary."""
+        client = found.answer.client
+        nodes = {name: node for node, name in self.sums.clients.items()}
+        verdict = self.sums.take(
+            change,
+            node=nodes.get(client, len(nodes)),
+            client=client,
+            since=int(found.answer.report["since"]),
+            server_round=self._round,
+            weight=found.answer.examples if self.weighting == "examples" else 1.0,
+        )
+        if verdict == "lost":
+            log.warning(
+                "fedpara: %s: client %s had lost its state and starts from zero; its old share "
+                "was taken out of the sum by the clients' mean", self.name, client,
+            )  # fmt: skip
+        elif verdict == "stale":
+            log.warning(
+                "fedpara: %s: client %s started from its state of round %s, which is not the one "
+                "in the sum; its model counts, its state does not, and is put right next time",
+                self.name, client, found.answer.report["since"],
+            )  # fmt: skip
+
+    # Parts
+
+    def _collects(self, a_round: int) -> bool:
+        if self.guard is None or not a_round:
+            return False
+        collecting = self.guard.collecting(
+            self._collected + 1, clients=self.clients, a_round=a_round
+        )
+        self._collected += collecting
+        if collecting:
+            log.info(
+                "fedpara: %s: the guard only collects in this round (%d so far)",
+                self.name, self._collected,
+            )  # fmt: skip
+        return collecting
+
+    def _usable(self, answer: Answer) -> Usable | None:
+        change = dict(answer.records.get(CHANGE, {}))
+        why = self._why_not(answer, change)
+        if why is not None:
+            log.warning("fedpara: %s: left out client %s: %s", self.name, answer.client, why)
+            return None
+        return Usable(answer, Reply(answer.state, self.trained, answer.examples), change)
+
+    def _why_not(self, answer: Answer, change: State) -> str | None:
+        report = answer.report
+        if not all(_is_number(report.get(key)) for key in ("since", "kept")):
+            raise ConfigError(
+                f"client {answer.client} answers without the client's half of {self.name}; set "
+                f"federated_optimizer: {self.name} in the YAML of all sides"
+            )
+        if report["kept"] == 0:
+            return "its training gave NaN or infinity"
+        if not finite([*answer.state.values(), *change.values()]):
+            return "it holds NaN or infinity"
+        if self.needs_change and change.keys() != self.trained:
+            return "its variate's names are not those of its trained parameters"
+        if any(value.shape != answer.state[name].shape for name, value in change.items()):
+            return "its variate's shapes are not those of its trained parameters"
+        return None
+
+    def _note(self, x: State, usable: Sequence[Usable]) -> None:
+        """Keep the norms for the guard, and log when it acted."""
+        if self._norms is None:
+            return
+        before = {name: x[name] for name in self.trained}
+        self._norms.add(norm(difference(u.answer.state, before).values()) for u in usable)
+        bounded = [u.answer for u in usable if u.answer.report["kept"] < 1.0]
+        if bounded:
+            log.info(
+                "fedpara: %s: the guard bounded %d of %d updates: %s",
+                self.name, len(bounded), len(usable),
+                ", ".join(f"client {a.client} to {a.report['kept']:.0%}" for a in bounded[:5]),
+            )  # fmt: skip
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,47 @@
+"""FedProx (Li et al. 2020, arXiv 1812.06127): clients minimise F(w) + mu/2 |w - x|²."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from fedpara_plugins.optimizers import AddedGradient, trained_parameters
+from fedpara_plugins.optimizers.named import copied, difference
+from fedpara_plugins_fedml.rules.base import LocalRule, LocalWork, Visit
+from fedpara_plugins_fedml.rules.fedavg import FedAvg
+
+__all__ = ["FedProx", "LocalFedProx"]
+
+
+class FedProx(FedAvg):
+    """The server's half: the clients' mean."""
+
+    name = "FedProx"
+
+
+class LocalFedProx(LocalRule):
+    """The client's half: mu (w - x) is added to every gradient, whatever trainer computes it.
+
+    Private factors are not pulled: x has none of them.
+
+    Args:
+        mu: weight of the term; 0 is FedAvg.
+    """
+
+    def __init__(self, mu: float) -> None:
+        self.mu = mu
+
+    @contextmanager
+    def around(self, model: nn.Module, visit: Visit) -> Iterator[LocalWork]:
+        """Add the term to the gradients of the steps in this context."""
+        parameters = trained_parameters(model)
+        start = copied(parameters)
+
+        def pull(name: str, parameter: Tensor) -> Tensor | None:
+            return self.mu * (parameter.detach() - start[name]) if self.mu else None
+
+        with AddedGradient(parameters, pull) as steps:
+            yield LocalWork()
+        steps.check_moved(difference(parameters, start))

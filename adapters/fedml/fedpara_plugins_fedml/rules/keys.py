@@ -1,0 +1,50 @@
+"""FedML's own keys of an optimizer, with defaults where FedML would stop at a missing one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fedpara_plugins import ConfigError
+
+__all__ = ["flag", "number", "text"]
+
+
+def number(args: Any, key: str, default: float, *, least: float = 0.0) -> float:
+    """A finite number, ``least`` or more.
+
+    Raises:
+        ConfigError: names the key and what it has.
+    """
+    value = getattr(args, key, None)
+    if value is None:
+        return default
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if isinstance(value, bool) or not (math.isfinite(found) and found >= least):
+        raise ConfigError(f"{key}: expected a number from {least:g} on, got {repr(value)[:80]}")
+    return found
+
+
+def flag(args: Any, key: str, default: bool = False) -> bool:
+    """Whether a switch is on; YAML's true and false, or the same as text.
+
+    Raises:
+        ConfigError: names the key and what it has.
+    """
+    value = getattr(args, key, None)
+    if value is None:
+        return default
+    known = {"true": True, "1": True, "false": False, "0": False}
+    found = known.get(str(value).lower())
+    if found is None:
+        raise ConfigError(f"{key}: expected true or false, got {repr(value)[:80]}")
+    return found
+
+
+def text(args: Any, key: str, default: str) -> str:
+    """A word."""
+    value = getattr(args, key, None)
+    return default if value is None else str(value)

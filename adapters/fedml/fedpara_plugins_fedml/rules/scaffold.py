@@ -1,0 +1,76 @@
+"""SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1, option II)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from fedpara_plugins.optimizers import LocalResult, LocalScaffold, ScaffoldServer, State
+from fedpara_plugins.optimizers.kept_storage import OwnState
+from fedpara_plugins_fedml.rules.base import Visit
+from fedpara_plugins_fedml.rules.drift import CHANGE, DriftRule, Usable
+from fedpara_plugins_fedml.rules.local_drift import LocalDrift
+
+__all__ = ["LocalScaffoldRule", "Scaffold"]
+
+VARIATE = "variate"
+"""The record of the server's c."""
+
+
+class Scaffold(DriftRule):
+    """The server's half; c travels beside the model, and changes of c_i come back.
+
+    Args:
+        rate: ``server_lr``: of the step from x to the clients' mean.
+        options: of `DriftRule`.
+    """
+
+    name = "SCAFFOLD"
+    needs_change = True
+
+    def __init__(self, *, rate: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.server = ScaffoldServer(rate=rate, weighting=self.weighting, sums=self.sums)
+        self._variate: State = {}
+
+    def begin(self, server_round: int, x: State, clients: Sequence[str]) -> None:
+        """As the others; and c."""
+        super().begin(server_round, x, clients)
+        self._variate = self.server.variate(self.clients, x)
+
+    def records(self) -> Mapping[str, State]:
+        """c; nothing before any client has answered, when it is zero."""
+        return {VARIATE: self._variate} if self._variate else {}
+
+    def next_x(self, x: State, usable: Sequence[Usable]) -> State:
+        """One step towards the clients' mean; c is the mean of all variates."""
+        for found in usable:
+            self.take(found, found.change)
+        return self.server.step(x, [found.reply for found in usable])
+
+
+class LocalScaffoldRule(LocalDrift):
+    """The client's half."""
+
+    name = "SCAFFOLD"
+    updates = frozenset({CHANGE})
+
+    def local(self, model: nn.Module, own: State | None, visit: Visit) -> LocalScaffold:
+        """Steps of plain SGD, each with c - c_i."""
+        return LocalScaffold(
+            model,
+            own=own,
+            server=visit.records.get(VARIATE),
+            correct=bool(visit.task["correct"]),
+            bound=float(visit.task["bound"]) or None,
+        )
+
+    def work(self, result: LocalResult) -> dict[str, State]:
+        """The change of c_i."""
+        return {CHANGE: result.change}
+
+    def lost(self, own: OwnState, errors: Mapping[str, State], visit: Visit) -> None:
+        """c_i is what the server decodes of it."""
+        own.kept.correct(errors.get(CHANGE, {}), -1.0)
