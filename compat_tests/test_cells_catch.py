@@ -40,7 +40,7 @@ def _no_fill_in_on_the_server(patch: Patch) -> None:
 
 
 def _private_factors_forgotten(patch: Patch) -> None:
-    patch.setattr(ClientState, "keep_private", lambda self, tensors: None)
+    patch.setattr(ClientState, "keep_private", lambda self, spec, tensors: None)
 
 
 def _private_factors_sent(patch: Patch) -> None:

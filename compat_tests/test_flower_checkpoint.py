@@ -169,6 +169,56 @@ def test_each_client_exports_its_own_model(method: str, codec: str, tmp_path: Pa
             assert apart <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("method", "codec"), [("none", "lossless"), ("lowrank", "none"), ("fedpara", "small")]
+)
+def test_where_nothing_is_private_a_client_s_file_is_the_server_s_model(
+    method: str, codec: str, tmp_path: Path
+) -> None:
+    """As it arrived there: with a lossy codec near to it, and nearer than one round's training."""
+    task = Task(rounds=2)
+    before: list[dict[str, Tensor]] = []
+
+    def loaded(model: nn.Module, client: int, server_round: int) -> None:
+        if (client, server_round) == (0, task.rounds):
+            before.append({k: v.clone() for k, v in fedpara.to_dense(model).state_dict().items()})
+
+    paths = {"checkpoint": tmp_path / "server.safetensors", "client_checkpoints": tmp_path / "own"}
+    _federate(task, method, codec, Hooks(loaded=loaded), **paths)
+    server = load_file(paths["checkpoint"])
+    moved = max(float((server[k] - v).abs().max()) for k, v in before[0].items())
+    for client in range(task.clients):
+        own = load_file(tmp_path / "own" / f"client-{client}.safetensors")
+        assert own.keys() == server.keys()
+        off = max(float((own[key] - value).abs().max()) for key, value in server.items())
+        assert off < moved / 2 if codec == "small" else off <= 1e-6
+
+
+def test_with_everything_off_clients_write_no_file(tmp_path: Path) -> None:
+    paths = {"checkpoint": tmp_path / "server.safetensors", "client_checkpoints": tmp_path / "own"}
+    _federate(Task(rounds=1, epochs=1), "none", "none", **paths)
+    assert [path.name for path in tmp_path.iterdir()] == ["server.safetensors"]
+
+
+def test_a_relative_path_is_said_with_where_it_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"checkpoint": "a.safetensors", "ledger": "b.jsonl", "state_dir": "c"}
+    paths = {name: Path("out") / path for name, path in names.items()}
+    paths["client_checkpoints"] = tmp_path / "own"
+    outcome = _federate(Task(rounds=1, epochs=1), "pfedpara", "int8", **paths)
+    told = [line for line in outcome.log if "is relative" in line]
+    assert len(told) == len(names)  # the absolute one is not spoken of
+    for name, path in names.items():
+        line = next(line for line in told if f"fedpara: {name.replace('_', '-')} = " in line)
+        assert f"on the server {tmp_path / 'out' / path}" in line
+        assert (tmp_path / "out" / path).exists()
+        assert ("on each client" in line) == (name == "state_dir")
+    written = [line for line in outcome.log if "checkpoint of the server's model written" in line]
+    assert written[0].endswith(str(tmp_path / "out" / "a.safetensors"))
+
+
 def test_without_paths_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     _federate(Task(rounds=1, epochs=1), "pfedpara", "int8")

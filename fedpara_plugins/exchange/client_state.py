@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from collections.abc import Mapping, MutableMapping
 
 from torch import Tensor
@@ -14,7 +17,12 @@ from fedpara_plugins.storage import Part
 
 __all__ = ["ClientState"]
 
-PRIVATE = "private"
+log = logging.getLogger("fedpara")
+
+PRIVATE = "private/"
+"""The entries of different models, or of one that was converted in different ways, are apart: none
+is ever written over by another's."""
+
 STEPS = "steps"
 REFERENCE = "reference/"
 RESIDUAL = "residual/"
@@ -25,10 +33,19 @@ class ClientState:
 
     Args:
         storage: written only by the ``keep`` methods; to be committed by the caller.
+        client: what it is called, in the log.
+        place: where the storage is, in the log.
     """
 
-    def __init__(self, storage: MutableMapping[str, bytes]) -> None:
+    def __init__(
+        self,
+        storage: MutableMapping[str, bytes],
+        client: object = "of no name",
+        place: object = "its storage",
+    ) -> None:
         self._storage = storage
+        self._client = client
+        self._place = place
         self.references = ClientReferences(Part(storage, REFERENCE))
 
     def private(
@@ -36,22 +53,43 @@ class ClientState:
     ) -> tuple[dict[str, Tensor], bool]:
         """The private tensors by name, and whether they are the seeded first ones.
 
-        Those of another model (other names or shapes) count as none.
+        Those of another model or other options count as none; they stay where they are, and the log
+        says so.
 
         Args:
             spec: the model.
             shared: its shared state, for the dtypes.
         """
         first = spec.initial_private(shared)
-        kept = self._load(PRIVATE)
+        kept = self._load(_private_key(spec))
         if kept is not None and _same_shapes(kept, first):
             return kept, False
+        if first:
+            self._tell_of_others(spec, first)
         return first, True
 
-    def keep_private(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the private tensors."""
+    def keep_private(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the private tensors of this model."""
         if tensors:
-            self._save(PRIVATE, tensors)
+            self._save(_private_key(spec), tensors)
+
+    def _tell_of_others(self, spec: ModelSpec, first: Mapping[str, Tensor]) -> None:
+        for key in self._storage:
+            found = self._load(key) if key.startswith(PRIVATE) else None
+            if found is None:
+                continue
+            methods = ", ".join(sorted({p.method.name for p in spec.weights.values()})) or "none"
+            log.warning(
+                "fedpara: client %s: %s holds private state of another model or of other options: "
+                "%s, while this run's method is %s. This client starts from the seeded private "
+                "state, and what was found stays there untouched: set the earlier options to go on "
+                "with it, or choose another state-dir for each run",
+                self._client,
+                self._place,
+                _unlike(found, first),
+                methods,
+            )
+            return
 
     def residual(self, record: str) -> dict[str, Tensor] | None:
         """What the codec lost of the last reply in that record; None if nothing is known."""
@@ -87,5 +125,31 @@ class ClientState:
         self._storage[key] = encode_payload(dict(tensors), codec=parse_codec("none"))
 
 
+def _private_key(spec: ModelSpec) -> str:
+    """Where the private state of a model is kept: the same for all that can be loaded for it.
+
+    Names and shapes alone would not do: factors mean another weight under another scale.
+    """
+    converted = [
+        [weight, plan.method.name, list(plan.shape), plan.rank, plan.scale, plan.tanh]
+        for weight, plan in spec.weights.items()
+        if plan.private_names
+    ]
+    own = sorted((name, list(own.shape), own.onto) for name, own in spec.own.items())
+    return PRIVATE + hashlib.sha256(json.dumps([converted, own]).encode()).hexdigest()[:16]
+
+
 def _same_shapes(kept: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> bool:
     return kept.keys() == first.keys() and all(kept[k].shape == first[k].shape for k in first)
+
+
+def _unlike(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The first difference, in words."""
+    for name in {**expected, **found}:
+        there, here = (
+            f"of shape {tuple(tensors[name].shape)}" if name in tensors else "not private"
+            for tensors in (found, expected)
+        )
+        if there != here:
+            return f"{name!r} is {there} there and {here} in this run"
+    return "names and shapes are those of this run, how weights are composed of them is not"

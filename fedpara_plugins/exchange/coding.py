@@ -25,6 +25,7 @@ __all__ = [
     "decoders_of",
     "difference",
     "encode",
+    "fitting",
     "loss_known",
     "own_words",
     "spec_of",
@@ -104,6 +105,11 @@ def difference(after: Tensors, before: Tensors) -> dict[str, Tensor]:
     missing = {name: -value for name, value in before.items() if name not in after}
     both = {n: value - before[n] if n in before else value for n, value in after.items()}
     return both | missing
+
+
+def fitting(residual: Tensors, tensors: Tensors) -> dict[str, Tensor]:
+    """The part of a residual that is added to ``tensors``: another model may have left the rest."""
+    return {n: v for n, v in residual.items() if n in tensors and v.shape == tensors[n].shape}
 
 
 def own_words(codecs: Sequence[str] = ()) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ from fedpara_plugins.exchange.coding import (
     decoders_of,
     difference,
     encode,
+    fitting,
     loss_known,
     spec_of,
     update_codec,
@@ -135,7 +136,7 @@ class ClientHalf:
     ) -> bytes:
         train_data, test_data, examples = data
         self._args.round_idx = head.round - 1
-        kept = ClientState(storage)
+        kept = ClientState(storage, client)
         task = self._received(head, envelope, kept)
         trainer = self._trainer
         trainer.set_id(int(client))
@@ -232,12 +233,13 @@ class ClientHalf:
                 digest=held.reference if held else None,
                 residual=residual,
             )
-            lost[name] = difference(rest, residual or {})
+            lost[name] = difference(rest, fitting(residual or {}, tensors))
             if codec.feedback:
                 kept.keep_residual(name, rest)
         if work.on_encoded is not None:
             work.on_encoded(lost)
-        kept.keep_private({k: v for k, v in after.items() if k in self._spec.private_keys})
+        private = {k: v for k, v in after.items() if k in self._spec.private_keys}
+        kept.keep_private(self._spec, private)
         if self._settings.downlink.needs_reference:
             for name, part in task.received.items():
                 kept.references.keep(name, part)

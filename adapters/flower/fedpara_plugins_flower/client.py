@@ -23,6 +23,7 @@ from fedpara_plugins.exchange.coding import (
     decoders_of,
     difference,
     encode,
+    fitting,
     loss_known,
     spec_of,
     update_codec,
@@ -30,7 +31,7 @@ from fedpara_plugins.exchange.coding import (
 from fedpara_plugins.references import LostReferenceError, Received, shared_part
 from fedpara_plugins.storage import Storage
 from fedpara_plugins_flower import positional, secagg
-from fedpara_plugins_flower.client_storage import client_storage
+from fedpara_plugins_flower.client_storage import client_state, client_storage
 from fedpara_plugins_flower.clipping import check_clipping_mods
 from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.logs import show_core_logs
@@ -141,7 +142,7 @@ def _answer(
     settings: Settings,
     storage: Storage,
 ) -> Message:
-    state = ClientState(storage)
+    state = client_state(context, settings.state_dir, storage)
     try:
         received = {
             name: _receive(name, payload, state, settings) for name, payload in payloads.items()
@@ -234,7 +235,7 @@ def _encode_reply(
     *,
     masked: bool,
 ) -> Message:
-    private: dict[str, Tensor] = {}
+    private: list[tuple[ModelSpec, dict[str, Tensor]]] = []
     in_clear: dict[str, dict[str, Tensor]] = {}
     outgoing: dict[str, bytes] = {}
     residuals: dict[str, dict[str, Tensor]] = {}
@@ -252,7 +253,8 @@ def _encode_reply(
             _check_shared_only(name, tensors, models)
             spec = ModelSpec(weights={}, keys=tuple(tensors), seed=0)
         if name in received:
-            private.update({k: v for k, v in tensors.items() if k in spec.private_keys})
+            own = {k: v for k, v in tensors.items() if k in spec.private_keys}
+            private.append((spec, own))
         if masked:
             in_clear[name] = shared_part(spec, tensors)
             continue
@@ -269,7 +271,7 @@ def _encode_reply(
             digest=held.reference if held else None,
             residual=residual,
         )
-        lost[name] = difference(residuals[name], residual or {})
+        lost[name] = difference(residuals[name], fitting(residual or {}, tensors))
         if codec.feedback:
             kept.append(name)
     for name, shared in in_clear.items():
@@ -278,7 +280,8 @@ def _encode_reply(
         reply.content[name] = payload_record(payload)
     if run.on_encoded is not None:
         run.on_encoded(lost)
-    state.keep_private(private)
+    for spec, own in private:
+        state.keep_private(spec, own)
     for name in kept:
         state.keep_residual(name, residuals[name])
     if settings.downlink.needs_reference:

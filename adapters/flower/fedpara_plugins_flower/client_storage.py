@@ -8,10 +8,11 @@ from pathlib import Path
 from flwr.common import ArrayRecord, Context, RecordDict
 
 from fedpara_plugins import ConfigError
+from fedpara_plugins.exchange.client_state import ClientState
 from fedpara_plugins.storage import FileStorage, Storage
 from fedpara_plugins_flower.records import carried_payload, payload_record
 
-__all__ = ["client_name", "client_storage", "lasting_name"]
+__all__ = ["client_name", "client_state", "client_storage", "lasting_name"]
 
 PREFIX = "fedpara."
 """Of the names in ``Context.state``, where the app has its own."""
@@ -46,7 +47,18 @@ def client_storage(context: Context, state_dir: Path | None) -> Storage:
     """
     if state_dir is None:
         return _ContextStorage(context.state)
-    return FileStorage(state_dir / "clients" / f"{client_name(context)}.sqlite")
+    return FileStorage(_file(context, state_dir))
+
+
+def client_state(context: Context, state_dir: Path | None, storage: Storage) -> ClientState:
+    """What a client keeps, with the words that name it in the log."""
+    if state_dir is None:
+        return ClientState(storage, lasting_name(context) or context.node_id, "its Context.state")
+    return ClientState(storage, client_name(context), _file(context, state_dir))
+
+
+def _file(context: Context, state_dir: Path) -> Path:
+    return state_dir / "clients" / f"{client_name(context)}.sqlite"
 
 
 def lasting_name(context: Context) -> str | None:

@@ -18,6 +18,7 @@ from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.final_state import FinalState
 from fedpara_plugins_flower.grid import CodecGrid, ObservingGrid
 from fedpara_plugins_flower.logs import show_core_logs
+from fedpara_plugins_flower.paths import tell_relative_paths
 from fedpara_plugins_flower.positional import named_state
 from fedpara_plugins_flower.rounds import Rounds
 from fedpara_plugins_flower.run import Run, open_run
@@ -61,6 +62,7 @@ def _wrapped_class(base: type[Any], options: Mapping[str, Any]) -> type[Any]:
         def __call__(self, grid: Grid, context: Context) -> None:
             settings = Settings.from_run_config(context.run_config, options)
             show_core_logs()
+            tell_relative_paths(settings)
             final = FinalState()
             run = Run(settings, side="server", on_loaded=final.seen)
             accounting = Accounting(settings.ledger, settings.config)
@@ -143,4 +145,4 @@ def _write_final(run: Run, final: FinalState) -> None:
         else "the server's model",
         method=method,
     )
-    log.info("fedpara: dense checkpoint of the server's model written to %s", path)
+    log.info("fedpara: dense checkpoint of the server's model written to %s", path.absolute())

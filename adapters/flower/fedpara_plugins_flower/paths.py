@@ -1,0 +1,36 @@
+"""Relative paths among a run's options: where they lead is said, since few would guess it."""
+
+from __future__ import annotations
+
+import logging
+
+from fedpara_plugins_flower.settings import Settings
+
+__all__ = ["tell_relative_paths"]
+
+log = logging.getLogger("flwr.fedpara")
+
+ON_SERVER = ("ledger", "checkpoint", "state_dir")
+ON_CLIENTS = ("client_checkpoints", "state_dir")
+
+
+def tell_relative_paths(settings: Settings) -> None:
+    """On the server, when a run begins: log where its relative paths lead.
+
+    The programs that Flower starts run in the folder where the SuperLink or SuperNode was started,
+    whatever the folder of the app or of ``flwr run``.
+    """
+    for name in dict.fromkeys((*ON_SERVER, *ON_CLIENTS)):
+        path = getattr(settings, name)
+        if path is None or path.is_absolute():
+            continue
+        places = []
+        if name in ON_SERVER:
+            places.append(f"on the server {path.absolute()}")
+        if name in ON_CLIENTS:
+            places.append(
+                "on each client in the folder where its SuperNode was started (in simulation, "
+                "where the SuperLink was)"
+            )
+        option = name.replace("_", "-")
+        log.info("fedpara: %s = %s is relative: %s", option, path, "; ".join(places))
