@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 
+from harness.cell import Cell
 from harness.cover import pairwise
+from harness.refusals import refusal
 from harness.strategies import OURS, STRATEGIES, StrategySpec
 
 __all__ = [
@@ -34,7 +36,6 @@ __all__ = [
 
 METHODS = ("none", "lowrank", "fedpara", "pfedpara")
 CODECS = ("none", "lossless", "int8", "balanced")
-LOSSY = ("int8", "balanced")
 MODELS = ("groupnorm", "batchnorm")
 GAMMA = 0.3
 
@@ -83,42 +84,6 @@ NOT_BY_DEFAULT: Mapping[str, str] = {
     "demo": "needs Flower's simulation engine (Ray) and some minutes; `.ci/run` runs it",
 }
 """Other tox environments that the default run leaves out, and why."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One entry of the matrix: a real federated run, or a refusal.
-
-    Attributes:
-        framework: ``flower``.
-        environment: name of the tox environment, or ``local``.
-        strategy: a name in `STRATEGIES`.
-        method: of the plugin.
-        codec: of the plugin.
-        model: one of `MODELS`.
-    """
-
-    framework: str
-    environment: str
-    strategy: str
-    method: str
-    codec: str
-    model: str = "groupnorm"
-
-    @property
-    def id(self) -> str:
-        """As in test ids and file names; the environment is left out."""
-        return "-".join((self.strategy, self.method, self.codec, self.model))
-
-    @property
-    def plain(self) -> bool:
-        """Whether the plugin has nothing to do."""
-        return (self.method, self.codec) == ("none", "none")
-
-    @property
-    def exact(self) -> bool:
-        """Whether the codec loses nothing."""
-        return self.codec not in LOSSY
 
 
 def environment() -> str:
@@ -201,8 +166,6 @@ def _upstream() -> list[Row]:
 
 def _in_place_of_refusals(found: list[Cell], version: str) -> list[Cell]:
     """For each cell that cannot train the next one that can: a pair is not met by a refusal."""
-    from harness.refusals import refusal  # it imports this module
-
     refused = [cell for cell in found if refusal(cell, version) is not None]
     allowed = [replace(cell, model="groupnorm") for cell in refused]
     return [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.cells import STRATEGIES, Cell
+from harness.cell import Cell
+from harness.strategies import STRATEGIES
 
 __all__ = ["Refusal", "refusal"]
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +26,10 @@ from torch import Tensor, nn
 from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.optimizers.contributions import Contributions
 from fedpara_plugins.optimizers.guard import share_kept
+from fedpara_plugins.optimizers.local_round import LocalRound
 from fedpara_plugins.optimizers.named import (
     State,
     check_fit,
-    copied,
     difference,
     finite,
     moved,
@@ -40,12 +39,11 @@ from fedpara_plugins.optimizers.named import (
     zeros,
 )
 from fedpara_plugins.optimizers.rounds import LocalResult, Reply, Weighting, next_state
-from fedpara_plugins.optimizers.steps import AddedGradient
 
 __all__ = ["FedDynServer", "LocalFedDyn", "check_alpha"]
 
 
-class LocalFedDyn:
+class LocalFedDyn(LocalRound):
     """One client's round: train inside this context, then read `result`.
 
         with LocalFedDyn(model, own=d_k, alpha=0.1) as local:
@@ -77,36 +75,11 @@ class LocalFedDyn:
         bound: float | None = None,
     ) -> None:
         self._alpha = check_alpha(alpha)
-        self._parameters = trained_parameters(model)
+        super().__init__(trained_parameters(model), correct=correct, bound=bound)
         self._own = zeros(self._parameters)
         if own is not None:
             check_fit(own, self._parameters, what="this client's dual")
             self._own = {n: own[n].to(p.device, p.dtype) for n, p in self._parameters.items()}
-        self._correct = correct
-        self._bound = bound
-        self._start: State = {}
-        self._steps = AddedGradient(self._parameters, self._term)
-        self.result: LocalResult | None = None
-
-    @property
-    def names(self) -> frozenset[str]:
-        """The parameters that have a dual."""
-        return frozenset(self._parameters)
-
-    def __enter__(self) -> LocalFedDyn:
-        self._start = copied(self._parameters)
-        self._steps.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._steps.__exit__(kind, error, traceback)
-        if error is None:
-            self.result = self._finish()
 
     def _term(self, name: str, parameter: Tensor) -> Tensor:
         pull = self._alpha * (parameter - self._start[name])

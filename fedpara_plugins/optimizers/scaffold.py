@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Literal
 
 import torch
@@ -28,6 +27,7 @@ from torch.optim import Optimizer
 from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.optimizers.contributions import Contributions
 from fedpara_plugins.optimizers.guard import share_kept
+from fedpara_plugins.optimizers.local_round import LocalRound
 from fedpara_plugins.optimizers.named import (
     State,
     check_fit,
@@ -41,7 +41,6 @@ from fedpara_plugins.optimizers.named import (
     zeros,
 )
 from fedpara_plugins.optimizers.rounds import LocalResult, Reply, Weighting, next_state
-from fedpara_plugins.optimizers.steps import AddedGradient
 
 __all__ = ["LocalScaffold", "ScaffoldServer", "gradient_at"]
 
@@ -50,7 +49,7 @@ Losses = Callable[[], Iterable[tuple[Tensor, int]]]
 """Makes one pass over a client's data: each batch's mean loss and how many examples it has."""
 
 
-class LocalScaffold:
+class LocalScaffold(LocalRound):
     """One client's round: train inside this context, then read `result`.
 
         with LocalScaffold(model, own=c_i, server=c) as local:
@@ -91,39 +90,17 @@ class LocalScaffold:
                 "data: pass losses=lambda: ((loss_function(model(x), y), len(y)) for x, y in "
                 "loader); or set option='II' on the server"
             )
+        parameters = trained_parameters(model)
+        super().__init__(parameters, correct=correct, bound=bound, check=_check_plain_sgd)
         self._model = model
-        self._parameters = trained_parameters(model)
         self._own = _placed(own, self._parameters, "this client's variate")
         self._server = _placed(server, self._parameters, "the server's variate")
-        self._correct = correct
-        self._bound = bound
         self._losses = losses if option == "I" else None
         self._at_start: State | None = None
-        self._start: State = {}
-        self._steps = AddedGradient(self._parameters, self._term, _check_plain_sgd)
-        self.result: LocalResult | None = None
 
-    @property
-    def names(self) -> frozenset[str]:
-        """The parameters that have a variate."""
-        return frozenset(self._parameters)
-
-    def __enter__(self) -> LocalScaffold:
-        self._start = copied(self._parameters)
+    def _prepare(self) -> None:
         if self._losses is not None:
             self._at_start = gradient_at(self._model, self._parameters, self._losses)
-        self._steps.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._steps.__exit__(kind, error, traceback)
-        if error is None:
-            self.result = self._finish()
 
     def _term(self, name: str, parameter: Tensor) -> Tensor | None:
         return self._server[name] - self._own[name] if self._correct else None

@@ -12,7 +12,7 @@ from flwr.serverapp.strategy import Result
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins_flower.run import active_run
-from fedpara_plugins_flower.strategy_start import Start, StartHook
+from fedpara_plugins_flower.start_hook import Start, StartHook
 
 __all__ = ["ClientMetrics", "log_metrics", "noting_evaluations", "scalars"]
 

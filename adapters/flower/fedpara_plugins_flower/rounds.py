@@ -19,7 +19,7 @@ from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
 from fedpara_plugins_flower.records import to_record, to_tensors
 from fedpara_plugins_flower.run import active_run
-from fedpara_plugins_flower.strategy_start import Start
+from fedpara_plugins_flower.start_hook import Start
 from fedpara_plugins_flower.strategy_state import captured, pack, restore, unpack
 
 __all__ = ["Rounds"]

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from flwr.common import ArrayRecord
@@ -21,9 +21,7 @@ from fedpara_plugins import ConfigError, FedParaConfig, ModelSpec, convert
 from fedpara_plugins.storage import Storage
 from fedpara_plugins.training import Training, start_round, training_of
 from fedpara_plugins_flower.settings import Settings
-
-if TYPE_CHECKING:
-    from fedpara_plugins_flower.strategy_start import StartHook
+from fedpara_plugins_flower.start_hook import StartHook
 
 __all__ = ["Run", "active_run", "open_run", "to_dense"]
 

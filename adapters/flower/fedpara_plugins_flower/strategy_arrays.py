@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins_flower.run import Run
-from fedpara_plugins_flower.strategy_start import Start, StartHook
+from fedpara_plugins_flower.start_hook import Start, StartHook
 
 __all__ = ["averageable", "explained", "noting_strategy", "tell_integers"]
 

@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any, TypeAlias
+from contextlib import ExitStack
+from typing import Any
 
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Strategy
 
 from fedpara_plugins_flower.run import active_run
+from fedpara_plugins_flower.start_hook import Start
 
-__all__ = ["Start", "StartHook", "follow_strategies"]
-
-Start: TypeAlias = dict[str, Any]
-"""The arguments of ``start`` by name, ``self`` among them; a hook may replace them."""
-
-StartHook: TypeAlias = Callable[[Start], AbstractContextManager[Callable[[Result], Result]]]
-"""Is around a strategy's run, and gives a function that may change its result."""
+__all__ = ["follow_strategies"]
 
 
 def follow_strategies() -> None:
