@@ -4,11 +4,10 @@
 is ``python main.py --cf fedml_config.yaml --rank 0 --role server``, and a client for each rank.
 """
 
+import digits
 import fedml
 from fedml import FedMLRunner
 from torch import nn
-
-import digits
 
 
 class Net(nn.Module):

@@ -29,8 +29,9 @@ from fedpara_plugins.optimizers import AddedGradient, trained_parameters
 from fedpara_plugins.optimizers.named import copied, difference
 from fedpara_plugins_fedml.rules.base import Answer, LocalRule, LocalWork, Mean, Rule, State, Visit
 from fedpara_plugins_fedml.rules.keys import flag, number
+from fedpara_plugins_fedml.rules.own_trainer import OwnTrainer
 
-__all__ = ["FedNova", "LocalFedNova", "UnitWay"]
+__all__ = ["FedNova", "LocalFedNova", "SGDTrainer", "UnitWay"]
 
 log = logging.getLogger("fedpara.fedml")
 
@@ -82,18 +83,17 @@ class FedNova(Rule):
 class LocalFedNova(LocalRule):
     """The client's half.
 
-    FedML's default trainer makes a plain SGD, which is given the keys' momentum, dampening, weight
-    decay and Nesterov before its first step. A user's own trainer keeps its SGD as it is.
+    A user's own trainer may use ``torch.optim.SGD`` as it likes; without one, the keys' momentum,
+    dampening, weight decay and Nesterov are those of `SGDTrainer`.
 
     Args:
         mu: of the proximal term, which is part of the client's gradient.
-        options: of the default trainer's SGD.
+        options: of the SGD of `SGDTrainer`.
     """
 
     def __init__(self, *, mu: float, options: Mapping[str, Any]) -> None:
         self.mu = mu
         self._options = dict(options)
-        self._default_trainer = False
 
     @classmethod
     def of(cls, args: Any) -> LocalFedNova:
@@ -112,9 +112,9 @@ class LocalFedNova(LocalRule):
             raise ConfigError("nesterov: true needs a momentum above 0 and dampening 0")
         return cls(mu=number(args, "mu", 0.0), options=options)
 
-    def trainer(self, model: nn.Module, args: Any) -> None:
-        """FedML's default, whose optimizer is set up in `around`."""
-        self._default_trainer = True
+    def trainer(self, model: nn.Module, args: Any) -> SGDTrainer:
+        """With the keys' SGD."""
+        return SGDTrainer(model, args, self._options)
 
     @contextmanager
     def around(self, model: nn.Module, visit: Visit) -> Iterator[LocalWork]:
@@ -127,21 +127,39 @@ class LocalFedNova(LocalRule):
             return self.mu * (parameter.detach() - start[name]) if self.mu else None
 
         work = LocalWork()
-        with AddedGradient(parameters, pull, self._meet) as steps, _stepping(parameters, way):
+        with AddedGradient(parameters, pull, _check_sgd) as steps, _stepping(parameters, way):
             yield work
         steps.check_moved(difference(parameters, start))
         work.report.update(normaliser=way.length, steps=steps.steps)
 
-    def _meet(self, optimizer: Optimizer) -> None:
-        if not isinstance(optimizer, torch.optim.SGD):
-            raise ConfigError(
-                f"FedNova's normaliser is that of torch.optim.SGD, and the training loop uses "
-                f"{type(optimizer).__name__}; set client_optimizer: sgd, or use FedAvg or FedDyn, "
-                f"which bear any optimizer"
-            )
-        if self._default_trainer:
-            for group in optimizer.param_groups:
-                group.update(self._options)
+
+class SGDTrainer(OwnTrainer):
+    """FedML's default training with all options of SGD.
+
+    Args:
+        model: the client's.
+        args: FedML's.
+        options: of ``torch.optim.SGD``.
+    """
+
+    def __init__(self, model: nn.Module, args: Any, options: Mapping[str, Any]) -> None:
+        super().__init__(model, args)
+        self._options = dict(options)
+        self._optimizer: Optimizer | None = None
+
+    def begin(self, device: Any, args: Any) -> None:
+        """A new optimizer: momentum does not outlive a round."""
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.SGD(weights, lr=args.learning_rate, **self._options)
+
+    def step(self, inputs: Any, labels: Any, device: Any, rate: float) -> float:
+        """One step."""
+        assert self._optimizer is not None
+        self._optimizer.zero_grad()
+        loss = self.loss(self.model, inputs, labels, device)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        return float(loss.detach())
 
 
 class UnitWay:
@@ -194,6 +212,14 @@ class UnitWay:
 
 COUNTS = ("lr", "momentum", "dampening", "nesterov")
 """What of a group of SGD enters |a|."""
+
+
+def _check_sgd(optimizer: Optimizer) -> None:
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise ConfigError(
+            f"FedNova's normaliser is that of torch.optim.SGD, and the training loop uses "
+            f"{type(optimizer).__name__}; use SGD, or FedAvg or FedDyn, which bear any optimizer"
+        )
 
 
 @contextmanager
