@@ -4,7 +4,7 @@
     python examples/fedml_cross_silo/start.py MPI
     python examples/fedml_cross_silo/start.py GRPC
     python examples/fedml_cross_silo/start.py MQTT_S3
-    python examples/fedml_cross_silo/start.py GRPC --plugin fedpara_method=fedpara fedpara_codec=small
+    python examples/fedml_cross_silo/start.py GRPC --plugin fedpara_method=fedpara fedpara_gamma=0.3
 
 The last one switches the plugin on, without an edit of ``main.py``. Everything listens on loopback
 and ends by itself; what does not end in time is ended by its id. MPI needs ``mpirun``

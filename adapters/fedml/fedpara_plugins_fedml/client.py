@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,14 @@ class ClientHalf:
     # Training
 
     def train(
-        self, client: str, data: object, train_data: Any, test_data: Any, examples: float
+        self,
+        client: str,
+        data: object,
+        train_data: Any,
+        test_data: Any,
+        examples: float,
+        *,
+        loaded: Callable[[], None] | None = None,
     ) -> bytes:
         """Answer a message that asks for training.
 
@@ -105,6 +112,7 @@ class ClientHalf:
             train_data: the client's own, FedML's loader.
             test_data: likewise.
             examples: number of its training examples.
+            loaded: called when the trainer holds the model, before it trains.
         """
         head, envelope = Head(round=0), Envelope()
         with contextlib.closing(self._storages.open(client)) as storage:
@@ -112,7 +120,7 @@ class ClientHalf:
                 envelope = unpack(data)
                 head = Head.from_json(envelope.head)
                 return self._trained(
-                    client, head, envelope, storage, (train_data, test_data, examples)
+                    client, head, envelope, storage, (train_data, test_data, examples), loaded
                 )
             except LostReferenceError as error:
                 log.warning("fedpara: the server is asked to send again: %s", error)
@@ -133,6 +141,7 @@ class ClientHalf:
         envelope: Envelope,
         storage: Storage,
         data: tuple[Any, Any, float],
+        loaded: Callable[[], None] | None,
     ) -> bytes:
         train_data, test_data, examples = data
         self._args.round_idx = head.round - 1
@@ -142,6 +151,8 @@ class ClientHalf:
         trainer.set_id(int(client))
         trainer.update_dataset(train_data, test_data, examples)
         trainer.set_model_params(plain_state(task.full))
+        if loaded is not None:
+            loaded()
         start_round(trainer.model, previous_steps=kept.steps())
         visit = Visit(
             client=client,
@@ -246,6 +257,18 @@ class ClientHalf:
         return payloads
 
     # Evaluating
+
+    def take_final(self, client: str, data: object) -> None:
+        """Give the trainer's model the state of a message, with this client's private part.
+
+        Raises:
+            FedParaError: the message cannot be used.
+        """
+        envelope = unpack(data)
+        with contextlib.closing(self._storages.open(client)) as storage:
+            task = self._received(Head.from_json(envelope.head), envelope, ClientState(storage))
+        self._trainer.set_id(int(client))
+        self._trainer.set_model_params(plain_state(task.full))
 
     def load(self, client: str, state: Mapping[str, Tensor]) -> None:
         """Give the trainer's model a server's state, completed with this client's private part."""

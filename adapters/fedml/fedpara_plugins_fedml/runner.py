@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import fedml
@@ -12,6 +13,13 @@ from fedml.ml.trainer.trainer_creator import create_model_trainer
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins_fedml.client import ClientHalf
+from fedpara_plugins_fedml.distributed import (
+    Distributed,
+    is_distributed,
+    lacks_optimizer,
+    looks_distributed,
+    telling_others,
+)
 from fedpara_plugins_fedml.models import converted, server_copy
 from fedpara_plugins_fedml.rules import local_rule_for, rule_for
 from fedpara_plugins_fedml.server import ServerHalf
@@ -57,10 +65,19 @@ class FedMLRunner(fedml.runner.FedMLRunner):  # type: ignore[misc]
         server_aggregator: Any = None,
         algorithm_flow: Any = None,
     ) -> None:
-        settings = Settings.from_args(args)
-        if algorithm_flow is not None or not (settings.active or settings.mend):
+        with telling_others(args, None) if looks_distributed(args) else nullcontext():
+            settings = Settings.from_args(args)
+        engine = settings.active or settings.mend or lacks_optimizer(args)
+        if algorithm_flow is not None or not engine:
             super().__init__(
                 args, device, dataset, model, client_trainer, server_aggregator, algorithm_flow
+            )
+            return
+        if is_distributed(args):
+            with telling_others(args, settings):
+                check_dataset(dataset)
+            self.runner: Distributed | SingleProcess = Distributed(
+                settings, args, device, dataset, model, client_trainer, server_aggregator
             )
             return
         check_dataset(dataset)

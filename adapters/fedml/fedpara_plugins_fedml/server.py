@@ -193,16 +193,21 @@ class ServerHalf:
         self.accounting.log_round(self.round)
 
     def _check_enough(self) -> None:
-        if len(self._answers) >= self.settings.min_clients:
+        needed = self.settings.min_clients or 1
+        if len(self._answers) >= needed:
             return
         reasons = "; ".join(f"client {name}: {why}" for name, why in self._excluded.items())
         raise FedParaError(
             f"fedpara: round {self.round} has {len(self._answers)} usable answers of "
-            f"{len(self._asked)} clients, fedpara_min_clients is {self.settings.min_clients}. "
+            f"{len(self._asked)} clients, {needed} needed (fedpara_min_clients). "
             f"{reasons or 'Nobody answered'}"
         )
 
     # The end
+
+    def put_final(self) -> None:
+        """The next messages carry the state after the last round."""
+        self._put()
 
     def close(self) -> None:
         """The run is over: say what it cost, and write the dense checkpoint."""

@@ -27,7 +27,8 @@ class Settings(ExchangeSettings):
     Attributes:
         mend: run the plugin's engine even with method and codec ``none``: the dense baseline of a
             comparison, computed as the optimizer is published.
-        min_clients: fewer usable answers than this in a round end the run.
+        min_clients: fewer usable answers, or fewer client processes, than this end the run. 0 asks
+            for one answer a round, and for every process to stay.
         weighting: how SCAFFOLD and FedDyn weigh clients: ``uniform``, as published, or
             ``examples``; "" leaves it to the optimizer.
         guard: whether SCAFFOLD's and FedDyn's updates are bounded (`fedpara_plugins.optimizers`);
@@ -36,6 +37,7 @@ class Settings(ExchangeSettings):
         guard_window: see `Guard`.
         guard_collect: see `Guard`; None for one pass over the clients.
         timeout: seconds without a sign of life after which a process counts as gone.
+        start_timeout: seconds that processes may take to find each other.
         server_rule: whose rule FedOpt's ``server_optimizer`` names: ``torch``, FedML's own, or
             ``flower``, which both frameworks can be set to.
         server_beta_1: of adaptive server optimizers; None for the rule's own.
@@ -44,13 +46,14 @@ class Settings(ExchangeSettings):
     """
 
     mend: bool = False
-    min_clients: int = 1
+    min_clients: int = 0
     weighting: str = ""
     guard: bool | None = None
     guard_tau: float = 1.5
     guard_window: int = 50
     guard_collect: int | None = None
-    timeout: float = 60.0
+    timeout: float = 40.0
+    start_timeout: float = 600.0
     server_rule: str = "torch"
     server_beta_1: float | None = None
     server_beta_2: float | None = None
@@ -58,10 +61,12 @@ class Settings(ExchangeSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("min_clients", self.min_clients >= 1, "1 or more", self.min_clients)
+        _check("min_clients", self.min_clients >= 0, "0 or more", self.min_clients)
         expected = "'uniform' or 'examples'"
         _check("weighting", self.weighting in WEIGHTINGS, expected, self.weighting)
-        _check("timeout", 0 < self.timeout < 2**31, "seconds above 0", self.timeout)
+        for name in ("timeout", "start_timeout"):
+            value = getattr(self, name)
+            _check(name, 0 < value < 2**31, "seconds above 0", value)
         rules = "'torch' or 'flower'"
         _check("server_rule", self.server_rule in ("torch", "flower"), rules, self.server_rule)
         for name in ("server_beta_1", "server_beta_2"):

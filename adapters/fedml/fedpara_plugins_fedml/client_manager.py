@@ -1,0 +1,177 @@
+"""A client's process: it trains what it is sent, and ends when the server says so or is gone."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+from uuid import uuid4
+
+from fedml import mlops
+
+from fedpara_plugins import ConfigError, FedParaError, MismatchError
+from fedpara_plugins_fedml.client import ClientHalf
+from fedpara_plugins_fedml.post import Post
+from fedpara_plugins_fedml.protocol import (
+    ANSWER,
+    BYE,
+    CLOSE,
+    FAILED,
+    FINISH,
+    GONE,
+    HELLO,
+    STOCK,
+    TASK,
+    WELCOME,
+    Event,
+)
+
+__all__ = ["ClientManager", "introduce"]
+
+log = logging.getLogger("fedpara.fedml")
+
+SERVER = 0
+FAREWELL = 15.0
+"""Seconds that the server has to answer a BYE."""
+
+TESTS = ("no", "before_aggregation", "after_aggregation", "both")
+
+
+class ClientManager:
+    """Runs one client process.
+
+    Args:
+        args: FedML's.
+        post: to the server.
+        half: the client's.
+        dataset: FedML's eight entries.
+        start_timeout: seconds that the server has to answer.
+    """
+
+    def __init__(
+        self, args: Any, post: Post, half: ClientHalf, dataset: Sequence[Any], start_timeout: float
+    ) -> None:
+        self._args = args
+        self._post = post
+        self._half = half
+        (_, _, _, _, self._sizes, self._train, self._test, _) = dataset
+        self._start_timeout = start_timeout
+        self._tests = str(getattr(args, "test_on_clients", None) or "no")
+        if self._tests not in TESTS:
+            raise ConfigError(
+                f"fedpara: test_on_clients is {self._tests!r}; expected one of {', '.join(TESTS)}"
+            )
+
+    def run(self) -> None:
+        """Serve until the run ends.
+
+        Raises:
+            FedParaError: it has failed; the message is the server's reason, or why it is gone.
+        """
+        mlops.log_sys_perf(self._args)
+        event: Event | None = introduce(self._post, self._start_timeout)
+        mlops.log_training_status(mlops.ClientConstants.MSG_MLOPS_CLIENT_STATUS_TRAINING)
+        while not self._dealt_with(event):
+            event = self._post.next()
+        mlops.stop_sys_perf()
+        mlops.log_training_finished_status()
+        _say_goodbye(self._post)
+
+    def _dealt_with(self, event: Event | None) -> bool:
+        """Whether that was the end."""
+        if event is None or event.kind in (WELCOME, CLOSE):
+            return False
+        if event.kind == TASK:
+            self._trained(event)
+        elif event.kind == FINISH:
+            if event.data is None:
+                return True
+            self._finished(event)
+        else:
+            _refuse(self._post, event)
+        return False
+
+    def _trained(self, event: Event) -> None:
+        silo = event.number("silo")
+        number = str(getattr(self._args, "round_idx", 0))
+        mlops.event("train", event_started=True, event_value=number)
+        reply = self._half.train(
+            str(silo),
+            event.data,
+            self._train.get(silo),
+            self._test.get(silo),
+            self._sizes.get(silo, 0),
+            loaded=lambda: self._tested(silo, "after_aggregation"),
+        )
+        mlops.event("train", event_started=False, event_value=number)
+        mlops.event("comm_c2s", event_started=True, event_value=number)
+        self._post.send(SERVER, ANSWER, reply, silo=silo)
+        self._tested(silo, "before_aggregation")
+
+    def _tested(self, silo: int, when: str) -> None:
+        """Test on the silo's data if the project asks for it; an error there costs no answer."""
+        first = getattr(self._args, "round_idx", 0) == 0
+        if self._tests not in (when, "both") or (when == "after_aggregation" and first):
+            return
+        try:
+            self._half.test(self._test.get(silo))
+        except Exception:
+            log.exception("fedpara: the test of data silo %d has failed", silo)
+
+    def _finished(self, event: Event) -> None:
+        silo = event.number("silo")
+        try:
+            self._half.take_final(str(silo), event.data)
+        except FedParaError as error:
+            log.warning("fedpara: the last model cannot be used: %s", error)
+            self._post.send(SERVER, ANSWER, None, silo=silo)
+
+
+def introduce(post: Post, seconds: float, error: str = "") -> Event:
+    """Say hello until the server answers; the first event of the run.
+
+    Args:
+        post: to the server.
+        seconds: how long the server may take.
+        error: why this client cannot take part.
+
+    Raises:
+        FedParaError: it does not answer.
+    """
+    deadline, session = time.monotonic() + seconds, uuid4().hex
+    while time.monotonic() < deadline:
+        post.send(SERVER, HELLO, session=session, error=error)
+        event = post.next(2)
+        if event is not None:
+            return event
+    raise FedParaError(
+        f"fedpara: the server has not answered within {seconds:.0f} s (fedpara_start_timeout): "
+        f"is it running, and with the plugin?"
+    )
+
+
+def _refuse(post: Post, event: Event) -> None:
+    """Raise for what ends the run; what is none of ours is dropped."""
+    if event.kind == FAILED:
+        _say_goodbye(post)
+        raise FedParaError(f"fedpara: the server ended the run: {event.text('reason')}")
+    if event.kind == GONE:
+        raise FedParaError(f"fedpara: the server is gone: {event.text('reason')}")
+    if event.kind in STOCK:
+        raise MismatchError(
+            f"fedpara: the server runs without the plugin (it sent FedML's own message "
+            f"{event.kind}), this client with it. Give both sides the same fedpara_* keys and the "
+            f"same runner"
+        )
+    log.info("fedpara: a message of type %d is dropped", event.kind)
+
+
+def _say_goodbye(post: Post) -> None:
+    """Until the server has heard it."""
+    deadline = time.monotonic() + FAREWELL
+    while time.monotonic() < deadline:
+        post.send(SERVER, BYE)
+        event = post.next(1)
+        if event is not None and event.kind in (CLOSE, GONE):
+            return

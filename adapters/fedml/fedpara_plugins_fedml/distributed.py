@@ -1,0 +1,264 @@
+"""Runs of several processes: FedML's MPI simulation, and cross-silo over its transports."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fedml.ml.aggregator.aggregator_creator import create_server_aggregator
+from fedml.ml.engine import ml_engine_adapter
+from fedml.ml.trainer.trainer_creator import create_model_trainer
+
+from fedpara_plugins import ConfigError, FedParaError
+from fedpara_plugins_fedml.client import ClientHalf
+from fedpara_plugins_fedml.client_manager import ClientManager, introduce
+from fedpara_plugins_fedml.ending import end_process
+from fedpara_plugins_fedml.environment import missing_for
+from fedpara_plugins_fedml.evaluation import Evaluation
+from fedpara_plugins_fedml.models import converted, server_copy
+from fedpara_plugins_fedml.post import Post
+from fedpara_plugins_fedml.rules import local_rule_for, rule_for
+from fedpara_plugins_fedml.server import ServerHalf
+from fedpara_plugins_fedml.server_manager import ServerManager, dismiss
+from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.silos import Silos
+
+__all__ = [
+    "BACKENDS",
+    "Distributed",
+    "is_distributed",
+    "lacks_optimizer",
+    "looks_distributed",
+    "telling_others",
+]
+
+log = logging.getLogger("fedpara.fedml")
+
+BACKENDS = {"simulation": ("MPI",), "cross_silo": ("TRPC", "MPI", "GRPC", "MQTT_S3")}
+"""What runs, by ``training_type``; the single process is not among them."""
+
+
+LACKING = {
+    ("cross_silo", None): ("FedProx", "FedOpt", "SCAFFOLD", "FedDyn", "FedNova", "Mime"),
+    ("simulation", "MPI"): ("FedProx", "FedOpt", "SCAFFOLD", "FedDyn", "Mime"),
+}
+"""Optimizers that FedML 0.9.6 has not there, or that end in an error there for any model; by
+training type and backend (docs/fedml-faults.md)."""
+
+
+def looks_distributed(args: Any) -> bool:
+    """Whether there are other processes that would wait for this one."""
+    kind, backend = str(getattr(args, "training_type", "")), str(getattr(args, "backend", ""))
+    return backend in BACKENDS.get(kind, ())
+
+
+def lacks_optimizer(args: Any) -> bool:
+    """Whether the project names an optimizer that only the plugin's engine runs there."""
+    kind, backend = str(getattr(args, "training_type", "")), str(getattr(args, "backend", ""))
+    names = LACKING.get((kind, backend)) or LACKING.get((kind, None), ())
+    return getattr(args, "federated_optimizer", None) in names
+
+
+def is_distributed(args: Any) -> bool:
+    """Whether a project's keys ask for several processes.
+
+    Raises:
+        ConfigError: they ask for something that the plugin's engine does not run.
+    """
+    kind, backend = str(args.training_type), str(getattr(args, "backend", ""))
+    if kind == "simulation" and backend == "sp":
+        return False
+    if kind not in BACKENDS:
+        raise ConfigError(
+            f"training_type {kind!r}: the plugin runs simulation and cross_silo. Remove the "
+            f"fedpara_* keys to run it as FedML does"
+        )
+    if backend not in BACKENDS[kind]:
+        known = ", ".join(["sp"] * (kind == "simulation") + list(BACKENDS[kind]))
+        raise ConfigError(
+            f"backend {backend!r} with training_type {kind!r}: the plugin runs {known}"
+        )
+    scenario = str(getattr(args, "scenario", "horizontal"))
+    if kind == "cross_silo" and scenario != "horizontal":
+        raise ConfigError(
+            f"scenario {scenario!r}: the plugin runs cross_silo with scenario horizontal (in FedML "
+            f"0.9.6 the hierarchical one ends in its own initialisation)"
+        )
+    if lack := missing_for(backend):
+        raise ConfigError(f"backend {backend} {lack}")
+    return True
+
+
+class Distributed:
+    """One process of such a run, server or client by ``args.rank``.
+
+    Args:
+        settings: of the run.
+        args: FedML's.
+        device: FedML's.
+        dataset: FedML's eight entries.
+        model: the project's.
+        trainer: the user's ClientTrainer, or None.
+        aggregator: the user's ServerAggregator, or None.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        args: Any,
+        device: Any,
+        dataset: Sequence[Any],
+        model: Any,
+        trainer: Any,
+        aggregator: Any,
+    ) -> None:
+        self._settings = settings
+        self._args = args
+        self._device = device
+        self._dataset = dataset
+        self._rank = int(args.rank)
+        make = self._server if self._rank == 0 else self._client
+        own = aggregator if self._rank == 0 else trainer
+        with telling_others(args, settings):
+            _check_numbers(args)
+            self._make = make(model, own)
+
+    def run(self) -> None:
+        """Take part until the run ends.
+
+        Raises:
+            FedParaError: it has failed, for the reason that every party logs. With TRPC and MPI the
+                process then ends here, with code 1: they would wait at exit for parties that are
+                gone.
+        """
+        post = _post(self._args, self._settings)
+        _ended(post, lambda: self._make(post).run())
+
+    def _server(self, model: Any, aggregator: Any) -> Callable[[Post], ServerManager]:
+        args, settings = self._args, self._settings
+        total, a_round = int(args.client_num_in_total), int(args.client_num_per_round)
+        rule = rule_for(args, settings, clients=total, a_round=a_round)
+        own = server_copy(converted(model, settings))
+        if aggregator is None:
+            aggregator = create_server_aggregator(own, args)
+        aggregator.model = own
+        aggregator.set_id(0 if args.training_type == "cross_silo" else -1)
+        half = ServerHalf(settings, args, self._device, self._dataset, aggregator, rule)
+        silos = Silos(total, a_round, keep=total > a_round)
+        evaluation = Evaluation(args, self._device, self._dataset, aggregator, a_round)
+        return lambda post: ServerManager(
+            args, post, half, silos, evaluation, settings.start_timeout
+        )
+
+    def _client(self, model: Any, trainer: Any) -> Callable[[Post], ClientManager]:
+        args, settings = self._args, self._settings
+        local = local_rule_for(args, settings)
+        model = converted(model, settings)
+        ml_engine_adapter.model_to_device(args, model, self._device)
+        if trainer is None:
+            trainer = local.trainer(model, args) or create_model_trainer(model, args)
+        trainer.model = model
+        trainer.set_id(self._rank - 1)
+        half = ClientHalf(settings, args, self._device, trainer, local)
+        manager = ClientManager
+        return lambda post: manager(args, post, half, self._dataset, settings.start_timeout)
+
+
+class telling_others:  # noqa: N801
+    """A context in which an error is told to the other processes before it is raised.
+
+    Otherwise they would wait for this one.
+
+    Args:
+        args: FedML's.
+        settings: None if these are what is wrong.
+    """
+
+    def __init__(self, args: Any, settings: Settings | None) -> None:
+        self._args = args
+        self._settings = settings
+
+    def __enter__(self) -> None:
+        """Nothing to do yet."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, Exception):
+            return
+        log.critical("fedpara: %s", str(error).removeprefix("fedpara: "))
+        try:
+            post = _post(self._args, self._settings)
+        except Exception as other:
+            log.warning("fedpara: the other processes cannot be told: %s", other)
+            return
+        _ended(post, lambda: _tell(post, error))
+
+
+def _tell(post: Post, error: Exception) -> None:
+    """A server tells all that come, a client its server; then the error itself."""
+    text = str(error).removeprefix("fedpara: ")
+    if post.own == 0:
+        dismiss(post, post.peers, FedParaError(text), seconds=post.timeout)
+    else:
+        introduce(post, post.timeout, error=text)
+        dismiss(post, post.peers, FedParaError(text))
+    raise error
+
+
+def _post(args: Any, settings: Settings | None) -> Post:
+    ids = _ids(args)
+    rank = int(args.rank)
+    return Post(
+        args,
+        rank=rank,
+        size=int(args.worker_num),
+        own=0 if rank == 0 else ids[0],
+        peers=ids if rank == 0 else [0],
+        timeout=settings.timeout if settings else Settings.timeout,
+        patience=settings.start_timeout if settings else Settings.start_timeout,
+    )
+
+
+def _ids(args: Any) -> list[int]:
+    """Of all clients on the server, of itself on a client, as the transport knows them."""
+    rank = int(args.rank)
+    if args.training_type == "simulation":
+        return list(range(1, args.comm.Get_size())) if rank == 0 else [rank]
+    return [int(each) for each in json.loads(str(args.client_id_list))]
+
+
+def _check_numbers(args: Any) -> None:
+    """Raise if the numbers of processes, clients and silos do not fit each other."""
+    total, a_round = int(args.client_num_in_total), int(args.client_num_per_round)
+    if not 1 <= a_round <= total:
+        raise ConfigError(
+            f"client_num_per_round is {a_round}, expected 1 to client_num_in_total, {total}"
+        )
+    if int(args.rank) != 0:
+        return
+    processes = len(_ids(args))
+    if args.training_type == "cross_silo" and int(args.worker_num) != processes:
+        raise ConfigError(
+            f"worker_num is {args.worker_num}, and client_id_list names {processes} clients: give "
+            f"both the same number"
+        )
+    if a_round < processes:
+        raise ConfigError(
+            f"client_num_per_round is {a_round}, and there are {processes} client processes: start "
+            f"as many clients as train in a round"
+        )
+
+
+def _ended(post: Post, function: Callable[[], None]) -> None:
+    """Run something that uses a transport, and end the transport, whatever happens."""
+    try:
+        function()
+    except BaseException as error:
+        if not post.close(orderly=False):
+            log.exception("fedpara: this process ends")
+            end_process(str(error).removeprefix("fedpara: "))
+        raise
+    if not post.close(orderly=True):
+        log.warning("fedpara: the transport did not end by itself; the run is complete")
+        end_process("the transport did not end", code=0)

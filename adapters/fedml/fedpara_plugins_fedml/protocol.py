@@ -1,0 +1,79 @@
+"""What server and clients say to each other over FedML's transports, beside the model.
+
+FedML's own messages have the types 0 to 7; ours are far from them, so that a party without the
+plugin is noticed at its first word. One value of a message is our envelope as plain bytes, under
+FedML's key for the model (MQTT_S3 moves it to the store); the others are short texts and numbers.
+
+    client                      server
+    HELLO     ------------->             who I am; again and again until
+              <-------------    WELCOME
+              <-------------    TASK     a round's model, for one data silo
+    ANSWER    ------------->             its reply, or why there is none
+              <-------------    FINISH   the last model        (or FAILED: why the run ends)
+    BYE       ------------->
+              <-------------    CLOSE    everybody has said BYE
+    PULSE     <------------>    PULSE    I am alive, all the time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+__all__ = [
+    "ANSWER", "BROKEN", "BYE", "CLOSE", "FAILED", "FINISH", "GONE", "HELLO", "NAMES", "PULSE",
+    "READY", "STOCK", "TASK", "WELCOME", "Event",
+]  # fmt: skip
+
+READY = 0
+"""FedML's own: the transport of this process is there."""
+
+STOCK = (1, 2, 3, 4, 5, 6, 7)
+"""FedML's own messages: who sends them runs without the plugin."""
+
+HELLO, WELCOME, TASK, ANSWER, FINISH, FAILED, BYE, CLOSE, PULSE = range(9001, 9010)
+
+GONE, BROKEN = -1, -2
+"""No messages: a party is silent, or our own transport has ended."""
+
+NAMES: Mapping[int, str] = MappingProxyType(
+    {
+        HELLO: "hello",
+        WELCOME: "welcome",
+        TASK: "task",
+        ANSWER: "answer",
+        FINISH: "finish",
+        FAILED: "failed",
+        BYE: "bye",
+        CLOSE: "close",
+        PULSE: "pulse",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that the main thread has to deal with.
+
+    Attributes:
+        kind: a message's type, or `GONE`, or `BROKEN`.
+        peer: whose it is.
+        data: the envelope, of anyone: not checked yet.
+        fields: the short values; `text` and `number` read them.
+    """
+
+    kind: int
+    peer: int
+    data: Any = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def text(self, key: str) -> str:
+        """A short text; "" if there is none."""
+        return str(self.fields.get(key) or "")[:2000]
+
+    def number(self, key: str) -> int:
+        """A number; -1 if there is none."""
+        value = self.fields.get(key)
+        return value if type(value) is int else -1
