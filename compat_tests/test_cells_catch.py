@@ -27,7 +27,7 @@ State = dict[str, Tensor]
 
 
 def _no_dtype_restored(patch: Patch) -> None:
-    patch.setattr(outbox, "_cast", lambda value, dtype: value)
+    patch.setattr(outbox, "cast", lambda value, dtype: value)
 
 
 def _a_tensor_dropped(patch: Patch) -> None:
@@ -45,10 +45,11 @@ def _private_factors_forgotten(patch: Patch) -> None:
 
 def _private_factors_sent(patch: Patch) -> None:
     from fedpara_plugins.exchange import coding
+    from fedpara_plugins.exchange import outbox as core_outbox
     from fedpara_plugins.references import grid as schemes
     from fedpara_plugins.references import per_client
 
-    for module in (client, coding, outbox, per_client, schemes):
+    for module in (client, coding, outbox, core_outbox, per_client, schemes):
         patch.setattr(module, "shared_part", lambda spec, tensors: dict(tensors))
 
 
@@ -73,13 +74,13 @@ def _weights(patch: Patch, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def _a_stale_model_sent(patch: Patch) -> None:
-    original = outbox.Outbox._content
+    original = outbox.Outbox._put
 
     def stale(self: Any, name: str, record: Any) -> Any:
         self.__dict__.setdefault("first", record)
         return original(self, name, self.first)
 
-    patch.setattr(outbox.Outbox, "_content", stale)
+    patch.setattr(outbox.Outbox, "_put", stale)
 
 
 def _a_client_left_out(patch: Patch) -> None:

@@ -12,12 +12,13 @@ top of that.
 from __future__ import annotations
 
 import abc
+import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 from fedpara_plugins.references.index import open_database
 
-__all__ = ["FileStorage", "Part", "Storage"]
+__all__ = ["FileStorage", "Part", "Storage", "replace_file"]
 
 _TABLES = "CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;"
 
@@ -115,6 +116,13 @@ class FileStorage(Storage):
             self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file; a process that is killed leaves what was there before, or all of this."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_bytes(data)
+    os.replace(unfinished, path)
 
 
 class Part(MutableMapping[str, bytes]):

@@ -35,6 +35,7 @@ class _Content:
     full: State
     hash: str
     """Of the shared part."""
+    sized_as: ModelSpec
 
 
 class Outbox:
@@ -54,15 +55,33 @@ class Outbox:
 
     # Sending
 
-    def put(self, record: str, full: State, spec: ModelSpec) -> None:
+    def put(
+        self, record: str, full: State, spec: ModelSpec, *, sized_as: ModelSpec | None = None
+    ) -> None:
         """What is sent under that name from now on.
 
         Args:
             record: its name.
             full: tensors, not changed afterwards; the model's private names allowed (left out).
             spec: the model that they belong to.
+            sized_as: of the model whose dense size theirs is compared with: an optimizer's
+                variates belong to no model, and a dense model's would be as large as itself.
         """
-        self._contents[record] = _Content(spec, full, reference_hash(shared_part(spec, full)))
+        digest = reference_hash(shared_part(spec, full))
+        self._contents[record] = _Content(spec, full, digest, sized_as or spec)
+
+    def holds(self, record: str) -> bool:
+        """Whether anything is sent under that name."""
+        return record in self._contents
+
+    def content(self, record: str) -> State:
+        """What is sent under that name, private names too; not to be changed."""
+        return self._contents[record].full
+
+    def shared_names(self, record: str) -> tuple[str, ...]:
+        """The names of it that are sent, in order."""
+        known = self._contents[record]
+        return tuple(shared_part(known.spec, known.full))
 
     def encode(self, client: str, record: str) -> bytes:
         """The payload of a record for one client.
@@ -124,17 +143,24 @@ class Outbox:
             log.info("fedpara: sent the whole model, coded, to %d clients that lost it", full)
         self._told = Counter({kind: counts[kind] for kind in ("first", "full")})
 
-    def completed(self, record: str, shared: State) -> State:
+    def completed(self, record: str, shared: State, *, partial: bool = False) -> State:
         """The complete state: private names are filled from what the server itself has.
+
+        Args:
+            record: its name.
+            shared: what a client answers.
+            partial: whether other names than those sent are allowed; they are left as they are.
 
         Raises:
             MismatchError: a tensor has another shape than the one of its name that was sent, or
-                one of them is missing.
+                other names came.
         """
         known = self._contents[record]
         _check_shapes(shared, known.full)
-        wanted = shared_part(known.spec, known.full)
-        if unlike := sorted(wanted.keys() ^ shared.keys()):
+        unlike = sorted(set(self.shared_names(record)) ^ shared.keys())
+        if unlike and partial:
+            return shared
+        if unlike:
             raise MismatchError(
                 f"the client answers with other names than this server sent: {unlike[:5]} "
                 f"({len(unlike)} differ); build the same model on both sides"
@@ -160,7 +186,7 @@ class Outbox:
     def size(self, record: str) -> Size:
         """Of what is sent under that name."""
         known = self._contents[record]
-        return size_of(shared_part(known.spec, known.full), known.spec)
+        return size_of(shared_part(known.spec, known.full), known.sized_as)
 
     def layers(self, record: str) -> list[LayerSize]:
         """Of what is sent under that name, before coding."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
+from fedpara_plugins.storage import replace_file
 from fedpara_plugins_flower.records import to_record, to_tensors
 from fedpara_plugins_flower.run import active_run
 from fedpara_plugins_flower.start_hook import Start
@@ -70,7 +70,7 @@ class _Snapshot:
             "model": self.model,
         }
         everything = {**{MODEL + k: v for k, v in self.arrays.items()}, **self.tensors}
-        _replace(path, encode_payload(everything, codec=parse_codec("none"), extra=words))
+        replace_file(path, encode_payload(everything, codec=parse_codec("none"), extra=words))
 
     @classmethod
     def read(cls, path: Path) -> _Snapshot | None:
@@ -240,7 +240,7 @@ class _Following:
         if isinstance(metrics, MetricRecord):
             self._metrics[kind][str(number + self._before)] = pack(dict(metrics), {})
             try:
-                _replace(self._metrics_path, json.dumps(self._metrics).encode())
+                replace_file(self._metrics_path, json.dumps(self._metrics).encode())
             except OSError as error:
                 log.error("fedpara: metrics are not kept in %s: %s", self._metrics_path, error)
 
@@ -277,13 +277,6 @@ def _described(names: Iterable[str]) -> str:
     if run is None or spec is None or not spec.weights:
         return ""
     return f"method {run.settings.config.method} (fingerprint {spec.fingerprint})"
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file; a process that is killed leaves what was there before, or all of this."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_bytes(data)
-    os.replace(unfinished, path)
 
 
 def _read_metrics(path: Path) -> dict[str, dict[str, Any]]:

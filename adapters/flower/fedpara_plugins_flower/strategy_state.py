@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from flwr.common import Array, ArrayRecord
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
+
+from fedpara_plugins.exchange import plain_values
 
 __all__ = ["captured", "pack", "restore", "unpack"]
 
@@ -87,45 +87,21 @@ def pack(value: Any, tensors: Tensors) -> Any:
     Raises:
         TypeError: it is of a kind that cannot be kept.
     """
-    if isinstance(value, _SCALARS):
-        if isinstance(value, float) and not np.isfinite(value):
-            return {"float": repr(value)}
-        return value
-    if isinstance(value, list | tuple):
-        return {type(value).__name__: [pack(item, tensors) for item in value]}
+    return plain_values.pack(value, tensors, _flowers_own)
+
+
+def _flowers_own(value: Any) -> tuple[str, Any] | None:
     if isinstance(value, ArrayRecord):
-        return {"ArrayRecord": [[name, pack(array, tensors)] for name, array in value.items()]}
-    if isinstance(value, dict):
-        return {"dict": [[pack(k, tensors), pack(v, tensors)] for k, v in value.items()]}
-    if isinstance(value, Array | np.ndarray | np.generic | torch.Tensor):
-        array = value.numpy() if isinstance(value, Array) else value
-        name = str(len(tensors))
-        tensors[name] = torch.as_tensor(np.array(array) if isinstance(array, np.generic) else array)
-        return {_kind(value): name}
-    raise TypeError(f"cannot keep a {type(value).__name__}")
-
-
-def _kind(value: object) -> str:
-    kinds = {"Array": Array, "generic": np.generic, "ndarray": np.ndarray}
-    return next((name for name, kind in kinds.items() if isinstance(value, kind)), "Tensor")
+        return "ArrayRecord", [[name, array] for name, array in value.items()]
+    if isinstance(value, Array):
+        return "Array", value.numpy()
+    return None
 
 
 def unpack(value: Any, tensors: Tensors) -> Any:
     """Undo `pack`."""
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "float":
-        return float(content)
-    if kind in ("list", "tuple"):
-        items = [unpack(item, tensors) for item in content]
-        return items if kind == "list" else tuple(items)
-    if kind == "dict":
-        return {unpack(k, tensors): unpack(v, tensors) for k, v in content}
-    if kind == "ArrayRecord":
-        return ArrayRecord({name: unpack(array, tensors) for name, array in content})
-    tensor = tensors[content]
-    if kind == "Tensor":
-        return tensor
-    array = tensor.numpy()
-    return {"Array": Array, "generic": lambda a: a[()], "ndarray": lambda a: a}[kind](array)
+    return plain_values.unpack(value, tensors, {"Array": Array, "ArrayRecord": _record})
+
+
+def _record(rows: list[list[Any]]) -> ArrayRecord:
+    return ArrayRecord(dict(map(tuple, rows)))
