@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from fedml.arguments import Arguments
 from torch import Tensor, nn
 
-__all__ = ["DEFAULTS", "arguments", "dataset", "model", "run"]
+__all__ = ["DEFAULTS", "Outcome", "Sent", "arguments", "dataset", "forget_security", "model", "run"]
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -93,6 +93,23 @@ def model(seed: int = 3) -> nn.Module:
     )
 
 
+@dataclass(frozen=True)
+class Sent:
+    """One message.
+
+    Attributes:
+        direction: ``up`` or ``down``.
+        round: of the server, 1 for the first.
+        client: its name.
+        data: all of its bytes.
+    """
+
+    direction: str
+    round: int
+    client: str
+    data: bytes
+
+
 @dataclass
 class Outcome:
     """What a run left behind.
@@ -100,14 +117,30 @@ class Outcome:
     Attributes:
         runner: the FedMLRunner.
         state: the server's model at the end.
+        sent: all messages, in order; none with FedML's own runner.
     """
 
     runner: Any
-    state: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor]
+    sent: list[Sent] = field(default_factory=list)
+
+    def kept(self, client: int) -> dict[str, Tensor]:
+        """A client's own model at the end: the server's shared part and its private one."""
+        found: dict[str, Tensor] = self.runner.runner.clients._completed(str(client), self.state)
+        return found
+
+
+Tap = Callable[[Sent], bytes]
+"""Sees every message, and returns what arrives of it."""
 
 
 def run(
-    *, net: nn.Module | None = None, data: list[Any] | None = None, plain: bool = False, **keys: Any
+    *,
+    net: nn.Module | None = None,
+    data: list[Any] | None = None,
+    plain: bool = False,
+    tap: Tap | None = None,
+    **keys: Any,
 ) -> Outcome:
     """Run a project in this process.
 
@@ -115,16 +148,46 @@ def run(
         net: the model; `model` by default.
         data: the data set; `dataset` by default.
         plain: with FedML's own runner.
-        keys: of the YAML, and ``client_trainer`` or ``server_aggregator``.
+        tap: between server and clients.
+        keys: of the YAML, and ``client_trainer`` or ``server_aggregator``: a class of it, which
+            is given the model and the arguments.
     """
     from fedpara_plugins_fedml import FedMLRunner
 
-    given = {k: keys.pop(k) for k in ("client_trainer", "server_aggregator") if k in keys}
+    own = {k: keys.pop(k) for k in ("client_trainer", "server_aggregator") if k in keys}
     args = arguments(**keys)
+    net = net or model()
+    given = {name: kind(net, args) for name, kind in own.items()}
     kind = fedml.FedMLRunner if plain else FedMLRunner
-    runner = kind(args, torch.device("cpu"), data or dataset(), net or model(), **given)
-    runner.run()
+    runner = kind(args, torch.device("cpu"), data or dataset(), net, **given)
     inner = runner.runner
-    if hasattr(inner, "server"):
-        return Outcome(runner, {k: v.clone() for k, v in inner.server.state.items()})
-    return Outcome(runner, copy.deepcopy(inner.fl_trainer.model_trainer.get_model_params()))
+    if not hasattr(inner, "server"):
+        runner.run()
+        return Outcome(runner, copy.deepcopy(inner.fl_trainer.model_trainer.get_model_params()))
+    sent = _watched(inner, tap or (lambda message: message.data))
+    runner.run()
+    return Outcome(runner, {k: v.clone() for k, v in inner.server.state.items()}, sent)
+
+
+def _watched(inner: Any, tap: Tap) -> list[Sent]:
+    sent: list[Sent] = []
+    message, train = inner.server.message, inner.clients.train
+
+    def seen(direction: str, client: str, data: bytes) -> bytes:
+        sent.append(Sent(direction, inner.server.round, client, data))
+        return tap(sent[-1])
+
+    inner.server.message = lambda client, *a: seen("down", client, message(client, *a))
+    inner.clients.train = lambda client, *a: seen("up", client, train(client, *a))
+    return sent
+
+
+def forget_security() -> None:
+    """FedML's attacks, defences and differential privacy are single objects that never go off."""
+    from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
+    from fedml.core.security.fedml_attacker import FedMLAttacker
+    from fedml.core.security.fedml_defender import FedMLDefender
+
+    FedMLDifferentialPrivacy._dp_instance = None
+    FedMLAttacker._attacker_instance = None
+    FedMLDefender._defender_instance = None

@@ -58,13 +58,17 @@ class Aggregation:
         return self._sound(x, after)
 
     def _before(self, answers: Sequence[Answer]) -> list[Answer]:
+        """What the hook makes of the answers; defences change, leave out, or pick some."""
         raw: Weighed = [(answer.examples, plain_state(answer.state)) for answer in answers]
         found, kept = self._aggregator.on_before_aggregation(list(raw))
-        places = list(kept) if kept is not None else []
-        if len(places) != len(found):
-            places = list(range(len(found)))
+        places = _places(raw, found, kept)
         return [
-            replace(answers[place], examples=float(examples), state=dict(state))
+            replace(
+                # Of nobody in particular: what belongs to one client counts for none.
+                Answer("", 0, {}) if place is None else answers[place],
+                examples=float(examples),
+                state=dict(state),
+            )
             for place, (examples, state) in zip(places, found, strict=True)
         ]
 
@@ -97,6 +101,18 @@ class Aggregation:
                 return x
         # Noise of central differential privacy, say, falls on private places too.
         return {k: x[k] if k in self._spec.private_keys else v for k, v in new.items()}
+
+
+def _places(raw: Weighed, found: Weighed, kept: Any) -> list[int | None]:
+    """Whose answers the hook returned: FedML's own say so only in part."""
+    objects = {id(state): place for place, (_, state) in enumerate(raw)}
+    if all(id(state) in objects for _, state in found):
+        return [objects[id(state)] for _, state in found]
+    if len(found) == len(raw):
+        return list(range(len(raw)))
+    if kept is not None and len(kept) == len(found):
+        return [int(place) for place in kept]
+    return [None] * len(found)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, ConversionError, FedParaError, MismatchError, merge
+from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins.codecs import decoders
 from fedpara_plugins.exchange.client_state import ClientState
 from fedpara_plugins.exchange.coding import (
@@ -32,6 +34,7 @@ from fedpara_plugins.storage import Part, Storage
 from fedpara_plugins.training import start_round, training_of
 from fedpara_plugins_fedml.client_storage import ClientStorages
 from fedpara_plugins_fedml.envelope import Envelope, pack, unpack
+from fedpara_plugins_fedml.labels import count_once
 from fedpara_plugins_fedml.models import plain_state, spec_for, to_state
 from fedpara_plugins_fedml.replies import MODEL, Head
 from fedpara_plugins_fedml.rules import LocalRule, LocalWork, State, Visit
@@ -101,7 +104,7 @@ class ClientHalf:
         *,
         loaded: Callable[[], None] | None = None,
     ) -> bytes:
-        """Answer a message that asks for training.
+        """Answer a message that asks for training, or for what goes before it (`Rule.prepares`).
 
         Whatever goes wrong here is said in the reply: the server leaves this client out, or ends
         the run. What the client keeps changes when the reply is complete, and not before.
@@ -153,7 +156,6 @@ class ClientHalf:
         trainer.set_model_params(plain_state(task.full))
         if loaded is not None:
             loaded()
-        start_round(trainer.model, previous_steps=kept.steps())
         visit = Visit(
             client=client,
             server_round=head.round,
@@ -164,15 +166,17 @@ class ClientHalf:
             device=self._device,
             args=self._args,
         )
-        trainer.on_before_local_training(visit.train_data, self._device, self._args)
-        with self._rule.around(trainer.model, visit) as work:
-            trainer.train(visit.train_data, self._device, self._args)
-        trainer.on_after_local_training(visit.train_data, self._device, self._args)
-        after = to_state(trainer.get_model_params())
-        check_finite(after)
-        payloads = self._encoded(task, after, work, kept)
-        if (training := training_of(trainer.model)) is not None:
-            kept.keep_steps(training.steps)
+        if head.purpose == "prepare":
+            work = self._rule.prepare(trainer.model, visit)
+            payloads = self._encoded(task, work.records, work, kept)
+        else:
+            start_round(trainer.model, previous_steps=kept.steps())
+            after, work = self._after_training(visit)
+            payloads = self._encoded(task, {MODEL: after, **work.records}, work, kept)
+            private = {k: v for k, v in after.items() if k in self._spec.private_keys}
+            kept.keep_private(self._spec, private)
+            if (training := training_of(trainer.model)) is not None:
+                kept.keep_steps(training.steps)
         answer = Head(
             round=head.round,
             purpose=head.purpose,
@@ -186,6 +190,22 @@ class ClientHalf:
         # Only now: a round that fails leaves no trace, and one that is killed none or all of it.
         storage.commit()
         return reply
+
+    def _after_training(self, visit: Visit) -> tuple[State, LocalWork]:
+        """The client's state after its training, and what the rule adds."""
+        trainer, args = self._trainer, self._args
+        count_once(trainer.model, visit.train_data)
+        trainer.on_before_local_training(visit.train_data, self._device, args)
+        with self._rule.around(trainer.model, visit) as work:
+            trainer.train(visit.train_data, self._device, args)
+        trained = to_state(trainer.get_model_params())
+        trainer.on_after_local_training(visit.train_data, self._device, args)
+        after = to_state(trainer.get_model_params())
+        if FedMLDifferentialPrivacy.get_instance().is_local_dp_enabled():
+            # What never leaves needs no noise.
+            after |= {name: trained[name] for name in self._spec.private_keys}
+        check_finite(after)
+        return after, work
 
     def _lost(self, head: Head, envelope: Envelope, storage: Storage) -> bytes:
         references = ClientState(storage).references
@@ -223,12 +243,12 @@ class ClientHalf:
     # Answering
 
     def _encoded(
-        self, task: _Task, after: State, work: LocalWork, kept: ClientState
+        self, task: _Task, records: Mapping[str, State], work: LocalWork, kept: ClientState
     ) -> dict[str, bytes]:
         payloads: dict[str, bytes] = {}
         lost: dict[str, State] = {}
         names = decoders_of(task.received[MODEL].header)
-        for name, tensors in {MODEL: after, **work.records}.items():
+        for name, tensors in records.items():
             check_finite(tensors)
             spec = self._spec if name == MODEL else _no_model(tensors)
             codec = self._settings.uplink.resolved(names)
@@ -249,8 +269,6 @@ class ClientHalf:
                 kept.keep_residual(name, rest)
         if work.on_encoded is not None:
             work.on_encoded(lost)
-        private = {k: v for k, v in after.items() if k in self._spec.private_keys}
-        kept.keep_private(self._spec, private)
         if self._settings.downlink.needs_reference:
             for name, part in task.received.items():
                 kept.references.keep(name, part)
@@ -272,11 +290,25 @@ class ClientHalf:
 
     def load(self, client: str, state: Mapping[str, Tensor]) -> None:
         """Give the trainer's model a server's state, completed with this client's private part."""
+        self._trainer.set_id(int(client))
+        self._trainer.set_model_params(plain_state(self._completed(client, state)))
+
+    def _completed(self, client: str, state: Mapping[str, Tensor]) -> State:
         with contextlib.closing(self._storages.open(client)) as storage:
             private, _ = ClientState(storage).private(self._spec, state)
         shared = {k: v for k, v in state.items() if k not in self._spec.private_keys}
-        self._trainer.set_id(int(client))
-        self._trainer.set_model_params(plain_state(merge(self._spec, shared, private)))
+        return merge(self._spec, shared, private)
+
+    def export(self, client: str, state: Mapping[str, Tensor]) -> None:
+        """Write the client's own dense model, where ``fedpara_client_checkpoints`` is set."""
+        folder = self._settings.client_checkpoints
+        if folder is not None:
+            save_dense(
+                folder / f"client-{client}.safetensors",
+                self._spec.dense_state(self._completed(client, state)),
+                model=f"the own model of client {client}",
+                method=self._settings.config.method,
+            )
 
     def test(self, data: Any) -> Any:
         """What the trainer's ``test`` says of the model that was loaded last."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import fedml
@@ -12,6 +11,7 @@ from fedml.ml.aggregator.aggregator_creator import create_server_aggregator
 from fedml.ml.trainer.trainer_creator import create_model_trainer
 
 from fedpara_plugins import ConfigError
+from fedpara_plugins_fedml.announcement import announce
 from fedpara_plugins_fedml.client import ClientHalf
 from fedpara_plugins_fedml.distributed import (
     Distributed,
@@ -21,19 +21,13 @@ from fedpara_plugins_fedml.distributed import (
     telling_others,
 )
 from fedpara_plugins_fedml.models import converted, server_copy
-from fedpara_plugins_fedml.rules import local_rule_for, rule_for
+from fedpara_plugins_fedml.refusals import check_args, check_clients, check_dataset
+from fedpara_plugins_fedml.rules import RULES, local_rule_for, rule_for
 from fedpara_plugins_fedml.server import ServerHalf
 from fedpara_plugins_fedml.settings import Settings
 from fedpara_plugins_fedml.sp import SingleProcess
 
 __all__ = ["FedMLRunner"]
-
-log = logging.getLogger("fedpara.fedml")
-
-ENTRIES = (
-    "train_data_num", "test_data_num", "train_data_global", "test_data_global",
-    "train_data_local_num_dict", "train_data_local_dict", "test_data_local_dict", "class_num",
-)  # fmt: skip
 
 
 class FedMLRunner(fedml.runner.FedMLRunner):  # type: ignore[misc]
@@ -67,23 +61,39 @@ class FedMLRunner(fedml.runner.FedMLRunner):  # type: ignore[misc]
     ) -> None:
         with telling_others(args, None) if looks_distributed(args) else nullcontext():
             settings = Settings.from_args(args)
+        given = client_trainer, server_aggregator
         engine = settings.active or settings.mend or lacks_optimizer(args)
         if algorithm_flow is not None or not engine:
-            super().__init__(
-                args, device, dataset, model, client_trainer, server_aggregator, algorithm_flow
-            )
+            with _explained(args):
+                super().__init__(args, device, dataset, model, *given, algorithm_flow)
             return
         if is_distributed(args):
             with telling_others(args, settings):
+                check_args(settings, args)
                 check_dataset(dataset)
             self.runner: Distributed | SingleProcess = Distributed(
-                settings, args, device, dataset, model, client_trainer, server_aggregator
+                settings, args, device, dataset, model, *given
             )
             return
+        check_args(settings, args)
         check_dataset(dataset)
-        self.runner = _single_process(
-            settings, args, device, dataset, model, client_trainer, server_aggregator
-        )
+        self.runner = _single_process(settings, args, device, dataset, model, *given)
+
+
+@contextmanager
+def _explained(args: Any) -> Iterator[None]:
+    """FedML says Exception("Exception") where it has no such optimizer."""
+    try:
+        yield
+    except Exception as error:
+        if error.args != ("Exception",):
+            raise
+        name = getattr(args, "federated_optimizer", None)
+        raise ConfigError(
+            f"federated_optimizer {name!r}: FedML has no such optimizer with training_type "
+            f"{args.training_type!r} and backend {args.backend!r}; the plugin's engine "
+            f"(fedpara_mend: true) has {', '.join(RULES)}"
+        ) from error
 
 
 def _single_process(
@@ -96,8 +106,11 @@ def _single_process(
     aggregator: Any,
 ) -> SingleProcess:
     clients, a_round = args.client_num_in_total, args.client_num_per_round
+    check_clients(dataset, clients)
     rule = rule_for(args, settings, clients=clients, a_round=a_round)
     local = local_rule_for(args, settings)
+    given = {"client_trainer": trainer, "server_aggregator": aggregator}
+    announce(settings, args, rule, honoured=[name for name, value in given.items() if value])
     model = converted(model, settings)
     own = server_copy(model)
     if aggregator is None:
@@ -108,25 +121,3 @@ def _single_process(
     aggregator.set_id(-1)
     server = ServerHalf(settings, args, device, dataset, aggregator, rule)
     return SingleProcess(args, dataset, server, ClientHalf(settings, args, device, trainer, local))
-
-
-def check_dataset(dataset: Any) -> None:
-    """Raise unless a data set has the form that FedML documents.
-
-    Raises:
-        ConfigError: names what is wrong, and the form.
-    """
-    form = f"[{', '.join(ENTRIES)}]"
-    if not isinstance(dataset, Sequence) or len(dataset) != len(ENTRIES):
-        size = f" of {len(dataset)} entries" if isinstance(dataset, Sequence) else ""
-        raise ConfigError(
-            f"fedpara: FedMLRunner got a {type(dataset).__name__}{size} as its data set; expected "
-            f"the {len(ENTRIES)} entries {form}"
-        )
-    for place, name in ((4, ENTRIES[4]), (5, ENTRIES[5]), (6, ENTRIES[6])):
-        if not isinstance(dataset[place], Mapping):
-            raise ConfigError(
-                f"fedpara: entry {place} of the data set, {name}, is a "
-                f"{type(dataset[place]).__name__}; expected a dict by client index. The whole form "
-                f"is {form}"
-            )

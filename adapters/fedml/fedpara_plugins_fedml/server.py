@@ -21,6 +21,7 @@ from fedpara_plugins_fedml.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.models import plain_state, spec_for, to_state
 from fedpara_plugins_fedml.replies import MODEL, Head
 from fedpara_plugins_fedml.rules import Answer, Rule, State
+from fedpara_plugins_fedml.server_state import CompletedRound, ServerFile
 from fedpara_plugins_fedml.settings import Settings
 
 __all__ = ["Purpose", "ServerHalf"]
@@ -78,6 +79,33 @@ class ServerHalf:
         self._answers: dict[str, Answer] = {}
         self._excluded: dict[str, str] = {}
         self._fresh = 0
+        self._file = ServerFile(settings.state_dir)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Where an earlier process was killed, after its last complete round."""
+        saved = self._file.read(self._completed())
+        if saved is None:
+            return
+        self.round, self._x = saved.round, saved.x
+        self.rule.load_state_dict(saved.rule)
+        self._aggregator.set_model_params(plain_state(self._x))
+        log.info(
+            "fedpara: %s holds round %d of %d: the run goes on after it. For a new run choose "
+            "another fedpara_state_dir",
+            self.settings.state_dir, self.round, self._args.comm_round,
+        )  # fmt: skip
+
+    def _completed(self) -> CompletedRound:
+        method = self.settings.config.method
+        described = f"method {method} (fingerprint {self._spec.fingerprint})"
+        return CompletedRound(
+            round=self.round,
+            x=self._x,
+            rule=self.rule.state_dict(),
+            optimizer=self.rule.name,
+            model=described if self._spec.weights else "",
+        )
 
     @property
     def state(self) -> State:
@@ -92,7 +120,10 @@ class ServerHalf:
     # A round
 
     def begin(self, clients: Sequence[str]) -> None:
-        """Start the next round with these clients."""
+        """Start the next round with these clients.
+
+        Where the rule ``prepares``, messages of that purpose come first, then `end_preparation`.
+        """
         self.round += 1
         self._args.round_idx = self.round - 1
         self._asked, self._answers, self._excluded = tuple(clients), {}, {}
@@ -103,10 +134,15 @@ class ServerHalf:
     def _put(self) -> None:
         self._outbox.put(MODEL, self._x, self._spec)
         for name, tensors in self.rule.records().items():
-            self._outbox.put(name, dict(tensors), _no_model(tensors))
+            self._outbox.put(name, dict(tensors), _no_model(tensors), sized_as=self._spec)
 
     def message(self, client: str, purpose: Purpose = "train") -> bytes:
-        """The message for one client, coded against what that client holds."""
+        """The message for one client, coded against what that client holds.
+
+        Args:
+            client: its name.
+            purpose: ``train``; ``prepare``, where the rule `prepares`; or ``evaluate``.
+        """
         records = [MODEL, *self.rule.records()] if purpose == "train" else [MODEL]
         task = dict(self.rule.task(client))
         head = Head(round=self.round, purpose=purpose, task=task)
@@ -146,9 +182,10 @@ class ServerHalf:
                 self.accounting.message(self.round, "up", client, data, size)
 
     def _take(self, client: str, head: Head, envelope: Envelope) -> Size:
-        if client not in self._asked:
+        if client not in self._asked or client in self._excluded:
             raise MismatchError(f"client {client} answers, and was not asked in this round")
-        size, records = Size(), {}
+        size = Size()
+        records: dict[str, State] = {}
         for name, payload in envelope.payloads.items():
             decoded = decode_payload(
                 payload,
@@ -158,12 +195,12 @@ class ServerHalf:
             check_finite(decoded)
             size += size_of(decoded, self._spec)
             records[name] = decoded
-        model = records.pop(MODEL, None)
-        if model is None:
-            raise PayloadError("the reply holds no model")
-        if not head.examples > 0:
+        if not 0 < head.examples < float("inf"):
             raise PayloadError(f"the reply names {head.examples} training examples")
-        state = self._outbox.completed(MODEL, model)
+        model = records.pop(MODEL, None)
+        if head.purpose == "train" and model is None:
+            raise PayloadError("the reply holds no model")
+        state = self._x if model is None else self._outbox.completed(MODEL, model)
         received = self._outbox.references.get(head.holds.get(MODEL, ""))
         self._answers[client] = Answer(client, head.examples, state, records, head.report, received)
         self._fresh += head.fresh
@@ -177,6 +214,16 @@ class ServerHalf:
         self._excluded[client] = text
         self._answers.pop(client, None)
 
+    def end_preparation(self) -> None:
+        """All that were asked to prepare have answered or are excluded: training may begin."""
+        self._check_enough()
+        self.rule.prepared(self._in_order())
+        self._answers = {}
+        self._put()
+
+    def _in_order(self) -> list[Answer]:
+        return [self._answers[name] for name in self._asked if name in self._answers]
+
     def end(self) -> None:
         """Aggregate what came back: the round is over.
 
@@ -187,9 +234,9 @@ class ServerHalf:
         if self._fresh and self._spec.private_keys:
             log.info("fedpara: %d clients started from the seeded private factors", self._fresh)
         self._outbox.tell_first_contacts()
-        answers = [self._answers[name] for name in self._asked if name in self._answers]
-        self._x = self._aggregation.next_state(self._x, answers, self.rule)
+        self._x = self._aggregation.next_state(self._x, self._in_order(), self.rule)
         self._aggregator.set_model_params(plain_state(self._x))
+        self._file.write(self._completed())
         self.accounting.log_round(self.round)
 
     def _check_enough(self) -> None:
@@ -202,6 +249,11 @@ class ServerHalf:
             f"{len(self._asked)} clients, {needed} needed (fedpara_min_clients). "
             f"{reasons or 'Nobody answered'}"
         )
+
+    def tests_itself(self) -> bool:
+        """Whether the user's aggregator has tested all clients, as in FedML's other modes."""
+        (_, _, _, _, _, train, test, _) = self._dataset
+        return bool(self._aggregator.test_all(train, test, self._device, self._args))
 
     # The end
 

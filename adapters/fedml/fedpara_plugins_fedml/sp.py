@@ -12,11 +12,14 @@ from fedml.simulation.sp.fedavg.fedavg_api import FedAvgAPI
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins_fedml.client import ClientHalf
-from fedpara_plugins_fedml.server import ServerHalf
+from fedpara_plugins_fedml.server import Purpose, ServerHalf
 
 __all__ = ["SingleProcess"]
 
 log = logging.getLogger("fedpara.fedml")
+
+FIGURES = ("test_correct", "test_loss", "test_total")
+"""What FedML's test adds up, of each client."""
 
 
 class SingleProcess:
@@ -63,34 +66,55 @@ class SingleProcess:
         )
         names = [str(int(index)) for index in sample]
         self.server.begin(names)
+        if self.server.rule.prepares:
+            names = [name for name in names if self._visit(name, "prepare")]
+            self.server.end_preparation()
         for name in names:
-            self._visit(name)
+            self._visit(name, "train")
         self.server.end()
         self._evaluate(number)
         mlops.log_round_info(args.comm_round, number)
 
-    def _visit(self, name: str) -> None:
+    def _visit(self, name: str, purpose: Purpose) -> bool:
+        """Exchange one message; whether the client's answer counts."""
         index = int(name)
         data = self._train[index], self._test[index], self._sizes[index]
         try:
             for _ in range(2):  # again for a client that lost what the message was coded against
-                reply = self.clients.train(name, self.server.message(name), *data)
+                reply = self.clients.train(name, self.server.message(name, purpose), *data)
                 if self.server.receive(name, reply):
-                    return
+                    return True
             raise FedParaError("it lost what the message was coded against, twice")
         except ConfigError:
             raise
         except FedParaError as error:
             self.server.exclude(name, error)
+            return False
 
     # Testing
 
     def _evaluate(self, number: int) -> None:
-        args = self._args
-        if number != args.comm_round - 1 and number % args.frequency_of_the_test:
+        """Test every client with the server's model and its own private part.
+
+        Nothing is sent for it, as in FedML's own simulation.
+        """
+        args, last = self._args, number == self._args.comm_round - 1
+        if not last and number % args.frequency_of_the_test:
             return
-        view = _View(self)
-        FedAvgAPI._local_test_on_all_clients(view, number)
+        if not self.server.tests_itself():
+            try:
+                view = _View(self)
+                FedAvgAPI._local_test_on_all_clients(view, number)
+                view.note()
+            except _NoFiguresError as error:
+                log.warning("fedpara: clients are not tested: %s", error)
+        if last:
+            for index in range(args.client_num_in_total):
+                self.clients.export(str(index), self.server.state)
+
+
+class _NoFiguresError(Exception):
+    """The user's trainer does not say how good a model is."""
 
 
 class _View(SimpleNamespace):
@@ -100,34 +124,60 @@ class _View(SimpleNamespace):
     """
 
     def __init__(self, run: SingleProcess) -> None:
+        self._run = run
+        self._tested = _Tested(run)
         super().__init__(
             args=run._args,
-            client_list=[_Tested(run)],
-            train_data_local_dict=_numbered(run._train),
-            test_data_local_dict=_numbered(run._test),
+            client_list=[self._tested],
+            train_data_local_dict=dict(run._train.items()),
+            test_data_local_dict={
+                index: None if loader is None else (index, loader)
+                for index, loader in run._test.items()
+            },
             train_data_local_num_dict=run._sizes,
         )
 
-
-def _numbered(data: Mapping[int, Any]) -> dict[int, Any]:
-    return {index: loader if loader is None else (index, loader) for index, loader in data.items()}
+    def note(self) -> None:
+        """Put the clients' accuracy and loss into the ledger."""
+        found = self._tested.figures
+        count = sum(each["test_total"] for each in found)
+        if count:
+            means = {
+                "accuracy": sum(each["test_correct"] for each in found) / count,
+                "loss": sum(each["test_loss"] for each in found) / count,
+            }
+            server = self._run.server
+            server.accounting.ledger.log(server.round, means, source="clients")
 
 
 class _Tested:
-    """The client of `_View`."""
+    """The client of `_View`.
+
+    Attributes:
+        figures: of each client on its test data.
+    """
 
     def __init__(self, run: SingleProcess) -> None:
+        self.figures: list[Mapping[str, float]] = []
         self._run = run
-        self._train: Any = None
-        self._test: Any = None
+        self._data: tuple[Any, Any] = (None, None)
 
     def update_local_dataset(
-        self, client: int, train: tuple[int, Any], test: tuple[int, Any], size: int
+        self, client: int, train: Any, test: tuple[int, Any], size: int
     ) -> None:
         """The next client: load the server's model and this client's private part."""
-        self._train, self._test = train[1], test[1]
-        self._run.clients.load(str(train[0]), self._run.server.state)
+        index, loader = test
+        self._data = train, loader
+        self._run.clients.load(str(index), self._run.server.state)
 
-    def local_test(self, use_test_data: bool) -> Any:
+    def local_test(self, use_test_data: bool) -> Mapping[str, float]:
         """Of the client whose model was loaded."""
-        return self._run.clients.test(self._test if use_test_data else self._train)
+        found = self._run.clients.test(self._data[use_test_data])
+        if not isinstance(found, Mapping) or not all(name in found for name in FIGURES):
+            raise _NoFiguresError(
+                f"the trainer's test() returns {type(found).__name__}, expected a dict with "
+                f"{', '.join(FIGURES)}"
+            )
+        if use_test_data:
+            self.figures.append(found)
+        return found

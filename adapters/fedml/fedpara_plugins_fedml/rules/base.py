@@ -57,11 +57,13 @@ class Rule(ABC):
             trains (Mime's gradients). Only the single process offers that.
         trained: names of the parameters that are trained and shared, which the rule is about; the
             engine sets it before the first round. All other names of the state are averaged.
+        mends: what FedML's own single process computes otherwise, for the log; "" for nothing.
     """
 
     name: str = ""
     prepares: bool = False
     trained: frozenset[str] = frozenset()
+    mends: str = ""
 
     def begin(self, server_round: int, x: State, clients: Sequence[str]) -> None:  # noqa: B027
         """A round begins.

@@ -13,6 +13,7 @@ class FedAvg(Rule):
     """The server's half; clients just train."""
 
     name = "FedAvg"
+    mends = "FedML lets the clients of the first round train on each other's result"
 
     def step(self, x: State, answers: Sequence[Answer], mean: Mean) -> State:
         """The mean of the answers."""

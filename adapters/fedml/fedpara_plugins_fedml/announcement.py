@@ -1,0 +1,47 @@
+"""One line in the log: that the plugin's engine runs, why, and what differs from FedML's own."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fedpara_plugins_fedml.rules import Rule
+from fedpara_plugins_fedml.settings import Settings
+
+__all__ = ["announce"]
+
+log = logging.getLogger("fedpara.fedml")
+
+HOOKS = {
+    "enable_dp": "differential privacy",
+    "enable_attack": "the attack",
+    "enable_defense": "the defence",
+}
+
+
+def announce(settings: Settings, args: Any, rule: Rule, *, honoured: list[str]) -> None:
+    """Say it.
+
+    Args:
+        settings: of the run.
+        args: FedML's.
+        rule: of the optimizer.
+        honoured: what the user gave that FedML's mode would have ignored.
+    """
+    differs = [rule.mends] if rule.mends else []
+    if honoured:
+        differs.append(f"your {' and '.join(honoured)} {_is(honoured)} used, which FedML ignores")
+    acting = [word for key, word in HOOKS.items() if getattr(args, key, False)]
+    if acting:
+        differs.append(f"{' and '.join(acting)} {_is(acting)} applied, which FedML leaves out")
+    up, down = settings.codec_names
+    codec = up if up == down else f"up {up}, down {down}"
+    log.info(
+        "fedpara: the plugin's engine runs %s: method %s, codec %s. Other than in FedML's own "
+        "single process: %s",
+        rule.name, settings.config.method, codec, "; ".join(differs) or "nothing",
+    )  # fmt: skip
+
+
+def _is(what: list[str]) -> str:
+    return "are" if len(what) > 1 else "is"

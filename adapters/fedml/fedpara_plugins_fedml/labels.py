@@ -1,0 +1,68 @@
+"""A client's label counts, for the option ``label_prior``, from its training data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedpara_plugins import ConfigError, set_label_counts
+from fedpara_plugins.layers.personal import PersonalLinear
+
+__all__ = ["count_once"]
+
+
+def count_once(model: nn.Module, train_data: Any) -> None:
+    """Tell a client's model its label counts, unless it has them from an earlier round.
+
+    A pass over the data, which leaves all random states as they were, so that training sees the
+    same order as without.
+
+    Args:
+        model: with the client's own state loaded.
+        train_data: batches, a pair of inputs and class indices each.
+
+    Raises:
+        ConfigError: the batches are no such pairs.
+    """
+    if not any(_waits(layer) for layer in model.modules()):
+        return
+    with _random_states_kept():
+        try:
+            labels = torch.cat([_labels(batch) for batch in train_data])
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise ConfigError(
+                f"fedpara_label_prior: the training data are no batches of (inputs, class indices) "
+                f"({error}). Call fedpara_plugins.set_label_counts(self.model, labels) in your "
+                f"ClientTrainer's on_before_local_training, or leave the option out"
+            ) from error
+    set_label_counts(model, labels)
+
+
+def _waits(layer: nn.Module) -> bool:
+    """Whether it is a head without counts: they give exactly zero for no class."""
+    if not isinstance(layer, PersonalLinear) or "label_prior" not in layer.added:
+        return False
+    return not bool(layer.added["label_prior"].any())
+
+
+def _labels(batch: Any) -> Tensor:
+    labels = torch.as_tensor(batch[1]).flatten()
+    if labels.is_floating_point():
+        raise TypeError(f"labels are {labels.dtype}")
+    return labels.cpu()
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Transforms of a data set draw from any of the three."""
+    state, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(state)
+    np.random.set_state(numbers)

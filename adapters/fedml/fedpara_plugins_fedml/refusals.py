@@ -1,0 +1,100 @@
+"""What cannot work, refused with its reason before a round begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedpara_plugins import ConfigError
+from fedpara_plugins.codecs import Codec
+from fedpara_plugins_fedml.settings import Settings
+
+__all__ = ["check_args", "check_clients", "check_dataset", "is_lossy"]
+
+ENTRIES = (
+    "train_data_num", "test_data_num", "train_data_global", "test_data_global",
+    "train_data_local_num_dict", "train_data_local_dict", "test_data_local_dict", "class_num",
+)  # fmt: skip
+FORM = f"[{', '.join(ENTRIES)}]"
+BY_CLIENT = (4, 5, 6)
+
+NEEDED = ("comm_round", "client_num_in_total", "client_num_per_round")
+
+CLIENTS_CLIP = {
+    "nbafl": "NbAFL bounds each weight of a client's model by C",
+    "dp_clip": "dp_clip bounds the norm of a client's update by clipping_norm",
+}
+"""Kinds of differential privacy in FedML whose clients promise a bound."""
+
+
+def is_lossy(codec: Codec) -> bool:
+    """Whether what a receiver decodes may differ from what was given."""
+    return not all(stage.lossless or stage.needs_reference for stage in codec.stages)
+
+
+def check_args(settings: Settings, args: Any) -> None:
+    """Raise for a project that the plugin's engine cannot run.
+
+    Raises:
+        ConfigError: names the key, and what to do.
+    """
+    for key in NEEDED:
+        if not isinstance(getattr(args, key, None), int):
+            got = repr(getattr(args, key)) if hasattr(args, key) else "nothing"
+            raise ConfigError(f"fedpara: the YAML's key {key} must be an integer, got {got}")
+    if getattr(args, "enable_fhe", False):
+        raise ConfigError(
+            "fedpara: enable_fhe encrypts whole dense models on the clients, so the server can "
+            "neither decode a codec's payload nor fill in private factors: remove the fedpara_* "
+            "keys, or set enable_fhe: false"
+        )
+    engine = getattr(args, "ml_engine", "torch")
+    if str(engine) not in ("torch", "pytorch"):
+        raise ConfigError(
+            f"fedpara: ml_engine {engine!r}: the plugin works on torch models; remove the "
+            f"fedpara_* keys"
+        )
+    kind = str(getattr(args, "dp_solution_type", "")).strip()
+    if getattr(args, "enable_dp", False) and kind in CLIENTS_CLIP and is_lossy(settings.uplink):
+        raise ConfigError(
+            f"fedpara: {CLIENTS_CLIP[kind]}, and the codec {settings.uplink.name!r} changes what "
+            f"the server decodes, so the bound would not hold there: set fedpara_uplink_codec: "
+            f"lossless, or none"
+        )
+
+
+def check_dataset(dataset: Any) -> None:
+    """Raise unless a data set has the form that FedML documents.
+
+    Raises:
+        ConfigError: names what is wrong, and the form.
+    """
+    if not isinstance(dataset, Sequence) or len(dataset) != len(ENTRIES):
+        size = f" of {len(dataset)} entries" if isinstance(dataset, Sequence) else ""
+        raise ConfigError(
+            f"fedpara: FedMLRunner got a {type(dataset).__name__}{size} as its data set; expected "
+            f"the {len(ENTRIES)} entries {FORM}"
+        )
+    for place in BY_CLIENT:
+        if not isinstance(dataset[place], Mapping):
+            raise ConfigError(
+                f"fedpara: entry {place} of the data set, {ENTRIES[place]}, is a "
+                f"{type(dataset[place]).__name__}; expected a dict by client index, from 0. The "
+                f"whole form is {FORM}"
+            )
+
+
+def check_clients(dataset: Sequence[Any], clients: int) -> None:
+    """Raise unless a data set has every client's part.
+
+    Raises:
+        ConfigError: names the first client that is missing.
+    """
+    for place in BY_CLIENT:
+        missing = [index for index in range(clients) if index not in dataset[place]]
+        if missing:
+            raise ConfigError(
+                f"fedpara: client_num_in_total is {clients}, and entry {place} of the data set, "
+                f"{ENTRIES[place]}, has no client {missing[0]} ({len(missing)} are missing): give "
+                f"it the keys 0 to {clients - 1}, or set client_num_in_total to what there is"
+            )
