@@ -43,6 +43,7 @@ class Loop:
         private: names that never leave a client, with the values that each of them begins with.
         lr: of the clients' SGD.
         epochs: of a client's round.
+        smoothing: of the labels.
         keys: of the algorithm, under FedML's names.
     """
 
@@ -54,9 +55,11 @@ class Loop:
         private: Mapping[str, Tensor] | None = None,
         lr: float = 0.1,
         epochs: int = 1,
+        smoothing: float = 0.0,
         **keys: Any,
     ) -> None:
         self.model = copy.deepcopy(model)
+        self.smoothing = smoothing
         self.train, self.lr, self.epochs, self.keys = train, lr, epochs, keys
         first = dict(private or {})
         self.like = {k: v.clone() for k, v in model.state_dict().items() if k not in first}
@@ -151,7 +154,7 @@ class Loop:
     def gradients(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> State:
         """Of the mean loss of one batch."""
         inputs, labels = batch
-        loss = nn.functional.cross_entropy(model(inputs), labels)
+        loss = nn.functional.cross_entropy(model(inputs), labels, label_smoothing=self.smoothing)
         weights = dict(model.named_parameters())
         return dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
 

@@ -128,8 +128,9 @@ def local_rule_for(args: Any, settings: Settings) -> LocalRule:
 def _makers(args: Any) -> tuple[ServerMaker, LocalMaker]:
     name = str(getattr(args, "federated_optimizer", "FedAvg"))
     if name not in RULES:
-        near = get_close_matches(name, RULES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
+        by_text = {known.lower(): known for known in RULES}
+        near = get_close_matches(name.lower(), by_text, n=1)
+        hint = f"; did you mean {by_text[near[0]]}?" if near else "."
         raise ConfigError(
             f"federated_optimizer {name!r}: the plugin's engine has no such optimizer{hint} Known: "
             f"{', '.join(RULES)}"
