@@ -67,6 +67,7 @@ class Loop:
         self.names = [n for n, _ in model.named_parameters() if n not in first]
         self.own = {client: {k: v.clone() for k, v in first.items()} for client in train}
         self.clients = len(train)
+        self.number = 0
         self.begin()
 
     # What algorithms fill in
@@ -88,6 +89,10 @@ class Loop:
         """The next x of all shared names."""
         return self.mean(replies)
 
+    def batches(self, client: int) -> Batches:
+        """A client's batches of one epoch of this round."""
+        return self.train[client]
+
     # The loop
 
     def sample(self, number: int, a_round: int) -> list[int]:
@@ -100,6 +105,7 @@ class Loop:
     def run(self, rounds: int, a_round: int) -> State:
         """All rounds; the shared state at the end, in the model's dtypes."""
         for number in range(rounds):
+            self.number = number
             chosen = self.sample(number, a_round)
             self.before(chosen)
             replies = {client: self.local(client) for client in chosen}
@@ -127,7 +133,7 @@ class Loop:
         steps = 0
         self.first_step(client)
         for _ in range(self.epochs):
-            for batch in self.train[client]:
+            for batch in self.batches(client):
                 gradients = self.gradients(self.model, batch)
                 self.batch(batch)
                 with torch.no_grad():
