@@ -3,6 +3,7 @@ model, the guard, a server that starts again, codecs, and errors that say what t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from fedml.core import ClientTrainer
 from torch import nn
 
 from fedpara_plugins import ConfigError, convert
+from fedpara_plugins.optimizers.kept_storage import OwnState
+from fedpara_plugins.storage import Part
 from fedpara_plugins_fedml.rules import RULES, Answer, Rule, rule_for
 from fedpara_plugins_fedml.settings import Settings
 from harness.fedml_optimizers import (
@@ -333,6 +336,24 @@ def test_a_lossy_codec_ends_close(name: str, codec: str) -> None:
 
     share = 0.1 if name == "fedopt-adam" else 0.06  # its root enlarges what is small
     assert 0 < distance(coded, exact) <= share * distance(exact, start)
+
+
+@pytest.mark.parametrize("name", ["scaffold", "feddyn"])
+def test_server_and_clients_do_not_drift_apart_through_a_lossy_codec(name: str) -> None:
+    """The sum on the server is that of what the clients keep, whatever the codec has lost."""
+    case = with_keys(name, fedpara_codec="balanced")
+    run = federated(case, "fedpara", model(), comm_round=5, epochs=1).runner.runner
+    sums = run.server.rule.sums
+    kept = []
+    for client in range(CLIENTS):
+        with contextlib.closing(run.clients._storages.open(str(client))) as storage:
+            found = OwnState(Part(storage, "rule/"), case.optimizer, str(client)).kept
+            kept.append(found.last if found.last_round else found.known)
+    assert len(sums.rounds) == CLIENTS
+    for key, total in sums.total.items():
+        whole = sum(own[key].double() for own in kept if own is not None)
+        assert float(total.abs().max()) > 1e-4
+        torch.testing.assert_close(total, whole, rtol=0, atol=1e-5)
 
 
 # Errors
