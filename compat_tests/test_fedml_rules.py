@@ -131,9 +131,7 @@ class AdamTrainer(OwnTrainer):
 
 
 def with_trainer(name: str, kind: type[OwnTrainer], method: str = "none", **keys: Any) -> Any:
-    net = model()
-    trainer = kind(net, arguments())
-    return federated(with_keys(name, **keys), method, net, client_trainer=trainer, **SHORT)
+    return federated(with_keys(name, **keys), method, model(), client_trainer=kind, **SHORT)
 
 
 @pytest.mark.parametrize("method", METHODS)
