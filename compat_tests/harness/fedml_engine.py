@@ -1,0 +1,230 @@
+"""Runs of the FedML project in `engine_tests/fedml_app`: real processes on a real transport."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from harness.processes import Processes, Program, wait_until
+from harness.wiretap import Wiretap
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "examples" / "fedml_cross_silo"))
+
+import start  # noqa: E402
+
+__all__ = ["BACKENDS", "FedMLEngine", "why_not"]
+
+APP = ROOT / "engine_tests" / "fedml_app" / "main.py"
+BACKENDS = ("TRPC", "MPI", "GRPC", "MQTT_S3")
+
+PATIENCE = 300.0
+"""Seconds for a run: importing FedML alone takes 6 to 40, on a busy machine."""
+
+
+def why_not(backend: str) -> str:
+    """What is not installed for a backend; "" if it can run."""
+    if backend == "MPI" and shutil.which("mpirun") is None:
+        return "needs mpirun (Debian: openmpi-bin)"
+    if backend == "MQTT_S3":
+        if shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin") is None:
+            return "needs mosquitto"
+        moto = os.environ.get("MOTO_SERVER") or shutil.which("moto_server")
+        if moto is None or not Path(moto).exists():
+            return 'needs moto_server (pip install "moto[s3,server]"), named by MOTO_SERVER'
+    return ""
+
+
+class FedMLEngine:
+    """One run, a context: at its end no process of it is left.
+
+    Args:
+        folder: a fresh one.
+        backend: of FedML.
+        clients: client processes.
+        plugin: keys of ``fedpara_args``; None for FedML's own runner.
+        of_rank: other keys for some of the processes, None for FedML's own runner there.
+        train: keys of ``train_args``.
+        common: keys of ``common_args``.
+        trouble: see the project.
+        tap: whether a proxy stands before each process and counts its bytes (GRPC alone).
+        record: whether it keeps them.
+        app: the project's script.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        backend: str,
+        *,
+        clients: int = 2,
+        plugin: Mapping[str, Any] | None = None,
+        of_rank: Mapping[int, Mapping[str, Any] | None] | None = None,
+        train: Mapping[str, Any] | None = None,
+        common: Mapping[str, Any] | None = None,
+        trouble: str = "",
+        tap: bool = False,
+        record: bool = False,
+        app: Path = APP,
+    ) -> None:
+        self.backend = backend
+        self.clients = clients
+        self.folder = folder
+        self.notes = folder / "notes"
+        self.checkpoint = folder / "final.safetensors"
+        self.ledger = folder / "ledger.jsonl"
+        self.taps: dict[int, Wiretap] = {}
+        self.programs: dict[str, Program] = {}
+        self._of_rank = dict(of_rank or {})
+        self._plugin = plugin
+        self._train = dict(train or {})
+        self._common = dict(common or {})
+        self._trouble = trouble
+        self._tapped = tap or record
+        self._record = record
+        self._app = app
+        self._stack = ExitStack()
+
+    def __enter__(self) -> FedMLEngine:
+        self.notes.mkdir(parents=True)
+        home = self.folder / "home"
+        home.mkdir()
+        env = {
+            "HOME": str(home),
+            "FEDML_ENV_VERSION": "local",
+            "FEDPARA_NOTES": str(self.notes),
+            "FEDPARA_TROUBLE": self._trouble,
+        }
+        self.processes = self._stack.enter_context(Processes(self.folder / "run", env))
+        self._sections = start.comm_sections(self.backend, self.folder, self.clients)
+        if self.backend == "MQTT_S3":
+            comm = self._sections["comm_args"]
+            self._stack.enter_context(start.broker_and_store(comm, self.folder))
+        if self._tapped:
+            self._tap()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def _tap(self) -> None:
+        """A proxy before each process; only the process itself knows its own port."""
+        ports = [start.grpc_port(self.folder, rank) for rank in range(self.clients + 1)]
+        for rank, port in enumerate(ports):
+            tap = Wiretap(port, record=self._record, metered=False)
+            self.taps[rank] = self._stack.enter_context(tap)
+        for rank in range(self.clients + 1):
+            rows = ["eid,rank,grpc_server_ip,grpc_server_port"]
+            for other, port in enumerate(ports):
+                seen = port if other == rank else self.taps[other].port
+                rows.append(f"{other},{other},127.0.0.1,{seen}")
+            (self.folder / f"grpc-{rank}.csv").write_text("\n".join([*rows, ""]), "utf-8")
+
+    # Running
+
+    def config(self, rank: int) -> Path:
+        """The configuration of one process."""
+        plugin = self._of_rank.get(rank, self._plugin)
+        keys = None
+        if plugin is not None:
+            keys = {f"fedpara_{key}": value for key, value in plugin.items()}
+            if rank == 0:
+                keys |= {"fedpara_checkpoint": str(self.checkpoint)}
+                keys |= {"fedpara_ledger": str(self.ledger)}
+        path = start.write_config(
+            self.folder / f"config-{rank}.yaml",
+            clients=self.clients,
+            sections=self._sections,
+            train=self._train,
+            plugin=keys,
+        )
+        content = yaml.safe_load(path.read_text("utf-8"))
+        content["common_args"] |= self._common
+        if self.taps:
+            content["comm_args"]["grpc_ipconfig_path"] = str(self.folder / f"grpc-{rank}.csv")
+        path.write_text(yaml.safe_dump(content), "utf-8")
+        return path
+
+    def start(self, rank: int, **env: str) -> Program:
+        """Start one process."""
+        name = "server" if rank == 0 else f"client-{rank}"
+        switch = "off" if self._of_rank.get(rank, self._plugin) is None else "on"
+        self.processes.env |= {"FEDPARA_PLUGIN": switch, **env}
+        words = [sys.executable, str(self._app), "--cf", str(self.config(rank))]
+        words += ["--rank", str(rank), "--role", "client" if rank else "server"]
+        program = self.programs[name] = self.processes.start(name, *words)
+        if rank == 0 and self.backend == "GRPC" and switch == "off":
+            port = start.grpc_port(self.folder, 0)
+            wait_until(lambda: _listens(port), seconds=PATIENCE, what="the server listens")
+        return program
+
+    def start_all(self) -> None:
+        """Start all processes."""
+        if self.backend != "MPI":
+            for rank in range(self.clients + 1):
+                self.start(rank)
+            return
+        switch = "off" if self._plugin is None else "on"
+        self.processes.env |= {"FEDPARA_PLUGIN": switch}
+        words = [sys.executable, str(self._app), "--cf", str(self.config(0))]
+        launcher = start.mpirun(self.clients + 1)
+        self.programs["mpirun"] = self.processes.start("mpirun", *launcher, *words)
+
+    def wait(self, seconds: float = PATIENCE) -> dict[str, int]:
+        """Wait for the ends of all; their exit codes."""
+        return {name: program.wait(seconds) for name, program in self.programs.items()}
+
+    def run(self) -> dict[str, int]:
+        """Start all and wait."""
+        self.start_all()
+        return self.wait()
+
+    def finished(self) -> FedMLEngine:
+        """Run to a good end.
+
+        Raises:
+            RuntimeError: a process ended with another code than 0.
+        """
+        for name, code in self.run().items():
+            if code:
+                raise RuntimeError(f"{name} ended with {code}:\n{self.programs[name].tail()}")
+        return self
+
+    # What came of it
+
+    @property
+    def final(self) -> dict[str, Tensor]:
+        """The server's dense model."""
+        return load_file(self.checkpoint)
+
+    def noted(self, client: int, number: int, when: str) -> dict[str, Tensor]:
+        """A client's state in a round, the first being 1, ``before`` or ``after`` training."""
+        path = self.notes / f"{client}-{number}-{when}.pt"
+        state: dict[str, Tensor] = torch.load(path, weights_only=True)
+        return state
+
+    def text(self, name: str) -> str:
+        """What a process printed."""
+        return self.programs[name].text
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as each:
+        return each.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,130 @@
+"""A FedML project whose processes fail on demand, and note what they hold.
+
+``FEDPARA_TROUBLE`` says who fails, when and how, such as ``client 2 round 1 raises``; several are
+joined by ``;``. ``FEDPARA_NOTES`` is a folder for states before and after each training.
+``FEDPARA_PLUGIN=off`` takes FedML's own runner. ``FEDPARA_LEAK=1`` adds private factors to replies.
+"""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import fedml
+import torch
+from fedml.ml.aggregator.default_aggregator import DefaultServerAggregator
+from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "fedml_cross_silo"))
+
+import digits
+from net import Net
+
+NOTES = os.environ.get("FEDPARA_NOTES", "")
+
+
+def trouble(who: str, number: int) -> str:
+    """What goes wrong for a party in a round, the first being 1; "" if nothing does."""
+    for part in os.environ.get("FEDPARA_TROUBLE", "").split(";"):
+        words = part.split()
+        if words and words[:-1] == [*who.split(), "round", str(number)]:
+            return words[-1]
+    return ""
+
+
+class Trainer(ModelTrainerCLS):  # type: ignore[misc]
+    """FedML's default, with trouble."""
+
+    last: nn.Module
+
+    def train(self, train_data: Any, device: Any, args: Any, **more: Any) -> None:
+        """As the default, if nothing goes wrong."""
+        number, rank = args.round_idx + 1, args.rank
+        Trainer.last = self.model
+        self.note(number, "before")
+        what = trouble(f"client {rank}", number)
+        if what == "raises":
+            raise RuntimeError("the disk is full")
+        if what == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().train(train_data, device, args, **more)
+        if what == "nan":
+            with torch.no_grad():
+                next(iter(self.model.parameters())).fill_(torch.nan)
+        self.note(number, "after")
+
+    def note(self, number: int, when: str) -> None:
+        """Write the model's state."""
+        if NOTES:
+            torch.save(self.model.state_dict(), Path(NOTES) / f"{self.id}-{number}-{when}.pt")
+
+
+class Aggregator(DefaultServerAggregator):  # type: ignore[misc]
+    """FedML's default, with trouble."""
+
+    def aggregate(self, models: Any) -> Any:
+        """As the default, if nothing goes wrong."""
+        what = trouble("server", self.args.round_idx + 1)
+        if what == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "raises":
+            raise RuntimeError("no such column")
+        return super().aggregate(models)
+
+
+def send_garbage() -> None:
+    """Replies of the rounds in question are no message at all, or a damaged one."""
+    from fedpara_plugins_fedml.client import ClientHalf
+
+    train = ClientHalf.train
+
+    def damaged(self: Any, *args: Any, **options: Any) -> bytes:
+        reply = train(self, *args, **options)
+        what = trouble(f"client {self._args.rank}", self._args.round_idx + 1)
+        if what == "garbage":
+            return b"garbage" * 1000
+        return reply[: len(reply) // 2] if what == "cut" else reply
+
+    ClientHalf.train = damaged  # type: ignore[method-assign]
+
+
+def leak() -> None:
+    """Every answer carries the private factors too, beside the plugin's message."""
+    from fedpara_plugins import split
+    from fedpara_plugins_fedml.post import Post
+    from fedpara_plugins_fedml.protocol import ANSWER
+
+    send = Post.send
+
+    def leaking(self: Any, peer: int, kind: int, data: Any = None, **fields: Any) -> None:
+        if kind == ANSWER:
+            private = split(Trainer.last).private.values()
+            fields["leak"] = b"".join(value.detach().numpy().tobytes() for value in private)
+        send(self, peer, kind, data, **fields)
+
+    Post.send = leaking  # type: ignore[method-assign]
+
+
+def main() -> None:
+    """Run one process."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    args = fedml.init(check_env=False, should_init_logs=False)
+    if os.environ.get("FEDPARA_PLUGIN") == "off":
+        runner = fedml.FedMLRunner
+    else:
+        from fedpara_plugins_fedml import FedMLRunner as runner  # noqa: N813
+
+        send_garbage()
+        if os.environ.get("FEDPARA_LEAK"):
+            leak()
+    dataset = digits.load(args.client_num_in_total, args.batch_size)
+    model: nn.Module = Net()
+    device = fedml.device.get_device(args)
+    runner(args, device, dataset, model, Trainer(model, args), Aggregator(model, args)).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Parties that fail: the round goes on without them, or the run ends everywhere and says why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.fedml_engine import FedMLEngine, why_not
+
+FEDPARA = {"method": "fedpara", "gamma": 0.3, "codec": "balanced", "timeout": 20}
+LIMIT = 180.0
+"""Seconds that a run may take to end; nothing is asserted about how long it really takes."""
+
+
+def text_of(engine: FedMLEngine, name: str) -> str:
+    return engine.text("mpirun" if engine.backend == "MPI" else name)
+
+
+def check_ended(engine: FedMLEngine, reason: Iterable[str], killed: str = "") -> None:
+    """All processes have ended, none of them well, and all that could have said why."""
+    codes = engine.wait(LIMIT)
+    assert all(codes.values()), codes
+    for name in codes:
+        if name != killed:
+            for words in reason:
+                assert words in engine.text(name), (name, engine.programs[name].tail(20))
+
+
+@pytest.mark.parametrize("backend", ["TRPC", "MPI", "GRPC"])
+def test_a_bad_client_costs_its_answer_only(tmp_path: Path, backend: str) -> None:
+    """A training that raises, NaN, no message at all, half a message: one round each."""
+    if reason := why_not(backend):
+        pytest.skip(reason)
+    trouble = {"raises": 1, "nan": 2, "garbage": 3, "cut": 4}
+    words = ";".join(f"client 2 round {number} {what}" for what, number in trouble.items())
+    train = {"comm_round": 5, "learning_rate": 0.1}
+    with FedMLEngine(tmp_path, backend, plugin=FEDPARA, train=train, trouble=words) as engine:
+        engine.finished()
+        log = text_of(engine, "server")
+        for number in trouble.values():
+            assert f"left out client 1 in round {number}: " in log  # the silo of process 2
+        assert "the disk is full" in log
+        assert "left out client 1 in round 5" not in log
+        assert "left out client 0" not in log
+    assert all(torch.isfinite(value).all() for value in engine.final.values())
+
+
+@pytest.mark.parametrize("backend", ["TRPC", "GRPC", "MQTT_S3"])
+def test_a_client_that_is_killed_ends_the_run(tmp_path: Path, backend: str) -> None:
+    if reason := why_not(backend):
+        pytest.skip(reason)
+    words = "client 2 round 2 dies"
+    with FedMLEngine(tmp_path, backend, plugin=FEDPARA, trouble=words) as engine:
+        engine.start_all()
+        check_ended(engine, ["client 2 is gone", "fedpara_min_clients is unset"], "client-2")
+
+
+def test_a_process_that_is_killed_under_mpirun(tmp_path: Path) -> None:
+    """Open MPI itself ends all processes of its job, and says so."""
+    if reason := why_not("MPI"):
+        pytest.skip(reason)
+    with FedMLEngine(tmp_path, "MPI", plugin=FEDPARA, trouble="client 2 round 2 dies") as engine:
+        engine.start_all()
+        check_ended(engine, ["signal 9"])
+
+
+@pytest.mark.parametrize("backend", ["TRPC", "GRPC"])
+def test_a_client_that_is_killed_and_can_be_spared(tmp_path: Path, backend: str) -> None:
+    plugin = {**FEDPARA, "min_clients": 1}
+    train = {"comm_round": 4, "learning_rate": 0.1}
+    words = "client 2 round 2 dies"
+    with FedMLEngine(tmp_path, backend, plugin=plugin, train=train, trouble=words) as engine:
+        engine.start_all()
+        codes = engine.wait(LIMIT)
+        assert codes.pop("client-2") == -9
+        assert codes == {"server": 0, "client-1": 0}, engine.programs["server"].tail()
+        log = engine.text("server")
+        for number in (2, 3, 4):
+            assert f"left out client 1 in round {number}" in log
+    assert engine.checkpoint.exists()
+
+
+@pytest.mark.parametrize("backend", ["TRPC", "GRPC"])
+def test_a_server_that_is_killed_ends_the_clients(tmp_path: Path, backend: str) -> None:
+    with FedMLEngine(tmp_path, backend, plugin=FEDPARA, trouble="server round 2 dies") as engine:
+        engine.start_all()
+        check_ended(engine, ["the server is gone"], "server")
+
+
+def test_an_error_of_the_server_is_told_to_all(tmp_path: Path) -> None:
+    with FedMLEngine(tmp_path, "GRPC", plugin=FEDPARA, trouble="server round 2 raises") as engine:
+        engine.start_all()
+        check_ended(engine, ["no such column"])
+
+
+def test_a_client_that_is_started_again_goes_on(tmp_path: Path) -> None:
+    """With a state-dir it has its private factors and what its codec had lost: equal weights."""
+    plugin = {**FEDPARA, "method": "pfedpara", "min_clients": 1, "timeout": 60}
+    finals = {}
+    for name, trouble in (("whole", ""), ("killed", "client 2 round 2 dies")):
+        own = {**plugin, "state_dir": str(tmp_path / f"{name}-state")}
+        folder = tmp_path / name
+        with FedMLEngine(folder, "GRPC", plugin=own, trouble=trouble) as engine:
+            engine.start_all()
+            if trouble:
+                assert engine.programs["client-2"].wait(LIMIT) == -9
+                engine.start(2, FEDPARA_TROUBLE="")
+            assert set(engine.wait(LIMIT).values()) == {0}, engine.programs["server"].tail()
+            assert "left out" not in engine.text("server")
+            assert ("client 2 is back" in engine.text("server")) == bool(trouble)
+            finals[name] = engine.final
+    for key, value in finals["whole"].items():
+        assert torch.equal(value, finals["killed"][key]), key
+
+
+# Two sides that do not fit
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"gamma": 0.5}, "gamma"),
+        ({"codec": "int8"}, "fedpara_codec"),
+        ({"method": "lowrank"}, "method"),
+        ({"gama": 0.3}, "did you mean fedpara_gamma"),
+    ],
+)
+def test_a_client_that_is_set_up_differently(
+    tmp_path: Path, changed: dict[str, object], reason: str
+) -> None:
+    other = {2: {**FEDPARA, **changed}}
+    with FedMLEngine(tmp_path, "GRPC", plugin=FEDPARA, of_rank=other) as engine:
+        engine.start_all()
+        check_ended(engine, [reason])
+
+
+@pytest.mark.parametrize("backend", ["TRPC", "GRPC"])
+def test_a_client_without_the_plugin(tmp_path: Path, backend: str) -> None:
+    with FedMLEngine(tmp_path, backend, plugin=FEDPARA, of_rank={2: None}) as engine:
+        engine.start_all()
+        server, good = engine.programs["server"], engine.programs["client-1"]
+        assert server.wait(LIMIT)
+        assert good.wait(LIMIT)
+        for each in (server, good):
+            assert "client 2 runs without the plugin" in each.text
+
+
+@pytest.mark.parametrize("backend", ["TRPC", "GRPC"])
+def test_a_server_without_the_plugin(tmp_path: Path, backend: str) -> None:
+    with FedMLEngine(tmp_path, backend, plugin=FEDPARA, of_rank={0: None}) as engine:
+        engine.start_all()
+        for name in ("client-1", "client-2"):
+            assert engine.programs[name].wait(LIMIT)
+            assert "the server" in engine.text(name)
+            assert "plugin" in engine.text(name)

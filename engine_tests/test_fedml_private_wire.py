@@ -1,0 +1,57 @@
+"""What a listener between FedML's processes can read: shared factors, never private ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from net import Net  # of examples/fedml_cross_silo, which the harness puts on the path
+from torch import Tensor
+
+import fedpara_plugins as fedpara
+from harness.fedml_engine import FedMLEngine
+from harness.search import count_pieces, pieces_of
+
+PLUGIN = {"method": "pfedpara", "gamma": 0.3}
+ROUNDS, CLIENTS = 2, 2
+CUT = 0.005
+"""Share of the pieces that HTTP/2 may cut in two: it sends frames of 16 kB."""
+
+
+@pytest.mark.parametrize("leaks", [False, True], ids=["sound", "leaky"])
+def test_private_bytes_on_the_wire(tmp_path: Path, leaks: bool) -> None:
+    """Messages without codec over gRPC in plain text: every byte of all connections.
+
+    The control of the sound run is that the same search finds the shared factors; the leaky one
+    sends the private factors as well, and the search finds those.
+    """
+    with FedMLEngine(
+        tmp_path, "GRPC", plugin=PLUGIN, train={"comm_round": ROUNDS}, record=True
+    ) as engine:
+        engine.processes.env["FEDPARA_LEAK"] = "1" if leaks else ""
+        engine.finished()
+        wire = b"\n".join(
+            stream
+            for tap in engine.taps.values()
+            for way in ("up", "down")
+            for stream in tap.streams(way)
+        )
+    states = [
+        engine.noted(client, number, "after")
+        for client in range(CLIENTS)
+        for number in range(1, ROUNDS + 1)
+    ]
+    parts = fedpara.split(fedpara.convert(Net(), **PLUGIN))
+    seeded = pieces_of(parts.private.values())  # no secret: both sides compute them alike
+    private = np.setdiff1d(pieces_of(chosen(states, parts.private)), seeded)
+    shared = pieces_of(chosen(states, parts.shared))
+    assert len(private) > 10_000
+    assert count_pieces(shared, wire) > (1 - CUT) * len(shared)
+    found = count_pieces(private, wire)
+    assert found > (1 - CUT) * len(private) if leaks else found == 0
+
+
+def chosen(states: Iterable[dict[str, Tensor]], names: Iterable[str]) -> list[Tensor]:
+    return [state[name] for state in states for name in names]
