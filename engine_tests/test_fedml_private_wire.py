@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from net import Net  # of examples/fedml_cross_silo, which the harness puts on the path
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from harness.fedml_engine import FedMLEngine
+from harness.fedml_engine import FedMLEngine, Net
 from harness.search import count_pieces, pieces_of
 
 PLUGIN = {"method": "pfedpara", "gamma": 0.3}

@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "examples" / "fedml_cross_silo"))
 
 import start  # noqa: E402
+from net import Net  # noqa: E402
 
-__all__ = ["BACKENDS", "FedMLEngine", "why_not"]
+__all__ = ["BACKENDS", "FedMLEngine", "Net", "why_not"]
 
 APP = ROOT / "engine_tests" / "fedml_app" / "main.py"
 BACKENDS = ("TRPC", "MPI", "GRPC", "MQTT_S3")

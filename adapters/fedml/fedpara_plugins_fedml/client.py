@@ -276,8 +276,11 @@ class ClientHalf:
 
     # Evaluating
 
-    def take_final(self, client: str, data: object) -> None:
+    def take_final(self, client: str, data: object) -> State:
         """Give the trainer's model the state of a message, with this client's private part.
+
+        Returns:
+            The server's state, for `export`.
 
         Raises:
             FedParaError: the message cannot be used.
@@ -287,6 +290,7 @@ class ClientHalf:
             task = self._received(Head.from_json(envelope.head), envelope, ClientState(storage))
         self._trainer.set_id(int(client))
         self._trainer.set_model_params(plain_state(task.full))
+        return dict(task.received[MODEL].tensors)
 
     def load(self, client: str, state: Mapping[str, Tensor]) -> None:
         """Give the trainer's model a server's state, completed with this client's private part."""

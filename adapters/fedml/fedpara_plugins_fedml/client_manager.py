@@ -122,7 +122,9 @@ class ClientManager:
     def _finished(self, event: Event) -> None:
         silo = event.number("silo")
         try:
-            self._half.take_final(str(silo), event.data)
+            state = self._half.take_final(str(silo), event.data)
+            for name in event.text("silos").split():
+                self._half.export(name, state)
         except FedParaError as error:
             log.warning("fedpara: the last model cannot be used: %s", error)
             self._post.send(SERVER, ANSWER, None, silo=silo)

@@ -140,6 +140,17 @@ class Distributed:
         args, settings = self._args, self._settings
         total, a_round = int(args.client_num_in_total), int(args.client_num_per_round)
         rule = rule_for(args, settings, clients=total, a_round=a_round)
+        if rule.prepares:
+            raise ConfigError(
+                f"federated_optimizer {rule.name!r} asks clients for gradients before any of them "
+                f"trains; the plugin offers that in the single-process simulation alone"
+            )
+        up, down = settings.codec_names
+        log.info(
+            "fedpara: the plugin's engine runs %s over %s: method %s, codec %s. FedML's hooks of "
+            "trainer and aggregator are called as in its own cross-silo mode",
+            rule.name, args.backend, settings.config.method, up if up == down else f"{up}, {down}",
+        )  # fmt: skip
         own = server_copy(converted(model, settings))
         if aggregator is None:
             aggregator = create_server_aggregator(own, args)

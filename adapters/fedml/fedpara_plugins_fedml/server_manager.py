@@ -220,11 +220,11 @@ class ServerManager:
     def _finish(self) -> None:
         """Send everybody the last model, and wait until all have it."""
         self._half.put_final()
-        last = self._silos.homes(self._silos.of_round(self._half.round - 1), self._post.peers)
         for peer in sorted(self._alive):
-            for silo in [silo for silo, home in last.items() if home == peer]:
-                final = self._half.message(str(silo), "evaluate")
-                self._post.send(peer, FINISH, final, silo=silo)
+            if silos := self._silos.of_process(peer):
+                final = self._half.message(str(silos[0]), "evaluate")
+                names = " ".join(map(str, silos))
+                self._post.send(peer, FINISH, final, silo=silos[0], silos=names)
             self._post.send(peer, FINISH)
         part(self._post, self._alive, self._last_words, None)
 

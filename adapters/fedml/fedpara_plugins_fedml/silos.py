@@ -44,7 +44,8 @@ class Silos:
             processes: those that there are, in the same order in every round.
         """
         if not self._keep:
-            return {silo: processes[i % len(processes)] for i, silo in enumerate(silos)}
+            self._homes |= {silo: processes[i % len(processes)] for i, silo in enumerate(silos)}
+            return {silo: self._homes[silo] for silo in silos}
         load = dict.fromkeys(processes, 0)
         for silo in silos:
             if self._homes.get(silo) in load:
@@ -54,3 +55,7 @@ class Silos:
                 self._homes[silo] = min(processes, key=lambda each: load[each])
                 load[self._homes[silo]] += 1
         return {silo: self._homes[silo] for silo in silos}
+
+    def of_process(self, process: int) -> list[int]:
+        """The silos that were last at a process."""
+        return [silo for silo, home in self._homes.items() if home == process]
