@@ -292,10 +292,16 @@ class ClientHalf:
         self._trainer.set_model_params(plain_state(task.full))
         return dict(task.received[MODEL].tensors)
 
-    def load(self, client: str, state: Mapping[str, Tensor]) -> None:
-        """Give the trainer's model a server's state, completed with this client's private part."""
-        self._trainer.set_id(int(client))
-        self._trainer.set_model_params(plain_state(self._completed(client, state)))
+    def load(self, client: str | None, state: Mapping[str, Tensor]) -> None:
+        """Give the trainer's model a server's state, completed with this client's private part.
+
+        Args:
+            client: its name; None takes the state as it is.
+            state: of the server.
+        """
+        self._trainer.set_id(int(client or 0))
+        full = state if client is None else self._completed(client, state)
+        self._trainer.set_model_params(plain_state(full))
 
     def _completed(self, client: str, state: Mapping[str, Tensor]) -> State:
         with contextlib.closing(self._storages.open(client)) as storage:

@@ -120,4 +120,6 @@ def _single_process(
     aggregator.model, trainer.model = own, model
     aggregator.set_id(-1)
     server = ServerHalf(settings, args, device, dataset, aggregator, rule)
-    return SingleProcess(args, dataset, server, ClientHalf(settings, args, device, trainer, local))
+    halves = server, ClientHalf(settings, args, device, trainer, local)
+    users = given["server_aggregator"] is not None
+    return SingleProcess(args, dataset, *halves, ask_aggregator=users)

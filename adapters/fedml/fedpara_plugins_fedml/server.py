@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -165,7 +165,7 @@ class ServerHalf:
                 option of its own is wrong: no round can succeed.
             FedParaError: the reply cannot be used: `exclude` the client.
         """
-        size = Size()
+        size, head = Size(), Head(round=self.round)
         try:
             envelope = unpack(data)
             head = Head.from_json(envelope.head)
@@ -179,7 +179,8 @@ class ServerHalf:
             return True
         finally:
             if isinstance(data, bytes):
-                self.accounting.message(self.round, "up", client, data, size)
+                kind = head.purpose if head.purpose in get_args(Purpose) else "train"
+                self.accounting.message(self.round, "up", client, data, size, kind=kind)
 
     def _take(self, client: str, head: Head, envelope: Envelope) -> Size:
         if client not in self._asked or client in self._excluded:

@@ -32,12 +32,20 @@ class SingleProcess:
         dataset: FedML's eight entries.
         server: the server's half.
         clients: the clients'.
+        ask_aggregator: whether the aggregator is the user's, who may test in ``test_all``.
     """
 
     def __init__(
-        self, args: Any, dataset: Sequence[Any], server: ServerHalf, clients: ClientHalf
+        self,
+        args: Any,
+        dataset: Sequence[Any],
+        server: ServerHalf,
+        clients: ClientHalf,
+        *,
+        ask_aggregator: bool = False,
     ) -> None:
         self.server = server
+        self._ask_aggregator = ask_aggregator
         self.clients = clients
         self._args = args
         self._dataset = dataset
@@ -101,10 +109,13 @@ class SingleProcess:
         args, last = self._args, number == self._args.comm_round - 1
         if not last and number % args.frequency_of_the_test:
             return
-        if not self.server.tests_itself():
+        if not (self._ask_aggregator and self.server.tests_itself()):
             try:
                 view = _View(self)
-                FedAvgAPI._local_test_on_all_clients(view, number)
+                if args.dataset.startswith("stackoverflow") and not last:
+                    FedAvgAPI._local_test_on_validation_set(view, number)
+                else:
+                    FedAvgAPI._local_test_on_all_clients(view, number)
                 view.note()
             except _NoFiguresError as error:
                 log.warning("fedpara: clients are not tested: %s", error)
@@ -135,7 +146,12 @@ class _View(SimpleNamespace):
                 for index, loader in run._test.items()
             },
             train_data_local_num_dict=run._sizes,
+            test_global=run._dataset[3],
+            val_global=None,
         )
+
+    def _generate_validation_set(self) -> None:
+        FedAvgAPI._generate_validation_set(self)
 
     def note(self) -> None:
         """Put the clients' accuracy and loss into the ledger."""
@@ -162,13 +178,11 @@ class _Tested:
         self._run = run
         self._data: tuple[Any, Any] = (None, None)
 
-    def update_local_dataset(
-        self, client: int, train: Any, test: tuple[int, Any], size: int
-    ) -> None:
+    def update_local_dataset(self, client: int, train: Any, test: Any, size: Any) -> None:
         """The next client: load the server's model and this client's private part."""
-        index, loader = test
+        name, loader = (None, test) if train is None else (str(test[0]), test[1])
         self._data = train, loader
-        self._run.clients.load(str(index), self._run.server.state)
+        self._run.clients.load(name, self._run.server.state)
 
     def local_test(self, use_test_data: bool) -> Mapping[str, float]:
         """Of the client whose model was loaded."""

@@ -29,6 +29,7 @@ class FedDyn(DriftRule):
     """
 
     name = "FedDyn"
+    mends = "FedML's penalties have no gradient, and its duals belong to places, not clients"
 
     def __init__(self, *, alpha: float, **options: Any) -> None:
         super().__init__(**options)

@@ -45,6 +45,7 @@ class FedNova(Rule):
     """
 
     name = "FedNova"
+    mends = "FedML forgets the global momentum after each round"
 
     def __init__(self, *, gmf: float, mu: float) -> None:
         self.gmf, self.mu = gmf, mu

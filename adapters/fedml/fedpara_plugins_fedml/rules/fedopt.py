@@ -41,6 +41,7 @@ class FedOpt(Rule):
     """
 
     name = "FedOpt"
+    mends = "FedML lets the clients of every round train on each other's result"
 
     def __init__(self, optimizer: ServerOptimizer) -> None:
         self.optimizer = optimizer

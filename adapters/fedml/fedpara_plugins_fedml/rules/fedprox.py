@@ -19,6 +19,7 @@ class FedProx(FedAvg):
     """The server's half: the clients' mean."""
 
     name = "FedProx"
+    mends = "FedML lets the clients of the first round train on each other's result"
 
 
 class LocalFedProx(LocalRule):

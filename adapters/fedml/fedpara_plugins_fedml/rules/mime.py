@@ -44,6 +44,7 @@ class Mime(Rule):
     """
 
     name = "Mime"
+    mends = "FedML takes the clients' full gradients a round late, summed and clipped"
 
     def __init__(self, base: Base, *, lite: bool, weighting: str) -> None:
         self.base, self.lite, self.weighting = base, lite, weighting

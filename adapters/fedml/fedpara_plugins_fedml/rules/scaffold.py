@@ -28,6 +28,7 @@ class Scaffold(DriftRule):
     """
 
     name = "SCAFFOLD"
+    mends = "FedML keeps every client's variate at zero and takes the last client's model alone"
     needs_change = True
 
     def __init__(self, *, rate: float, **options: Any) -> None:

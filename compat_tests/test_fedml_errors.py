@@ -1,0 +1,251 @@
+"""What a user reads when something does not fit, on the first round; and damaged messages."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fedml", reason="the FedML adapter; run in an environment that has fedml 0.9.6")
+
+import torch
+from torch import nn
+
+from fedpara_plugins import (
+    ConfigError,
+    ConversionError,
+    FedParaError,
+    MismatchError,
+    PayloadError,
+)
+from fedpara_plugins_fedml.envelope import MAX_HEAD, pack, unpack
+from fedpara_plugins_fedml.replies import Head
+from fedpara_plugins_fedml.settings import Settings
+from harness.fedml_project import arguments, dataset, model, run
+
+ON = {"fedpara_method": "fedpara"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"fedpara_metod": "fedpara"}, "unknown key fedpara_metod .*did you mean fedpara_method"),
+        ({"fedpara_server_ruel": "x"}, "did you mean fedpara_server_rule"),
+        ({"fedpara_method": "fedpora"}, "expected one of none, .*pfedpara"),
+        ({"fedpara_codec": "balnced"}, "balnced"),
+        ({**ON, "fedpara_gamma": 7}, "gamma.*from 0 to 1"),
+        ({**ON, "fedpara_references": "server"}, "references.*client, grid"),
+        ({**ON, "fedpara_min_clients": "many"}, "fedpara_min_clients.*number"),
+        ({**ON, "fedpara_mend": "perhaps"}, "fedpara_mend.*true or false"),
+        ({"fedpara_args": {"fedpara_method": "fedpara"}}, "inside another section"),
+        ({**ON, "federated_optimizer": "FedAgv"}, "did you mean FedAvg"),
+        ({"federated_optimizer": "FedAgv"}, "FedML has no such optimizer.*engine.*has FedAvg"),
+        ({**ON, "comm_round": None}, "key comm_round must be an integer, got None"),
+        ({**ON, "client_num_in_total": 9}, "entry 4 .*has no client 4 .5 are missing"),
+        ({**ON, "ml_engine": "jax"}, "ml_engine 'jax'"),
+        ({**ON, "fedpara_include": "conv*"}, "pattern 'conv.' matches no layer"),
+    ],
+)
+def test_bad_keys_are_told_before_the_first_round(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(**keys)
+
+
+def _short(data: list[Any]) -> Any:
+    return data[:7]
+
+
+def _wrapped(data: list[Any]) -> Any:
+    return data, 4
+
+
+def _lists(data: list[Any]) -> Any:
+    return [*data[:5], list(data[5].values()), *data[6:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_short, "a list of 7 entries as its data set; expected the 8 entries .train_data_num"),
+        (_wrapped, "a tuple of 2 entries"),
+        (_lists, "entry 5 of the data set, train_data_local_dict, is a list; expected a dict"),
+        (lambda data: dict(enumerate(data)), "a dict as its data set"),
+    ],
+)
+def test_a_data_set_of_another_form_is_told(change: Callable[[list[Any]], Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(data=change(dataset()), **ON)
+
+
+def test_a_model_that_cannot_be_converted_is_told() -> None:
+    with pytest.raises(ConversionError, match="no layer of the model can be factorised"):
+        run(net=nn.Sequential(nn.Linear(32, 4)), **ON)
+    with pytest.raises(ConversionError, match="got a dict as its model"):
+        run(net={"not": "a model"}, **ON)  # type: ignore[arg-type]
+
+
+def test_keys_may_be_text_and_nothing_is_on_by_itself() -> None:
+    args = arguments(
+        fedpara_method="fedpara", fedpara_gamma="0.3", fedpara_mend="yes", fedpara_clip=None
+    )
+    settings = Settings.from_args(args)
+    assert (settings.config.gamma, settings.mend, settings.config.clip) == (0.3, True, None)
+    plain = Settings.from_args(arguments())
+    assert not plain.active
+    assert not plain.mend
+
+
+# Two sides that do not agree: a server's message for a client of other settings
+
+
+def _message_to(server: dict[str, Any], client: dict[str, Any]) -> Head:
+    from fedpara_plugins_fedml import FedMLRunner
+
+    halves = [
+        FedMLRunner(arguments(**keys), torch.device("cpu"), dataset(), model()).runner
+        for keys in (server, client)
+    ]
+    halves[0].server.begin(["1"])
+    data = halves[0].server.message("1")
+    own = [halves[1]._dataset[place][1] for place in (5, 6, 4)]
+    reply = halves[1].clients.train("1", data, *own)
+    try:
+        halves[0].server.receive("1", reply)
+    finally:
+        head = Head.from_json(unpack(reply).head)
+    return head
+
+
+@pytest.mark.parametrize(
+    ("server", "client", "words"),
+    [
+        ({**ON, "fedpara_gamma": 0.1}, {**ON, "fedpara_gamma": 0.5}, "rank"),
+        (ON, {"fedpara_mend": True}, "has dense|differs at"),
+        ({"fedpara_mend": True}, ON, "differs at"),
+        (ON, {"fedpara_method": "pfedpara"}, "pfedpara"),
+        ({**ON, "fedpara_codec": "small"}, {**ON, "fedpara_codec": "balanced"}, "codec differs"),
+        ({**ON, "fedpara_seed": 1}, {**ON, "fedpara_seed": 2}, "seed"),
+        ({"fedpara_private": "4.*"}, {"fedpara_private": "2.*"}, "private"),
+    ],
+)
+def test_two_sides_that_differ_end_the_run_in_the_user_s_terms(
+    server: dict[str, Any], client: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"client 1: .*({words})"):
+        _message_to(server, client)
+
+
+def test_two_sides_that_agree_do_not() -> None:
+    assert _message_to(ON, ON).error == ""
+
+
+# Damaged messages
+
+
+def test_an_envelope_comes_back_as_it_was() -> None:
+    payloads = {"model": b"abc", "variate": b"", "x": bytes(range(256))}
+    found = unpack(pack({"round": 3, "task": {"a": [1, None, "ü"]}}, payloads))
+    assert found.head == {"round": 3, "task": {"a": [1, None, "ü"]}}
+    assert found.payloads == payloads
+
+
+def test_any_damage_gives_one_kind_of_error() -> None:
+    data = pack({"round": 1, "purpose": "train"}, {"model": b"0123456789", "other": b"xyz"})
+    draw = random.Random(3)
+    head = len(data) - 13
+    for _ in range(3000):
+        damaged = bytearray(data)
+        for _ in range(draw.randint(1, 4)):
+            place = draw.randrange(head)
+            damaged[place] ^= draw.randint(1, 255)
+        if draw.random() < 0.3:
+            damaged = damaged[: draw.randrange(len(damaged))]
+        if bytes(damaged) == data:
+            continue
+        with pytest.raises(PayloadError):
+            unpack(bytes(damaged))
+    with pytest.raises(PayloadError):
+        unpack(data + b"!")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        '{"head":{},"payloads":[["a",1],["a",1]]}',
+        '{"head":{},"payloads":[["a",-1],["b",3]]}',
+        '{"head":{},"payloads":[["a",true]]}',
+        '{"head":{},"payloads":[["a"]]}',
+        '{"head":[],"payloads":[]}',
+        '{"head":{}}',
+        "[]",
+        "[" * 100,
+        '{"head":{"x":NaN},"payloads":[]}',
+    ],
+)
+def test_a_head_that_makes_no_sense_is_refused(words: str) -> None:
+    import struct
+    import zlib
+
+    text = words.encode()
+    data = struct.pack("<4sII", b"FPE1", len(text), zlib.crc32(text)) + text + b"12"
+    with pytest.raises(PayloadError):
+        unpack(data)
+
+
+def test_a_message_of_something_else_says_that_the_plugin_is_missing() -> None:
+    with pytest.raises(MismatchError, match="runs without the plugin"):
+        unpack({"weight": torch.ones(2)})
+    with pytest.raises(MismatchError, match="begins with"):
+        unpack(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(PayloadError, match="more than"):
+        pack({"text": "x" * (MAX_HEAD + 1)}, {})
+    with pytest.raises(PayloadError, match="no plain JSON"):
+        pack({"value": float("nan")}, {})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"round": "3"},
+        {"round": True},
+        {"round": 1, "examples": "many"},
+        {"round": 1, "holds": {"model": 3}},
+        {"round": 1, "has": {"model": [3]}},
+        {"round": 1, "has": {"model": "text"}},
+        {"round": 1, "decoders": [1]},
+        {"round": 1, "lost": 1},
+        {"round": 1, "report": []},
+    ],
+)
+def test_a_head_of_other_kinds_of_values_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(PayloadError):
+        Head.from_json(values)
+
+
+def test_a_head_comes_back_as_it_was() -> None:
+    head = Head(round=2, examples=3.5, holds={"model": "ab"}, has={"model": ["x"]}, fresh=True)
+    assert Head.from_json(unpack(pack(head.to_json(), {})).head) == head
+    error = head.failed(RuntimeError("full\ndisk" + "x" * 5000), fatal=False)
+    assert error.error.startswith("RuntimeError: full")
+    assert len(error.error) < 1100
+    with pytest.raises(FedParaError, match="could not train: RuntimeError"):
+        error.raise_error("4")
+
+
+def test_a_reply_of_another_round_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    replies: list[bytes] = []
+
+    def late(sent: Any) -> bytes:
+        if sent.direction == "up" and sent.client == "2":
+            replies.append(sent.data)
+            return replies[0]
+        data: bytes = sent.data
+        return data
+
+    run(**ON, client_num_per_round=4, tap=late)
+    assert "left out client 2 in round 2: a reply of round 1 in round 2" in caplog.text

@@ -1,0 +1,176 @@
+"""With `fedpara_state_dir` a killed FedML run goes on where it was: server and clients."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fedml", reason="the FedML adapter; run in an environment that has fedml 0.9.6")
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedpara_plugins import ConfigError, Ledger
+from fedpara_plugins_fedml.rules import rule_for
+from fedpara_plugins_fedml.server_state import CompletedRound, ServerFile
+from fedpara_plugins_fedml.settings import Settings
+from harness.fedml_mortal import Order, Program
+from harness.fedml_project import arguments, run
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")
+
+ROUNDS = 4
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Program]:
+    made = Program()
+    yield made
+    made.end()
+
+
+def keys(
+    folder: Path | None, optimizer: str, method: str, codec: str, **more: Any
+) -> dict[str, Any]:
+    found = {
+        "federated_optimizer": optimizer,
+        "comm_round": ROUNDS,
+        "server_optimizer": "adam",
+        "server_lr": 0.05 if optimizer == "FedOpt" else 1.0,
+        "feddyn_alpha": 0.3,
+        "fedpara_method": method,
+        "fedpara_codec": codec,
+        "fedpara_gamma": 0.5,
+        "fedpara_mend": True,
+        **more,
+    }
+    return found if folder is None else {**found, "fedpara_state_dir": str(folder)}
+
+
+def equal(one: dict[str, Tensor] | None, other: dict[str, Tensor] | None) -> None:
+    assert one is not None
+    assert other is not None
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "method", "codec"),
+    [
+        ("FedAvg", "none", "none"),
+        ("FedAvg", "pfedpara", "small"),
+        ("FedOpt", "fedpara", "balanced"),
+        ("SCAFFOLD", "pfedpara", "small"),
+        ("FedDyn", "fedpara", "none"),
+    ],
+)
+def test_a_run_killed_between_rounds_ends_as_if_it_had_not_been(
+    program: Program, tmp_path: Path, optimizer: str, method: str, codec: str
+) -> None:
+    """The optimizer's state, references, private factors, variates and error feedback all go on."""
+
+    def order(name: str, die_before: int = 0) -> Order:
+        output = str(tmp_path / f"{name}.safetensors")
+        return Order(output, keys(tmp_path / name, optimizer, method, codec), die_before=die_before)
+
+    whole = program.run(order("whole"))
+    assert program.run(order("killed", die_before=2)) is None
+    assert program.run(order("killed", die_before=4)) is None
+    equal(program.run(order("killed")), whole)
+    log = (tmp_path / "killed.log").read_text()
+    assert "holds round 3 of 4" in log
+    assert "that lost it" not in log
+
+
+def test_the_kept_round_is_what_makes_them_equal(program: Program, tmp_path: Path) -> None:
+    """The control: with Adam's moments forgotten the run ends elsewhere."""
+
+    def order(name: str, die_before: int = 0) -> Order:
+        output = str(tmp_path / f"{name}.safetensors")
+        made = keys(tmp_path / name, "FedOpt", "fedpara", "none")
+        return Order(output, made, die_before=die_before)
+
+    whole = program.run(order("whole"))
+    assert program.run(order("killed", die_before=3)) is None
+    file = ServerFile(tmp_path / "killed")
+    saved = file._decoded(tmp_path / "killed" / "server" / "round.safetensors")
+    assert saved.round == 2
+    assert saved.rule
+    args = arguments(**keys(None, "FedOpt", "fedpara", "none"))
+    fresh = rule_for(args, Settings.from_args(args), clients=4, a_round=2)
+    file.write(replace(saved, rule=fresh.state_dict()))
+    ended = program.run(order("killed"))
+    assert whole is not None
+    assert ended is not None
+    assert max(float((ended[name] - value).abs().max()) for name, value in whole.items()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "method", "codec"),
+    [("FedAvg", "pfedpara", "small"), ("SCAFFOLD", "fedpara", "none")],
+)
+def test_a_run_killed_at_any_moment_goes_on(
+    program: Program, tmp_path: Path, optimizer: str, method: str, codec: str
+) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    made = keys(tmp_path / "state", optimizer, method, codec, fedpara_ledger=str(ledger))
+    order = Order(str(tmp_path / "end.safetensors"), made)
+    draw, killed = random.Random(optimizer), 0
+    for _ in range(10):
+        moment = {"die_after": draw.randint(1, 12), "moment": draw.uniform(0.0, 0.03)}
+        killed += program.run(replace(order, **moment)) is None
+    assert killed >= 3
+    state = program.run(order)
+    assert state is not None
+    whole = Order(str(tmp_path / "whole.safetensors"), keys(None, optimizer, method, codec))
+    plain = program.run(whole)
+    assert plain is not None
+    # A client that was killed after its reply trains that round twice, and nothing else differs.
+    apart = sum(float((state[name] - value).square().sum()) for name, value in plain.items())
+    start = sum(float(value.square().sum()) for value in plain.values())
+    assert apart < 0.05 * start
+    rounds = [entry.round for entry in Ledger.read(ledger)]
+    assert set(rounds) == set(range(1, ROUNDS + 1))
+    assert rounds == sorted(rounds)
+
+
+def test_a_finished_run_trains_no_further_and_writes_its_checkpoint_again(tmp_path: Path) -> None:
+    made = keys(tmp_path / "state", "FedAvg", "fedpara", "none")
+    path = tmp_path / "dense.safetensors"
+    first = run(**made, fedpara_checkpoint=str(path))
+    before = load_file(path)
+    path.unlink()
+    again = run(**made, fedpara_checkpoint=str(path))
+    assert first.sent
+    assert not again.sent
+    equal(load_file(path), before)
+
+
+def test_rounds_of_another_optimizer_model_or_method_are_refused(tmp_path: Path) -> None:
+    run(**keys(tmp_path, "FedAvg", "fedpara", "none"))
+    for changed, words in (
+        (keys(tmp_path, "FedDyn", "fedpara", "none"), "holds rounds of FedAvg"),
+        (keys(tmp_path, "FedAvg", "lowrank", "none"), "another model: .*fedpara.*lowrank"),
+        (keys(tmp_path, "FedAvg", "none", "none"), "fedpara.*there and method none here"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run(**changed)
+    (tmp_path / "server" / "round.safetensors").write_bytes(b"nothing of ours")
+    with pytest.raises(ConfigError, match=r"round\.safetensors is damaged"):
+        run(**keys(tmp_path, "FedAvg", "fedpara", "none"))
+
+
+def test_a_folder_that_cannot_be_written_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "server").write_text("a file where the folder should be")
+    ServerFile(tmp_path).write(CompletedRound(3, {"w": torch.ones(2)}))
+    assert "round 3 is not kept" in caplog.text
