@@ -20,6 +20,7 @@ from fedpara_plugins_fedml.distributed import (
     looks_distributed,
     telling_others,
 )
+from fedpara_plugins_fedml.logs import follow_fedml
 from fedpara_plugins_fedml.models import converted, server_copy
 from fedpara_plugins_fedml.refusals import check_args, check_clients, check_dataset
 from fedpara_plugins_fedml.rules import RULES, local_rule_for, rule_for
@@ -59,6 +60,7 @@ class FedMLRunner(fedml.runner.FedMLRunner):  # type: ignore[misc]
         server_aggregator: Any = None,
         algorithm_flow: Any = None,
     ) -> None:
+        follow_fedml()
         with telling_others(args, None) if looks_distributed(args) else nullcontext():
             settings = Settings.from_args(args)
         given = client_trainer, server_aggregator
