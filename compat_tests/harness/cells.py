@@ -99,7 +99,7 @@ def part() -> str:
 def installed_version(framework: str = "flower") -> str:
     """The framework's version here; empty if it is not installed."""
     try:
-        return version({"flower": "flwr"}[framework])
+        return version({"flower": "flwr"}.get(framework, framework))
     except PackageNotFoundError:
         return ""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import fedml
@@ -48,14 +47,15 @@ def arguments(**keys: Any) -> Any:
     args = Arguments.__new__(Arguments)
     for name, value in {**DEFAULTS, **keys}.items():
         setattr(args, name, value)
-    _initialise_once()
     fedml.mlops.pre_setup(args)
     return args
 
 
-@cache
-def _initialise_once() -> None:
-    """FedML asks its home for settings here, and gives up after some seconds."""
+def _initialise() -> None:
+    """FedML asks its home for settings here, and gives up after some seconds.
+
+    It seeds torch too, so this must not come between a model's weights and its conversion.
+    """
     args = Arguments.__new__(Arguments)
     for name, value in DEFAULTS.items():
         setattr(args, name, value)
@@ -137,7 +137,7 @@ Tap = Callable[[Sent], bytes]
 def run(
     *,
     net: nn.Module | None = None,
-    data: list[Any] | None = None,
+    data: list[Any] | Callable[[Any], list[Any]] | None = None,
     plain: bool = False,
     tap: Tap | None = None,
     **keys: Any,
@@ -146,7 +146,7 @@ def run(
 
     Args:
         net: the model; `model` by default.
-        data: the data set; `dataset` by default.
+        data: the data set, or what makes it for the arguments; `dataset` by default.
         plain: with FedML's own runner.
         tap: between server and clients.
         keys: of the YAML, and ``client_trainer`` or ``server_aggregator``: a class of it, which
@@ -157,6 +157,7 @@ def run(
     own = {k: keys.pop(k) for k in ("client_trainer", "server_aggregator") if k in keys}
     args = arguments(**keys)
     net = net or model()
+    data = data(args) if callable(data) else data
     given = {name: kind(net, args) for name, kind in own.items()}
     kind = fedml.FedMLRunner if plain else FedMLRunner
     runner = kind(args, torch.device("cpu"), data or dataset(), net, **given)
@@ -191,3 +192,6 @@ def forget_security() -> None:
     FedMLDifferentialPrivacy._dp_instance = None
     FedMLAttacker._attacker_instance = None
     FedMLDefender._defender_instance = None
+
+
+_initialise()

@@ -421,7 +421,7 @@ class Mime(Loop):
         for client in chosen:
             self.load(client)
             size = self.size(client)
-            for batch in self.train[client]:
+            for batch in self.batches(client):
                 part = self.gradients(self.model, batch)
                 for k in self.names:
                     whole[k] += len(batch[1]) / size / len(chosen) * part[k].double()

@@ -19,6 +19,7 @@ import pytest
 
 from harness.cells import OURS, STRATEGIES, Cell, installed_version
 from harness.engine_cells import EngineCell
+from harness.fedml_cells import FEDML
 
 __all__ = ["CellResult", "pytest_configure", "pytest_runtest_makereport", "result"]
 
@@ -52,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: cells of Flower's {spec.class_name}")
     for name, spec in OURS.items():
         config.addinivalue_line("markers", f"{name}: the plugin's {spec.class_name}")
+    for name, fedml in FEDML.items():
+        config.addinivalue_line("markers", f"{name}: cells of FedML's {fedml.label}")
 
 
 @pytest.hookimpl(wrapper=True)
