@@ -25,6 +25,9 @@ from harness.cells import (
     drift_cells,
 )
 from harness.engine_page import engine_results, engine_section, of_an_engine
+from harness.fedml_cells import FEDML, FEDML_ENVIRONMENT, fedml_cells
+
+SPELLED = {"flower": "Flower", "fedml": "FedML"}
 
 Row = Mapping[str, Any]
 Results = Mapping[tuple[str, str], Row]
@@ -32,8 +35,9 @@ Results = Mapping[tuple[str, str], Row]
 HEAD = """# What is verified
 
 Every cell is a real federated run (4 or 7 clients, 2 rounds, scikit-learn's digits, a small CNN
-with GroupNorm or BatchNorm) through the Grid of [`compat_tests/harness`](../compat_tests/harness),
-with assertions that can fail:
+with GroupNorm or BatchNorm), on Flower through the Grid of
+[`compat_tests/harness`](../compat_tests/harness), on FedML in its single-process simulation, with
+assertions that can fail:
 
 - The strategy's own rule is written out in plain torch
   ([`rules.py`](../compat_tests/harness/rules.py) and the modules it imports). With codec `none` or
@@ -42,19 +46,29 @@ with assertions that can fail:
   coordinate by coordinate). The clients' own models are as accurate as the loop's.
 - The ledger's bytes equal those counted on the wire, in every round and direction, and no message
   holds more or less than what the cell shares.
+- FedML's cells run with the plugin's engine on (`fedpara_mend: true` for method and codec `none`)
+  and are held against the published algorithms
+  ([`fedml_rules.py`](../compat_tests/harness/fedml_rules.py)); where variates, duals or gradients
+  are coded too, a lossy codec may end within 10 %. What FedML itself computes is in
+  [its faults](fedml-faults.md).
+- One truth: FedAvg, FedProx, FedAdam and SCAFFOLD with `none`, `fedpara` and `pfedpara` come to the
+  same weights on Flower, on FedML and in a plain loop, which is
+  [a file](../compat_tests/reference/truth.safetensors) (`compat_tests/test_flower_truth.py`,
+  `compat_tests/test_fedml_truth.py`).
 - The DP wrappers run without noise here; noise and bound have
   [tests of their own](../compat_tests/test_flower_clipping.py).
 
 The latest version runs every strategy with every method and two codecs, the others every pair of
 (strategy, method, codec, normalisation). `tox run` runs a smoke part of the latest and the oldest
-version, `tox run -m matrix` all of it, `tox run -e flower-latest -- -m fedadam` one strategy.
+version of Flower and of FedML, `tox run -m matrix` all of it, `tox run -e flower-latest -- -m
+fedadam` one strategy.
 
 How to read a cell: codec, accuracy of the server's model on its test data (the plain loop's in
 brackets), and how many times fewer bytes than the dense model both directions took together, first
-contact and evaluation included. For `pfedpara` the server's model is W1, and "own" is the mean
+contact and evaluation included (FedML evaluates without messages). For `pfedpara` the server's model is W1, and "own" is the mean
 accuracy of the clients' own models on their held-out images. *refused*: the plugin ends the run
-with the reason, as the cell asserts. *Flower's error*: method and codec are both `none`, the plugin
-does nothing, and Flower's strategy cannot compute with this model; asserted too, so that the table
+with the reason, as the cell asserts. *Flower's error*, *FedML's error*: the plugin does nothing, and
+the framework itself cannot compute with this model or these keys; asserted too, so that the table
 notices when that changes.
 """
 
@@ -92,7 +106,7 @@ def render(results: Results, engines: Mapping[str, Row] | None = None) -> str:
         results: of the cells without engine.
         engines: of those with one, by cell.
     """
-    names = [known.name for known in ENVIRONMENTS]
+    names = [*(known.name for known in ENVIRONMENTS), FEDML_ENVIRONMENT]
     ran = {environment for environment, _ in results}
     ordered = [name for name in names if name in ran] + sorted(ran - set(names))
     parts = [HEAD, _summary(results), _overview(ordered, results)]
@@ -104,10 +118,11 @@ def render(results: Results, engines: Mapping[str, Row] | None = None) -> str:
 def _summary(results: Results) -> str:
     passed = [row for row in results.values() if row["outcome"] == "passed"]
     refused = sum(row["refused_by"] == "plugin" for row in passed)
-    upstream = sum(row["refused_by"] == "Flower" for row in passed)
+    upstream = sum(row["refused_by"] in ("Flower", "FedML") for row in passed)
     return (
         f"{len(results)} cells ran: {len(passed)} passed, {len(results) - len(passed)} failed. Of "
-        f"those that passed {refused} are refusals and {upstream} are errors of Flower's own.\n"
+        f"those that passed {refused} are refusals and {upstream} are errors of the "
+        f"framework's own.\n"
     )
 
 
@@ -117,14 +132,27 @@ def _overview(names: Sequence[str], results: Results) -> str:
     head = ["strategy", "marker"]
     head += [_listed(row["version"] for row in versions[name].values()) for name in names]
     lines = [head, ["---", "---", *["---:" for _ in names]]]
-    for strategy, spec in {**STRATEGIES, **OURS}.items():
+    for strategy, label in _labels().items():
         counts = [_counted(strategy, name, versions[name]) for name in names]
-        lines.append([spec.label, f"`{strategy}`", *counts])
-    return f"Cells that passed, by version of Flower:\n\n{_table(lines)}\n"
+        lines.append([label, f"`{strategy}`", *counts])
+    return f"Cells that passed, by version of Flower and of FedML:\n\n{_table(lines)}\n"
+
+
+def _labels(framework: str = "") -> dict[str, str]:
+    """All optimizers by marker, named as the framework does, Flower's names first."""
+    flower = {name: spec.label for name, spec in {**STRATEGIES, **OURS}.items()}
+    fedml = {name: spec.label for name, spec in FEDML.items()}
+    return {**flower, **fedml} if framework == "fedml" else {**fedml, **flower}
+
+
+def _planned(name: str) -> list[Cell]:
+    return fedml_cells(name) if name == FEDML_ENVIRONMENT else [*cells(name), *drift_cells(name)]
 
 
 def _counted(strategy: str, name: str, own: Mapping[str, Row]) -> str:
-    planned = sum(c.strategy == strategy for c in [*cells(name), *drift_cells(name)])
+    planned = sum(c.strategy == strategy for c in _planned(name))
+    if not planned:
+        return "-"
     mine = [row for row in own.values() if row["strategy"] == strategy]
     passed = sum(row["outcome"] == "passed" for row in mine)
     failed = len(mine) - passed
@@ -137,14 +165,14 @@ def _of(name: str, results: Results) -> dict[str, Row]:
 
 def _section(name: str, results: Results) -> str:
     own = _of(name, results)
-    versions = _listed(f"{row['framework'].capitalize()} {row['version']}" for row in own.values())
+    frameworks = {row["framework"] for row in own.values()}
+    versions = _listed(f"{SPELLED[row['framework']]} {row['version']}" for row in own.values())
     commits = _listed(row["commit"] or "no commit" for row in own.values())
     dates = _listed(row["date"] for row in own.values())
     lines = [["strategy", *METHODS], ["---"] * (1 + len(METHODS))]
-    for strategy, model in product({**STRATEGIES, **OURS}, MODELS):
-        label = {**STRATEGIES, **OURS}[strategy].label + (
-            ", BatchNorm" if model == "batchnorm" else ""
-        )
+    labels = _labels("fedml" if frameworks == {"fedml"} else "")
+    for strategy, model in product(labels, MODELS):
+        label = labels[strategy] + (", BatchNorm" if model == "batchnorm" else "")
         ids = {
             method: [Cell("", "", strategy, method, codec, model).id for codec in CODECS]
             for method in METHODS
@@ -166,7 +194,8 @@ def _cell(row: Row) -> str:
     if row["outcome"] != "passed":
         return f"{codec}: **failed**"
     if row["refused_by"]:
-        return f"{codec}: " + ("*refused*" if row["refused_by"] == "plugin" else "*Flower's error*")
+        by = row["refused_by"]
+        return f"{codec}: " + ("*refused*" if by == "plugin" else f"*{by}'s error*")
     own = f", own {figures['client_accuracy']:.3f}" if row["method"] == "pfedpara" else ""
     return (
         f"{codec}: {figures['accuracy']:.3f} ({figures['reference_accuracy']:.3f}), "
