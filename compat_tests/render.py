@@ -65,11 +65,11 @@ fedadam` one strategy.
 
 How to read a cell: codec, accuracy of the server's model on its test data (the plain loop's in
 brackets), and how many times fewer bytes than the dense model both directions took together, first
-contact and evaluation included (FedML evaluates without messages). For `pfedpara` the server's model is W1, and "own" is the mean
-accuracy of the clients' own models on their held-out images. *refused*: the plugin ends the run
-with the reason, as the cell asserts. *Flower's error*, *FedML's error*: the plugin does nothing, and
-the framework itself cannot compute with this model or these keys; asserted too, so that the table
-notices when that changes.
+contact and evaluation included (FedML evaluates without messages). For `pfedpara` the server's
+model is W1, and "own" is the mean accuracy of the clients' own models on their held-out images.
+*refused*: the plugin ends the run with the reason, as the cell asserts. *Flower's error*, *FedML's
+error*: the plugin does nothing, and the framework itself cannot compute with this model or these
+keys; asserted too, so that the table notices when that changes.
 """
 
 
