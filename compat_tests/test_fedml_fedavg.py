@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("fedml", reason="the FedML adapter; run in an environment th
 import torch
 from fedml.ml.aggregator.default_aggregator import DefaultServerAggregator
 from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
+from safetensors.torch import load_file
 
 from fedpara_plugins import ModelSpec, convert
 from harness.fedml_project import dataset, model, run
@@ -98,7 +100,7 @@ class AveragesAPart(DefaultServerAggregator):
 
 
 @pytest.mark.parametrize("method", ["none", "pfedpara"])
-def test_a_project_may_exchange_a_part_of_its_model(method: str) -> None:
+def test_a_project_may_exchange_a_part_of_its_model(method: str, tmp_path: Path) -> None:
     def frozen() -> torch.nn.Module:
         net = model()
         for parameter in net[0].parameters():
@@ -115,7 +117,12 @@ def test_a_project_may_exchange_a_part_of_its_model(method: str) -> None:
         fedpara_method=method,
         fedpara_gamma=0.5,
         fedpara_mend=True,
+        fedpara_checkpoint=str(tmp_path / "server.safetensors"),
+        fedpara_client_checkpoints=str(tmp_path),
     )
+    for path in tmp_path.iterdir():
+        model().load_state_dict(load_file(path), strict=True)
+    assert len(list(tmp_path.iterdir())) == 5
     assert not [name for name in outcome.state if name.startswith("0.")]
     for name, value in _without_first_layer(wanted).items():
         torch.testing.assert_close(outcome.state[name], value, rtol=1e-5, atol=1e-6)

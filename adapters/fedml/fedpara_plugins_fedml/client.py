@@ -35,7 +35,7 @@ from fedpara_plugins.training import start_round, training_of
 from fedpara_plugins_fedml.client_storage import ClientStorages
 from fedpara_plugins_fedml.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.labels import count_once
-from fedpara_plugins_fedml.models import plain_state, spec_for, to_state
+from fedpara_plugins_fedml.models import dense_of, plain_state, spec_for, to_state
 from fedpara_plugins_fedml.replies import MODEL, Head
 from fedpara_plugins_fedml.rules import LocalRule, LocalWork, State, Visit
 from fedpara_plugins_fedml.settings import Settings
@@ -315,7 +315,7 @@ class ClientHalf:
         if folder is not None:
             save_dense(
                 folder / f"client-{client}.safetensors",
-                self._spec.dense_state(self._completed(client, state)),
+                dense_of(self._trainer.model, self._completed(client, state), private=True),
                 model=f"the own model of client {client}",
                 method=self._settings.config.method,
             )

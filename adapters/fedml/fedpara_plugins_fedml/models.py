@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from fedpara_plugins import ConversionError, ModelSpec, convert
 from fedpara_plugins_fedml.settings import Settings
 
-__all__ = ["converted", "plain_state", "server_copy", "spec_for", "to_state"]
+__all__ = ["converted", "dense_of", "plain_state", "server_copy", "spec_for", "to_state"]
+
+
+State = dict[str, Tensor]
 
 
 def converted(model: Any, settings: Settings) -> nn.Module:
@@ -62,6 +65,20 @@ def spec_for(model: nn.Module, names: Collection[str]) -> ModelSpec:
         keys=tuple(key for key in spec.keys if key in kept),
         own={key: own for key, own in spec.own.items() if key in kept},
     )
+
+
+def dense_of(model: nn.Module, exchanged: Mapping[str, Tensor], *, private: bool) -> State:
+    """The plain model's state, ready for ``load_state_dict(strict=True)``.
+
+    Args:
+        model: converted; what the project does not exchange is taken from it.
+        exchanged: all other names.
+        private: whether private factors count; without them it is the shared W1.
+    """
+    spec = ModelSpec.of(model)
+    state = {**to_state(model.state_dict()), **exchanged}
+    left_out = frozenset() if private else spec.private_factors
+    return spec.dense_state({k: v for k, v in state.items() if k not in left_out})
 
 
 def to_state(params: Mapping[str, Any]) -> dict[str, Tensor]:

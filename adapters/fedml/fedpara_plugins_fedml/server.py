@@ -18,7 +18,7 @@ from fedpara_plugins.optimizers import trained_parameters
 from fedpara_plugins_fedml.accounting import Accounting
 from fedpara_plugins_fedml.aggregation import Aggregation
 from fedpara_plugins_fedml.envelope import Envelope, pack, unpack
-from fedpara_plugins_fedml.models import plain_state, spec_for, to_state
+from fedpara_plugins_fedml.models import dense_of, plain_state, spec_for, to_state
 from fedpara_plugins_fedml.replies import MODEL, Head
 from fedpara_plugins_fedml.rules import Answer, Rule, State
 from fedpara_plugins_fedml.server_state import CompletedRound, ServerFile
@@ -272,12 +272,10 @@ class ServerHalf:
         path = self.settings.checkpoint
         if path is None:
             return
-        private = self._spec.private_factors
-        state = {name: value for name, value in self._x.items() if name not in private}
         model = "the server's model"
-        if private:
+        if self._spec.private_factors:
             model += ": W1, the shared part (private part zero)"
-        dense = self._spec.dense_state(state)
+        dense = dense_of(self._aggregator.model, self._x, private=False)
         save_dense(path, dense, model=model, method=self.settings.config.method)
         log.info("fedpara: dense checkpoint of the server's model written to %s", path)
 
