@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -313,6 +314,20 @@ def test_a_rule_goes_on_from_its_saved_state(name: str) -> None:
             not torch.equal(record["w"], fresh.records()[key]["w"])
             for key, record in rule.records().items()
         )
+
+
+@pytest.mark.parametrize("name", [*EVERY, "fedopt-momentum", "fedopt-yogi", "fednova-momentum"])
+def test_a_run_that_is_started_again_goes_on(name: str, tmp_path: Path) -> None:
+    """Server and clients from their files after two rounds; the third is as if nothing had been."""
+    keys = {"epochs": 1, "fedpara_codec": "lossless"}
+    whole = federated(CASES[name], "pfedpara", model(), comm_round=3, **keys).state
+    kept = {"fedpara_state_dir": str(tmp_path), **keys}
+    two = federated(CASES[name], "pfedpara", model(), comm_round=2, **kept).state
+    three = federated(CASES[name], "pfedpara", model(), comm_round=3, **kept)
+    assert three.runner.runner.server.round == 3
+    assert {sent.round for sent in three.sent} == {3}
+    assert_same(three.state, whole, atol=1e-7)
+    assert any(not torch.equal(two[key], value) for key, value in whole.items())
 
 
 # Codecs
