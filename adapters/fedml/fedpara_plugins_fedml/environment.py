@@ -52,7 +52,12 @@ BACKENDS: Mapping[str, str] = {"MPI": "mpi4py", "GRPC": "grpcio"}
 LOADS_ANYWHERE = "<=0.16.2"
 """Releases of torchvision that import beside a torch of any build."""
 
-REMEDY = "pip install --no-deps torchvision==0.16.2"
+REMEDY = (
+    "pip install --no-deps torchvision==0.16.2"
+    if sys.version_info < (3, 12)
+    else "install the torchvision that belongs to your torch, from where your torch comes"
+)
+"""0.16.2 was built for Python up to 3.11."""
 
 
 def findings() -> Iterator[Finding]:
