@@ -13,7 +13,7 @@ from fedml.ml.trainer.trainer_creator import create_model_trainer
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins_fedml.client import ClientHalf
-from fedpara_plugins_fedml.client_manager import ClientManager, introduce
+from fedpara_plugins_fedml.client_manager import TESTS, ClientManager, introduce
 from fedpara_plugins_fedml.ending import end_process
 from fedpara_plugins_fedml.environment import missing_for
 from fedpara_plugins_fedml.evaluation import Evaluation
@@ -122,7 +122,7 @@ class Distributed:
         make = self._server if self._rank == 0 else self._client
         own = aggregator if self._rank == 0 else trainer
         with telling_others(args, settings):
-            _check_numbers(args)
+            _check_keys(args)
             self._make = make(model, own)
 
     def run(self) -> None:
@@ -239,8 +239,11 @@ def _ids(args: Any) -> list[int]:
     return [int(each) for each in json.loads(str(args.client_id_list))]
 
 
-def _check_numbers(args: Any) -> None:
-    """Raise if the numbers of processes, clients and silos do not fit each other."""
+def _check_keys(args: Any) -> None:
+    """Raise if numbers of processes, clients and silos do not fit each other, or tests are none."""
+    tests = str(getattr(args, "test_on_clients", None) or "no")
+    if tests not in TESTS:
+        raise ConfigError(f"test_on_clients is {tests!r}; expected one of {', '.join(TESTS)}")
     total, a_round = int(args.client_num_in_total), int(args.client_num_per_round)
     if not 1 <= a_round <= total:
         raise ConfigError(

@@ -1,0 +1,379 @@
+"""Server and client managers: rounds, failures, and the end of a run, in threads of one process.
+
+The same with real processes and transports: engine_tests/test_fedml_*.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("fedml", reason="FedML's environments only")
+
+from fedml.core.distributed.communication.message import Message
+from fedml.ml.aggregator.default_aggregator import DefaultServerAggregator
+from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
+
+from fedpara_plugins import ConfigError, MismatchError
+from fedpara_plugins_fedml.distributed import is_distributed, lacks_optimizer
+from fedpara_plugins_fedml.ending import close_transport
+from fedpara_plugins_fedml.patience import PatientQueue, make_patient
+from fedpara_plugins_fedml.protocol import ANSWER, FINISH, HELLO, PULSE, TASK
+from fedpara_plugins_fedml.silos import Silos
+from harness.fedml_project import run as run_single
+from harness.fedml_threads import Parties
+
+KEYS: dict[str, Any] = {
+    "fedpara_method": "fedpara",
+    "fedpara_gamma": 0.3,
+    "fedpara_codec": "balanced",
+}
+KEYS |= {"fedpara_init": "seeded"}  # the threads of a run share one random generator
+PERSONAL = {**KEYS, "fedpara_method": "pfedpara"}
+
+
+class Kept(DefaultServerAggregator):  # type: ignore[misc]
+    """Remembers the last model."""
+
+    last: dict[str, torch.Tensor]
+
+    def set_model_params(self, model_parameters: Any) -> None:
+        super().set_model_params(model_parameters)
+        Kept.last = {name: value.clone() for name, value in model_parameters.items()}
+
+
+def trouble(what: dict[int, str]) -> Any:
+    """A trainer that fails in some rounds, the first being 1."""
+
+    class Trainer(ModelTrainerCLS):  # type: ignore[misc]
+        def train(self, train_data: Any, device: Any, args: Any, **more: Any) -> None:
+            kind = what.get(args.round_idx + 1)
+            if kind == "raises":
+                raise RuntimeError("the disk is full")
+            super().train(train_data, device, args, **more)
+            if kind == "nan":
+                with torch.no_grad():
+                    next(iter(self.model.parameters())).fill_(torch.nan)
+
+    return Trainer
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.01)
+
+
+def kinds(parties: Parties, rank: int) -> list[int]:
+    return [m.get_type() for m in parties.lines[rank].sent if m.get_type() != PULSE]
+
+
+@pytest.mark.parametrize("keys", [KEYS, PERSONAL, {"fedpara_mend": True}], ids=str)
+def test_a_run_gives_the_weights_of_the_single_process(
+    monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
+) -> None:
+    parties = Parties(monkeypatch, keys=keys, aggregator=Kept).run()
+    assert not parties.errors
+    assert not parties.ended
+    single = run_single(client_num_in_total=2, client_num_per_round=2, comm_round=3, **keys)
+    assert Kept.last.keys() == single.state.keys()
+    for name, value in single.state.items():
+        torch.testing.assert_close(Kept.last[name], value)
+    # Each client is sent a task a round and the last model once; nothing twice.
+    assert kinds(parties, 0).count(TASK) == 2 * 3
+    carried = [m for m in parties.lines[0].sent if m.get_type() == FINISH and m.get("model_params")]
+    assert len(carried) == 2
+
+
+def test_the_last_model_is_on_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainers: dict[int, Any] = {}
+
+    def made(rank: int) -> Any:
+        def make(net: Any, args: Any) -> Any:
+            trainers[rank] = ModelTrainerCLS(net, args)
+            return trainers[rank]
+
+        return make
+
+    keys = {**PERSONAL, "fedpara_codec": "none"}
+    Parties(monkeypatch, keys=keys, trainers={1: made(1), 2: made(2)}, aggregator=Kept).run()
+    states = {rank: trainer.get_model_params() for rank, trainer in trainers.items()}
+    assert torch.equal(states[1]["0.x1"], Kept.last["0.x1"])
+    assert torch.equal(states[2]["0.x1"], Kept.last["0.x1"])
+    assert not torch.equal(states[1]["0.x2"], states[2]["0.x2"])  # each its own
+
+
+def test_more_silos_than_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silos keep their state: weights as in the single process, which has all of them."""
+    numbers = {"client_num_in_total": 4, "client_num_per_round": 2, "comm_round": 5}
+    parties = Parties(monkeypatch, keys={**PERSONAL, **numbers}, aggregator=Kept).run()
+    assert not parties.errors
+    single = run_single(**numbers, **PERSONAL)
+    for name, value in single.state.items():
+        torch.testing.assert_close(Kept.last[name], value)
+
+
+# Bad clients
+
+
+def test_a_bad_answer_costs_one_round(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    parties = Parties(
+        monkeypatch, keys={**KEYS, "comm_round": 5}, aggregator=Kept,
+        trainers={2: trouble({1: "raises", 2: "nan"})},
+    )  # fmt: skip
+    count = 0
+
+    def damaged(message: Message) -> Message:
+        nonlocal count
+        if message.get_type() == ANSWER:
+            count += 1
+            if count == 3:
+                message.add_params("model_params", "no bytes")
+            if count == 4:
+                message.add_params("model_params", message.get("model_params")[:-40])
+        return message
+
+    for rank in range(3):
+        parties.start(rank)
+        wait_until(lambda rank=rank: rank in parties.lines)
+    parties.lines[2].altered = damaged
+    with caplog.at_level(logging.WARNING, "fedpara.fedml"):
+        parties.wait()
+    assert not parties.errors
+    left_out = [r.getMessage() for r in caplog.records if "left out client 1" in r.getMessage()]
+    assert [f"round {number}" in line for number, line in enumerate(left_out, 1)] == [True] * 4
+    assert "the disk is full" in left_out[0]
+    assert "left out client 0" not in caplog.text
+    assert all(torch.isfinite(value).all() for value in Kept.last.values())
+
+
+def test_a_round_without_any_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = trouble({2: "raises"})
+    parties = Parties(monkeypatch, keys=KEYS, trainers={1: bad, 2: bad}).run()
+    assert "round 2 has 0 usable answers" in str(parties.errors[0])
+    for rank in (1, 2):
+        assert "the server ended the run: round 2 has 0 usable" in str(parties.errors[rank])
+
+
+# Parties that are gone
+
+
+class Dies(ModelTrainerCLS):  # type: ignore[misc]
+    """Is cut off in the second round, before it answers."""
+
+    parties: Parties
+
+    def train(self, train_data: Any, device: Any, args: Any, **more: Any) -> None:
+        if args.round_idx == 1:
+            self.parties.cut(args.rank)
+        super().train(train_data, device, args, **more)
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_a_client_that_is_gone(monkeypatch: pytest.MonkeyPatch, enough: bool) -> None:
+    keys = {**KEYS, "fedpara_timeout": 2, **({"fedpara_min_clients": 1} if enough else {})}
+    parties = Dies.parties = Parties(monkeypatch, keys=keys, trainers={2: Dies})
+    parties.run()
+    assert "the server is gone" in str(parties.errors[2])
+    if enough:
+        assert set(parties.errors) == {2}
+        return
+    for rank in (0, 1):
+        assert "client 2 is gone" in str(parties.errors[rank])
+        assert "fedpara_min_clients is unset" in str(parties.errors[rank])
+
+
+def test_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Aggregator(DefaultServerAggregator):  # type: ignore[misc]
+        def aggregate(self, models: Any) -> Any:
+            parties.cut(0)
+            return super().aggregate(models)
+
+    keys = {**KEYS, "fedpara_timeout": 2}
+    parties = Parties(monkeypatch, keys=keys, aggregator=Aggregator)
+    parties.run()
+    for rank in (1, 2):
+        assert "the server is gone: " in str(parties.errors[rank])
+
+
+def test_a_client_that_trains_on_after_the_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedpara_plugins_fedml import post
+
+    monkeypatch.setattr(post, "UNHEEDED", 0.2)
+
+    class Long(ModelTrainerCLS):  # type: ignore[misc]
+        def train(self, train_data: Any, device: Any, args: Any, **more: Any) -> None:
+            parties.cut(0)
+            wait_until(lambda: bool(parties.ended))
+
+    keys = {**KEYS, "fedpara_timeout": 1}
+    parties = Parties(monkeypatch, 1, keys=keys, trainers={1: Long})
+    parties.run()
+    assert "this client still trained: the server is gone" in parties.ended[0]
+
+
+def test_a_client_that_comes_back_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Any
+) -> None:
+    keys = {**PERSONAL, "fedpara_timeout": 30, "fedpara_state_dir": str(tmp_path / "state")}
+    parties = Dies.parties = Parties(monkeypatch, keys=keys, trainers={2: Dies}, aggregator=Kept)
+    with caplog.at_level(logging.WARNING, "fedpara.fedml"):
+        for rank in (0, 1, 2):
+            parties.start(rank)
+        wait_until(lambda: 2 in parties.lines and parties.lines[2].dead)
+        parties._trainers = {}
+        parties.start(2)  # another process in its place
+        parties.wait()
+    assert "client 2 is back" in caplog.text
+    assert "left out" not in caplog.text
+    monkeypatch.undo()
+    own = {**keys, "fedpara_state_dir": str(tmp_path / "other")}
+    single = run_single(client_num_in_total=2, client_num_per_round=2, comm_round=3, **own)
+    for name, value in single.state.items():
+        torch.testing.assert_close(Kept.last[name], value)
+
+
+# Two sides that do not fit
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"fedpara_gamma": 0.6}, "gamma"),
+        ({"fedpara_codec": "int8"}, "fedpara_codec"),
+        ({"client_num_per_round": 9}, "client_num_per_round is 9"),
+        ({"test_on_clients": "always"}, "test_on_clients"),
+        ({"federated_optimizer": "FedAvgg"}, "did you mean FedAvg"),
+    ],
+)
+def test_a_client_that_is_set_up_differently(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], reason: str
+) -> None:
+    keys = {**KEYS, "fedpara_timeout": 5}
+    parties = Parties(monkeypatch, keys=keys, of_rank={2: changed}).run()
+    assert set(parties.errors) == {0, 1, 2}
+    for error in parties.errors.values():
+        assert reason in str(error)
+
+
+def test_a_server_that_is_set_up_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    parties = Parties(
+        monkeypatch, keys={**KEYS, "fedpara_timeout": 5}, of_rank={0: {"worker_num": 3}}
+    ).run()
+    assert isinstance(parties.errors[0], ConfigError)
+    for error in parties.errors.values():
+        assert "worker_num is 3" in str(error)
+
+
+def test_a_client_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    parties = Parties(monkeypatch, keys=KEYS)
+
+    def stock(message: Message) -> Message:
+        """FedML's client says that it is online."""
+        if message.get_type() == HELLO:
+            message.add_params("msg_type", 5)
+        return message
+
+    parties.start(2)
+    wait_until(lambda: 2 in parties.lines)
+    parties.lines[2].altered = stock
+    for rank in (0, 1):
+        parties.start(rank)
+    parties.wait(0, 1)
+    assert isinstance(parties.errors[0], MismatchError)
+    assert "client 2 runs without the plugin" in str(parties.errors[1])
+
+
+def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    parties = Parties(monkeypatch, keys={**KEYS, "fedpara_start_timeout": 1})
+    parties.start(1)
+    parties.wait()
+    assert "the server has not answered" in str(parties.errors[1])
+    parties = Parties(monkeypatch, keys={**KEYS, "fedpara_start_timeout": 1})
+    parties.start(0)
+    parties.wait()
+    assert "clients [1, 2] have not come" in str(parties.errors[0])
+
+
+# Parts
+
+
+def test_what_is_distributed() -> None:
+    def args(**keys: Any) -> Any:
+        return SimpleNamespace(**{"training_type": "simulation", "backend": "sp", **keys})
+
+    assert not is_distributed(args())
+    assert is_distributed(args(training_type="cross_silo", backend="TRPC"))
+    for keys, words in (
+        ({"training_type": "cross_cloud"}, "simulation and cross_silo"),
+        ({"backend": "NCCL"}, "the plugin runs sp, MPI"),
+        ({"training_type": "cross_silo", "backend": "sp"}, "TRPC, MPI, GRPC, MQTT_S3"),
+        (
+            {"training_type": "cross_silo", "backend": "TRPC", "scenario": "hierarchical"},
+            "scenario 'hierarchical'",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            is_distributed(args(**keys))
+    scaffold = {"federated_optimizer": "SCAFFOLD"}
+    assert lacks_optimizer(args(training_type="cross_silo", backend="TRPC", **scaffold))
+    assert lacks_optimizer(args(backend="MPI", **scaffold))
+    assert not lacks_optimizer(args(**scaffold))
+    assert not lacks_optimizer(args(backend="MPI", federated_optimizer="FedAvg"))
+
+
+def test_silos_stay_where_they_were() -> None:
+    silos = Silos(10, 4, keep=True)
+    homes: dict[int, int] = {}
+    for number in range(20):
+        drawn = silos.of_round(number)
+        found = silos.homes(drawn, [1, 2, 3, 4])
+        assert list(found) == drawn
+        for silo, home in found.items():
+            assert homes.setdefault(silo, home) == home
+    assert set(homes.values()) == {1, 2, 3, 4}
+    assert sorted(s for p in (1, 2, 3, 4) for s in silos.of_process(p)) == sorted(homes)
+    assert Silos(3, 3, keep=False).homes([0, 1, 2], [5, 6, 7]) == {0: 5, 1: 6, 2: 7}
+
+
+def test_a_patient_queue_takes_over_what_waits() -> None:
+    old: queue.Queue[int] = queue.Queue()
+    old.put(1)
+    thread = SimpleNamespace(q=old)
+    mpi = SimpleNamespace(
+        q_receiver=old, _server_receive_thread=thread, _client_receive_thread=None
+    )
+    make_patient(mpi)
+    assert isinstance(mpi.q_receiver, PatientQueue)
+    assert thread.q is mpi.q_receiver
+    assert (mpi.q_receiver.qsize(), mpi.q_receiver.get(), mpi.q_receiver.qsize()) == (1, 1, 0)
+    grpc = SimpleNamespace(grpc_servicer=SimpleNamespace(message_q=queue.Queue()))
+    make_patient(grpc)
+    assert isinstance(grpc.grpc_servicer.message_q, PatientQueue)
+
+
+def test_transports_that_cannot_end() -> None:
+    """Without the others TRPC and MPI would wait: then only the end of the process will do."""
+    calls: list[str] = []
+    trpc = SimpleNamespace(is_running=True, stop_receive_message=lambda: calls.append("shutdown"))
+    assert not close_transport(trpc, "TRPC", orderly=False)
+    assert (trpc.is_running, calls) == (False, [])
+    assert close_transport(trpc, "TRPC", orderly=True)
+    assert calls == ["shutdown"]
+    thread = SimpleNamespace(
+        stop=lambda: calls.append("stop"), join=lambda seconds: calls.append("join")
+    )
+    mpi = SimpleNamespace(
+        _stop_running=False, _server_receive_thread=thread, _client_receive_thread=None
+    )
+    assert not close_transport(mpi, "MPI", orderly=False)
+    assert mpi._stop_running
+    assert calls[1:] == ["stop", "join"]
