@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,48 @@ def test_a_client_whose_training_gives_nan_counts_for_nothing(
         assert all(torch.isfinite(v).all() for v in found.values()), name
         assert "left out client 1" in caplog.text, name
         assert "left out client 0" not in caplog.text, name
+
+
+@pytest.mark.parametrize("optimizer", ["FedOpt", "FedNova"])
+def test_an_aggregate_that_is_no_number_leaves_no_trace_in_the_servers_momentum(
+    optimizer: str,
+) -> None:
+    keys = {"server_momentum": 0.5, "gmf": 0.5}
+    hurt, well = made(optimizer, **keys), made(optimizer, **keys)
+    x = {"w": torch.zeros(3), "b": torch.tensor(0)}
+    for rule in (hurt, well):
+        after(rule, 1, x)
+    tiny, good = answers(2, x["w"])
+    bad = [replace(tiny, report={**tiny.report, "normaliser": 1e-300}), good]
+
+    def broken(some: Any) -> dict[str, torch.Tensor]:
+        """A user's own aggregate."""
+        return {k: v * (torch.inf if v.is_floating_point() else 1) for k, v in mean(some).items()}
+
+    assert not torch.isfinite(hurt.step(x, bad, broken)["w"]).all()
+    assert torch.equal(after(hurt, 3, x)["w"], after(well, 3, x)["w"])
+
+
+@pytest.mark.parametrize("optimizer", ["SCAFFOLD", "FedDyn", "FedNova"])
+def test_a_client_without_its_half_is_left_out_and_named(
+    optimizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = {"w": torch.zeros(3), "b": torch.tensor(0)}
+    odd, good = answers(1, x["w"])
+    rule, alone = made(optimizer), made(optimizer)
+    for one in (rule, alone):
+        one.begin(1, x, ["0", "1"])
+    found = rule.step(x, [replace(odd, report={}), good], mean)
+    assert torch.equal(found["w"], alone.step(x, [good], mean)["w"])
+    assert "left out client 0" in caplog.text
+
+
+def test_clients_that_all_run_another_optimizer_end_the_run() -> None:
+    x = {"w": torch.zeros(3), "b": torch.tensor(0)}
+    rule = made("SCAFFOLD")
+    rule.begin(1, x, ["0", "1"])
+    with pytest.raises(ConfigError, match="set federated_optimizer: SCAFFOLD"):
+        rule.step(x, [replace(a, report={}) for a in answers(1, x["w"])], mean)
 
 
 # A server that starts again

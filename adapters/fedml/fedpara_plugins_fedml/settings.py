@@ -29,7 +29,7 @@ class Settings(ExchangeSettings):
             comparison, computed as the optimizer is published.
         min_clients: fewer usable answers, or fewer client processes, than this end the run. 0 asks
             for one answer a round, and for every process to stay.
-        weighting: how SCAFFOLD and FedDyn weigh clients: ``uniform``, as published, or
+        weighting: how SCAFFOLD, FedDyn and Mime weigh clients: ``uniform``, as published, or
             ``examples``; "" leaves it to the optimizer.
         guard: whether SCAFFOLD's and FedDyn's updates are bounded (`fedpara_plugins.optimizers`);
             None leaves it to the optimizer: SCAFFOLD's are.

@@ -6,6 +6,7 @@ The arithmetic is the core's (`fedpara_plugins.optimizers`).
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,16 @@ class DriftRule(Rule):
         }
 
     def step(self, x: State, answers: Sequence[Answer], mean: Mean) -> State:
-        """The next state, from the answers that can be used."""
+        """The next state, from the answers that can be used.
+
+        Raises:
+            ConfigError: no client has the algorithm's half.
+        """
+        if not any(_reports(answer) for answer in answers):
+            raise ConfigError(
+                f"the clients answer without their half of {self.name}; set federated_optimizer: "
+                f"{self.name} in the YAML of all sides"
+            )
         usable = [found for answer in answers if (found := self._usable(answer)) is not None]
         if not usable:
             log.warning("fedpara: %s: no answer counts: the model stays as it was", self.name)
@@ -166,13 +176,12 @@ class DriftRule(Rule):
         return Usable(answer, Reply(answer.state, self.trained, answer.examples), change)
 
     def _why_not(self, answer: Answer, change: State) -> str | None:
-        report = answer.report
-        if not all(_is_number(report.get(key)) for key in ("since", "kept")):
-            raise ConfigError(
-                f"client {answer.client} answers without the client's half of {self.name}; set "
-                f"federated_optimizer: {self.name} in the YAML of all sides"
+        if not _reports(answer):
+            return (
+                f"it answers without its half of {self.name}; set federated_optimizer: "
+                f"{self.name} in its YAML"
             )
-        if report["kept"] == 0:
+        if answer.report["kept"] == 0:
             return "its training gave NaN or infinity"
         if not finite([*answer.state.values(), *change.values()]):
             return "it holds NaN or infinity"
@@ -197,5 +206,7 @@ class DriftRule(Rule):
             )  # fmt: skip
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _reports(answer: Answer) -> bool:
+    """Whether an answer tells what the client's half tells."""
+    values = [answer.report.get(key) for key in ("since", "kept")]
+    return all(isinstance(v, int | float) and math.isfinite(v) for v in values)

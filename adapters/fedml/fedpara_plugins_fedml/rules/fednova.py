@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins.optimizers import AddedGradient, trained_parameters
-from fedpara_plugins.optimizers.named import copied, difference
+from fedpara_plugins.optimizers.named import copied, difference, finite
 from fedpara_plugins_fedml.rules.base import Answer, LocalRule, LocalWork, Mean, Rule, State, Visit
 from fedpara_plugins_fedml.rules.keys import flag, number
 from fedpara_plugins_fedml.rules.own_trainer import OwnTrainer
@@ -60,7 +60,7 @@ class FedNova(Rule):
         whole = sum(answer.examples for answer, _ in told)
         parts = [(a.examples / whole, *report, a.state) for a, report in told]
         tau = sum(p * (steps if self.mu else size) for p, size, steps, _ in parts)
-        new = dict(average)
+        new, moves = dict(average), {}
         for name in sorted(self.trained & x.keys()):
             old = x[name].to(torch.float64)
             step = torch.zeros_like(old)
@@ -68,8 +68,10 @@ class FedNova(Rule):
                 step += tau * p / size * (old - state[name].to(torch.float64))
             if self.gmf:
                 step += self.gmf * self._buffer.get(name, torch.zeros_like(step))
-                self._buffer[name] = step
+            moves[name] = step
             new[name] = (old - step).to(x[name].dtype)
+        if self.gmf and finite(new.values()):  # else the engine keeps x, and this its momentum
+            self._buffer = moves
         return new
 
     def state_dict(self) -> dict[str, Any]:

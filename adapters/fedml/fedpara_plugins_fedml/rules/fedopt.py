@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fedpara_plugins import ConfigError
+from fedpara_plugins.optimizers.named import finite
 from fedpara_plugins_fedml.rules.base import Answer, Mean, Rule, State
 from fedpara_plugins_fedml.rules.keys import number, text
 from fedpara_plugins_fedml.server_optimizers import (
@@ -49,6 +50,8 @@ class FedOpt(Rule):
     def step(self, x: State, answers: Sequence[Answer], mean: Mean) -> State:
         """One step of the server's optimizer."""
         average = mean(answers)
+        if not finite(average.values()):
+            return average  # the engine keeps x; the optimizer must not take this in
         wide = {name: x[name].to(torch.float64) for name in x if name in self.trained}
         gradient = {name: value - average[name].to(torch.float64) for name, value in wide.items()}
         new = self.optimizer.step(wide, gradient)
