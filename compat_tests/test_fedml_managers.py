@@ -28,7 +28,7 @@ from fedpara_plugins_fedml.patience import PatientQueue, make_patient
 from fedpara_plugins_fedml.protocol import ANSWER, FINISH, HELLO, PULSE, TASK
 from fedpara_plugins_fedml.silos import Silos
 from harness.fedml_project import run as run_single
-from harness.fedml_threads import Parties
+from harness.fedml_threads import Line, Parties
 
 KEYS: dict[str, Any] = {
     "fedpara_method": "fedpara",
@@ -177,6 +177,15 @@ class Dies(ModelTrainerCLS):  # type: ignore[misc]
         super().train(train_data, device, args, **more)
 
 
+class Killed(Dies):
+    """Does not go on either: nothing that it did in this round is kept."""
+
+    def train(self, train_data: Any, device: Any, args: Any, **more: Any) -> None:
+        super().train(train_data, device, args, **more)
+        if args.round_idx == 1:
+            raise SystemExit("killed")
+
+
 @pytest.mark.parametrize("enough", [True, False])
 def test_a_client_that_is_gone(monkeypatch: pytest.MonkeyPatch, enough: bool) -> None:
     keys = {**KEYS, "fedpara_timeout": 2, **({"fedpara_min_clients": 1} if enough else {})}
@@ -224,11 +233,11 @@ def test_a_client_that_comes_back_is_asked_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Any
 ) -> None:
     keys = {**PERSONAL, "fedpara_timeout": 30, "fedpara_state_dir": str(tmp_path / "state")}
-    parties = Dies.parties = Parties(monkeypatch, keys=keys, trainers={2: Dies}, aggregator=Kept)
+    parties = Dies.parties = Parties(monkeypatch, keys=keys, trainers={2: Killed}, aggregator=Kept)
     with caplog.at_level(logging.WARNING, "fedpara.fedml"):
         for rank in (0, 1, 2):
             parties.start(rank)
-        wait_until(lambda: 2 in parties.lines and parties.lines[2].dead)
+        wait_until(lambda: 2 in parties.errors)
         parties._trainers = {}
         parties.start(2)  # another process in its place
         parties.wait()
@@ -290,6 +299,17 @@ def test_a_client_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     parties.wait(0, 1)
     assert isinstance(parties.errors[0], MismatchError)
     assert "client 2 runs without the plugin" in str(parties.errors[1])
+
+
+def test_a_server_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the client's first words and ends on them."""
+    parties = Parties(monkeypatch, keys={**KEYS, "fedpara_timeout": 1})
+    deaf = Line(0, parties.lines)
+    parties.start(1)
+    parties.wait()
+    assert not deaf.sent
+    assert isinstance(parties.errors[1], MismatchError)
+    assert "it runs without the plugin" in str(parties.errors[1])
 
 
 def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:

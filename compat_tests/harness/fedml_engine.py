@@ -171,7 +171,9 @@ class FedMLEngine:
         words = [sys.executable, str(self._app), "--cf", str(self.config(rank))]
         words += ["--rank", str(rank), "--role", "client" if rank else "server"]
         program = self.programs[name] = self.processes.start(name, *words)
-        if rank == 0 and self.backend == "GRPC" and switch == "off":
+        # A gRPC client of FedML's own ends at once where nobody listens yet.
+        alone = self._plugin is None or None in self._of_rank.values()
+        if rank == 0 and self.backend == "GRPC" and alone:
             port = start.grpc_port(self.folder, 0)
             wait_until(lambda: _listens(port), seconds=PATIENCE, what="the server listens")
         return program

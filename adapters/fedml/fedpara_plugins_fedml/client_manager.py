@@ -136,6 +136,7 @@ def introduce(post: Post, seconds: float, error: str = "") -> Event:
 
     Raises:
         FedParaError: it does not answer.
+        MismatchError: it seems to run without the plugin.
     """
     deadline, session = time.monotonic() + seconds, uuid4().hex
     while time.monotonic() < deadline:
@@ -143,6 +144,12 @@ def introduce(post: Post, seconds: float, error: str = "") -> Event:
         event = post.next(2)
         if event is not None:
             return event
+        if post.unanswered(SERVER) > post.timeout:
+            raise MismatchError(
+                f"fedpara: the server takes messages and does not answer for {post.timeout:.0f} s: "
+                f"it runs without the plugin, or has ended; see its log. Give both sides the same "
+                f"fedpara_* keys and the same runner"
+            )
     raise FedParaError(
         f"fedpara: the server has not answered within {seconds:.0f} s (fedpara_start_timeout): "
         f"is it running, and with the plugin?"

@@ -81,6 +81,7 @@ class Post(FedMLCommManager):  # type: ignore[misc]
         self._outboxes: dict[int, queue.Queue[_Letter | None]] = {p: queue.Queue() for p in peers}
         self._seen: dict[int, float] = {}
         self._gone: set[int] = set()
+        self._taken: dict[int, float] = {}
         self._ready = threading.Event()
         self._ended = threading.Event()
         self._unheeded: threading.Timer | None = None
@@ -117,6 +118,15 @@ class Post(FedMLCommManager):  # type: ignore[misc]
         if event.kind == BROKEN:
             raise FedParaError(f"fedpara: the transport has ended: {event.text('reason')}")
         return event
+
+    def unanswered(self, peer: int) -> float:
+        """Seconds since a peer that was never heard took our first message; 0 if it took none.
+
+        A broker takes messages for anyone, so that nothing is known with one.
+        """
+        if peer in self._seen or peer not in self._taken or self.backend.startswith("MQTT"):
+            return 0.0
+        return time.monotonic() - self._taken[peer]
 
     def forget(self, peer: int) -> None:
         """Deliver nothing more to a peer and expect nothing of it, until it is heard again."""
@@ -208,10 +218,12 @@ class Post(FedMLCommManager):  # type: ignore[misc]
                 message.add_params(Message.MSG_ARG_KEY_MODEL_PARAMS, letter.data)
             for key, value in letter.fields.items():
                 message.add_params(key, value)
+            self._taken.setdefault(peer, time.monotonic())  # it may also take it and never return
             try:
                 self.send_message(message)
                 return
             except Exception as error:
+                self._taken.pop(peer, None)
                 if letter.kind in (PULSE, HELLO, FAILED) or self._ended.is_set():
                     return
                 if time.monotonic() > deadline:
