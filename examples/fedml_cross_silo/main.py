@@ -4,12 +4,15 @@
 is ``python main.py --cf fedml_config.yaml --rank 0 --role server``, and a client for each rank.
 """
 
+import logging
+
 import digits
 import fedml
 from fedml import FedMLRunner
 from net import Net
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     args = fedml.init(check_env=False, should_init_logs=False)
     device = fedml.device.get_device(args)
     dataset = digits.load(args.client_num_in_total, args.batch_size)
