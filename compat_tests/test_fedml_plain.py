@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,3 +85,11 @@ def _started(plain: bool, net: torch.nn.Module, keys: dict[str, Any]) -> Any:
 def test_options_without_a_method_or_codec_turn_nothing_on() -> None:
     outcome = run(fedpara_method="none", fedpara_codec="none", fedpara_gamma=0.3)
     assert type(outcome.runner.runner).__module__ == "fedml.simulation.simulator"
+
+
+def test_files_that_nobody_would_write_are_told(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    run(fedpara_ledger=str(tmp_path / "ledger.jsonl"), comm_round=1)
+    assert "fedpara_ledger is without effect" in caplog.text
+    assert not list(tmp_path.iterdir())

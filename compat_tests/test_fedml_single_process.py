@@ -81,6 +81,22 @@ def test_no_private_factor_is_in_any_message() -> None:
     assert all(value.numpy().tobytes() in everything for value in shared.values())
 
 
+def test_nothing_of_the_engine_is_pickled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither messages nor what is kept on disk."""
+    import pickle
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("pickle was called")
+
+    keys = {**PERSONAL, "fedpara_codec": "balanced", "federated_optimizer": "SCAFFOLD"}
+    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    run(**keys, fedpara_state_dir=str(tmp_path), fedpara_checkpoint=str(tmp_path / "dense"))
+    run(**keys, fedpara_state_dir=str(tmp_path), comm_round=4)
+    with pytest.raises(AssertionError):
+        pickle.dumps({})
+
+
 def test_private_names_stay_on_the_device() -> None:
     """FedPer, on a dense model."""
     net = model()

@@ -8,7 +8,7 @@ from typing import Any
 from fedpara_plugins_fedml.rules import Rule
 from fedpara_plugins_fedml.settings import Settings
 
-__all__ = ["announce"]
+__all__ = ["announce", "warn_of_idle_files"]
 
 log = logging.getLogger("fedpara.fedml")
 
@@ -41,6 +41,18 @@ def announce(settings: Settings, args: Any, rule: Rule, *, honoured: list[str]) 
         "single process: %s",
         rule.name, settings.config.method, codec, "; ".join(differs) or "nothing",
     )  # fmt: skip
+
+
+def warn_of_idle_files(settings: Settings) -> None:
+    """Say that options about files have no effect where FedML's own code runs."""
+    names = ("ledger", "checkpoint", "client_checkpoints", "state_dir")
+    idle = [f"fedpara_{name}" for name in names if getattr(settings, name) is not None]
+    if idle:
+        log.warning(
+            "fedpara: %s %s without effect: with method and codec none FedML's own code runs. Set "
+            "fedpara_mend: true for the plugin's engine",
+            ", ".join(idle), _is(idle),
+        )  # fmt: skip
 
 
 def _is(what: list[str]) -> str:

@@ -11,7 +11,7 @@ from fedml.ml.aggregator.aggregator_creator import create_server_aggregator
 from fedml.ml.trainer.trainer_creator import create_model_trainer
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins_fedml.announcement import announce
+from fedpara_plugins_fedml.announcement import announce, warn_of_idle_files
 from fedpara_plugins_fedml.client import ClientHalf
 from fedpara_plugins_fedml.distributed import (
     Distributed,
@@ -66,6 +66,7 @@ class FedMLRunner(fedml.runner.FedMLRunner):  # type: ignore[misc]
         given = client_trainer, server_aggregator
         engine = settings.active or settings.mend or lacks_optimizer(args)
         if algorithm_flow is not None or not engine:
+            warn_of_idle_files(settings)
             with _explained(args):
                 super().__init__(args, device, dataset, model, *given, algorithm_flow)
             return
@@ -112,7 +113,7 @@ def _single_process(
     rule = rule_for(args, settings, clients=clients, a_round=a_round)
     local = local_rule_for(args, settings)
     given = {"client_trainer": trainer, "server_aggregator": aggregator}
-    announce(settings, args, rule, honoured=[name for name, value in given.items() if value])
+    announce(settings, args, rule, honoured=[n for n, value in given.items() if value is not None])
     model = converted(model, settings)
     own = server_copy(model)
     if aggregator is None:
