@@ -15,7 +15,7 @@ from fedml.ml.aggregator.default_aggregator import DefaultServerAggregator
 from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 from torch import Tensor
 
-from fedpara_plugins import ConfigError, ModelSpec, convert
+from fedpara_plugins import ConfigError, MismatchError, ModelSpec, convert
 from fedpara_plugins.layers.personal import PersonalLinear
 from fedpara_plugins.training import training_of
 from harness.fedml_project import dataset, forget_security, model, run
@@ -150,6 +150,80 @@ class Silent(ModelTrainerCLS):
 def test_a_trainer_that_cannot_test_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     run(client_trainer=Silent, **PERSONAL)
     assert "clients are not tested: the trainer's test() returns NoneType" in caplog.text
+
+
+# What a hook may return
+
+
+class Reversing(DefaultServerAggregator):
+    """Says nothing of whose models it returns, in another order."""
+
+    def on_before_aggregation(self, raw: Any) -> Any:
+        return raw[::-1], None
+
+
+class Dropping(DefaultServerAggregator):
+    """Leaves out the largest client, and returns copies with the places that are left."""
+
+    def on_before_aggregation(self, raw: Any) -> Any:
+        largest = max(range(len(raw)), key=lambda place: raw[place][0])
+        kept = [place for place in range(len(raw)) if place != largest]
+        return [(raw[n][0], OrderedDict(raw[n][1])) for n in kept], kept
+
+
+@pytest.mark.parametrize("optimizer", ["FedAvg", "SCAFFOLD"])
+def test_the_order_of_what_a_hook_returns_does_not_matter(optimizer: str) -> None:
+    keys: dict[str, Any] = {
+        "federated_optimizer": optimizer,
+        "server_lr": 1.0,
+        "fedpara_mend": True,
+        "client_num_per_round": 4,
+        "comm_round": 4,
+    }
+    usual, reverse = run(**keys), run(**keys, server_aggregator=Reversing)
+    assert largest(reverse.state, usual.state) < 1e-6
+    dropped = run(**keys, server_aggregator=Dropping)
+    loop = FedAvgLoop(model(), dataset()[5])
+    loop.sample = lambda number, a_round: [1, 2, 3]  # type: ignore[method-assign]
+    wanted = loop.run(4, 3)
+    assert (largest(dropped.state, wanted) < 1e-5) == (optimizer == "FedAvg")
+    assert largest(dropped.state, usual.state) > 1e-4
+
+
+class Nobody(DefaultServerAggregator):
+    def on_before_aggregation(self, raw: Any) -> Any:
+        return [], []
+
+
+class Broken(DefaultServerAggregator):
+    def aggregate(self, raw: Any) -> Any:
+        return OrderedDict((k, v * float("nan")) for k, v in raw[0][1].items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [(Nobody, "left nobody"), (Broken, "aggregate holds NaN or infinity in")]
+)
+def test_a_hook_that_leaves_nothing_sound_leaves_the_model_as_it_was(
+    kind: Any, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcome = run(server_aggregator=kind, fedpara_mend=True, comm_round=2)
+    assert largest(outcome.state, model().state_dict()) == 0
+    assert words in caplog.text
+
+
+def test_a_hook_that_changes_names_or_shapes_is_told() -> None:
+    class Renames(DefaultServerAggregator):
+        def aggregate(self, raw: Any) -> Any:
+            return OrderedDict((f"model.{k}", v) for k, v in raw[0][1].items())
+
+    class Cuts(DefaultServerAggregator):
+        def on_after_aggregation(self, params: Any) -> Any:
+            return OrderedDict((k, v[:1]) for k, v in params.items())
+
+    with pytest.raises(MismatchError, match="aggregator returned other names"):
+        run(server_aggregator=Renames, fedpara_mend=True)
+    with pytest.raises(MismatchError, match=r"aggregator returned '0\.weight' of shape"):
+        run(server_aggregator=Cuts, fedpara_mend=True)
 
 
 # Differential privacy, attacks, defences

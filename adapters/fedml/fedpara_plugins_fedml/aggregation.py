@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedpara_plugins import MismatchError, ModelSpec
 from fedpara_plugins.exchange.outbox import cast
-from fedpara_plugins_fedml.models import plain_state
+from fedpara_plugins_fedml.models import plain_state, to_state
 from fedpara_plugins_fedml.rules import Answer, Rule, State
 
 __all__ = ["Aggregation"]
@@ -53,13 +53,16 @@ class Aggregation:
         """
         with _averaging(self._args):
             usable = self._before(answers)
+            if not usable:
+                log.error("fedpara: on_before_aggregation left nobody: the model stays as it was")
+                return x
             new = rule.step(x, usable, lambda some: self._mean(x, some))
-            after = self._aggregator.on_after_aggregation(plain_state(new))
+            after = self._aggregator.on_after_aggregation(self._placed(new))
         return self._sound(x, after)
 
     def _before(self, answers: Sequence[Answer]) -> list[Answer]:
         """What the hook makes of the answers; defences change, leave out, or pick some."""
-        raw: Weighed = [(answer.examples, plain_state(answer.state)) for answer in answers]
+        raw = self._weighed(answers)
         found, kept = self._aggregator.on_before_aggregation(list(raw))
         places = _places(raw, found, kept)
         return [
@@ -67,14 +70,22 @@ class Aggregation:
                 # Of nobody in particular: what belongs to one client counts for none.
                 Answer("", 0, {}) if place is None else answers[place],
                 examples=float(examples),
-                state=dict(state),
+                state=to_state(state),
             )
             for place, (examples, state) in zip(places, found, strict=True)
         ]
 
     def _mean(self, x: State, answers: Sequence[Answer]) -> State:
-        weighed: Weighed = [(answer.examples, plain_state(answer.state)) for answer in answers]
-        return self._named(x, self._aggregator.aggregate(weighed))
+        return self._named(x, self._aggregator.aggregate(self._weighed(answers)))
+
+    def _weighed(self, answers: Sequence[Answer]) -> Weighed:
+        return [(answer.examples, self._placed(answer.state)) for answer in answers]
+
+    def _placed(self, state: State) -> OrderedDict[str, Tensor]:
+        """Where the aggregator's model is, which a test may have moved: hooks compare with that."""
+        parameter = next(iter(self._aggregator.model.parameters()), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        return OrderedDict((name, value.to(device)) for name, value in plain_state(state).items())
 
     def _named(self, x: State, found: Mapping[str, Any]) -> State:
         """In the order and the dtypes of x: integers are averaged as floats."""
