@@ -142,6 +142,16 @@ def test_two_sides_that_agree_do_not() -> None:
     assert _message_to(ON, ON).error == ""
 
 
+def test_a_message_of_another_purpose_is_not_trained_on() -> None:
+    from fedpara_plugins_fedml import FedMLRunner
+
+    inner = FedMLRunner(arguments(**ON), torch.device("cpu"), dataset(), model()).runner
+    inner.server.begin(["1"])
+    own = [inner._dataset[place][1] for place in (5, 6, 4)]
+    reply = inner.clients.train("1", inner.server.message("1", "evaluate"), *own)
+    assert "for 'evaluate' came where training was due" in Head.from_json(unpack(reply).head).error
+
+
 # Damaged messages
 
 

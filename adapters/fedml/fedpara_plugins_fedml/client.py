@@ -146,6 +146,8 @@ class ClientHalf:
         data: tuple[Any, Any, float],
         loaded: Callable[[], None] | None,
     ) -> bytes:
+        if head.purpose not in ("train", "prepare"):
+            raise MismatchError(f"a message for {head.purpose!r} came where training was due")
         train_data, test_data, examples = data
         self._args.round_idx = head.round - 1
         kept = ClientState(storage, client)

@@ -141,7 +141,8 @@ class ServerHalf:
 
         Args:
             client: its name.
-            purpose: ``train``; ``prepare``, where the rule `prepares`; or ``evaluate``.
+            purpose: ``train``; ``prepare``, where the rule `prepares`; or ``evaluate``, which
+                hands out the model and asks for no answer.
         """
         records = [MODEL, *self.rule.records()] if purpose == "train" else [MODEL]
         task = dict(self.rule.task(client))
