@@ -1,0 +1,128 @@
+"""What every adapter does with a message's tensors, without any framework."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fedpara_plugins import ConfigError, MismatchError, ModelSpec
+from fedpara_plugins.exchange.outbox import Outbox, cast
+from fedpara_plugins.exchange.plain_values import pack, unpack
+from fedpara_plugins.exchange.settings import ExchangeSettings
+from fedpara_plugins.references import ClientReferences
+from fedpara_plugins.storage import replace_file
+
+
+def settings(**options):
+    return ExchangeSettings(**ExchangeSettings.read(dict(options)))
+
+
+def plain(*names):
+    return ModelSpec(weights={}, keys=names, seed=0)
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor | np.ndarray | np.generic):
+        return type(one) is type(other) and bool((one == other).all())
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return type(one) is type(other) and all(map(same, one, other))
+    return type(one) is type(other) and (one == other or (one != one and other != other))
+
+
+VALUE = {
+    "moments": {"a": torch.arange(3.0), 7: np.arange(2)},
+    "number": np.float64(2.5),
+    "rest": [1, 2.5, "x", None, True, (math.inf, math.nan), {}],
+}
+
+
+def test_nested_values_come_back_as_they_were():
+    tensors = {}
+    packed = pack(VALUE, tensors)
+    assert same(unpack(packed, tensors), VALUE)
+    assert all(type(value) is torch.Tensor for value in tensors.values())
+
+
+def test_a_kind_that_cannot_be_kept_is_named():
+    with pytest.raises(TypeError, match="cannot keep a set"):
+        pack({"names": [{1, 2}]}, {})
+
+
+def test_other_kinds_are_kept_by_whoever_knows_them():
+    tensors = {}
+
+    def others(value):
+        return ("complex", [value.real, value.imag]) if isinstance(value, complex) else None
+
+    packed = pack({"z": [1 + 2j]}, tensors, others)
+    assert unpack(packed, tensors, {"complex": lambda pair: complex(*pair)}) == {"z": [1 + 2j]}
+
+
+def test_a_file_is_written_whole(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    replace_file(path, b"first")
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, b"second")
+    assert path.read_bytes() == b"first"
+
+
+def test_what_a_client_answers_is_completed_and_checked():
+    outbox = Outbox(settings(codec="balanced"))
+    state = {"a": torch.randn(3, 4), "b": torch.arange(5)}
+    outbox.put("model", state, plain("a", "b"))
+    other = {"a": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.int64)}
+    assert outbox.completed("model", other) == other
+    with pytest.raises(MismatchError, match="'a' of shape"):
+        outbox.completed("model", {**other, "a": torch.zeros(4, 3)})
+    with pytest.raises(MismatchError, match="other names"):
+        outbox.completed("model", {"a": other["a"]})
+    assert set(outbox.completed("model", {"a": other["a"]}, partial=True)) == {"a"}
+    assert outbox.limit("model") == outbox.limit(None) == 2 * (12 * 4 + 5 * 8) + 1_000_000
+
+
+def test_a_client_that_lost_it_gets_what_it_can_decode():
+    outbox, client = Outbox(settings(codec="balanced")), ClientReferences()
+    sizes = []
+    for round_ in range(4):
+        # It forgets everything before the third message, and says so.
+        if round_ == 2:
+            client = ClientReferences()
+            outbox.refused("7", {"model": ()})
+        torch.manual_seed(round_)
+        state = {"a": torch.randn(40, 50)}
+        outbox.put("model", state, plain("a"))
+        data = outbox.encode("7", "model")
+        received = client.receive("model", data, limit=10**6)
+        client.keep("model", received)
+        outbox.acknowledge("7", {"model": received.reference}, ())
+        sizes.append(len(data))
+        assert (received.tensors["a"] - state["a"]).abs().max() < 4
+    assert sizes[2] > sizes[1]
+    assert torch.equal(outbox.references[received.reference]["a"], received.tensors["a"])
+
+
+def test_integers_are_rounded_and_floats_are_not():
+    assert cast(torch.tensor([1.6, -0.4]), torch.int64).tolist() == [2, 0]
+    value = torch.tensor([1.6])
+    assert cast(value, torch.float32) is value
+
+
+def test_sections_of_all_adapters_are_read_alike(tmp_path):
+    found = settings(codec="small", downlink_codec="none", ledger=str(tmp_path / "l"), state_dir="")
+    assert (found.ledger, found.state_dir) == (tmp_path / "l", None)
+    assert found.uplink.feedback
+    assert not found.downlink.feedback
+    assert found.codec_names[1] == "none"
+    assert not found.uncoded
+    with pytest.raises(ConfigError, match="references"):
+        settings(references="server")
+    with pytest.raises(ConfigError, match="reference_memory"):
+        settings(reference_memory="much")
