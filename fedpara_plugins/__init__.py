@@ -30,6 +30,7 @@ from fedpara_plugins.errors import (
 from fedpara_plugins.heads import set_label_counts
 from fedpara_plugins.jacobian import JacobianCorrection
 from fedpara_plugins.ledger import Ledger, LedgerEntry
+from fedpara_plugins.once import composed_once
 from fedpara_plugins.optimizer_check import check_optimizer
 from fedpara_plugins.plugins import hookimpl
 from fedpara_plugins.report import Report, report
@@ -52,6 +53,7 @@ __all__ = [
     "Split",
     "__version__",
     "check_optimizer",
+    "composed_once",
     "convert",
     "hookimpl",
     "merge",

@@ -26,6 +26,7 @@ LAYER_OPTIONS = frozenset(
         "speed",
         "private_speed",
         "tanh",
+        "recompute",
     }
 )
 VARIANCE_RULES = ("default", "he")
@@ -64,6 +65,9 @@ class FedParaConfig:
         speed: K, how far a composed weight moves per step of SGD, dense = 1; None takes the
             method's default (1/2 for fedpara, 1/4 for lowrank and pfedpara's shared half).
         private_speed: the same for the private half of pfedpara.
+        recompute: whether backward computes the two products behind a weight again, which takes
+            longer, instead of holding them since forward, which takes twice the weight's memory;
+            None does so for weights of 32 MiB and more, where it costs nothing.
         decay: what the optimizer's weight decay shrinks: ``composed`` weights, as the same setting
             would shrink dense ones, or each of the ``factors``.
         clip: bound of the gradient's norm over the whole model at each step; None for none.
@@ -107,6 +111,7 @@ class FedParaConfig:
     variance: str | float = "default"
     speed: float | None = None
     private_speed: float = 0.2
+    recompute: bool | None = None
     decay: str = "composed"
     clip: float | None = None
     schedule: str = "joint"

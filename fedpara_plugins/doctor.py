@@ -19,11 +19,18 @@ from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.convert import Decision, convert, decisions
 from fedpara_plugins.environment import Finding, check_environment
 from fedpara_plugins.errors import ConversionError
+from fedpara_plugins.fast.conditions import FALLBACKS
+from fedpara_plugins.fast.form import is_known
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.optimizer_check import check_optimizer
 from fedpara_plugins.plugins import layers
 
 __all__ = ["Finding", "check_environment", "check_model", "check_optimizer", "check_training"]
+
+SLOWER = (
+    "composed by torch's own operations, which take longer: its combine function is not one that "
+    "has a hand-written gradient"
+)
 
 
 def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
@@ -41,6 +48,8 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
     lines = [line for decision in found for line in _about_layer(decision, config)]
     lines += [Finding("attention", name or "(model)", str(e)) for name, e in refused.items()]
     lines += _shared(model, {id(decision.layer) for decision in found if decision.plans})
+    if any(is_known(p.method) for decision in found for p in decision.plans.values()):
+        lines.append(Finding("note", "speed", f"{FALLBACKS}, which take longer"))
     if not any(line.level == "attention" for line in lines):
         lines += _converting(model, config)
     return lines
@@ -50,6 +59,8 @@ def _about_layer(decision: Decision, config: FedParaConfig) -> Iterator[Finding]
     for weight, plan in decision.plans.items():
         saved = f"{plan.shared_parameters:,} of {prod(plan.shape):,} entries travel"
         text = f"{plan.method.name} of rank {plan.rank}: {saved}"
+        if not is_known(plan.method):
+            text += f"; {SLOWER}"
         yield Finding("ok", _join(decision.name, weight), text)
     for weight, reason in decision.reasons.items():
         advice = _advice(decision, config)

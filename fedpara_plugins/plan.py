@@ -6,8 +6,9 @@ with the same config derive equal plans, so nothing in it ever has to travel to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod, sqrt
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from fedpara_plugins.compose import operand
 from fedpara_plugins.config import FedParaConfig
+from fedpara_plugins.fast.conditions import as_autocast_casts, may_run
+from fedpara_plugins.fast.form import Form, form_of, is_known
+from fedpara_plugins.fast.weight import compose
 from fedpara_plugins.methods import Method
 from fedpara_plugins.ranks import (
     gamma_rank,
@@ -31,6 +35,11 @@ __all__ = ["WeightPlan", "WeightSlot", "plan_weight", "portable"]
 
 SMALLEST_SIDE = 4
 """A weight with fewer rows or columns (a 3-channel stem, say) has no rank to save."""
+
+
+RECOMPUTE_BYTES = 32 << 20
+"""From this size on a weight's two products are computed again in backward, a block of rows at a
+time: larger tensors get fresh pages at every step, which costs more than to compute them."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ class WeightPlan:
         private_std: the same for private factors, those that do not start at zero.
         variance: target of the composed weight's variance at the start.
         tanh: whether every operand passes through tanh (paper, section 3).
+        recompute: whether backward computes the operands' products again instead of holding them;
+            None lets their size decide. Each side's own business, no part of what two must share.
     """
 
     name: str
@@ -77,13 +88,14 @@ class WeightPlan:
     private_std: float
     variance: float
     tanh: bool = False
+    recompute: bool | None = field(default=None, compare=False)
 
     @property
     def kernel(self) -> bool:
         """Whether the operands have a core."""
         return is_kernel(self.shape)
 
-    @property
+    @cached_property
     def factor_names(self) -> list[str]:
         """x1, y1, t1, ... as far as this weight has them."""
         return self.method.factor_names(kernel=self.kernel)
@@ -129,20 +141,57 @@ class WeightPlan:
         """As `compose`, with some rows of every x only: methods are elementwise, rows independent.
 
         Returns:
-            shape (rows, n) or (rows, n, k1, ...); without the kernel's sides if they are all 1.
+            shape (rows, n k1 ...).
         """
-        operands = [
-            operand(factors[f"x{i}"], factors[f"y{i}"], factors.get(f"t{i}"))
-            for i in range(1, self.method.operands + 1)
-        ]
-        if self.tanh:
-            operands = [torch.tanh(w * self._inner_scale(i)) for i, w in enumerate(operands)]
-            return self.method.combine(operands) * self.bound
-        return self.method.combine(operands) * self.scale
+        ordered = self.ordered(factors)
+        if not may_run(ordered) or self.form is None:
+            return self.compose_plainly(ordered)
+        ordered = as_autocast_casts(ordered)
+        return compose(self.form, ordered, plain=self.compose_plainly, recompute=self.recomputes)
 
-    def _inner_scale(self, index: int) -> float:
-        shared = self.method.operands - len(self.method.private)
-        return 1.0 if index in self.method.private else (self.scale / self.bound) ** (1 / shared)
+    def ordered(self, factors: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """x1, y1, t1, x2, ..., None in the place of a core that there is not."""
+        numbers = range(1, self.method.operands + 1)
+        return [factors.get(f"{part}{i}") for i in numbers for part in "xyt"]
+
+    def compose_plainly(self, ordered: Sequence[Tensor | None]) -> Tensor:
+        """As `compose_rows`, with torch's own operations, from what `ordered` gives."""
+        operands = []
+        for i, gain in enumerate(self.gains):
+            x, y, t = ordered[3 * i : 3 * i + 3]
+            assert x is not None
+            assert y is not None
+            value = operand(x if gain == 1 else x * gain, y, t)
+            operands.append(torch.tanh(value) if self.tanh else value)
+        value = self.method.combine(operands).flatten(1)
+        return value if self.outer == 1 else value * self.outer
+
+    @cached_property
+    def form(self) -> Form | None:
+        """What the hand-written functions need to know; None if they cannot compute this method."""
+        return form_of(self)
+
+    @cached_property
+    def recomputes(self) -> bool:
+        """Whether the operands' products are computed again in backward, instead of held."""
+        return 4 * prod(self.shape) >= RECOMPUTE_BYTES if self.recompute is None else self.recompute
+
+    @property
+    def gains(self) -> tuple[float, ...]:
+        """What each operand is multiplied with: on its x, the smallest place there is for it."""
+        count = self.method.operands
+        if self.tanh:
+            shared = count - len(self.method.private)
+            inner = (self.scale / self.bound) ** (1 / shared)
+            return tuple(1.0 if i in self.method.private else inner for i in range(count))
+        return (self.scale, *[1.0] * (count - 1)) if is_known(self.method) else (1.0,) * count
+
+    @property
+    def outer(self) -> float:
+        """What multiplies the combined operands."""
+        if self.tanh:
+            return self.bound
+        return 1.0 if is_known(self.method) else self.scale
 
     @property
     def bound(self) -> float:
@@ -240,4 +289,5 @@ def _with_scale(slot: WeightSlot, method: Method, rank: int, config: FedParaConf
         private_std=portable(private_std) if method.private else 0.0,
         variance=portable(variance),
         tanh=config.tanh,
+        recompute=config.recompute,
     )

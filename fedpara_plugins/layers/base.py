@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fedpara_plugins.errors import ConversionError
 from fedpara_plugins.fit import fit_factors, relative_error
 from fedpara_plugins.initialise import initial_factors, seeded_shared
+from fedpara_plugins.once import kept_weights
 from fedpara_plugins.plan import WeightPlan, WeightSlot
 
 __all__ = ["FactorisedLayer", "Phase", "composed", "layers_alive"]
@@ -170,10 +171,26 @@ class FactorisedLayer(nn.Module):
         plan = self.plans.get(weight)
         if plan is None:
             return self._parameters[weight]  # type: ignore[return-value]
+        kept = self._kept_weight(weight)
+        if kept is not None:
+            return kept
         value = plan.compose(self.factors_now(weight))
         if self.on_composed is not None:
             self.on_composed(weight, value)
         return value
+
+    def must_compose(self, weight: str) -> bool:
+        """Whether somebody needs the composed weight itself, or has it already."""
+        if weight not in self.plans or self.on_composed is not None:
+            return True
+        return not torch.compiler.is_compiling() and kept_weights(self) is not None
+
+    def _kept_weight(self, weight: str) -> Tensor | None:
+        # Whoever is called with every weight must not be called twice for the same.
+        if torch.compiler.is_compiling() or self.on_composed is not None:
+            return None
+        once = kept_weights(self)
+        return None if once is None else once.weight(self, weight)
 
     def factors(self, weight: str) -> dict[str, Tensor]:
         """The factors of one weight by their names (x1, y1, ...), as the parameters they are."""

@@ -77,7 +77,7 @@ class FactorisedEmbedding(EmbeddingMixin, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name for it)
         """Rows of the composed table: shape (*input.shape, embedding_dim)."""
         # Those who ask for the composed weight, or divide by counts of tokens, need all of it.
-        whole = self.on_composed is not None or self.scale_grad_by_freq
+        whole = self.must_compose("weight") or self.scale_grad_by_freq
         if whole or input.numel() >= self.num_embeddings:
             return super().forward(input)
         rows = self._rows(input.flatten()).view(*input.shape, self.embedding_dim)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
+from fedpara_plugins.fast.linear import linear_from_factors
 from fedpara_plugins.layers.base import FactorisedLayer, composed
 from fedpara_plugins.plan import WeightSlot
 
@@ -11,7 +12,11 @@ __all__ = ["FactorisedLinear"]
 
 
 class FactorisedLinear(FactorisedLayer, nn.Linear):
-    """A linear layer whose weight is composed at every forward (Proposition 1)."""
+    """A linear layer whose weight is composed at every forward (Proposition 1).
+
+    For few inputs, and for weights too large for the cache, the output is computed from the factors
+    with the same result; see `fedpara_plugins.fast.linear`.
+    """
 
     kind = "linear"
     dense_class = nn.Linear
@@ -25,3 +30,12 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
         shape = (dense.out_features, fan_in)
         # kaiming_uniform_(a=sqrt(5)), the layer's default, has this variance.
         return [WeightSlot("weight", shape, fan_in, 1 / (3 * fan_in))]
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name for it)
+        """Shape (..., out_features)."""
+        if self.must_compose("weight"):
+            return super().forward(input)
+        output = linear_from_factors(self.plans["weight"], self.factors_now("weight"), input)
+        if output is None:
+            return super().forward(input)
+        return output if self.bias is None else output + self.bias.to(output.dtype)

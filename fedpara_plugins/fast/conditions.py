@@ -1,0 +1,53 @@
+"""When a hand-written function may run, and when torch's own operations must.
+
+The functions of this folder are ordinary nodes of autograd: they work with double backward,
+checkpoints, hooks on saved tensors and autocast. What rewrites or records operations (the compiler,
+`torch.func`, forward mode, tracing, subclasses of tensors) gets torch's own operations instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+__all__ = ["FALLBACKS", "as_autocast_casts", "may_run"]
+
+FALLBACKS = (
+    "under torch.compile and torch.export, torch.func, forward-mode differentiation, torch.jit "
+    "tracing and for tensor subclasses weights are composed by torch's own operations"
+)
+"""For `fedpara doctor`."""
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def may_run(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a hand-written function may compute what these tensors (None: no tensor) give."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return False
+    # The two states have no public question; torch's own `Function.apply` asks the first so.
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    first = tensors[0]
+    if first is None or not first.dtype.is_floating_point:
+        return False
+    return all(
+        type(tensor) in _PLAIN and tensor.dtype == first.dtype and tensor.device == first.device
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+def as_autocast_casts(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors as a matrix product would see them: cast where autocast is on.
+
+    As there, float64 stays as it is. The cast is differentiable: gradients have the old dtype.
+    """
+    first = tensors[0]
+    if first is None or not torch.is_autocast_enabled(first.device.type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

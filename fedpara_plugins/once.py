@@ -1,0 +1,167 @@
+"""Compose every weight once for several forwards, where the user says so.
+
+Factors can be changed in ways that nothing can notice (through ``.data``, through a numpy view), so
+a weight that outlives its forward is never kept behind a user's back: only inside this context.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedpara_plugins.errors import ConversionError
+from fedpara_plugins.fast.conditions import may_run
+
+if TYPE_CHECKING:
+    from fedpara_plugins.layers.base import FactorisedLayer
+
+__all__ = ["composed_once", "kept_weights", "refuse_step"]
+
+
+class _Kept(NamedTuple):
+    """A composed weight, what its factors were, and (in training) the graph it was cut from."""
+
+    value: Tensor
+    factors: tuple[tuple[Tensor, int], ...]
+    graph: Tensor | None
+
+    def same(self, factors: Iterable[Tensor]) -> bool:
+        """Whether these are the very tensors it was composed from, unchanged."""
+        return all(
+            now is factor and now._version == version
+            for now, (factor, version) in zip(factors, self.factors, strict=True)
+        )
+
+    def pull_back(self) -> None:
+        """Take the collected gradient to the factors."""
+        if self.graph is None or self.value.grad is None:
+            return
+        if not self.same([factor for factor, _ in self.factors]):
+            raise ConversionError(
+                "factors were changed inside `composed_once` while gradients of the weights that "
+                "they composed were waiting: change them, or load a state, outside of it"
+            )
+        gradient, self.value.grad = self.value.grad, None
+        self.graph.backward(gradient, retain_graph=True)  # type: ignore[no-untyped-call]
+
+
+class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used)
+    """Compose each weight of a model at its first use inside the context, and use it again.
+
+    For evaluation, and for several backward passes that one optimizer step follows: gradients are
+    collected at the composed weights, and taken to the factors' ``.grad`` when the context is left
+    (those of a backward pass that comes later, at once). Parameters that are no factors get theirs
+    as ever. While the context is open, it holds every weight, and in training its gradient.
+
+    A weight whose factors were replaced or changed in place since is composed anew, also after
+    ``load_state_dict`` and inside ``functional_call``; copies of the model compose for themselves.
+    **Not noticed are changes through** ``.data`` **and through numpy views**: make none inside.
+
+    Args:
+        model: a converted model; all others pass unchanged.
+
+    Raises:
+        ConversionError: an optimizer steps, or factors change, while gradients are waiting.
+
+    Example:
+        >>> model = convert(nn.Linear(64, 64), method="fedpara")
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with composed_once(model):
+        ...     for batch in torch.ones(4, 2, 64):
+        ...         model(batch).square().mean().backward()
+        >>> optimizer.step()                     # outside: now the factors have their gradients
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._layers: dict[int, nn.Module] = {}
+        self._kept: dict[tuple[object, ...], _Kept] = {}
+        self._trained: list[_Kept] = []
+
+    def __enter__(self) -> composed_once:
+        self._layers = {id(layer): layer for layer in self._model.modules()}
+        self._kept, self._trained = {}, []
+        _stack().append(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _stack().remove(self)
+        trained, self._kept, self._layers, self._trained = self._trained, {}, {}, []
+        for kept in trained:
+            if kind is None:
+                kept.pull_back()
+            late = kept.value.register_post_accumulate_grad_hook
+            late(lambda _, kept=kept: kept.pull_back())  # type: ignore[no-untyped-call]
+
+    def holds(self, layer: nn.Module) -> bool:
+        """Whether the layer is one of the model's."""
+        return id(layer) in self._layers
+
+    def waits(self) -> bool:
+        """Whether weights have collected gradients."""
+        return any(kept.value.grad is not None for kept in self._trained)
+
+    def weight(self, layer: FactorisedLayer, name: str) -> Tensor | None:
+        """The composed weight of a layer that it holds; None where it must be composed anew."""
+        factors = layer.factors(name)
+        if not may_run(list(factors.values())) or any(f.is_inference() for f in factors.values()):
+            return None
+        training = torch.is_grad_enabled()
+        device = next(iter(factors.values())).device.type
+        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        state = (training, torch.is_inference_mode_enabled(), cast, layer.training, layer.phase)
+        key = (id(layer), name, *state)
+        kept = self._kept.get(key)
+        if kept is None or not kept.same(factors.values()):
+            self._kept[key] = kept = _compose(layer, name, factors)
+            if kept.graph is not None:
+                self._trained.append(kept)
+        return kept.value
+
+
+def kept_weights(layer: nn.Module) -> composed_once | None:
+    """The innermost open context of this thread that holds the layer; None without one."""
+    return next((once for once in reversed(_stack()) if once.holds(layer)), None)
+
+
+def refuse_step(layers: Iterable[nn.Module]) -> None:
+    """Raise if gradients of these layers are waiting: a step now would go without them.
+
+    Raises:
+        ConversionError: says where the step belongs.
+    """
+    for layer in layers:
+        once = kept_weights(layer)
+        if once is not None and once.waits():
+            raise ConversionError(
+                "an optimizer steps inside `composed_once`, but factors get their gradients when "
+                "the context is left: call optimizer.step() after it"
+            )
+
+
+_open = threading.local()
+
+
+def _stack() -> list[composed_once]:
+    found: list[composed_once] | None = getattr(_open, "stack", None)
+    if found is None:
+        found = _open.stack = []
+    return found
+
+
+def _compose(layer: FactorisedLayer, name: str, factors: Mapping[str, Tensor]) -> _Kept:
+    versions = tuple((factor, factor._version) for factor in factors.values())
+    graph = layer.plans[name].compose(layer.factors_now(name))
+    if not graph.requires_grad:
+        return _Kept(graph, versions, None)
+    return _Kept(graph.detach().requires_grad_(), versions, graph)

@@ -1,0 +1,235 @@
+"""`composed_once`: the same numbers as without, never a stale weight, no gradient lost."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import fedpara_plugins as fedpara
+from fedpara_plugins import ConversionError, JacobianCorrection, composed_once
+from fedpara_plugins.plan import WeightPlan
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(60, 24)
+        self.lstm = nn.LSTM(24, 32, batch_first=True)
+        self.conv = nn.Conv1d(32, 40, 3)
+        self.head = nn.Linear(40, 48)
+
+    def forward(self, tokens):
+        hidden = self.lstm(self.embed(tokens))[0].transpose(1, 2)
+        return self.head(self.conv(hidden).relu().mean(2))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return fedpara.convert(Net(), method="pfedpara", gamma=0.3, min_size=0)
+
+
+@pytest.fixture
+def batches():
+    torch.manual_seed(1)
+    return [torch.randint(0, 60, (3, 7)) for _ in range(4)]
+
+
+@pytest.fixture
+def composed(monkeypatch):
+    """How often a weight was composed."""
+    calls, compose = [], WeightPlan.compose
+    monkeypatch.setattr(WeightPlan, "compose", lambda *a: calls.append(1) or compose(*a))
+    return calls
+
+
+def same(model, inputs):
+    """Against a copy, which composes for itself."""
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs), copy.deepcopy(model)(inputs))
+
+
+def test_evaluation_composes_each_weight_once(model, batches, composed):
+    model.eval()
+    with torch.no_grad():
+        expected = [model(batch) for batch in batches]
+        composed.clear()
+        with composed_once(model):
+            got = [model(batch) for batch in batches]
+    assert len(composed) == 5
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_accumulated_gradients_and_one_composition(model, batches, composed):
+    for batch in batches:
+        model(batch).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    composed.clear()
+    with composed_once(model):
+        for batch in batches:
+            model(batch).square().sum().backward()
+        assert model.head.x1.grad is None
+    assert len(composed) == 5
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_backward_pass_after_the_context_loses_nothing(model, batches):
+    (model(batches[0]).sum() + model(batches[1]).square().sum()).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    with composed_once(model):
+        model(batches[0]).sum().backward()
+        later = model(batches[1]).square().sum()
+    later.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def edit(model):
+    with torch.no_grad():
+        model.head.x1.mul_(2)
+
+
+def step(model):
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def load(model):
+    model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()})
+
+
+def replace(model):
+    model.head.x1 = nn.Parameter(model.head.x1.detach() * 3)
+
+
+@pytest.mark.parametrize("change", [edit, step, load, replace])
+def test_changed_factors_are_composed_anew(model, batches, change):
+    model.eval()
+    with composed_once(model), torch.no_grad():
+        before = model(batches[0])
+        with torch.enable_grad():
+            change(model)
+        assert not torch.allclose(model(batches[0]), before)
+        same(model, batches[0])
+
+
+def through_data(model):
+    model.head.x1.data.mul_(2)
+
+
+def through_numpy(model):
+    view = model.head.x1.detach().numpy()
+    view *= 2
+
+
+@pytest.mark.parametrize("change", [edit, step, load, replace, through_data, through_numpy])
+def test_outside_the_context_no_change_is_missed(model, batches, change):
+    model.eval()
+    with torch.no_grad(), composed_once(model):
+        before = model(batches[0])
+    change(model)
+    with torch.no_grad():
+        assert not torch.allclose(model(batches[0]), before)
+    same(model, batches[0])
+
+
+def test_other_tensors_in_the_place_of_the_factors(model, batches):
+    other = {k: v.detach() * 1.5 for k, v in model.named_parameters()}
+    with torch.no_grad():
+        expected = functional_call(model, other, (batches[0],))
+        with composed_once(model):
+            model(batches[0])
+            torch.testing.assert_close(functional_call(model, other, (batches[0],)), expected)
+            same(model, batches[0])
+    single = torch.func.grad(lambda p: functional_call(model, p, (batches[0],)).sum())
+    with composed_once(model):
+        got = single(other)
+    torch.testing.assert_close(got["head.x1"], single(other)["head.x1"])
+
+
+def test_copies_compose_for_themselves(model, batches):
+    with composed_once(model), torch.no_grad():
+        before = model(batches[0])
+        other = copy.deepcopy(model)
+        through_data(other)
+        assert not torch.allclose(other(batches[0]), before)
+        torch.testing.assert_close(model(batches[0]), before)
+
+
+def test_training_and_evaluation_modes_autocast_and_inference_do_not_mix(model, batches):
+    with composed_once(model):
+        with torch.inference_mode():
+            model(batches[0])
+        with torch.no_grad():
+            plain = model(batches[0])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert model.head(torch.randn(2, 40)).dtype == torch.bfloat16
+        loss = model(batches[0]).sum()
+        loss.backward()
+        torch.testing.assert_close(model(batches[0]), plain)
+    assert model.head.x1.grad is not None
+
+
+def test_a_step_inside_is_refused_while_gradients_wait(model, batches):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with composed_once(model):
+        model(batches[0]).sum().backward()
+        with pytest.raises(ConversionError, match="after it"):
+            optimizer.step()
+    optimizer.step()
+
+
+def test_factors_changed_while_gradients_wait(model, batches):
+    def train():
+        with composed_once(model):
+            model(batches[0]).sum().backward()
+            edit(model)
+
+    with pytest.raises(ConversionError, match="outside of it"):
+        train()
+    model(batches[0]).sum().backward()  # nothing of the context is left
+
+
+def test_an_error_inside_gives_no_gradients(model, batches):
+    def train():
+        with composed_once(model):
+            model(batches[0]).sum().backward()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        train()
+    assert model.head.x1.grad is None
+
+
+def test_other_threads_compose_for_themselves(model, batches, composed):
+    with composed_once(model), torch.no_grad():
+        model(batches[0])
+        composed.clear()
+        thread = threading.Thread(target=lambda: model(batches[0]))
+        thread.start()
+        thread.join()
+        assert composed
+
+
+def test_with_the_jacobian_correction(model, batches):
+    correction = JacobianCorrection(model, lr=0.1)
+    with correction:
+        expected = correction(model(batches[0]).square().mean())
+    with composed_once(model), correction:
+        got = correction(model(batches[0]).square().mean())
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_model_without_factors():
+    model = nn.Linear(3, 3)
+    with composed_once(model):
+        model(torch.ones(1, 3)).sum().backward()
+    assert model.weight.grad is not None
