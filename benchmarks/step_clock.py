@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["Ratio", "peak_memory", "ratios"]
 
-WARM_UP = 3
+WARM_UP = 0.5
+"""Seconds of every contender before it is timed, and at least one call."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,11 @@ def ratios(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[
     """
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
-        for _ in range(WARM_UP):
-            contenders[name]()
+    for call in contenders.values():
+        start = time.process_time()
+        call()
+        while time.process_time() - start < WARM_UP:
+            call()
     gc.collect()
     gc.disable()
     try:
