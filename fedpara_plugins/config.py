@@ -67,7 +67,7 @@ class FedParaConfig:
         private_speed: the same for the private half of pfedpara.
         recompute: whether backward computes the two products behind a weight again, which takes
             longer, instead of holding them since forward, which takes twice the weight's memory;
-            None does so for weights of 32 MiB and more, where it costs nothing.
+            None does so for weights of 4 MiB and more, where it costs little.
         decay: what the optimizer's weight decay shrinks: ``composed`` weights, as the same setting
             would shrink dense ones, or each of the ``factors``.
         clip: bound of the gradient's norm over the whole model at each step; None for none.

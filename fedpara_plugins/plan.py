@@ -37,9 +37,9 @@ SMALLEST_SIDE = 4
 """A weight with fewer rows or columns (a 3-channel stem, say) has no rank to save."""
 
 
-RECOMPUTE_BYTES = 32 << 20
-"""From this size on a weight's two products are computed again in backward, a block of rows at a
-time: larger tensors get fresh pages at every step, which costs more than to compute them."""
+RECOMPUTE_BYTES = 4 << 20
+"""From this size on (in float32) a weight's two products are computed again in backward, a block of
+rows at a time: held ones have left the cache by then, and double a step's memory."""
 
 
 @dataclass(frozen=True)

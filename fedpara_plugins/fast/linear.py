@@ -20,6 +20,10 @@ __all__ = ["linear_from_factors"]
 FACTORS_COST = 1.25
 """Measured time of `linear_by_factors` per multiplication, that of composing = 1."""
 
+BLOCKS_BYTES = 32 << 20
+"""Tensors of this size get fresh pages from the system at every step, which costs more than to
+compose blocks twice."""
+
 
 def linear_from_factors(
     plan: WeightPlan, factors: Mapping[str, Tensor], inputs: Tensor
@@ -41,7 +45,7 @@ def linear_from_factors(
     if not may_run(ordered):
         return None
     by_factors = not form.tanh and _few(plan, inputs.numel() // plan.shape[1])
-    if not by_factors and not plan.recomputes:
+    if not by_factors and not _large(plan):
         return None
     first, *rest = as_autocast_casts(ordered)
     assert first is not None
@@ -53,6 +57,13 @@ def linear_from_factors(
         return functional.linear(tensors[0], plan.compose_plainly(tensors[1:]))
 
     return way(form, rows, rest, plain=plain).view(*inputs.shape[:-1], plan.shape[0])
+
+
+def _large(plan: WeightPlan) -> bool:
+    """Whether the weight is never to exist as a whole: by its size in float32, or as asked for."""
+    if plan.recompute is None:
+        return 4 * plan.shape[0] * plan.shape[1] >= BLOCKS_BYTES
+    return plan.recompute
 
 
 def _few(plan: WeightPlan, inputs: int) -> bool:

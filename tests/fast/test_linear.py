@@ -122,7 +122,7 @@ def test_autocast(way):
     assert (output.float() - expected).norm() / expected.norm() < 0.05
 
 
-@pytest.mark.parametrize(("inputs", "few"), [(4, True), (16, True), (256, False)])
+@pytest.mark.parametrize(("inputs", "few"), [(4, True), (22, True), (23, False), (256, False)])
 def test_few_inputs_are_multiplied_with_factors(inputs, few, monkeypatch):
     layer = fedpara.convert(nn.Linear(512, 512), method="fedpara", gamma=0.0)
     taken = []
@@ -132,3 +132,17 @@ def test_few_inputs_are_multiplied_with_factors(inputs, few, monkeypatch):
     )
     layer(torch.randn(inputs, 512))
     assert bool(taken) == few
+
+
+@pytest.mark.parametrize(("recompute", "way"), [(None, True), (True, True), (False, False)])
+def test_a_large_weight_is_never_whole(recompute, way, monkeypatch):
+    """Above the size from which on it pays; unless the user says to hold."""
+    monkeypatch.setattr(linear, "BLOCKS_BYTES", 4 * 512 * 512)
+    layer = fedpara.convert(nn.Linear(512, 512), method="fedpara", gamma=0.0, recompute=recompute)
+    if way:
+        never_composed(layer, monkeypatch)
+    assert layer(torch.randn(256, 512)).shape == (256, 512)
+    monkeypatch.setattr(linear, "BLOCKS_BYTES", 4 * 512 * 512 + 1)
+    if recompute is None:
+        with pytest.raises(AssertionError, match="composed"):
+            layer(torch.randn(256, 512))
