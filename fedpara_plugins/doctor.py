@@ -49,7 +49,8 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
     lines += [Finding("attention", name or "(model)", str(e)) for name, e in refused.items()]
     lines += _shared(model, {id(decision.layer) for decision in found if decision.plans})
     if any(is_known(p.method) for decision in found for p in decision.plans.values()):
-        lines.append(Finding("note", "speed", f"{FALLBACKS}, which take longer"))
+        text = f"gradients written by hand; {FALLBACKS}, which take longer"
+        lines.append(Finding("ok", "speed", text))
     if not any(line.level == "attention" for line in lines):
         lines += _converting(model, config)
     return lines
