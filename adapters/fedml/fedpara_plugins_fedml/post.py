@@ -218,12 +218,14 @@ class Post(FedMLCommManager):  # type: ignore[misc]
                 message.add_params(Message.MSG_ARG_KEY_MODEL_PARAMS, letter.data)
             for key, value in letter.fields.items():
                 message.add_params(key, value)
+            first = peer not in self._taken
             self._taken.setdefault(peer, time.monotonic())  # it may also take it and never return
             try:
                 self.send_message(message)
                 return
             except Exception as error:
-                self._taken.pop(peer, None)
+                if first:
+                    self._taken.pop(peer, None)
                 if letter.kind in (PULSE, HELLO, FAILED) or self._ended.is_set():
                     return
                 if time.monotonic() > deadline:
