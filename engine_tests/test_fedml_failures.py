@@ -150,7 +150,7 @@ def test_a_client_without_the_plugin(tmp_path: Path, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["TRPC", "GRPC"])
 def test_a_server_without_the_plugin(tmp_path: Path, backend: str) -> None:
-    """It ends on the first word of one client; for the other it is as if it had never been there."""
+    """It ends on one client's first word; to the other it was never there."""
     plugin = {**FEDPARA, "start_timeout": 60}
     with FedMLEngine(tmp_path, backend, plugin=plugin, of_rank={0: None}) as engine:
         engine.start_all()
