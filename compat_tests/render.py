@@ -130,7 +130,10 @@ def _overview(names: Sequence[str], results: Results) -> str:
     """Strategies by versions: how many cells passed of how many that there are."""
     versions = {name: _of(name, results) for name in names}
     head = ["strategy", "marker"]
-    head += [_listed(row["version"] for row in versions[name].values()) for name in names]
+    head += [
+        _listed(f"{SPELLED[row['framework']]} {row['version']}" for row in versions[name].values())
+        for name in names
+    ]
     lines = [head, ["---", "---", *["---:" for _ in names]]]
     for strategy, label in _labels().items():
         counts = [_counted(strategy, name, versions[name]) for name in names]
