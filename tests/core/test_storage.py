@@ -76,26 +76,36 @@ def test_a_damaged_file_is_set_aside_and_said(tmp_path, caplog):
 def test_a_process_that_is_killed_leaves_all_of_a_commit_or_none(tmp_path):
     path, draw = tmp_path / "client.sqlite", random.Random(0)
     last = 0
-    moved = 0
     for _ in range(KILLS):
+        committed, says = os.pipe()
         child = os.fork()
         if not child:
-            storage = FileStorage(path)
-            number = last
-            while True:
-                number += 1
-                for name in "abcd":
-                    storage[name] = number.to_bytes(4, "big") * (SIZE // 4)
-                storage.commit()
-        time.sleep(draw.uniform(0.02, 0.15))
+            try:
+                _commit_for_ever(path, last, says)
+            finally:
+                os._exit(1)
+        os.close(says)
+        # However slow the machine is, the kill falls into a later commit, or between two.
+        assert os.read(committed, 1) == b"1"
+        os.close(committed)
+        time.sleep(draw.uniform(0.0, 0.1))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         entries = dict(FileStorage(path))
         assert len(set(entries.values())) <= 1
         assert set(entries) in (set(), set("abcd"))
         now = int.from_bytes(entries["a"][:4], "big") if entries else 0
-        assert now >= last
+        assert now > last
         assert all(value == now.to_bytes(4, "big") * (SIZE // 4) for value in entries.values())
-        moved += now > last
         last = now
-    assert moved > KILLS / 2  # else nothing was ever in the middle of a commit
+
+
+def _commit_for_ever(path, last, says):
+    storage, number = FileStorage(path), last
+    while True:
+        number += 1
+        for name in "abcd":
+            storage[name] = number.to_bytes(4, "big") * (SIZE // 4)
+        storage.commit()
+        if number == last + 1:
+            os.write(says, b"1")
