@@ -28,7 +28,7 @@ from fedpara_plugins_fedml.patience import PatientQueue, make_patient
 from fedpara_plugins_fedml.protocol import ANSWER, FINISH, HELLO, PULSE, TASK
 from fedpara_plugins_fedml.silos import Silos
 from harness.fedml_project import run as run_single
-from harness.fedml_threads import Line, Parties
+from harness.fedml_threads import PATIENCE, Line, Parties
 
 KEYS: dict[str, Any] = {
     "fedpara_method": "fedpara",
@@ -66,7 +66,10 @@ def trouble(what: dict[int, str]) -> Any:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
     while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {PATIENCE:g} s")
         time.sleep(0.01)
 
 
@@ -188,7 +191,7 @@ class Killed(Dies):
 
 @pytest.mark.parametrize("enough", [True, False])
 def test_a_client_that_is_gone(monkeypatch: pytest.MonkeyPatch, enough: bool) -> None:
-    keys = {**KEYS, "fedpara_timeout": 2, **({"fedpara_min_clients": 1} if enough else {})}
+    keys = {**KEYS, "fedpara_timeout": 5, **({"fedpara_min_clients": 1} if enough else {})}
     parties = Dies.parties = Parties(monkeypatch, keys=keys, trainers={2: Dies})
     parties.run()
     assert "the server is gone" in str(parties.errors[2])
@@ -206,7 +209,7 @@ def test_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
             parties.cut(0)
             return super().aggregate(models)
 
-    keys = {**KEYS, "fedpara_timeout": 2}
+    keys = {**KEYS, "fedpara_timeout": 5}
     parties = Parties(monkeypatch, keys=keys, aggregator=Aggregator)
     parties.run()
     for rank in (1, 2):

@@ -21,7 +21,7 @@ from fedpara_plugins_fedml import distributed, post
 from fedpara_plugins_fedml.settings import Settings
 from harness.fedml_project import arguments, dataset, model
 
-__all__ = ["Line", "Parties"]
+__all__ = ["PATIENCE", "Line", "Parties"]
 
 PATIENCE = 120.0
 
