@@ -4,6 +4,7 @@ Flower and FedML cannot share an environment: each runs the tests of the one tha
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -13,9 +14,12 @@ __all__ = ["pytest_configure", "pytest_runtest_makereport", "result"]
 
 torch.set_num_threads(1)
 
-FLOWER = ["deployment", "private_wire", "simulation", "supernode_killed"]
-collect_ignore_glob = []
+FOLDER = Path(__file__).parent
+FEDML_TESTS = {path.name for path in FOLDER.glob("test_fedml_*.py")}
+FLOWER_TESTS = {path.name for path in FOLDER.glob("test_*.py")} - FEDML_TESTS
+
+collect_ignore: list[str] = []
 if find_spec("flwr") is None:
-    collect_ignore_glob += [f"test_{name}.py" for name in FLOWER]
+    collect_ignore += FLOWER_TESTS
 if find_spec("fedml") is None:
-    collect_ignore_glob += ["test_fedml_*.py"]
+    collect_ignore += FEDML_TESTS
