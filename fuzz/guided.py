@@ -21,15 +21,26 @@ import atheris
 import torch
 
 READERS = ("codecs", "spec", "own_state", "references", "ledger", "traffic", "inspector")
+MESSAGES = ("envelope", "replies")
 
-with atheris.instrument_imports(include=[f"fedpara_plugins.{name}" for name in READERS]):
+with atheris.instrument_imports(
+    include=[
+        *(f"fedpara_plugins.{name}" for name in READERS),
+        *(f"fedpara_plugins_fedml.{name}" for name in MESSAGES),
+    ]
+):
+    # Instrumented before invariant.py imports them.
     import fedpara_plugins.inspector
     import fedpara_plugins.references
-    import fedpara_plugins.traffic  # noqa: F401  (instrumented before invariant.py imports them)
+    import fedpara_plugins.traffic  # noqa: F401
+    import fedpara_plugins_fedml.envelope
+    import fedpara_plugins_fedml.replies  # noqa: F401
 
-from invariant import Checker  # noqa: E402
+from envelopes import is_envelope  # noqa: E402
+from invariant import Checker, damaged  # noqa: E402
 
-from fedpara_plugins.testing.hostile import damaged, signed  # noqa: E402
+from fedpara_plugins.testing.hostile import signed  # noqa: E402
+from fedpara_plugins_fedml import hostile as messages  # noqa: E402
 
 REPORT_EVERY = 1000
 
@@ -62,6 +73,8 @@ def main() -> None:
         kind = draw.random()
         if kind < 0.7:
             changed = damaged(data, draw)
+        elif is_envelope(data):
+            changed = messages.signed(atheris.Mutate(data, len(data) + 64), sizes=kind > 0.85)
         elif kind < 0.85:
             changed = signed(atheris.Mutate(data, len(data) + 64))
         else:  # the body alone, so that what parses the table lets it through

@@ -1,7 +1,8 @@
 """What must hold for any bytes whatever, and the bytes to start from.
 
 Everything that reads what others wrote is tried: the payload's decoder, the receiving end with its
-references, the description of a model, ledgers with the report drawn from them, and ``inspect``.
+references, the description of a model, ledgers with the report drawn from them, ``inspect``, and
+the messages of the FedML adapter.
 Each either raises an error of this project whose text fits a line of a log, or gives something
 sound. Anything else is a finding.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from envelopes import EnvelopeChecker, is_envelope
 from ledgers import LedgerChecker, is_ledger
 from torch import nn
 
@@ -33,12 +35,14 @@ from fedpara_plugins.codecs import (
     reference_hash,
 )
 from fedpara_plugins.codecs.chain import NONE, chain_of
-from fedpara_plugins.errors import MismatchError, PayloadError
+from fedpara_plugins.errors import FedParaError, MismatchError, PayloadError
 from fedpara_plugins.inspector import inspect_file
 from fedpara_plugins.plugins import stages
 from fedpara_plugins.references import ClientReferences, GridDownlink, PerClientDownlink
-from fedpara_plugins.testing.hostile import check_refusal, damaged, every_codec, pack
+from fedpara_plugins.testing import hostile
+from fedpara_plugins.testing.hostile import check_refusal, every_codec, pack
 from fedpara_plugins.testing.samples import SAMPLE_NAMES, finite_sample, nearby, same_bits
+from fedpara_plugins_fedml import hostile as messages
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "codecs" / "golden"
 LIMIT = 1 << 14
@@ -78,6 +82,7 @@ class Checker:
         held = dict(list(self.reference.items())[:3])
         self.held = {f"{RECORD}/last": encode_payload(held, codec=parse_codec(NONE))}
         self.ledgers = LedgerChecker(folder)
+        self.envelopes = EnvelopeChecker(self._payload)
         self.decoded = self.refused = 0
 
     def check(self, data: bytes) -> bool:
@@ -87,7 +92,10 @@ class Checker:
             InvariantError: the invariant is broken.
             Exception: whatever else the library let pass, which is a finding too.
         """
-        sound = self.ledgers.check(data) if is_ledger(data) else self._payload(data)
+        if is_envelope(data):
+            sound = self.envelopes.check(data)
+        else:
+            sound = self.ledgers.check(data) if is_ledger(data) else self._payload(data)
         if sound:
             self.decoded += 1
         else:
@@ -165,7 +173,7 @@ class Checker:
         path.write_bytes(data)
         try:
             text = inspect_file(path)
-        except PayloadError as error:
+        except FedParaError as error:  # of a ledger, where the first byte is one's
             check_refusal(error)
         else:
             if not text.replace("\n", "").isprintable():
@@ -193,10 +201,11 @@ class Checker:
             raise InvariantError(f"names, dtypes or shapes change when sent again by {text!r}")
 
     def seeds(self) -> Iterator[bytes]:
-        """Golden files, every codec on every sample, downlinks, ledgers, and all of it damaged."""
+        """Golden files, codecs on samples, downlinks, ledgers, messages, and all of it damaged."""
         yield from (path.read_bytes() for path in sorted(GOLDEN.iterdir()))
         yield from (b"", b"\x00" * 8, b"{}", pack({}), pack({"__metadata__": {}}))
-        few = [*self._downlinks(), *self.ledgers.seeds()]
+        downlinks = list(self._downlinks())
+        few = [*downlinks, *self.ledgers.seeds(), *self.envelopes.seeds(downlinks[:2])]
         sound = [*few]
         for codec in every_codec(self.stages).values():
             for name in SAMPLE_NAMES:
@@ -228,6 +237,11 @@ class Checker:
     def known_texts(self) -> list[str]:
         """Presets and stages that this run covers, for its report."""
         return [*PRESETS, *self.stages]
+
+
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """Bytes near ``data``, in its own format."""
+    return (messages if is_envelope(data) else hostile).damaged(data, draw)
 
 
 def _layout(tensors: Tensors) -> list[tuple[str, torch.dtype, torch.Size]]:

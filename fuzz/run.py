@@ -24,9 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from invariant import Checker
-
-from fedpara_plugins.testing.hostile import damaged
+from invariant import Checker, damaged
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build" / "fuzz"

@@ -129,9 +129,13 @@ class Outbox:
             self._downlink.acknowledge(client, record, reference)
 
     def refused(self, client: str, has: Mapping[str, Sequence[str]]) -> None:
-        """A client lost what a message was coded against: by record, the hashes that it has."""
+        """A client lost what a message was coded against: by record, the hashes that it has.
+
+        Records that were never sent are ignored: a client may name as many as it likes.
+        """
         for record, held in has.items():
-            self._downlink.refused(client, record, held)
+            if record in self._contents:
+                self._downlink.refused(client, record, held)
 
     def tell_first_contacts(self) -> None:
         """Log how many clients were sent more than an update since the last time."""

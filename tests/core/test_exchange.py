@@ -88,6 +88,15 @@ def test_what_a_client_answers_is_completed_and_checked():
     assert outbox.limit("model") == outbox.limit(None) == 2 * (12 * 4 + 5 * 8) + 1_000_000
 
 
+def test_a_client_that_lost_records_which_were_never_sent_fills_no_table():
+    outbox = Outbox(settings(codec="balanced"))
+    outbox.put("model", {"a": torch.zeros(3)}, plain("a"))
+    told = []
+    outbox._downlink.refused = lambda client, record, held: told.append(record)
+    outbox.refused("7", {**{f"r{number}": () for number in range(100)}, "model": ()})
+    assert told == ["model"]
+
+
 def test_a_client_that_lost_it_gets_what_it_can_decode():
     outbox, client = Outbox(settings(codec="balanced")), ClientReferences()
     sizes = []

@@ -7,13 +7,14 @@
     payloads  one after the other
 
 FedML's transports pickle what they carry; this is what our part of it is, and it is read without
-pickle. Sizes are checked before anything is taken apart, and each payload is decoded by the core's
-strict decoder (docs/payload.md) afterwards.
+pickle. The format is docs/envelope.md; each payload in it is decoded by the core's strict decoder
+(docs/payload.md) afterwards. Nothing here imports FedML.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zlib
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ MAGIC = b"FPE1"
 FIXED = struct.Struct("<4sII")
 MAX_HEAD = 2**20
 MAX_PAYLOADS = 64
+NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+"""Of a payload. A client keeps what it received under that name."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,10 @@ def pack(head: Mapping[str, Any], payloads: Mapping[str, bytes]) -> bytes:
     """The message as bytes.
 
     Raises:
-        PayloadError: the head is no JSON, or too large.
+        PayloadError: the head is no JSON, or too large, or a payload's name is not of `NAME`.
     """
+    if wrong := [name for name in payloads if not NAME.fullmatch(name)]:
+        raise PayloadError(f"no payload can be called {wrong[0]!r}: expected {NAME.pattern}")
     sizes = [[name, len(data)] for name, data in payloads.items()]
     try:
         words = {"head": dict(head), "payloads": sizes}
@@ -83,26 +88,25 @@ def unpack(data: object) -> Envelope:
     magic, size, checksum = FIXED.unpack_from(data)
     if magic != MAGIC:
         raise MismatchError(f"a message begins with {magic!r}, expected {MAGIC!r}")
+    if size > MAX_HEAD:
+        raise PayloadError(f"the head of a message says it takes {size} bytes, of {MAX_HEAD}")
     text = data[FIXED.size : FIXED.size + size]
-    if size > MAX_HEAD or len(text) != size or zlib.crc32(text) != checksum:
+    if len(text) != size or zlib.crc32(text) != checksum:
         raise PayloadError("the head of a message is damaged")
     try:
         words = strict_json(text.decode())
-        head, sizes = words["head"], [(name, count) for name, count in words["payloads"]]
-    except (UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+    except UnicodeDecodeError as error:
         raise PayloadError(f"the head of a message is malformed: {error}") from error
-    return Envelope(_checked_head(head), _cut(data, FIXED.size + size, sizes))
-
-
-def _checked_head(head: Any) -> Mapping[str, Any]:
-    if not isinstance(head, dict):
+    if not isinstance(words, dict) or words.keys() != {"head", "payloads"}:
+        raise PayloadError("the head of a message is malformed: not an object of head and payloads")
+    if not isinstance(words["head"], dict):
         raise PayloadError("the head of a message is no JSON object")
-    return head
+    return Envelope(words["head"], _cut(data, FIXED.size + size, words["payloads"]))
 
 
-def _cut(data: bytes, start: int, sizes: list[tuple[Any, Any]]) -> dict[str, bytes]:
-    sound = all(isinstance(n, str) and type(c) is int and c >= 0 for n, c in sizes)
-    if not sound or len(sizes) > MAX_PAYLOADS or len({name for name, _ in sizes}) != len(sizes):
+def _cut(data: bytes, start: int, sizes: Any) -> dict[str, bytes]:
+    sound = isinstance(sizes, list) and len(sizes) <= MAX_PAYLOADS and all(map(_is_size, sizes))
+    if not sound or len({name for name, _ in sizes}) != len(sizes):
         raise PayloadError("the head of a message names its payloads in a way that makes no sense")
     if start + sum(count for _, count in sizes) != len(data):
         raise PayloadError(
@@ -114,3 +118,12 @@ def _cut(data: bytes, start: int, sizes: list[tuple[Any, Any]]) -> dict[str, byt
         payloads[name] = data[start : start + count]
         start += count
     return payloads
+
+
+def _is_size(entry: Any) -> bool:
+    if not isinstance(entry, list) or len(entry) != 2:
+        return False
+    name, count = entry
+    return (
+        isinstance(name, str) and bool(NAME.fullmatch(name)) and type(count) is int and count >= 0
+    )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fedpara_plugins import ConfigError, FedParaError, PayloadError
 from fedpara_plugins.text import printable, shortened
 
-__all__ = ["MODEL", "Head"]
+__all__ = ["MODEL", "Head", "Purpose"]
+
+Purpose = Literal["train", "evaluate", "prepare"]
+"""``prepare`` asks for what goes before training, see `Rule.prepares`."""
 
 MODEL = "model"
 """Name of the record that holds the model."""
@@ -24,7 +27,7 @@ class Head:
 
     Attributes:
         round: that it belongs to, 1 for the first.
-        purpose: what is asked of the client, or what it answers: ``train``, ``evaluate``, ...
+        purpose: what is asked of the client, or what it answers.
         task: server to client: the rule's values.
         examples: the client's number of training examples.
         holds: by record, the hash of what the client has received and kept.
@@ -39,7 +42,7 @@ class Head:
     """
 
     round: int
-    purpose: str = "train"
+    purpose: Purpose = "train"
     task: Mapping[str, Any] = field(default_factory=dict)
     examples: float = 0.0
     holds: Mapping[str, str] = field(default_factory=dict)
@@ -75,6 +78,11 @@ class Head:
                 raise PayloadError(f"the head of a message has {repr(value)[:80]} for {name!r}")
         if type(values.get("round")) is not int:
             raise PayloadError("the head of a message names no round")
+        if values.get("purpose", "train") not in get_args(Purpose):
+            raise PayloadError(
+                f"the head of a message has the purpose {values['purpose']!r}, known are "
+                f"{', '.join(get_args(Purpose))}"
+            )
         _check_texts("holds", values.get("holds", {}).values())
         _check_texts("decoders", values.get("decoders", ()))
         for held in values.get("has", {}).values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -19,16 +19,14 @@ from fedpara_plugins_fedml.accounting import Accounting
 from fedpara_plugins_fedml.aggregation import Aggregation
 from fedpara_plugins_fedml.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.models import dense_of, plain_state, spec_for, to_state
-from fedpara_plugins_fedml.replies import MODEL, Head
+from fedpara_plugins_fedml.replies import MODEL, Head, Purpose
 from fedpara_plugins_fedml.rules import Answer, Rule, State
 from fedpara_plugins_fedml.server_state import CompletedRound, ServerFile
 from fedpara_plugins_fedml.settings import Settings
 
-__all__ = ["Purpose", "ServerHalf"]
+__all__ = ["ServerHalf"]
 
 log = logging.getLogger("fedpara.fedml")
-
-Purpose = Literal["train", "evaluate", "prepare"]
 
 
 class ServerHalf:
@@ -180,8 +178,7 @@ class ServerHalf:
             return True
         finally:
             if isinstance(data, bytes):
-                kind = head.purpose if head.purpose in get_args(Purpose) else "train"
-                self.accounting.message(self.round, "up", client, data, size, kind=kind)
+                self.accounting.message(self.round, "up", client, data, size, kind=head.purpose)
 
     def _take(self, client: str, head: Head, envelope: Envelope) -> Size:
         if client not in self._asked or client in self._excluded:

@@ -12,7 +12,8 @@ from fedml.simulation.sp.fedavg.fedavg_api import FedAvgAPI
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins_fedml.client import ClientHalf
-from fedpara_plugins_fedml.server import Purpose, ServerHalf
+from fedpara_plugins_fedml.replies import Purpose
+from fedpara_plugins_fedml.server import ServerHalf
 
 __all__ = ["SingleProcess"]
 
