@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,6 +147,26 @@ def test_a_message_of_another_purpose_is_not_trained_on() -> None:
     own = [inner._dataset[place][1] for place in (5, 6, 4)]
     reply = inner.clients.train("1", inner.server.message("1", "evaluate"), *own)
     assert "for 'evaluate' came where training was due" in Head.from_json(unpack(reply).head).error
+
+
+def test_a_server_that_asks_for_what_only_another_optimizer_has_is_told_so() -> None:
+    from fedpara_plugins_fedml import FedMLRunner
+
+    inner = FedMLRunner(arguments(**ON), torch.device("cpu"), dataset(), model()).runner
+    inner.server.begin(["1"])
+    own = [inner._dataset[place][1] for place in (5, 6, 4)]
+    reply = inner.clients.train("1", inner.server.message("1", "prepare"), *own)
+    head = Head.from_json(unpack(reply).head)
+    assert "as Mime does, and this client runs FedAvg; set the same" in head.error
+    assert head.fatal
+
+
+def test_a_users_home_in_a_path_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("ledger.jsonl", "checkpoint", "state_dir", "client_checkpoints")
+    run(**ON, **{f"fedpara_{name.split('.')[0]}": f"~/runs/{name}" for name in names})
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == set(names)
+    assert (tmp_path / "runs" / "client_checkpoints" / "client-0.safetensors").exists()
 
 
 # Late replies

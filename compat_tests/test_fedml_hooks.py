@@ -190,6 +190,24 @@ def test_the_order_of_what_a_hook_returns_does_not_matter(optimizer: str) -> Non
     assert largest(dropped.state, usual.state) > 1e-4
 
 
+class Scribbling(DefaultServerAggregator):
+    """Uses its own model as a place for notes, in place, while the server still needs its state."""
+
+    def on_before_aggregation(self, raw: Any) -> Any:
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.zero_()
+        return super().on_before_aggregation(raw)
+
+
+def test_an_aggregator_that_changes_its_model_in_place_changes_nothing_of_the_servers() -> None:
+    keys: dict[str, Any] = {"federated_optimizer": "FedOpt", "server_lr": 0.5, "comm_round": 1}
+    usual = run(**keys, fedpara_mend=True)
+    scribbled = run(**keys, fedpara_mend=True, server_aggregator=Scribbling)
+    assert largest(scribbled.state, usual.state) == 0
+    assert largest(usual.state, model().state_dict()) > 1e-3
+
+
 class Nobody(DefaultServerAggregator):
     def on_before_aggregation(self, raw: Any) -> Any:
         return [], []

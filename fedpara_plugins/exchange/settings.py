@@ -63,7 +63,8 @@ class ExchangeSettings:
         """The fields of this class from a section of options, which is emptied.
 
         Args:
-            section: options by name, with ``_``; an empty text is the default.
+            section: options by name, with ``_``; an empty text is the default. A ``~`` at the
+                beginning of a path is this user's home.
 
         Raises:
             ConfigError: unknown option, method or codec, or a value out of range.
@@ -80,7 +81,7 @@ class ExchangeSettings:
             "downlink": replace(parse_codec(config.downlink_codec or config.codec), feedback=False),
             "references": references,
             "reference_memory": 256 if memory is None else memory,
-            **{name: Path(path) if path else None for name, path in paths.items()},
+            **{name: _to_path(name, path) for name, path in paths.items()},
         }
 
     @property
@@ -97,6 +98,17 @@ class ExchangeSettings:
     def active(self) -> bool:
         """Whether messages are touched at all."""
         return self.config.method != "none" or not self.uncoded or bool(self.config.private)
+
+
+def _to_path(name: str, value: str) -> Path | None:
+    """An option's value as a path, ``~`` and ``~user`` expanded; None for an empty text."""
+    try:
+        return Path(value).expanduser() if value else None
+    except RuntimeError as error:
+        raise ConfigError(
+            f"option {name!r}: the ~ of {value[:80]!r} leads nowhere ({error}); give an "
+            f"absolute path"
+        ) from None
 
 
 def to_number(name: str, value: Any) -> float | None:

@@ -1,6 +1,7 @@
 """What every adapter does with a message's tensors, without any framework."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +73,17 @@ def test_a_file_is_written_whole(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         replace_file(path, b"second")
     assert path.read_bytes() == b"first"
+
+
+def test_a_users_home_in_a_path_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("ledger", "checkpoint", "client_checkpoints", "state_dir")
+    found = settings(**{name: f"~/runs/{name}" for name in names})
+    assert [getattr(found, name) for name in names] == [tmp_path / "runs" / n for n in names]
+    assert settings(ledger="a/~b").ledger == Path("a/~b")
+    assert settings(ledger="").ledger is None
+    with pytest.raises(ConfigError, match="option 'state_dir': the ~ of '~nobody-of-that-name/x'"):
+        settings(state_dir="~nobody-of-that-name/x")
 
 
 def test_what_a_client_answers_is_completed_and_checked():

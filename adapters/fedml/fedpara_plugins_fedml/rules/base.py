@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedpara_plugins import MismatchError
+
 __all__ = ["Answer", "LocalRule", "LocalWork", "Mean", "Rule", "State", "Visit"]
 
 State = dict[str, Tensor]
@@ -161,8 +163,16 @@ class LocalRule:
         return None
 
     def prepare(self, model: nn.Module, visit: Visit) -> LocalWork:
-        """What the server asked for before training; see `Rule.prepares`."""
-        raise NotImplementedError
+        """What the server asked for before training; see `Rule.prepares`.
+
+        Raises:
+            MismatchError: this rule has nothing that goes before it: the server runs another one.
+        """
+        name = getattr(visit.args, "federated_optimizer", "FedAvg")
+        raise MismatchError(
+            f"the server asks for what goes before training, as Mime does, and this client runs "
+            f"{name}; set the same federated_optimizer in the YAML of all sides"
+        )
 
     @contextmanager
     def around(self, model: nn.Module, visit: Visit) -> Iterator[LocalWork]:
