@@ -65,6 +65,9 @@ class FedParaConfig:
         speed: K, how far a composed weight moves per step of SGD, dense = 1; None takes the
             method's default (1/2 for fedpara, 1/4 for lowrank and pfedpara's shared half).
         private_speed: the same for the private half of pfedpara.
+        local: what a client trains in its round: ``factors``, or an ordinary ``dense`` model that
+            is never converted, and whose update the plugin projects onto the factors at the end
+            (`fedpara_plugins.projection`). Messages are the same; `convert` takes no notice.
         recompute: whether backward computes the two products behind a weight again, which takes
             longer, instead of holding them since forward, which takes twice the weight's memory;
             None does so for weights of 4 MiB and more, where it costs little.
@@ -111,6 +114,7 @@ class FedParaConfig:
     variance: str | float = "default"
     speed: float | None = None
     private_speed: float = 0.2
+    local: str = "factors"
     recompute: bool | None = None
     decay: str = "composed"
     clip: float | None = None
@@ -138,6 +142,7 @@ class FedParaConfig:
         self._check("variance", _in(VARIANCES, self.variance), _VARIANCE_TEXT)
         self._check("speed", self.speed is None or _in(SPEEDS, self.speed), _between(SPEEDS))
         self._check("private_speed", _in(SPEEDS, self.private_speed), _between(SPEEDS))
+        self._check("local", self.local in ("factors", "dense"), "'factors' or 'dense'")
         self._check("decay", self.decay in ("composed", "factors"), "'composed' or 'factors'")
         self._check("clip", self.clip is None or 0 < self.clip < inf, "a number above 0, or none")
         self._check("schedule", self.schedule in ("joint", "decoupled"), "'joint' or 'decoupled'")
@@ -155,10 +160,27 @@ class FedParaConfig:
                 "option 'private_head': the head is corrected in private steps, which only "
                 "schedule='decoupled' has: set that too, or private_head=False"
             )
+        if self.local == "dense":
+            self._check_dense()
         if self.ratio is not None and self.rank is not None:
             raise ConfigError("options 'ratio' and 'rank' exclude each other: give one of them")
         for pattern, _ in self.overrides:
             self._overridden(pattern)
+
+    def _check_dense(self) -> None:
+        """What acts inside a converted model has no place where none is trained."""
+        if self.schedule == "decoupled":
+            raise ConfigError(
+                "option 'local': 'dense' does not go with schedule='decoupled' (and private_head, "
+                "which needs it): private and shared steps differ in whose factors have gradients, "
+                "and a dense model has no factors: set schedule='joint', or local='factors'"
+            )
+        if self.label_prior:
+            raise ConfigError(
+                "option 'local': 'dense' does not go with label_prior: the converted head adds it "
+                "to its logits, and a model that is never converted has no such head: leave it "
+                "out, or set local='factors'"
+            )
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:

@@ -16,7 +16,9 @@ from harness.replies import PlainReply, Rule, State
 from harness.rules import RULES
 from harness.task import Task
 
-__all__ = ["RULES", "Reference", "Rule", "federated"]
+__all__ = ["RULES", "Reference", "Rule", "descend", "federated"]
+
+Training = Callable[[nn.Module, Task, int, int, float | None], float]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def federated(
     proximal_mu: float | None = None,
     private_names: Collection[str] = (),
     participants: Sequence[Sequence[int]] | None = None,
+    training: Training | None = None,
 ) -> Reference:
     """Train over all rounds.
 
@@ -58,6 +61,8 @@ def federated(
         proximal_mu: FedProx's mu; None for no such term.
         private_names: state that each client keeps and the server never sees.
         participants: the clients of each round; all of them if None.
+        training: of a client, in place, from model, task, client, round and mu to its mean loss;
+            `descend` if None.
     """
     torch.manual_seed(task.seed)
     model = build()
@@ -73,7 +78,7 @@ def federated(
             own = kept.get(client, {key: initial[key] for key in private_names})
             before = {**_as(state, initial), **own}
             model.load_state_dict(before)
-            loss = _descend(model, task, client, server_round, proximal_mu)
+            loss = (training or descend)(model, task, client, server_round, proximal_mu)
             after = rule.client(_double(before), _double(model.state_dict()))
             kept[client] = _as({key: after[key] for key in private_names}, initial)
             part = {key: after[key] for key in shared}
@@ -89,7 +94,7 @@ def federated(
     return Reference(initial, state, losses, accuracies, kept, own_accuracy)
 
 
-def _descend(
+def descend(
     model: nn.Module, task: Task, client: int, server_round: int, mu: float | None
 ) -> float:
     """Gradient descent by hand; FedProx's term enters as its gradient, mu (w - w0).

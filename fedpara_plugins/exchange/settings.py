@@ -95,6 +95,11 @@ class ExchangeSettings:
         return self.uplink.name == self.downlink.name == "none"
 
     @property
+    def trains_dense(self) -> bool:
+        """Whether clients train an ordinary model, and the plugin projects what became of it."""
+        return self.config.method != "none" and self.config.local == "dense"
+
+    @property
     def active(self) -> bool:
         """Whether messages are touched at all."""
         return self.config.method != "none" or not self.uncoded or bool(self.config.private)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError, ConversionError, FedParaError, MismatchError, merge
 from fedpara_plugins.checkpoints import save_dense
@@ -28,6 +28,7 @@ from fedpara_plugins.exchange.coding import (
     spec_of,
     update_codec,
 )
+from fedpara_plugins.exchange.dense_round import DenseRound
 from fedpara_plugins.references import LostReferenceError, Received
 from fedpara_plugins.spec import ModelSpec
 from fedpara_plugins.storage import Part, Storage
@@ -35,7 +36,7 @@ from fedpara_plugins.training import start_round, training_of
 from fedpara_plugins_fedml.client_storage import ClientStorages
 from fedpara_plugins_fedml.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.labels import count_once
-from fedpara_plugins_fedml.models import dense_of, plain_state, spec_for, to_state
+from fedpara_plugins_fedml.models import dense_of, exchanged, plain_state, spec_for, to_state
 from fedpara_plugins_fedml.replies import MODEL, Head
 from fedpara_plugins_fedml.rules import LocalRule, LocalWork, State, Visit
 from fedpara_plugins_fedml.settings import Settings
@@ -72,8 +73,10 @@ class ClientHalf:
         settings: of the run.
         args: FedML's; its ``round_idx`` is kept up to date.
         device: FedML's.
-        trainer: the user's ClientTrainer or FedML's default; its model is converted.
+        trainer: the user's ClientTrainer or FedML's default; its model is converted, or plain where
+            clients train dense.
         local_rule: of the optimizer.
+        factors: the same model, converted; None for the trainer's own.
     """
 
     def __init__(
@@ -83,13 +86,18 @@ class ClientHalf:
         device: torch.device,
         trainer: Any,
         local_rule: LocalRule,
+        factors: nn.Module | None = None,
     ) -> None:
         self._settings = settings
         self._args = args
         self._device = device
         self._trainer = trainer
         self._rule = local_rule
-        self._spec = spec_for(trainer.model, to_state(trainer.get_model_params()))
+        names = to_state(trainer.get_model_params())
+        if factors is None or factors is trainer.model:
+            self._spec = spec_for(trainer.model, names)
+        else:
+            self._spec = exchanged(factors, names)
         self._storages = ClientStorages(settings.state_dir)
 
     # Training
@@ -155,7 +163,8 @@ class ClientHalf:
         trainer = self._trainer
         trainer.set_id(int(client))
         trainer.update_dataset(train_data, test_data, examples)
-        trainer.set_model_params(plain_state(task.full))
+        dense = self._dense(task.full)
+        trainer.set_model_params(plain_state(task.full if dense is None else dense.dense))
         if loaded is not None:
             loaded()
         visit = Visit(
@@ -174,6 +183,9 @@ class ClientHalf:
         else:
             start_round(trainer.model, previous_steps=kept.steps())
             after, work = self._after_training(visit)
+            if dense is not None:
+                after = dense.after(after)
+                check_finite(after)
             payloads = self._encoded(task, {MODEL: after, **work.records}, work, kept)
             private = {k: v for k, v in after.items() if k in self._spec.private_keys}
             kept.keep_private(self._spec, private)
@@ -213,6 +225,14 @@ class ClientHalf:
         references = ClientState(storage).references
         has = {name: list(references.holds(name)) for name in envelope.payloads}
         return pack(Head(round=head.round, purpose=head.purpose, lost=True, has=has).to_json(), {})
+
+    def _dense(self, full: State) -> DenseRound | None:
+        """The round of an ordinary model, where clients train one."""
+        return DenseRound(self._spec, full) if self._settings.trains_dense else None
+
+    def _loadable(self, full: State) -> State:
+        """What the trainer's model loads."""
+        return self._spec.dense_state(full) if self._settings.trains_dense else full
 
     # Receiving
 
@@ -291,7 +311,7 @@ class ClientHalf:
         with contextlib.closing(self._storages.open(client)) as storage:
             task = self._received(Head.from_json(envelope.head), envelope, ClientState(storage))
         self._trainer.set_id(int(client))
-        self._trainer.set_model_params(plain_state(task.full))
+        self._trainer.set_model_params(plain_state(self._loadable(task.full)))
         return dict(task.received[MODEL].tensors)
 
     def load(self, client: str | None, state: Mapping[str, Tensor]) -> None:
@@ -302,8 +322,8 @@ class ClientHalf:
             state: of the server.
         """
         self._trainer.set_id(int(client or 0))
-        full = state if client is None else self._completed(client, state)
-        self._trainer.set_model_params(plain_state(full))
+        full = dict(state) if client is None else self._completed(client, state)
+        self._trainer.set_model_params(plain_state(self._loadable(full)))
 
     def _completed(self, client: str, state: Mapping[str, Tensor]) -> State:
         with contextlib.closing(self._storages.open(client)) as storage:
@@ -315,9 +335,12 @@ class ClientHalf:
         """Write the client's own dense model, where ``fedpara_client_checkpoints`` is set."""
         folder = self._settings.client_checkpoints
         if folder is not None:
+            model, full = self._trainer.model, self._completed(client, state)
             save_dense(
                 folder / f"client-{client}.safetensors",
-                dense_of(self._trainer.model, self._completed(client, state), private=True),
+                {**to_state(model.state_dict()), **self._loadable(full)}
+                if self._settings.trains_dense
+                else dense_of(model, full, private=True),
                 model=f"the own model of client {client}",
                 method=self._settings.config.method,
             )

@@ -17,7 +17,7 @@ from fedpara_plugins_fedml.client_manager import TESTS, ClientManager, introduce
 from fedpara_plugins_fedml.ending import end_process
 from fedpara_plugins_fedml.environment import missing_for
 from fedpara_plugins_fedml.evaluation import Evaluation
-from fedpara_plugins_fedml.models import converted, server_copy
+from fedpara_plugins_fedml.models import client_model, converted, server_copy
 from fedpara_plugins_fedml.post import Post
 from fedpara_plugins_fedml.rules import local_rule_for, rule_for
 from fedpara_plugins_fedml.server import ServerHalf
@@ -166,13 +166,13 @@ class Distributed:
     def _client(self, model: Any, trainer: Any) -> Callable[[Post], ClientManager]:
         args, settings = self._args, self._settings
         local = local_rule_for(args, settings)
-        model = converted(model, settings)
+        model, factors = client_model(model, settings)
         ml_engine_adapter.model_to_device(args, model, self._device)
         if trainer is None:
             trainer = local.trainer(model, args) or create_model_trainer(model, args)
         trainer.model = model
         trainer.set_id(self._rank - 1)
-        half = ClientHalf(settings, args, self._device, trainer, local)
+        half = ClientHalf(settings, args, self._device, trainer, local, factors)
         manager = ClientManager
         return lambda post: manager(args, post, half, self._dataset, settings.start_timeout)
 

@@ -12,9 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins import ConversionError, ModelSpec, convert
+from fedpara_plugins.exchange.dense_round import converted_copy, tell_idle
 from fedpara_plugins_fedml.settings import Settings
 
-__all__ = ["converted", "dense_of", "plain_state", "server_copy", "spec_for", "to_state"]
+__all__ = [
+    "client_model",
+    "converted",
+    "dense_of",
+    "exchanged",
+    "plain_state",
+    "server_copy",
+    "spec_for",
+    "to_state",
+]
 
 
 State = dict[str, Tensor]
@@ -35,6 +45,21 @@ def converted(model: Any, settings: Settings) -> nn.Module:
     return convert(model, settings.config)
 
 
+def client_model(model: Any, settings: Settings) -> tuple[nn.Module, nn.Module]:
+    """What a client trains, and the same model as factors: one and the same where it trains these.
+
+    With the key ``fedpara_local: dense`` the first is the project's own model as it is.
+
+    Raises:
+        ConversionError, ConfigError: see `converted`.
+    """
+    if not settings.trains_dense or not isinstance(model, nn.Module):
+        own = converted(model, settings)
+        return own, own
+    tell_idle(settings.config)
+    return model, converted_copy(model, settings.config)
+
+
 @torch.no_grad()
 def server_copy(model: nn.Module) -> nn.Module:
     """The server's model, of its own memory: W1, with private factors at zero."""
@@ -43,6 +68,21 @@ def server_copy(model: nn.Module) -> nn.Module:
     for name in ModelSpec.of(own).private_factors:
         parameters[name].zero_()
     return own
+
+
+def exchanged(model: nn.Module, names: Collection[str]) -> ModelSpec:
+    """The spec of what a project exchanges of its plain model.
+
+    Args:
+        model: the same, converted.
+        names: of the plain model's state.
+
+    Raises:
+        ConversionError: names that the model has not.
+    """
+    spec = ModelSpec.of(model)
+    factors = {name: spec.factor_keys(name).values() for name in spec.weights}
+    return spec_for(model, [key for name in names for key in factors.get(name, [name])])
 
 
 def spec_for(model: nn.Module, names: Collection[str]) -> ModelSpec:

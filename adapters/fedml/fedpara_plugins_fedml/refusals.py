@@ -55,6 +55,13 @@ def check_args(settings: Settings, args: Any) -> None:
             f"fedpara_* keys"
         )
     kind = str(getattr(args, "dp_solution_type", "")).strip()
+    if getattr(args, "enable_dp", False) and settings.trains_dense and kind != "cdp":
+        raise ConfigError(
+            f"fedpara: enable_dp with dp_solution_type {kind} bounds clients' updates or adds "
+            f"noise to them, and fedpara_local: dense projects them onto the factors and rescales "
+            f"them afterwards, so neither would be what it says: set fedpara_local: factors, or "
+            f"dp_solution_type: cdp, with which the server clips"
+        )
     if getattr(args, "enable_dp", False) and kind in CLIENTS_CLIP and is_lossy(settings.uplink):
         raise ConfigError(
             f"fedpara: {CLIENTS_CLIP[kind]}, and the codec {settings.uplink.name!r} changes what "

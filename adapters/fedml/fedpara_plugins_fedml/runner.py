@@ -21,7 +21,7 @@ from fedpara_plugins_fedml.distributed import (
     telling_others,
 )
 from fedpara_plugins_fedml.logs import follow_fedml
-from fedpara_plugins_fedml.models import converted, server_copy
+from fedpara_plugins_fedml.models import client_model, server_copy
 from fedpara_plugins_fedml.refusals import check_args, check_clients, check_dataset
 from fedpara_plugins_fedml.rules import RULES, local_rule_for, rule_for
 from fedpara_plugins_fedml.server import ServerHalf
@@ -114,8 +114,8 @@ def _single_process(
     local = local_rule_for(args, settings)
     given = {"client_trainer": trainer, "server_aggregator": aggregator}
     announce(settings, args, rule, honoured=[n for n, value in given.items() if value is not None])
-    model = converted(model, settings)
-    own = server_copy(model)
+    model, factors = client_model(model, settings)
+    own = server_copy(factors)
     if aggregator is None:
         aggregator = create_server_aggregator(own, args)
     if trainer is None:
@@ -123,6 +123,6 @@ def _single_process(
     aggregator.model, trainer.model = own, model
     aggregator.set_id(-1)
     server = ServerHalf(settings, args, device, dataset, aggregator, rule)
-    halves = server, ClientHalf(settings, args, device, trainer, local)
+    halves = server, ClientHalf(settings, args, device, trainer, local, factors)
     users = given["server_aggregator"] is not None
     return SingleProcess(args, dataset, *halves, ask_aggregator=users)

@@ -28,6 +28,7 @@ from fedpara_plugins.exchange.coding import (
     spec_of,
     update_codec,
 )
+from fedpara_plugins.exchange.dense_round import DenseRound, check_agreement, tell_idle
 from fedpara_plugins.references import LostReferenceError, Received, shared_part
 from fedpara_plugins.storage import Storage
 from fedpara_plugins_flower import positional, secagg
@@ -64,6 +65,16 @@ class _Received:
     full: dict[str, Tensor]
     fresh: bool
     decoders: tuple[str, ...]
+    dense: DenseRound | None = None
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """What the app gets."""
+        return self.full if self.dense is None else self.dense.dense
+
+    def taken(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is answered, from what the app answers."""
+        return tensors if self.dense is None else self.dense.after(tensors)
 
 
 def client_mod(message: Message, context: Context, call_next: App) -> Message:
@@ -153,8 +164,8 @@ def _answer(
         lost = Marker(lost=True, has=has, decoders=decoders())
         return Message(lost.attached_to(RecordDict()), reply_to=message)
     for name, part in received.items():
-        check_clipping_mods(call_next, settings, part.full)
-        message.content[name] = to_record(part.full)
+        check_clipping_mods(call_next, settings, part.given)
+        message.content[name] = to_record(part.given)
     positional.unname_request(message)
     expected = next((part.spec for name, part in received.items() if not is_side(name)), None)
     secagg.check_order(message, private=expected is not None and bool(expected.private_keys))
@@ -170,7 +181,8 @@ def _answer(
     if reply.has_error() or secagg.is_step_without_app(message):
         return reply
     named = received.get(positional.PARAMETERS)
-    positional.name_reply(reply, named.spec.keys if named else None, run.specs)
+    names = tuple(named.given) if named else None
+    positional.name_reply(reply, names, run.plain or run.specs)
     _export(message, context, settings, received)
     masked = secagg.masks_reply(message)
     encoded = _encode_reply(reply, settings, state, received, run, masked=masked)
@@ -186,12 +198,19 @@ def _receive(name: str, payload: bytes, state: ClientState, settings: Settings) 
     _check_codecs(codecs_of(held.header), settings)
     spec = spec_of(held.header, held.tensors, limit=limit)
     private, fresh = state.private(spec, held.tensors)
+    full = merge(spec, held.tensors, private)
+    dense = None
+    if settings.trains_dense and not is_side(name):
+        check_agreement(spec, settings.config)
+        tell_idle(settings.config)
+        dense = DenseRound(spec, full)
     return _Received(
         spec=spec,
         held=held,
-        full=merge(spec, held.tensors, private),
+        full=full,
         fresh=fresh and bool(private),
         decoders=decoders_of(held.header),
+        dense=dense,
     )
 
 
@@ -216,7 +235,8 @@ def _call_app(message: Message, context: Context, call_next: App, run: Run) -> M
         except FedParaError:
             raise
         except Exception as error:
-            if run.expected is not None and run.expected.weights and not run.specs:
+            built = run.specs or run.trains_dense
+            if run.expected is not None and run.expected.weights and not built:
                 raise ConfigError(
                     f"fedpara: the app failed ({error}) and built no converted model, while the "
                     f"server sends one. Add to the client: Net = fedpara.factorised(Net)"
@@ -248,6 +268,8 @@ def _encode_reply(
         part = received.get(name) or next(iter(models), None)
         tensors = to_tensors(record)
         check_finite(tensors)
+        if not is_side(name):
+            tensors = _projected(tensors, part, run)
         spec = part.spec if part else _built_spec(run.specs, tensors)
         if is_side(name):
             _check_shared_only(name, tensors, models)
@@ -294,6 +316,17 @@ def _encode_reply(
     )
     reply.content = marker.attached_to(reply.content)
     return reply
+
+
+def _projected(tensors: dict[str, Tensor], part: _Received | None, run: Run) -> dict[str, Tensor]:
+    """The state of factors that an app's answer stands for; itself where factors are trained."""
+    if part is not None:
+        found = part.taken(tensors)
+    else:
+        found = tensors if run.start is None else run.start.after(tensors)
+    if found is not tensors:
+        check_finite(found)
+    return found
 
 
 def _built_spec(

@@ -46,7 +46,9 @@ def check_clipped_message(message: Message, settings: Settings) -> None:
         ConfigError: it does; nothing has been sent yet.
     """
     if any(CLIPPING_KEY in record for record in message.content.config_records.values()):
-        _check_codecs(settings, "this strategy (its config has 'clipping_norm')")
+        who = "this strategy (its config has 'clipping_norm')"
+        _check_local(settings, who)
+        _check_codecs(settings, who)
 
 
 def check_clipping_mods(
@@ -68,6 +70,7 @@ def check_clipping_mods(
     name = next(_clipping_mods(call_next), None)
     if name is None:
         return
+    _check_local(settings, f"Flower's {name}")
     _check_codecs(settings, f"Flower's {name}")
     left = [
         key for key, value in received.items() if not (value.dim() and value.is_floating_point())
@@ -78,6 +81,16 @@ def check_clipping_mods(
             f"it counts them in the norm, and the model has {len(left)}: {', '.join(left[:3])}. "
             f"Use a normalisation without counters (GroupNorm), or BatchNorm with "
             f"track_running_stats=False"
+        )
+
+
+def _check_local(settings: Settings, who: str) -> None:
+    if settings.trains_dense:
+        raise ConfigError(
+            f"fedpara: {who} acts on clients' updates for differential privacy, and local = "
+            f'"dense" projects them onto the factors and rescales them afterwards: neither a bound '
+            f'on their norm nor noise of a stated size would be left. Set local = "factors", or '
+            f"use the strategy's server-side variant, which clips what has been decoded"
         )
 
 

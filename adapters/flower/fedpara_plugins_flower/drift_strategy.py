@@ -14,11 +14,13 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError
+from fedpara_plugins.exchange.dense_round import refuse_in_factor_space
 from fedpara_plugins.optimizers import Contributions, Guard, Norms, Reply, State
 from fedpara_plugins.optimizers.named import difference, finite, norm
 from fedpara_plugins.optimizers.rounds import Weighting
 from fedpara_plugins_flower.drift_records import TASK, VARIATE, Report, Task, names_of
 from fedpara_plugins_flower.records import to_record, to_tensors
+from fedpara_plugins_flower.run import active_run
 
 __all__ = ["Answer", "DriftStrategy"]
 
@@ -111,6 +113,8 @@ class DriftStrategy(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """FedAvg's messages, and in each what this algorithm asks of that client."""
+        if (run := active_run()) is not None:
+            refuse_in_factor_space(self.algorithm, run.settings.config)
         messages = list(super().configure_train(server_round, arrays, config, grid))
         self._x = to_tensors(arrays)
         self._grid = grid

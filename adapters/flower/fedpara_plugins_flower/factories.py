@@ -31,7 +31,8 @@ def factorised(factory: Callable[P, M]) -> Callable[P, M]:
     Use it right after the imports, ``Net = fedpara.factorised(Net)``: every ``Net()`` of the file,
     in helper functions and in an ``evaluate_fn`` too, then builds the run's model. Or use it once
     as a decorator where the class is defined, ``@fedpara.factorised``, for every file that builds
-    the model. With method ``none`` the model is returned as it is.
+    the model. With method ``none`` the model is returned as it is, and so it is on clients
+    that train dense (option ``local``).
 
     Args:
         factory: the model's class, or any function that returns a new model. A class is changed in
@@ -100,7 +101,11 @@ def plain_model_hint(error: Exception, run: Run) -> str | None:
     text = str(error)
     specs = [*run.specs.values(), *([run.expected] if run.expected else [])]
     # A converted model has factors in the place of these names, and would not miss them.
-    if "loading state_dict" not in text or not any(w in text for s in specs for w in s.weights):
+    if (
+        run.trains_dense
+        or "loading state_dict" not in text
+        or not any(w in text for s in specs for w in s.weights)
+    ):
         return None
     return (
         f"fedpara: a file of the app builds the plain model, which cannot load the run's state. "

@@ -10,6 +10,7 @@ from flwr.common import ArrayRecord, Context, Message, RecordDict
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError
+from fedpara_plugins.exchange.dense_round import refuse_in_factor_space
 from fedpara_plugins.optimizers import LocalFedDyn, LocalResult, LocalScaffold
 from fedpara_plugins_flower.drift_records import (
     CHANGE,
@@ -49,6 +50,8 @@ class Correction:
         self.algorithm = self._task.algorithm
         self._context = context
         self._run = active_run()
+        if self._run is not None:
+            refuse_in_factor_space(self.algorithm, self._run.settings.config)
         with own_state(context, self.algorithm, self._run) as state:
             self._client, self._kept = state.client, state.kept
         undone = self._kept.begin(self._task.accepted)

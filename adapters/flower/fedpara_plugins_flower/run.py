@@ -18,6 +18,7 @@ from flwr.common import ArrayRecord
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError, FedParaConfig, ModelSpec, convert
+from fedpara_plugins.exchange.dense_round import DenseRound, converted_copy
 from fedpara_plugins.storage import Storage
 from fedpara_plugins.training import Training, start_round, training_of
 from fedpara_plugins_flower.settings import Settings
@@ -41,6 +42,9 @@ class Run:
         specs: the models that `factorised` built here, by their set of names: of the whole state,
             and of ``parameters()`` where the model has buffers too.
         previous_steps: on a client, optimizer steps of its previous training round, if known.
+        plain: on a client whose option ``local`` is ``dense``: the names of the plain state, and of
+            its parameters alone, of the model that the run starts from.
+        start: then, that model's own round.
         storage: on a client, what it keeps between rounds; committed when its reply is complete.
         starts: the first model built here keeps its values, since the run starts from them.
         trainings: progress of the models that were built here with training options.
@@ -59,6 +63,8 @@ class Run:
     expected: ModelSpec | None = None
     specs: dict[frozenset[str], ModelSpec] = field(default_factory=dict)
     previous_steps: int | None = None
+    plain: dict[frozenset[str], ModelSpec] = field(default_factory=dict)
+    start: DenseRound | None = None
     storage: Storage | None = None
     starts: bool = False
     trainings: list[Training] = field(default_factory=list)
@@ -69,26 +75,50 @@ class Run:
     on_start: list[StartHook] = field(default_factory=list)
     strategy: object | None = None
 
+    @property
+    def trains_dense(self) -> bool:
+        """Whether this side's models stay as they are, and the mod projects what they learn."""
+        return self.side == "client" and self.settings.trains_dense
+
     def converted(self, model: M) -> M:
         """Convert a model that the user's code has just built, and remember its spec.
+
+        Where clients train dense, a client's model is compared and comes back as it is.
 
         Raises:
             MismatchError: the server's message describes another model.
         """
+        if self.trains_dense:
+            return self._compared(model)
         model = convert(model, self._config())
-        spec = ModelSpec.of(model)
-        specs = {frozenset(s.keys): s for s in (spec, _of_parameters(spec, model))}
-        if self.expected is not None:
-            mine = specs.get(frozenset(self.expected.keys), spec)
-            mine.check_equal(self.expected, here="this client", there="the server")
+        spec = self._remembered(model)
         if self.side == "server":
             _zero_private_factors(model, spec)
-        self.specs |= specs
         start_round(model, previous_steps=self.previous_steps)
         if (training := training_of(model)) is not None:
             self.trainings.append(training)
         if self.on_loaded is not None:
             model.register_load_state_dict_post_hook(_announce_loaded)  # type: ignore[no-untyped-call]
+        return model
+
+    def _remembered(self, model: nn.Module) -> ModelSpec:
+        spec = ModelSpec.of(model)
+        specs = {frozenset(s.keys): s for s in (spec, _of_parameters(spec, model))}
+        if self.expected is not None:
+            mine = specs.get(frozenset(self.expected.keys), spec)
+            mine.check_equal(self.expected, here="this client", there="the server")
+        self.specs |= specs
+        return spec
+
+    def _compared(self, model: M) -> M:
+        first = self.starts and not self.specs
+        factors = converted_copy(model, self._config())
+        spec = self._remembered(factors)
+        if first:
+            self.start = DenseRound(spec, factors.state_dict())
+            model.load_state_dict(self.start.dense)
+            lists = tuple(self.start.dense), tuple(name for name, _ in model.named_parameters())
+            self.plain = {frozenset(names): ModelSpec({}, names, seed=0) for names in lists}
         return model
 
     def _config(self) -> FedParaConfig:
@@ -132,6 +162,8 @@ def to_dense(arrays: ArrayRecord | Mapping[str, Tensor]) -> dict[str, Tensor]:
     state: Mapping[str, Tensor]
     state = arrays.to_torch_state_dict() if isinstance(arrays, ArrayRecord) else arrays
     run = active_run()
+    if run is not None and run.trains_dense:
+        return dict(state)  # what such a client has is dense already
     spec = run.specs.get(frozenset(state)) if run else None
     if spec is None:
         raise ConfigError(

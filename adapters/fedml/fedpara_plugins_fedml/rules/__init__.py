@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from fedpara_plugins import ConfigError
+from fedpara_plugins.exchange.dense_round import refuse_in_factor_space
 from fedpara_plugins.optimizers.rounds import Weighting
 from fedpara_plugins_fedml.rules.base import Answer, LocalRule, LocalWork, Mean, Rule, State, Visit
 from fedpara_plugins_fedml.rules.fedavg import FedAvg
@@ -104,6 +105,9 @@ RULES: dict[str, tuple[ServerMaker, LocalMaker]] = {
 }
 """Makers of both halves by name."""
 
+IN_FACTOR_SPACE = ("SCAFFOLD", "FedDyn", "Mime")
+"""Clients correct gradients by what the server has of factors."""
+
 
 def rule_for(args: Any, settings: Settings, *, clients: int, a_round: int) -> Rule:
     """The server's half of the optimizer that the project names.
@@ -117,12 +121,22 @@ def rule_for(args: Any, settings: Settings, *, clients: int, a_round: int) -> Ru
     Raises:
         ConfigError: an optimizer that the plugin has not, or a bad value of a key of its own.
     """
-    return _makers(args)[0](args, settings, clients)
+    makers = _makers(args)
+    _check_local(args, settings)
+    return makers[0](args, settings, clients)
 
 
 def local_rule_for(args: Any, settings: Settings) -> LocalRule:
     """The client's half of the same."""
-    return _makers(args)[1](args, settings)
+    makers = _makers(args)
+    _check_local(args, settings)
+    return makers[1](args, settings)
+
+
+def _check_local(args: Any, settings: Settings) -> None:
+    name = str(getattr(args, "federated_optimizer", "FedAvg"))
+    if name in IN_FACTOR_SPACE:
+        refuse_in_factor_space(name, settings.config)
 
 
 def _makers(args: Any) -> tuple[ServerMaker, LocalMaker]:

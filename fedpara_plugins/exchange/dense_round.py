@@ -1,0 +1,159 @@
+"""A client's round in which an ordinary dense model trains in the place of factors.
+
+Option ``local = "dense"``. What travels, is coded, counted and kept is the same as with factors:
+dense weights exist between the two calls here, in the client's own hands.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from fedpara_plugins.config import FedParaConfig
+from fedpara_plugins.convert import convert
+from fedpara_plugins.errors import ConfigError, MismatchError
+from fedpara_plugins.projection import project
+from fedpara_plugins.spec import ModelSpec
+
+__all__ = ["DenseRound", "check_agreement", "converted_copy", "refuse_in_factor_space", "tell_idle"]
+
+log = logging.getLogger("fedpara")
+
+State = dict[str, Tensor]
+
+IDLE = {"clip": "bounds gradients of factors", "speed": "is the speed of factors' steps"}
+"""Options that act where factors are trained, and what they do there."""
+
+_told: set[str] = set()
+
+
+class DenseRound:
+    """From the state of factors to the dense one that is trained, and back.
+
+    Args:
+        spec: of the model.
+        full: the state of factors that the client starts from: shared as received, private its own.
+
+    Attributes:
+        dense: what the client's model loads, with the names and shapes of the plain model.
+        kept: by weight that has changed, the share of its update that the projection kept.
+    """
+
+    def __init__(self, spec: ModelSpec, full: Mapping[str, Tensor]) -> None:
+        self._spec = spec
+        self._full = {name: value.detach() for name, value in full.items()}
+        self.dense = spec.dense_state(full)
+        self.kept: dict[str, float] = {}
+
+    def after(self, trained: Mapping[str, Tensor]) -> State:
+        """The state of factors that a dense state stands for after training.
+
+        Composed weights are projected (`fedpara_plugins.projection.project`), private factors
+        moving with the shared ones; everything else (biases, norms, dense layers, buffers) is taken
+        as it is. Without any change the very state that the round began with comes back.
+
+        Args:
+            trained: by the names of `dense`, or some of them; further names stay as they are.
+
+        Raises:
+            MismatchError: a weight has another shape, or holds no floating-point numbers.
+        """
+        found: State = {}
+        for name, value in trained.items():
+            if name not in self._spec.weights or name not in self.dense:
+                found[name] = value
+                continue
+            self._check(name, value)
+            keys = self._spec.factor_keys(name)
+            factors = {factor: self._full[key] for factor, key in keys.items()}
+            moved = project(self._spec.weights[name], factors, self.dense[name], value)
+            if moved.kept is not None:
+                self.kept[name] = moved.kept
+            found.update({keys[factor]: new for factor, new in moved.factors.items()})
+        if self.kept:
+            shares = sorted(self.kept.values())
+            log.debug(
+                "fedpara: projected %d weights; kept share %.3f to %.3f",
+                len(shares), shares[0], shares[-1],
+            )  # fmt: skip
+        return {key: found.pop(key) for key in self._spec.keys if key in found} | found
+
+    def _check(self, name: str, value: Tensor) -> None:
+        expected = self._spec.weights[name].shape
+        if tuple(value.shape) != expected or not value.is_floating_point():
+            raise MismatchError(
+                f"local='dense': the client answers with {name!r} of shape {tuple(value.shape)} "
+                f"and {value.dtype}, it was given floating-point numbers of shape {expected}: send "
+                f"the state of the model that was trained"
+            )
+
+
+def converted_copy(model: nn.Module, config: FedParaConfig) -> nn.Module:
+    """What a plain model is as factors; neither the model nor the random state is touched.
+
+    Args:
+        model: plain.
+        config: how the server converts it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return convert(copy.deepcopy(model), config)
+
+
+def check_agreement(spec: ModelSpec, config: FedParaConfig) -> None:
+    """Raise unless a described model keeps on this client what the client's own options keep.
+
+    Without the client's model at hand its names and methods can be compared, and no more.
+
+    Raises:
+        MismatchError: the server's options are others.
+    """
+    methods = {plan.method.name for plan in spec.weights.values()}
+    own = {config.method, *(dict(options).get("method") for _, options in config.overrides)}
+    if not methods or not methods <= own:
+        raise MismatchError(
+            f"the server's model has method {', '.join(sorted(methods)) or 'none'}, this client "
+            f"has {config.method}. Set the same fedpara options on both sides"
+        )
+    factors = set(spec.shared_shapes())
+    sent = [
+        key
+        for key in spec.shared_keys
+        if key not in factors and any(fnmatchcase(key, pattern) for pattern in config.private)
+    ]
+    if sent:
+        raise MismatchError(
+            f"the option private differs: this client keeps {sent[0]!r}, for the server it is "
+            f"shared. Set the same fedpara option private on both sides"
+        )
+
+
+def refuse_in_factor_space(algorithm: str, config: FedParaConfig) -> None:
+    """Raise for an optimizer whose clients correct gradients by what the server has of factors.
+
+    Args:
+        algorithm: its name.
+        config: of the run.
+
+    Raises:
+        ConfigError: ``local`` is ``dense``.
+    """
+    if config.method != "none" and config.local == "dense":
+        raise ConfigError(
+            f"{algorithm} does not go with local='dense': it corrects the clients' gradients by "
+            f"what the server has summed up, which is about factors, and the dense weights that "
+            f"clients train have other gradients, most of which no factor can follow. Set "
+            f"local='factors', or take FedAvg, FedProx or an optimizer of the server alone"
+        )
+
+
+def tell_idle(config: FedParaConfig) -> None:
+    """Say once which options have nothing to act on."""
+    for name, does in IDLE.items():
+        if getattr(config, name) is not None and name not in _told:
+            _told.add(name)
+            log.info("fedpara: %s %s; with local='dense' clients train none", name, does)
