@@ -38,9 +38,9 @@ METHODS = ("lowrank", "fedpara", "pfedpara")
 
 
 def _conv1d() -> nn.Module:
-    return pytest.importorskip("transformers.pytorch_utils", reason="needs transformers").Conv1D(
-        12, 14
-    )
+    return pytest.importorskip(
+        "transformers.pytorch_utils", reason="needs transformers: `tox run -e core-models`"
+    ).Conv1D(12, 14)
 
 
 Case = tuple[WeightPlan, dict[str, Tensor]]
