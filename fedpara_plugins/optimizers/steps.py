@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
-from torch.utils.hooks import RemovableHandle
 
-# Its hook must be in front of ours, so that clip bounds the gradient and not the term.
-import fedpara_plugins.training  # noqa: F401
 from fedpara_plugins.errors import ConfigError
+from fedpara_plugins.optimizers.watch import watching
 
 __all__ = ["AddedGradient", "Term"]
 
@@ -57,8 +51,8 @@ class AddedGradient:
         self._term = term
         self._check = check
         self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._before: list[tuple[Tensor, Tensor]] = []
-        self._handles: list[RemovableHandle] = []
+        self._before: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._watch = ExitStack()
         self.steps = 0
         self.rates: dict[str, float] = dict.fromkeys(parameters, 0.0)
 
@@ -80,10 +74,7 @@ class AddedGradient:
             )
 
     def __enter__(self) -> AddedGradient:
-        self._handles = [
-            register_optimizer_step_pre_hook(self._add),
-            register_optimizer_step_post_hook(self._restore),
-        ]
+        self._watch.enter_context(watching(self._add, self._restore))
         return self
 
     def __exit__(
@@ -92,12 +83,12 @@ class AddedGradient:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._put_back()
+        self._watch.close()
+        for optimizer in list(self._before):
+            self._put_back(optimizer)
 
     @torch.no_grad()
-    def _add(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _add(self, optimizer: Optimizer) -> None:
         held = [
             (parameter, self._names[id(parameter)], group)
             for group in optimizer.param_groups
@@ -113,20 +104,21 @@ class AddedGradient:
             self._checked.add(optimizer)
         moved = [entry for entry in held if entry[0].grad is not None]
         self.steps += bool(moved)
+        before = self._before.setdefault(id(optimizer), [])
         for parameter, name, group in moved:
             self.rates[name] += float(group.get("lr", 0.0))
             added = self._term(name, parameter)
             if added is not None:
-                self._before.append((parameter, parameter.grad))
+                before.append((parameter, parameter.grad))
                 parameter.grad = parameter.grad + added
 
-    def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._put_back()
+    def _restore(self, optimizer: Optimizer) -> None:
+        self._put_back(id(optimizer))
 
-    def _put_back(self) -> None:
-        for parameter, gradient in self._before:
+    def _put_back(self, optimizer: int) -> None:
+        """Of one optimizer alone: another thread's may be in the middle of its step."""
+        for parameter, gradient in self._before.pop(optimizer, []):
             parameter.grad = gradient
-        self._before.clear()
 
 
 def _refuse_closures(optimizer: Optimizer) -> None:

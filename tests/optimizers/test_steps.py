@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -160,3 +162,36 @@ def test_variates_of_another_model_are_refused():
     del own["0.weight"]
     with pytest.raises(MismatchError, match=r"0\.weight"):
         LocalScaffold(made(), server=own)
+
+
+def test_a_client_in_another_thread_may_begin_and_end_in_the_middle_of_a_step():
+    """The term is asked for in the middle of a step: there another context is entered and left."""
+    mine, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    before = [p.detach().clone() for p in mine.parameters()]
+
+    def term(name, parameter):
+        def elsewhere():
+            with AddedGradient(dict(other.named_parameters()), lambda n, p: torch.ones_like(p)):
+                _step(other)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        return torch.ones_like(parameter)
+
+    with AddedGradient(dict(mine.named_parameters()), term) as added:
+        gradients = _step(mine)
+    assert added.steps == 1
+    for old, new, own in zip(before, mine.parameters(), gradients, strict=True):
+        torch.testing.assert_close(new.detach(), old - 0.1 * (own + 1))
+        torch.testing.assert_close(new.grad, own)
+
+
+def _step(model):
+    """One step of SGD on a fresh optimizer; the gradients."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.zero_grad()
+    model(torch.ones(4, 3)).square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    return gradients

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins.optimizers import AddedGradient, trained_parameters
 from fedpara_plugins.optimizers.named import copied, difference, finite
+from fedpara_plugins.optimizers.watch import watching
 from fedpara_plugins_fedml.rules.base import Answer, LocalRule, LocalWork, Mean, Rule, State, Visit
 from fedpara_plugins_fedml.rules.keys import flag, number
 from fedpara_plugins_fedml.rules.own_trainer import OwnTrainer
@@ -230,16 +230,13 @@ def _stepping(parameters: Mapping[str, Tensor], way: UnitWay) -> Iterator[None]:
     """Tell ``way`` each step of an optimizer that holds any of the parameters."""
     known = {id(parameter) for parameter in parameters.values()}
 
-    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def hook(optimizer: Optimizer) -> None:
         held = [g for g in optimizer.param_groups if any(id(p) in known for p in g["params"])]
         if any(p.grad is not None for g in held for p in g["params"] if id(p) in known):
             way.step(optimizer, held)
 
-    handle = register_optimizer_step_pre_hook(hook)
-    try:
+    with watching(hook):
         yield
-    finally:
-        handle.remove()
 
 
 def _report(answer: Answer) -> tuple[float, float] | None:
