@@ -178,7 +178,7 @@ def test_mime_refuses_a_users_own_trainer() -> None:
 
 
 @pytest.mark.parametrize("method", ["none", "pfedpara"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, "scaffold-one"])
 def test_buffers_are_averaged(name: str, method: str) -> None:
     found = federated(CASES[name], method, batch_model(), **SHORT).state
     wanted = loop(CASES[name], method, batch_model(), epochs=1)
@@ -359,7 +359,9 @@ def test_a_rule_goes_on_from_its_saved_state(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", [*EVERY, "fedopt-momentum", "fedopt-yogi", "fednova-momentum"])
+@pytest.mark.parametrize(
+    "name", [*EVERY, "scaffold-one", "fedopt-momentum", "fedopt-yogi", "fednova-momentum"]
+)
 def test_a_run_that_is_started_again_goes_on(name: str, tmp_path: Path) -> None:
     """Server and clients from their files after two rounds; the third is as if nothing had been."""
     keys = {"epochs": 1, "fedpara_codec": "lossless"}

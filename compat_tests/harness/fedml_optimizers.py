@@ -97,6 +97,9 @@ CASES = {
     ),
     "scaffold": Case("SCAFFOLD", NO_GUARD),
     "scaffold-rate": Case("SCAFFOLD", {"server_lr": 0.5, **NO_GUARD}),
+    "scaffold-one": Case(
+        "SCAFFOLD", {"fedpara_scaffold_option": "I", **NO_GUARD}, more={"option": "I"}
+    ),
     "feddyn": Case("FedDyn", {"feddyn_alpha": 0.5}),
     "fednova": Case("FedNova", {}),
     "fednova-momentum": Case(

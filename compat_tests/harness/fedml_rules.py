@@ -290,11 +290,22 @@ class CommonAdagrad(Adaptive):
 
 
 class Scaffold(Loop):
-    """arXiv 1910.06378, algorithm 1, option II; clients count the same."""
+    """arXiv 1910.06378, algorithm 1; clients count the same. Key ``option``: II, or I."""
 
     def begin(self) -> None:
         self.c = self.zeros()
         self.c_i = {client: self.zeros() for client in self.train}
+        self.at_x: dict[int, State] = {}
+
+    def first_step(self, client: int) -> None:
+        if self.keys.get("option", "II") == "II":
+            return
+        self.at_x[client], size = self.zeros(), self.size(client)
+        for batch in self.batches(client):
+            part = self.gradients(self.model, batch)
+            for k in self.names:
+                self.at_x[client][k] += len(batch[1]) / size * part[k].double()
+        self.load(client)  # whose buffers the passes have moved
 
     def direction(self, client: int, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
         return gradient + (self.c[name] - self.c_i[client][name]).float()
@@ -310,6 +321,11 @@ class Scaffold(Loop):
             }
             for client, reply in replies.items()
         }
+        if self.keys.get("option", "II") == "I":
+            changes = {
+                client: {k: self.at_x[client][k] - self.c_i[client][k] for k in self.names}
+                for client in replies
+            }
         for client, change in changes.items():
             for k in self.names:
                 self.c_i[client][k] = self.c_i[client][k] + change[k]

@@ -176,6 +176,7 @@ class ClientHalf:
             train_data=trainer.local_train_dataset,
             device=self._device,
             args=self._args,
+            trainer=trainer,
         )
         if head.purpose == "prepare":
             work = self._rule.prepare(trainer.model, visit)

@@ -31,6 +31,8 @@ class Settings(ExchangeSettings):
             for one answer a round, and for every process to stay.
         weighting: how SCAFFOLD, FedDyn and Mime weigh clients: ``uniform``, as published, or
             ``examples``; "" leaves it to the optimizer.
+        scaffold_option: how SCAFFOLD's clients make their new variate: ``II``, from their steps, or
+            ``I``, the gradient at the server's model, a pass over their data.
         guard: whether SCAFFOLD's and FedDyn's updates are bounded (`fedpara_plugins.optimizers`);
             None leaves it to the optimizer: SCAFFOLD's are.
         guard_tau: see `Guard`.
@@ -48,6 +50,7 @@ class Settings(ExchangeSettings):
     mend: bool = False
     min_clients: int = 0
     weighting: str = ""
+    scaffold_option: str = "II"
     guard: bool | None = None
     guard_tau: float = 1.5
     guard_window: int = 50
@@ -64,6 +67,10 @@ class Settings(ExchangeSettings):
         _check("min_clients", self.min_clients >= 0, "0 or more", self.min_clients)
         expected = "'uniform' or 'examples'"
         _check("weighting", self.weighting in WEIGHTINGS, expected, self.weighting)
+        options = "'I' or 'II'"
+        _check(
+            "scaffold_option", self.scaffold_option in ("I", "II"), options, self.scaffold_option
+        )
         for name in ("timeout", "start_timeout"):
             value = getattr(self, name)
             _check(name, 0 < value < 2**31, "seconds above 0", value)

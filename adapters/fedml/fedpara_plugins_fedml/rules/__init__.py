@@ -46,6 +46,7 @@ def _weighting(settings: Settings) -> Weighting:
 def _scaffold(args: Any, settings: Settings, clients: int) -> Rule:
     return Scaffold(
         rate=number(args, "server_lr", 1.0),
+        option="I" if settings.scaffold_option == "I" else "II",
         weighting=_weighting(settings),
         guard=settings.guard_for(default=True),
         clients=clients,

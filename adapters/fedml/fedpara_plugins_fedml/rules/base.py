@@ -119,6 +119,7 @@ class Visit:
         train_data: the client's training data.
         device: to train on.
         args: FedML's.
+        trainer: the user's ClientTrainer, or the default.
     """
 
     client: str
@@ -129,6 +130,7 @@ class Visit:
     train_data: Any
     device: torch.device
     args: Any
+    trainer: Any = None
 
 
 @dataclass

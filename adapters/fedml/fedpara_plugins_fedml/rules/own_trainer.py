@@ -10,6 +10,8 @@ from fedml.core.alg_frame.client_trainer import ClientTrainer
 from fedml.ml.trainer.trainer_creator import create_model_trainer
 from torch import Tensor, nn
 
+from fedpara_plugins_fedml.rules.losses import default_loss
+
 __all__ = ["OwnTrainer"]
 
 log = logging.getLogger("fedpara.fedml")
@@ -63,9 +65,4 @@ class OwnTrainer(ClientTrainer):  # type: ignore[misc]
 
     def loss(self, model: nn.Module, inputs: Any, labels: Any, device: Any) -> Tensor:
         """Of one batch, as FedML's default trainer computes it."""
-        outputs, labels = model(inputs.to(device)), labels.to(device)
-        if self.args.dataset == "stackoverflow_lr":
-            return nn.functional.binary_cross_entropy(outputs, labels, reduction="sum")
-        if self.args.dataset in ("fed_shakespeare", "stackoverflow_nwp"):
-            return nn.functional.cross_entropy(outputs, labels.long(), ignore_index=0)
-        return nn.functional.cross_entropy(outputs, labels.long())
+        return default_loss(self.args.dataset, model, inputs, labels, device)

@@ -1,9 +1,9 @@
-"""SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1, option II)."""
+"""SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1, both options)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from fedpara_plugins.optimizers.kept_storage import OwnState
 from fedpara_plugins_fedml.rules.base import Visit
 from fedpara_plugins_fedml.rules.drift import CHANGE, DriftRule, Usable
 from fedpara_plugins_fedml.rules.local_drift import LocalDrift
+from fedpara_plugins_fedml.rules.losses import losses_of
 
 __all__ = ["LocalScaffoldRule", "Scaffold"]
 
@@ -24,6 +25,8 @@ class Scaffold(DriftRule):
 
     Args:
         rate: ``server_lr``: of the step from x to the clients' mean.
+        option: how clients make their new variate: the mean gradient of their steps (``II``), or
+            the gradient at the server's model (``I``), a pass over their data.
         options: of `DriftRule`.
     """
 
@@ -31,8 +34,9 @@ class Scaffold(DriftRule):
     mends = "FedML keeps every client's variate at zero and takes the last client's model alone"
     needs_change = True
 
-    def __init__(self, *, rate: float, **options: Any) -> None:
+    def __init__(self, *, rate: float, option: Literal["I", "II"] = "II", **options: Any) -> None:
         super().__init__(**options)
+        self.option = option
         self.server = ScaffoldServer(rate=rate, weighting=self.weighting, sums=self.sums)
         self._variate: State = {}
 
@@ -40,6 +44,10 @@ class Scaffold(DriftRule):
         """As the others; and c."""
         super().begin(server_round, x, clients)
         self._variate = self.server.variate(self.clients, x)
+
+    def task(self, client: str) -> Mapping[str, Any]:
+        """The option too, so that the server's counts on both sides."""
+        return {**super().task(client), "option": self.option}
 
     def records(self) -> Mapping[str, State]:
         """c; nothing before any client has answered, when it is zero."""
@@ -59,11 +67,22 @@ class LocalScaffoldRule(LocalDrift):
     updates = frozenset({CHANGE})
 
     def local(self, model: nn.Module, own: State | None, visit: Visit) -> LocalScaffold:
-        """Steps of plain SGD, each with c - c_i."""
+        """Steps of plain SGD, each with c - c_i.
+
+        Raises:
+            ConfigError: option I, and the trainer's loss is not known.
+        """
+        losses = None
+        if visit.task.get("option") == "I":
+            losses = losses_of(visit.trainer, visit.train_data, visit.device, visit.args)
+            model.to(visit.device)
+            model.train()
         return LocalScaffold(
             model,
             own=own,
             server=visit.records.get(VARIATE),
+            option="II" if losses is None else "I",
+            losses=losses,
             correct=bool(visit.task["correct"]),
             bound=float(visit.task["bound"]) or None,
         )
