@@ -43,6 +43,10 @@ ON = {"fedpara_method": "fedpara"}
         ({**ON, "comm_round": None}, "key comm_round must be an integer, got None"),
         ({**ON, "client_num_in_total": 9}, "entry 4 .*has no client 4 .5 are missing"),
         ({**ON, "ml_engine": "jax"}, "ml_engine 'jax'"),
+        (
+            {**ON, "federated_optimizer": "Mime", "fedpara_schedule": "decoupled"},
+            "Mime makes steps of its own.*shared factors would never be trained",
+        ),
         ({**ON, "fedpara_include": "conv*"}, "pattern 'conv.' matches no layer"),
     ],
 )

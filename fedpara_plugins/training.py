@@ -9,7 +9,8 @@ only optimizers that hold factors.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from fedpara_plugins.heads import warn_without_counts
 from fedpara_plugins.layers.base import FactorisedLayer, Phase, layers_alive
 from fedpara_plugins.once import refuse_step
 
-__all__ = ["Training", "attach", "start_round", "training_of"]
+__all__ = ["Training", "attach", "shared_phase", "start_round", "training_of"]
 
 
 @dataclass
@@ -90,6 +91,21 @@ def start_round(model: nn.Module, *, previous_steps: int | None = None) -> None:
         training.private_steps = training.config.first_private_steps
     training.steps = 0
     _set_phase(_layers_of(model), training.phase)
+
+
+@contextmanager
+def shared_phase(model: nn.Module) -> Iterator[None]:
+    """Within this context a model is as its shared steps see it, wherever in a round it stands."""
+    training = training_of(model)
+    if training is None or not training.decoupled:
+        yield
+        return
+    layers = _layers_of(model)
+    _set_phase(layers, "shared")
+    try:
+        yield
+    finally:
+        _set_phase(layers, training.phase)
 
 
 _held: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, list[Any]]]

@@ -139,9 +139,17 @@ def batch_model() -> nn.Module:
     )  # fmt: skip
 
 
-def loop(case: Case, method: str, net: nn.Module, epochs: int = 2, smoothing: float = 0.0) -> Loop:
-    """The published algorithm in plain torch."""
-    net = convert(net, method=method, gamma=GAMMA)
+def loop(
+    case: Case,
+    method: str,
+    net: nn.Module,
+    epochs: int = 2,
+    smoothing: float = 0.0,
+    options: Mapping[str, Any] = {},
+    **more: Any,
+) -> Loop:
+    """The published algorithm in plain torch; ``options`` of the conversion, ``more`` of `Loop`."""
+    net = convert(net, method=method, gamma=GAMMA, **options)
     keys = {k: v for k, v in case.keys.items() if not k.startswith("fedpara_")}
     return ALGORITHMS[case.algorithm or case.optimizer](
         net,
@@ -150,7 +158,7 @@ def loop(case: Case, method: str, net: nn.Module, epochs: int = 2, smoothing: fl
         epochs=epochs,
         lr=keys.pop("learning_rate", 0.1),
         smoothing=smoothing,
-        **{**keys, **case.more},
+        **{**keys, **case.more, **more},
     )
 
 

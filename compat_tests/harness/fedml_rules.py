@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,10 @@ class Loop:
         lr: of the clients' SGD.
         epochs: of a client's round.
         smoothing: of the labels.
+        private_steps: at the start of a round, in which ``halves`` alone are trained; the steps
+            after them train all others.
+        halves: names of pFedPara's private half.
+        absent: names that count as zero in the steps after those.
         keys: of the algorithm, under FedML's names.
     """
 
@@ -56,15 +60,20 @@ class Loop:
         lr: float = 0.1,
         epochs: int = 1,
         smoothing: float = 0.0,
+        private_steps: int = 0,
+        halves: Collection[str] = (),
+        absent: Collection[str] = (),
         **keys: Any,
     ) -> None:
         self.model = copy.deepcopy(model)
+        self.private_steps, self.halves = private_steps, frozenset(halves)
+        self.absent = absent
         self.smoothing = smoothing
         self.train, self.lr, self.epochs, self.keys = train, lr, epochs, keys
         first = dict(private or {})
         self.like = {k: v.clone() for k, v in model.state_dict().items() if k not in first}
         self.x = {k: v.double() for k, v in self.like.items()}
-        self.names = [n for n, _ in model.named_parameters() if n not in first]
+        self.names = [n for n, p in model.named_parameters() if n not in first and p.requires_grad]
         self.own = {client: {k: v.clone() for k, v in first.items()} for client in train}
         self.clients = len(train)
         self.number = 0
@@ -130,19 +139,22 @@ class Loop:
         self.load(client)
         self.start = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         weights = dict(self.model.named_parameters())
-        steps = 0
+        steps, left = 0, self.private_steps
         self.first_step(client)
         for _ in range(self.epochs):
             for batch in self.batches(client):
-                gradients = self.gradients(self.model, batch)
+                whole = left > 0 or not self.private_steps
+                gradients = self.gradients(self.model, batch, whole=whole)
                 self.batch(batch)
                 with torch.no_grad():
-                    for name, weight in weights.items():
-                        g = gradients[name]
+                    for name, g in gradients.items():
+                        weight = weights[name]
+                        if self.private_steps and (name in self.halves) != (left > 0):
+                            continue
                         if name in self.names or self.everywhere:
                             g = self.direction(client, name, weight, g)
                         weight.sub_(self.lr * g)
-                steps += 1
+                steps, left = steps + (left <= 0), left - 1
         after = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.own[client] = {k: after[k] for k in self.own[client]}
         return Local(after, self.size(client), steps)
@@ -157,11 +169,19 @@ class Loop:
         """Examples of a client."""
         return sum(len(y) for _, y in self.train[client])
 
-    def gradients(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> State:
-        """Of the mean loss of one batch."""
+    def gradients(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor], *, whole: bool = True
+    ) -> State:
+        """Of the mean loss of one batch; if not ``whole``, with what is absent then at zero."""
+        if not whole and self.absent:
+            left_out = {k: v.clone() for k, v in model.state_dict().items() if k in self.absent}
+            model.load_state_dict({k: 0 * v for k, v in left_out.items()}, strict=False)
+            found = self.gradients(model, batch)
+            model.load_state_dict(left_out, strict=False)
+            return found
         inputs, labels = batch
         loss = nn.functional.cross_entropy(model(inputs), labels, label_smoothing=self.smoothing)
-        weights = dict(model.named_parameters())
+        weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
         return dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
 
     def mean(self, replies: Mapping[int, Local], *, uniform: bool = False) -> State:
@@ -302,7 +322,7 @@ class Scaffold(Loop):
             return
         self.at_x[client], size = self.zeros(), self.size(client)
         for batch in self.batches(client):
-            part = self.gradients(self.model, batch)
+            part = self.gradients(self.model, batch, whole=not self.private_steps)
             for k in self.names:
                 self.at_x[client][k] += len(batch[1]) / size * part[k].double()
         self.load(client)  # whose buffers the passes have moved

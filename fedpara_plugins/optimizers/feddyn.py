@@ -17,7 +17,7 @@ clients' mean: with d = 0 it is FedProx with mu = alpha and a server's rate of 1
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,6 +59,7 @@ class LocalFedDyn(LocalRound):
         alpha: of the quadratic term.
         correct: whether the dual acts; if not, it is only collected.
         bound: of the update's norm; None for none.
+        exchanged: names of the model that travel; None for the whole of its state.
 
     Raises:
         ConfigError: alpha out of range, or an optimizer to whose gradients nothing can be added.
@@ -73,9 +74,10 @@ class LocalFedDyn(LocalRound):
         own: Mapping[str, Tensor] | None = None,
         correct: bool = True,
         bound: float | None = None,
+        exchanged: Collection[str] | None = None,
     ) -> None:
         self._alpha = check_alpha(alpha)
-        super().__init__(trained_parameters(model), correct=correct, bound=bound)
+        super().__init__(trained_parameters(model, exchanged), correct=correct, bound=bound)
         self._own = zeros(self._parameters)
         if own is not None:
             check_fit(own, self._parameters, what="this client's dual")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -29,17 +29,26 @@ State: TypeAlias = dict[str, Tensor]
 """Named tensors; the names are those of the model's state."""
 
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_parameters(
+    model: nn.Module, exchanged: Collection[str] | None = None
+) -> dict[str, nn.Parameter]:
     """The parameters that have variates and duals, by name: those that are trained and shared.
 
     Private names have none, since the server never sees them, and buffers (BatchNorm's) have no
     gradient. Of tied parameters the first name counts.
+
+    Args:
+        model: of a client or the server.
+        exchanged: names that travel; None for the whole of the state.
     """
     private = ModelSpec.of(model).private_keys
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.is_floating_point() and name not in private
+        if parameter.requires_grad
+        and parameter.is_floating_point()
+        and name not in private
+        and (exchanged is None or name in exchanged)
     }
 
 

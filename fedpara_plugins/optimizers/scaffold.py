@@ -16,7 +16,7 @@ All variates start at zero. Where the learning rate changes between steps, K lr 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,6 +41,7 @@ from fedpara_plugins.optimizers.named import (
     zeros,
 )
 from fedpara_plugins.optimizers.rounds import LocalResult, Reply, Weighting, next_state
+from fedpara_plugins.training import shared_phase
 
 __all__ = ["LocalScaffold", "ScaffoldServer", "gradient_at"]
 
@@ -67,6 +68,7 @@ class LocalScaffold(LocalRound):
         losses: for option I, a pass over this client's data.
         correct: whether the steps are corrected; if not, the variate is only collected.
         bound: of the update's norm; None for none.
+        exchanged: names of the model that travel; None for the whole of its state.
 
     Raises:
         ConfigError: the optimizer is not plain SGD, or option I without ``losses``.
@@ -83,6 +85,7 @@ class LocalScaffold(LocalRound):
         losses: Losses | None = None,
         correct: bool = True,
         bound: float | None = None,
+        exchanged: Collection[str] | None = None,
     ) -> None:
         if option == "I" and losses is None:
             raise ConfigError(
@@ -90,7 +93,7 @@ class LocalScaffold(LocalRound):
                 "data: pass losses=lambda: ((loss_function(model(x), y), len(y)) for x, y in "
                 "loader); or set option='II' on the server"
             )
-        parameters = trained_parameters(model)
+        parameters = trained_parameters(model, exchanged)
         super().__init__(parameters, correct=correct, bound=bound, check=_check_plain_sgd)
         self._model = model
         self._own = _placed(own, self._parameters, "this client's variate")
@@ -100,7 +103,8 @@ class LocalScaffold(LocalRound):
 
     def _prepare(self) -> None:
         if self._losses is not None:
-            self._at_start = gradient_at(self._model, self._parameters, self._losses)
+            with shared_phase(self._model):  # a round of the decoupled schedule begins in private
+                self._at_start = gradient_at(self._model, self._parameters, self._losses)
 
     def _term(self, name: str, parameter: Tensor) -> Tensor | None:
         return self._server[name] - self._own[name] if self._correct else None

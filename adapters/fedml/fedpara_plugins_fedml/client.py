@@ -94,6 +94,7 @@ class ClientHalf:
         self._trainer = trainer
         self._rule = local_rule
         names = to_state(trainer.get_model_params())
+        self._names = frozenset(names)
         if factors is None or factors is trainer.model:
             self._spec = spec_for(trainer.model, names)
         else:
@@ -177,6 +178,7 @@ class ClientHalf:
             device=self._device,
             args=self._args,
             trainer=trainer,
+            exchanged=self._names,
         )
         if head.purpose == "prepare":
             work = self._rule.prepare(trainer.model, visit)

@@ -88,8 +88,11 @@ def exchanged(model: nn.Module, names: Collection[str]) -> ModelSpec:
 def spec_for(model: nn.Module, names: Collection[str]) -> ModelSpec:
     """The spec of what a project exchanges of its model: all of the state, or a part.
 
+    A factorised weight that does not travel at all is the project's own, like all other names that
+    do not.
+
     Raises:
-        ConversionError: names that the model has not.
+        ConversionError: names that the model has not, or a part of a weight's factors.
     """
     spec = ModelSpec.of(model)
     kept = set(names)
@@ -100,8 +103,21 @@ def spec_for(model: nn.Module, names: Collection[str]) -> ModelSpec:
         )
     if kept == set(spec.keys):
         return spec
+    weights = {}
+    for weight, plan in spec.weights.items():
+        factors = set(spec.factor_keys(weight).values())
+        if missing := sorted(factors - kept):
+            if factors & kept:
+                raise ConversionError(
+                    f"fedpara: get_model_params() gives {sorted(factors & kept)[0]!r} and not "
+                    f"{missing[0]!r}, both factors of {weight!r}: exchange all factors of a weight "
+                    f"or none, or leave the layer dense (fedpara_exclude)"
+                )
+            continue
+        weights[weight] = plan
     return replace(
         spec,
+        weights=weights,
         keys=tuple(key for key in spec.keys if key in kept),
         own={key: own for key, own in spec.own.items() if key in kept},
     )

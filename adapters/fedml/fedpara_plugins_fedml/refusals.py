@@ -54,6 +54,15 @@ def check_args(settings: Settings, args: Any) -> None:
             f"fedpara: ml_engine {engine!r}: the plugin works on torch models; remove the "
             f"fedpara_* keys"
         )
+    if (
+        str(getattr(args, "federated_optimizer", "")) == "Mime"
+        and settings.config.schedule == "decoupled"
+    ):
+        raise ConfigError(
+            "fedpara: Mime makes steps of its own, which fedpara_schedule: decoupled cannot tell "
+            "apart: the shared factors would never be trained. Set fedpara_schedule: joint, or "
+            "another federated_optimizer"
+        )
     kind = str(getattr(args, "dp_solution_type", "")).strip()
     if getattr(args, "enable_dp", False) and settings.trains_dense and kind != "cdp":
         raise ConfigError(

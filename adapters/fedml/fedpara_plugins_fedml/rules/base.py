@@ -120,6 +120,7 @@ class Visit:
         device: to train on.
         args: FedML's.
         trainer: the user's ClientTrainer, or the default.
+        exchanged: names of the model's state that travel; None for all.
     """
 
     client: str
@@ -131,6 +132,7 @@ class Visit:
     device: torch.device
     args: Any
     trainer: Any = None
+    exchanged: frozenset[str] | None = None
 
 
 @dataclass

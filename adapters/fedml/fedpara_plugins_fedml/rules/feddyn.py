@@ -62,6 +62,7 @@ class LocalFedDynRule(LocalDrift):
             alpha=float(visit.task["alpha"]),
             correct=bool(visit.task["correct"]),
             bound=float(visit.task["bound"]) or None,
+            exchanged=visit.exchanged,
         )
 
     def work(self, result: LocalResult) -> dict[str, State]:

@@ -122,7 +122,7 @@ class LocalFedNova(LocalRule):
     @contextmanager
     def around(self, model: nn.Module, visit: Visit) -> Iterator[LocalWork]:
         """Count the steps of the client's SGD and what they amount to."""
-        parameters = trained_parameters(model)
+        parameters = trained_parameters(model, visit.exchanged)
         start = copied(parameters)
         way = UnitWay(self.mu)
 

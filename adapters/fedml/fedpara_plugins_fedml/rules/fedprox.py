@@ -37,7 +37,7 @@ class LocalFedProx(LocalRule):
     @contextmanager
     def around(self, model: nn.Module, visit: Visit) -> Iterator[LocalWork]:
         """Add the term to the gradients of the steps in this context."""
-        parameters = trained_parameters(model)
+        parameters = trained_parameters(model, visit.exchanged)
         start = copied(parameters)
 
         def pull(name: str, parameter: Tensor) -> Tensor | None:

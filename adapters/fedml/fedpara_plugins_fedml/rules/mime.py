@@ -147,7 +147,9 @@ class LocalMime(LocalRule):
         model.to(visit.device)
         model.train()
         found = gradient_at(
-            model, trained_parameters(model), lambda: trainer.losses(visit.train_data, visit.device)
+            model,
+            trained_parameters(model, visit.exchanged),
+            lambda: trainer.losses(visit.train_data, visit.device),
         )
         return {name: value.cpu() for name, value in found.items()}
 

@@ -85,6 +85,7 @@ class LocalScaffoldRule(LocalDrift):
             losses=losses,
             correct=bool(visit.task["correct"]),
             bound=float(visit.task["bound"]) or None,
+            exchanged=visit.exchanged,
         )
 
     def work(self, result: LocalResult) -> dict[str, State]:
