@@ -15,7 +15,7 @@ from fedpara_plugins.references import ClientReferences
 from fedpara_plugins.spec import ModelSpec
 from fedpara_plugins.storage import Part
 
-__all__ = ["ClientState"]
+__all__ = ["ClientState", "private_key"]
 
 log = logging.getLogger("fedpara")
 
@@ -61,7 +61,7 @@ class ClientState:
             shared: its shared state, for the dtypes.
         """
         first = spec.initial_private(shared)
-        kept = self._load(_private_key(spec))
+        kept = self._load(private_key(spec))
         if kept is not None and _same_shapes(kept, first):
             return kept, False
         if first:
@@ -71,7 +71,7 @@ class ClientState:
     def keep_private(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
         """Replace the private tensors of this model."""
         if tensors:
-            self._save(_private_key(spec), tensors)
+            self._save(private_key(spec), tensors)
 
     def _tell_of_others(self, spec: ModelSpec, first: Mapping[str, Tensor]) -> None:
         for key in self._storage:
@@ -125,7 +125,7 @@ class ClientState:
         self._storage[key] = encode_payload(dict(tensors), codec=parse_codec("none"))
 
 
-def _private_key(spec: ModelSpec) -> str:
+def private_key(spec: ModelSpec) -> str:
     """Where the private state of a model is kept: the same for all that can be loaded for it.
 
     Names and shapes alone would not do: factors mean another weight under another scale.

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from flwr.common import Context, Message, RecordDict
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError, ModelSpec, PayloadError, merge
 from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins.codecs import decoders
-from fedpara_plugins.exchange.client_state import ClientState
+from fedpara_plugins.exchange.client_state import ClientState, private_key
 from fedpara_plugins.exchange.coding import (
     blind_limit,
     check_finite,
@@ -255,7 +256,7 @@ def _encode_reply(
     *,
     masked: bool,
 ) -> Message:
-    private: list[tuple[ModelSpec, dict[str, Tensor]]] = []
+    private: dict[str, tuple[str, ModelSpec, dict[str, Tensor]]] = {}
     in_clear: dict[str, dict[str, Tensor]] = {}
     outgoing: dict[str, bytes] = {}
     residuals: dict[str, dict[str, Tensor]] = {}
@@ -276,7 +277,9 @@ def _encode_reply(
             spec = ModelSpec(weights={}, keys=tuple(tensors), seed=0)
         if name in received:
             own = {k: v for k, v in tensors.items() if k in spec.private_keys}
-            private.append((spec, own))
+            _check_one_state(name, own, private.get(private_key(spec)))
+            if own:
+                private[private_key(spec)] = name, spec, own
         if masked:
             in_clear[name] = shared_part(spec, tensors)
             continue
@@ -302,7 +305,7 @@ def _encode_reply(
         reply.content[name] = payload_record(payload)
     if run.on_encoded is not None:
         run.on_encoded(lost)
-    for spec, own in private:
+    for _, spec, own in private.values():
         state.keep_private(spec, own)
     for name in kept:
         state.keep_residual(name, residuals[name])
@@ -337,6 +340,23 @@ def _built_spec(
         if spec is not None and set(tensors) <= set(spec.keys):
             return spec
     return ModelSpec(weights={}, keys=tuple(tensors), seed=0)
+
+
+def _check_one_state(
+    name: str,
+    own: Mapping[str, Tensor],
+    other: tuple[str, ModelSpec, Mapping[str, Tensor]] | None,
+) -> None:
+    """A client has one private state of a model, however many records of it a reply holds."""
+    earlier, values = ("", {}) if other is None else (other[0], other[2])
+    unlike = [k for k, v in own.items() if k in values and not torch.equal(v, values[k])]
+    if unlike or (values and own and values.keys() != own.keys()):
+        raise PayloadError(
+            f"fedpara: records {earlier!r} and {name!r} of the reply are of one model, and their "
+            f"private values differ{f' in {unlike[0]!r}' if unlike else ''}: this client can keep "
+            f"one of them. Answer with private names in the trained record alone "
+            f"(fedpara_plugins.split(model).shared for the other)"
+        )
 
 
 def _check_shared_only(
