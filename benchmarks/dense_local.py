@@ -6,9 +6,10 @@ For each number of local steps three rounds are timed in turns in this process, 
 the dense model's, that of ``local = "dense"`` (compose, the same dense steps, project), and that of
 factors. Every round starts from the same weights, and loads them. The row is the ratio of
 process-CPU time to the dense round's, median and quartiles. Break-even is the number of steps from
-which on projecting costs less than training factors: what the round takes longer than the dense one
-over what a step on factors takes longer, both from the longest rounds. Last, the share of a round's
-update that five iterations keep, and thirty. Data are random.
+which on projecting costs less than training factors: what a round takes longer than the dense one
+(from the shortest rounds, whose difference is the clearest) over what a step on factors takes longer
+(from the longest). Last, the share of a round's update that five iterations keep, and thirty. Data
+are random.
 """
 
 from __future__ import annotations
@@ -149,10 +150,12 @@ def kept_shares(case: Case, steps: int) -> str:
     )
 
 
-def break_even(found: dict[str, Ratio], steps: int) -> str:
-    """From the medians of one table line."""
-    dense, local, factors = (each.seconds for each in found.values())
-    overhead, gain = local - dense, (factors - dense) / steps
+def break_even(shortest: dict[str, Ratio], longest: dict[str, Ratio], steps: int) -> str:
+    """From the medians of the shortest and the longest rounds; ``steps`` of the longest."""
+    dense, local, _ = (each.seconds for each in shortest.values())
+    overhead = local - dense
+    dense, _, factors = (each.seconds for each in longest.values())
+    gain = (factors - dense) / steps
     if gain <= 0:
         return "break-even: none, a step on factors costs no more than a dense one"
     return (
@@ -174,15 +177,17 @@ def main() -> None:
     print("| --- | ---: | --- | ---: | ---: | ---: |", flush=True)
     notes = []
     for case in (CASES[name]() for name in options.only or CASES):
+        measured = []
         for steps in sorted(options.steps):
             repeats = max(4, options.repeats * 8 // max(8, steps))
             found = ratios(rounds(case, steps), repeats)
+            measured.append(found)
             for name, ratio in found.items():
                 what = "1" if name == "dense" else str(ratio)
                 load = f"{os.getloadavg()[0]:.1f}"
                 cells = (case.name, steps, name, what, f"{1000 * ratio.seconds:.4g}", load)
                 print("|", " | ".join(map(str, cells)), "|", flush=True)
-        notes += [f"{case.name}: {break_even(found, max(options.steps))}"]
+        notes += [f"{case.name}: {break_even(measured[0], measured[-1], max(options.steps))}"]
         notes += [kept_shares(case, max(options.steps))]
     print("\n".join(["", *notes]))
 
