@@ -7,9 +7,9 @@ the dense model's, that of ``local = "dense"`` (compose, the same dense steps, p
 factors. Every round starts from the same weights, and loads them. The row is the ratio of
 process-CPU time to the dense round's, median and quartiles. Break-even is the number of steps from
 which on projecting costs less than training factors: what a round takes longer than the dense one
-(from the shortest rounds, whose difference is the clearest) over what a step on factors takes longer
-(from the longest). Last, the share of a round's update that five iterations keep, and thirty. Data
-are random.
+(from the shortest rounds, whose difference is the clearest) over what a step on factors takes
+longer (from the longest). Last, the share of a round's update that five iterations keep, and
+thirty. Data are random.
 """
 
 from __future__ import annotations

@@ -267,6 +267,10 @@ def test_nan_is_one_client_s_own_misfortune() -> None:
                 model.fc1.weight[0, 0] = float("nan")
 
     outcome = federate(plugin_apps(Experiment(TASK, hooks=Hooks(trained=trained))), _section())
+    reasons = [s.message.error.reason for s in outcome.sent if s.message.has_error()]
+    assert len(reasons) == 3
+    for reason in reasons:  # by the name that the client's own code knows
+        assert "'fc1.weight' holds 1 NaN or infinite values" in reason
     assert len(outcome.losses) == 4
     assert outcome.losses[-1] < outcome.losses[0]
     assert not any(value.isnan().any() for value in outcome.state.values())
