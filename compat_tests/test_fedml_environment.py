@@ -30,6 +30,13 @@ HEALTHY = {
     "grpcio": "1.85.3",
 }
 
+TORCHVISION = (
+    "pip install --no-deps torchvision==0.16.2"
+    if sys.version_info < (3, 12)
+    else "install the torchvision that belongs to your torch, from where your torch comes"
+)
+"""0.16.2 was not built for Python 3.12."""
+
 Fake = Callable[..., dict[str, tuple[str, str]]]
 
 
@@ -69,7 +76,7 @@ def test_a_healthy_environment_needs_nothing(doctor: Fake) -> None:
         ("protobuf", "6.33.6", "generated", "pip install 'protobuf>=3.20.2,<4'"),
         ("paho_mqtt", "2.1.0", "argument", "pip install 'paho-mqtt<2'"),
         ("requests", "2.32.3", "docker", "pip install 'requests<2.32'"),
-        ("torchvision", None, "FedML imports it", "pip install --no-deps torchvision==0.16.2"),
+        ("torchvision", None, "FedML imports it", TORCHVISION),
     ],
 )
 def test_each_pin_is_named_with_its_reason_and_remedy(
@@ -98,7 +105,7 @@ def test_a_torchvision_that_does_not_load_beside_this_torch(
     assert level == ("ok" if loads else "attention")
     if not loads:
         assert "operator torchvision::nms does not exist" in text
-        assert text.endswith("pip install --no-deps torchvision==0.16.2")
+        assert text.endswith(TORCHVISION)
 
 
 @pytest.mark.parametrize(("backend", "package"), [("MPI", "mpi4py"), ("GRPC", "grpcio")])

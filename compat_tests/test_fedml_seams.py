@@ -24,6 +24,13 @@ CALLS = {
     "fedml.runner:FedMLRunner.run": "self",
     "fedml.ml.trainer.trainer_creator:create_model_trainer": "model, args",
     "fedml.ml.aggregator.aggregator_creator:create_server_aggregator": "model, args",
+    "fedml.ml.trainer.my_model_trainer_classification:ModelTrainerCLS.train": (
+        "self, train_data, device, args"
+    ),
+    "fedml.ml.trainer.my_model_trainer_nwp:ModelTrainerNWP.train": "self, train_data, device, args",
+    "fedml.ml.trainer.my_model_trainer_tag_prediction:ModelTrainerTAGPred.train": (
+        "self, train_data, device, args"
+    ),
     "fedml.core.alg_frame.client_trainer:ClientTrainer.__init__": "self, model, args",
     "fedml.core.alg_frame.client_trainer:ClientTrainer.set_id": "self, trainer_id",
     "fedml.core.alg_frame.client_trainer:ClientTrainer.update_dataset": (
