@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 from vgg16_update import vgg16, vgg16_factors
 
 from fedpara_plugins import composed_once
+from fedpara_plugins.fast import native
 
 Step = Callable[[], object]
 PEERS = {"PEFT LoHa": peft_loha, "LyCORIS LoHa": lycoris_loha}
@@ -246,7 +247,11 @@ def machine() -> str:
     cpu = ", ".join(models) or platform.processor()
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return f"commit {commit or '?'}; {cpu}, {os.cpu_count()} cores; torch {torch.__version__}"
+    kernels = native.found().text
+    return (
+        f"commit {commit or '?'}; {cpu}, {os.cpu_count()} cores; torch {torch.__version__}; "
+        f"fedpara-plugins-kernels: {kernels}"
+    )
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from typing import Literal
 
 from fedpara_plugins._version import __version__
 from fedpara_plugins.errors import PluginError
+from fedpara_plugins.fast import native
 from fedpara_plugins.plugins import ENTRY_POINT_GROUP, Adapter, adapters, layers, leave_out_broken
 from fedpara_plugins.plugins.registry import DISABLE_VARIABLE
 
@@ -136,6 +137,8 @@ def _optional() -> Iterator[Finding]:
             yield Finding("ok", f"optional {name}", f"{version(name)}: {use}")
         except PackageNotFoundError:
             yield Finding("note", f"optional {name}", f"not installed; with it, {use}")
+    kernels = native.found()
+    yield Finding(kernels.level, f"optional {DISTRIBUTION}-kernels", kernels.text)
 
 
 def _is_installed(name: str) -> bool:

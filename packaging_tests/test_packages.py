@@ -1,5 +1,6 @@
 """The distributions as a user gets them: wheel contents, metadata, discovery after installing."""
 
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ DISTRIBUTIONS = {
     "fedpara_plugins": ROOT,
     "fedpara_plugins_flower": ROOT / "adapters" / "flower",
     "fedpara_plugins_fedml": ROOT / "adapters" / "fedml",
+    "fedpara_plugins_kernels": ROOT / "kernels",
 }
 
 
@@ -48,14 +50,14 @@ def test_versions_move_in_lockstep(wheels):
 
 def test_published_requirements_are_ranges(wheels):
     for wheel in wheels.values():
-        for requirement in metadata(wheel).get_all("Requires-Dist"):
+        for requirement in metadata(wheel).get_all("Requires-Dist") or []:
             assert re.search(r">=|<", requirement), requirement
             assert "==" not in requirement.split(";")[0], requirement
 
 
-def test_extras_forward_to_the_adapters(wheels):
+def test_extras_forward_to_the_other_distributions(wheels):
     requirements = metadata(wheels["fedpara_plugins"]).get_all("Requires-Dist")
-    for extra in ("flower", "fedml"):
+    for extra in ("flower", "fedml", "kernels"):
         matching = [r for r in requirements if f'extra == "{extra}"' in r.replace("'", '"')]
         assert [r.startswith(f"fedpara-plugins-{extra}") for r in matching] == [True]
 
@@ -83,3 +85,30 @@ def test_installed_adapters_are_found_without_their_frameworks(wheels, tmp_path)
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
+
+
+def build_of_kernels(folder, **variables):
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    return subprocess.run(
+        [*command, "-w", folder, ROOT / "kernels"],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_one_wheel_of_kernels_serves_every_python(wheels):
+    tags = wheels["fedpara_plugins_kernels"].name.split("-", 2)[2]
+    assert tags.startswith("py3-none-")
+    assert "any" not in tags
+
+
+def test_kernels_without_a_compiler_say_what_to_do(tmp_path):
+    none = build_of_kernels(tmp_path, PATH=str(tmp_path), CXX="")
+    assert none.returncode
+    assert "no C++ compiler was found" in none.stderr
+    assert "works without this package" in none.stderr
+    wrong = build_of_kernels(tmp_path, CXX=f"{sys.executable} -c raise(SystemExit('too_old'))")
+    assert wrong.returncode
+    assert "too_old" in wrong.stderr
+    assert "works without this package" in wrong.stderr
