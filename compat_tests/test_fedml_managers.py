@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from fedpara_plugins import ConfigError, MismatchError
 from fedpara_plugins_fedml.distributed import is_distributed, lacks_optimizer
 from fedpara_plugins_fedml.ending import close_transport
 from fedpara_plugins_fedml.patience import PatientQueue, make_patient
-from fedpara_plugins_fedml.protocol import ANSWER, FINISH, HELLO, PULSE, TASK
+from fedpara_plugins_fedml.protocol import ANSWER, FINISH, ONLINE, PULSE, TASK
 from fedpara_plugins_fedml.silos import Silos
 from harness.fedml_project import run as run_single
 from harness.fedml_threads import PATIENCE, Line, Parties
@@ -290,8 +291,8 @@ def test_a_client_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def stock(message: Message) -> Message:
         """FedML's client says that it is online."""
-        if message.get_type() == HELLO:
-            message.add_params("msg_type", 5)
+        if message.get_type() == ONLINE:
+            message.get_params().pop("fedpara")
         return message
 
     parties.start(2)
@@ -313,6 +314,30 @@ def test_a_server_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not deaf.sent
     assert isinstance(parties.errors[1], MismatchError)
     assert "it runs without the plugin" in str(parties.errors[1])
+
+
+def test_a_server_without_the_plugin_gets_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FedML's counts the client as its own, sends the first model, and ends on what it gets."""
+    parties = Parties(monkeypatch, keys=KEYS)
+    server, heard = Line(0, parties.lines), list[Message]()
+
+    class Stock:
+        """What FedML's server does until then."""
+
+        def receive_message(self, kind: Any, message: Message) -> None:
+            heard.append(message)
+            if kind == ONLINE:
+                server.send_message(Message(1, 0, message.get_sender_id()))
+
+    server.add_observer(Stock())
+    threading.Thread(target=server.handle_receive_message, daemon=True).start()
+    parties.start(1)
+    parties.wait()
+    server.stop_receive_message()
+    assert isinstance(parties.errors[1], MismatchError)
+    assert "it sent FedML's own message 1" in str(parties.errors[1])
+    assert heard[1].get("client_status") == "ONLINE"
+    assert "the server runs without the plugin" in str(heard[-1].get_type())
 
 
 def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:

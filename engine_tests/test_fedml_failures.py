@@ -11,6 +11,7 @@ import torch
 from harness.fedml_engine import FedMLEngine, why_not
 
 FEDPARA = {"method": "fedpara", "gamma": 0.3, "codec": "balanced", "timeout": 20}
+NOT_MPI = ("TRPC", "GRPC", "MQTT_S3")
 LIMIT = 180.0
 """Seconds that a run may take to end; nothing is asserted about how long it really takes."""
 
@@ -19,10 +20,15 @@ def text_of(engine: FedMLEngine, name: str) -> str:
     return engine.text("mpirun" if engine.backend == "MPI" else name)
 
 
-def check_ended(engine: FedMLEngine, reason: Iterable[str], killed: str = "") -> None:
-    """All processes have ended, none of them well, and all that could have said why."""
+def check_ended(
+    engine: FedMLEngine, reason: Iterable[str], killed: str = "", stock: str = ""
+) -> None:
+    """All processes have ended, none of them well, and all that could have said why.
+
+    FedML's own may end with code 0: where its loop is a thread, only that ends with the error.
+    """
     codes = engine.wait(LIMIT)
-    assert all(codes.values()), codes
+    assert all(code for name, code in codes.items() if name != stock), codes
     for name in codes:
         if name != killed:
             for words in reason:
@@ -137,24 +143,21 @@ def test_a_client_that_is_set_up_differently(
         check_ended(engine, [reason])
 
 
-@pytest.mark.parametrize("backend", ["TRPC", "GRPC"])
+@pytest.mark.parametrize("backend", NOT_MPI)
 def test_a_client_without_the_plugin(tmp_path: Path, backend: str) -> None:
+    """FedML's own client ends as well, with the reason as an unknown type in its log."""
+    if reason := why_not(backend):
+        pytest.skip(reason)
     with FedMLEngine(tmp_path, backend, plugin=FEDPARA, of_rank={2: None}) as engine:
         engine.start_all()
-        server, good = engine.programs["server"], engine.programs["client-1"]
-        assert server.wait(LIMIT)
-        assert good.wait(LIMIT)
-        for each in (server, good):
-            assert "client 2 runs without the plugin" in each.text
+        check_ended(engine, ["client 2 runs without the plugin"], stock="client-2")
 
 
-@pytest.mark.parametrize("backend", ["TRPC", "GRPC"])
+@pytest.mark.parametrize("backend", NOT_MPI)
 def test_a_server_without_the_plugin(tmp_path: Path, backend: str) -> None:
-    """It ends on one client's first word; to the other it was never there."""
-    plugin = {**FEDPARA, "start_timeout": 60}
-    with FedMLEngine(tmp_path, backend, plugin=plugin, of_rank={0: None}) as engine:
+    """FedML's own server ends as well, with the reason as an unknown type in its log."""
+    if reason := why_not(backend):
+        pytest.skip(reason)
+    with FedMLEngine(tmp_path, backend, plugin=FEDPARA, of_rank={0: None}) as engine:
         engine.start_all()
-        for name in ("client-1", "client-2"):
-            assert engine.programs[name].wait(LIMIT)
-            assert "the server" in engine.text(name)
-            assert "plugin" in engine.text(name)
+        check_ended(engine, ["the server runs without the plugin"], stock="server")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 from uuid import uuid4
 
 from fedml import mlops
@@ -16,6 +16,7 @@ from fedpara_plugins_fedml.post import Post
 from fedpara_plugins_fedml.protocol import (
     ANSWER,
     BYE,
+    CHECK,
     CLOSE,
     FAILED,
     FINISH,
@@ -34,6 +35,12 @@ log = logging.getLogger("fedpara.fedml")
 SERVER = 0
 FAREWELL = 15.0
 """Seconds that the server has to answer a BYE."""
+
+SILENCE = 3.0
+"""Seconds without a word from FedML's server after which it has no more to say."""
+
+WORTH_A_WORD = 10.0
+"""Seconds of waiting after which a client says what it waits for."""
 
 TESTS = ("no", "before_aggregation", "after_aggregation", "both")
 
@@ -138,18 +145,28 @@ def introduce(post: Post, seconds: float, error: str = "") -> Event:
         FedParaError: it does not answer.
         MismatchError: it seems to run without the plugin.
     """
-    deadline, session = time.monotonic() + seconds, uuid4().hex
-    while time.monotonic() < deadline:
+    start, session = time.monotonic(), uuid4().hex
+    end, told = start + seconds, False
+    while time.monotonic() < end:
         post.send(SERVER, HELLO, session=session, error=error)
         event = post.next(2)
-        if event is not None:
+        if event is not None and event.kind != CHECK:
             return event
+        if event is not None:  # FedML's server: it speaks to all clients when the last has come
+            end = min(end, time.monotonic() + post.timeout)
         if post.unanswered(SERVER) > post.timeout:
-            raise MismatchError(
-                f"fedpara: the server takes messages and does not answer for {post.timeout:.0f} s: "
-                f"it runs without the plugin, or has ended; see its log. Give both sides the same "
-                f"fedpara_* keys and the same runner"
+            _mismatch(
+                post,
+                f"the server takes messages and does not answer for {post.timeout:.0f} s: it runs "
+                f"without the plugin, or has ended; see its log",
             )
+        if time.monotonic() > start + WORTH_A_WORD and not told:
+            told = True
+            log.info(
+                "fedpara: waiting for the server, up to %.0f s (fedpara_start_timeout)", seconds
+            )
+    if post.without_plugin():
+        return Event(CHECK, SERVER)
     raise FedParaError(
         f"fedpara: the server has not answered within {seconds:.0f} s (fedpara_start_timeout): "
         f"is it running, and with the plugin?"
@@ -164,12 +181,26 @@ def _refuse(post: Post, event: Event) -> None:
     if event.kind == GONE:
         raise FedParaError(f"fedpara: the server is gone: {event.text('reason')}")
     if event.kind in STOCK:
-        raise MismatchError(
-            f"fedpara: the server runs without the plugin (it sent FedML's own message "
-            f"{event.kind}), this client with it. Give both sides the same fedpara_* keys and the "
-            f"same runner"
+        _mismatch(
+            post,
+            f"the server runs without the plugin (it sent FedML's own message {event.kind}), "
+            f"client {post.own} with it",
         )
     log.info("fedpara: a message of type %d is dropped", event.kind)
+
+
+def _mismatch(post: Post, what: str) -> NoReturn:
+    """Let the server know as well: its log says why, and it ends.
+
+    FedML's server may still be about to write to this client, and would end with that error
+    instead; so this listens until the server has said all.
+    """
+    text = f"{what}. Give both sides the same fedpara_* keys and the same runner"
+    post.send(SERVER, FAILED, reason=text)
+    end = time.monotonic() + FAREWELL
+    while time.monotonic() < end and post.next(SILENCE) is not None:
+        pass
+    raise MismatchError(f"fedpara: {text}")
 
 
 def _say_goodbye(post: Post) -> None:

@@ -210,7 +210,7 @@ def _tell(post: Post, error: Exception) -> None:
     """A server tells all that come, a client its server; then the error itself."""
     text = str(error).removeprefix("fedpara: ")
     if post.own == 0:
-        dismiss(post, post.peers, FedParaError(text), seconds=post.timeout)
+        dismiss(post, post.peers, FedParaError(text))
     else:
         introduce(post, post.timeout, error=text)
         dismiss(post, post.peers, FedParaError(text))

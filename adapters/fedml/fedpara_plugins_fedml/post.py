@@ -14,7 +14,6 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fedml.core.distributed.communication.message import Message
@@ -22,6 +21,7 @@ from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 
 from fedpara_plugins import FedParaError
 from fedpara_plugins_fedml.ending import close_transport, end_process
+from fedpara_plugins_fedml.letters import Handlers, Letter, kind_of, reason_of
 from fedpara_plugins_fedml.patience import make_patient
 from fedpara_plugins_fedml.protocol import (
     BROKEN,
@@ -41,13 +41,6 @@ log = logging.getLogger("fedpara.fedml")
 
 UNHEEDED = 10.0
 """Seconds that the main thread of a client has to notice that the run has ended."""
-
-
-@dataclass(frozen=True)
-class _Letter:
-    kind: int
-    data: bytes | None
-    fields: Mapping[str, Any]
 
 
 class Post(FedMLCommManager):  # type: ignore[misc]
@@ -78,8 +71,10 @@ class Post(FedMLCommManager):  # type: ignore[misc]
         self.peers = tuple(peers)
         self.timeout = timeout
         self._inbox: queue.Queue[Event] = queue.Queue()
-        self._outboxes: dict[int, queue.Queue[_Letter | None]] = {p: queue.Queue() for p in peers}
+        self._outboxes: dict[int, queue.Queue[Letter | None]] = {p: queue.Queue() for p in peers}
         self._seen: dict[int, float] = {}
+        self._heard: set[int] = set()
+        self._ours: set[int] = set()
         self._gone: set[int] = set()
         self._taken: dict[int, float] = {}
         self._ready = threading.Event()
@@ -101,7 +96,7 @@ class Post(FedMLCommManager):  # type: ignore[misc]
 
     def send(self, peer: int, kind: int, data: bytes | None = None, **fields: Any) -> None:
         """Queue a message; an `Event` of kind `GONE` says if it cannot be delivered."""
-        self._outboxes[peer].put(_Letter(kind, data, fields))
+        self._outboxes[peer].put(Letter(kind, data, fields))
 
     def next(self, seconds: float | None = None) -> Event | None:
         """The next event; None if none comes in time.
@@ -127,6 +122,18 @@ class Post(FedMLCommManager):  # type: ignore[misc]
         if peer in self._seen or peer not in self._taken or self.backend.startswith("MQTT"):
             return 0.0
         return time.monotonic() - self._taken[peer]
+
+    def unheard(self) -> set[int]:
+        """The peers that have never said anything."""
+        return set(self.peers) - self._heard
+
+    def gone(self) -> set[int]:
+        """The peers of which nothing is expected any more."""
+        return set(self._gone)
+
+    def without_plugin(self) -> set[int]:
+        """The peers that have spoken, and never as the plugin does."""
+        return self._heard - self._ours
 
     def forget(self, peer: int) -> None:
         """Deliver nothing more to a peer and expect nothing of it, until it is heard again."""
@@ -160,13 +167,16 @@ class Post(FedMLCommManager):  # type: ignore[misc]
         self.register_message_receive_handler(READY, lambda message: self._ready.set())
         for kind in (*STOCK, *NAMES):
             self.register_message_receive_handler(kind, self._received)
+        # Whatever else comes: an unknown type ends FedML's loop.
+        known: Mapping[Any, Any] = self.message_handler_dict
+        self.message_handler_dict: Any = Handlers(known, self._received)
 
     def _received(self, message: Any) -> None:
         """Runs in FedML's loop, which an exception would end without a word."""
         try:
             fields = message.get_params()
-            peer, kind = int(message.get_sender_id()), int(message.get_type())
-        except (TypeError, ValueError) as error:
+            peer, kind = int(message.get_sender_id()), kind_of(message.get_type(), fields)
+        except (TypeError, ValueError, OverflowError) as error:
             log.warning("fedpara: a message without sender or type is dropped: %s", error)
             return
         if peer not in self._outboxes:
@@ -175,6 +185,9 @@ class Post(FedMLCommManager):  # type: ignore[misc]
             )
             return
         self._seen[peer] = time.monotonic()
+        self._heard.add(peer)
+        if kind not in STOCK:
+            self._ours.add(peer)
         if self._ended.is_set():
             return
         if peer in self._gone:
@@ -185,6 +198,7 @@ class Post(FedMLCommManager):  # type: ignore[misc]
             return
         data = fields.get(Message.MSG_ARG_KEY_MODEL_PARAMS)
         if kind == FAILED:
+            fields = {"reason": reason_of(message)}
             self._heed(str(fields.get("reason")))
         self._inbox.put(Event(kind, peer, data, fields))
 
@@ -209,15 +223,11 @@ class Post(FedMLCommManager):  # type: ignore[misc]
         while (letter := self._outboxes[peer].get()) is not None:
             self._try_to_send(peer, letter)
 
-    def _try_to_send(self, peer: int, letter: _Letter) -> None:
+    def _try_to_send(self, peer: int, letter: Letter) -> None:
         """Once for what is said again anyway; else until the peer counts as gone."""
         deadline = time.monotonic() + self.timeout
         while peer not in self._gone or letter.kind in (PULSE, FAILED):
-            message = Message(letter.kind, self.own, peer)
-            if letter.data is not None:
-                message.add_params(Message.MSG_ARG_KEY_MODEL_PARAMS, letter.data)
-            for key, value in letter.fields.items():
-                message.add_params(key, value)
+            message = letter.message(self.own, peer, plain=peer not in self._ours)
             first = peer not in self._taken
             self._taken.setdefault(peer, time.monotonic())  # it may also take it and never return
             try:
@@ -242,7 +252,7 @@ class Post(FedMLCommManager):  # type: ignore[misc]
                 self._seen = dict.fromkeys(self._seen, now)
             last = now
             for peer in self.peers:
-                if self._outboxes[peer].empty():
+                if self._outboxes[peer].empty() and peer in self._ours:
                     self.send(peer, PULSE)
                 if now - self._seen.get(peer, now) > self.timeout:
                     self._report_gone(peer, f"nothing was heard of it for {self.timeout:.0f} s")

@@ -1,8 +1,13 @@
 """What server and clients say to each other over FedML's transports, beside the model.
 
-FedML's own messages have the types 0 to 7; ours are far from them, so that a party without the
+FedML's own messages have the types 0 to 8; ours are far from them, so that a party without the
 plugin is noticed at its first word. One value of a message is our envelope as plain bytes, under
 FedML's key for the model (MQTT_S3 moves it to the store); the others are short texts and numbers.
+
+Two messages are made so that a party without the plugin understands them. HELLO travels as FedML's
+own "this client is online", with fields of ours: FedML's server counts the client and, when all are
+there, sends each of them its first model, by which each learns what kind of server that is. FAILED
+goes to such a party with the reason in the place of its type: FedML logs an unknown type, and ends.
 
     client                      server
     HELLO     ------------->             who I am; again and again until
@@ -23,15 +28,24 @@ from types import MappingProxyType
 from typing import Any
 
 __all__ = [
-    "ANSWER", "BROKEN", "BYE", "CLOSE", "FAILED", "FINISH", "GONE", "HELLO", "NAMES", "PULSE",
-    "READY", "STOCK", "TASK", "WELCOME", "Event",
+    "ANSWER", "BROKEN", "BYE", "CHECK", "CLOSE", "FAILED", "FINISH", "GONE", "HELLO", "MARK",
+    "NAMES", "ONLINE", "PULSE", "READY", "STOCK", "TASK", "WELCOME", "WORD", "Event",
 ]  # fmt: skip
 
 READY = 0
 """FedML's own: the transport of this process is there."""
 
-STOCK = (1, 2, 3, 4, 5, 6, 7)
+STOCK = (1, 2, 3, 4, 5, 6, 7, 8)
 """FedML's own messages: who sends them runs without the plugin."""
+
+ONLINE, CHECK = 5, 6
+"""Of these: a client has come; a server asks its clients, before all have come, who is there."""
+
+MARK: Mapping[str, str] = MappingProxyType({"client_status": "ONLINE", "fedpara": "hello"})
+"""Fields of a HELLO: FedML's own, and the one by which ours is told from FedML's."""
+
+WORD = "fedpara: "
+"""How a type begins that is a reason."""
 
 HELLO, WELCOME, TASK, ANSWER, FINISH, FAILED, BYE, CLOSE, PULSE = range(9001, 9010)
 

@@ -236,35 +236,48 @@ class ServerManager:
             log.warning("fedpara: client %d has no use for the last model", event.peer)
 
 
-def dismiss(
-    post: Post, peers: Iterable[int], error: BaseException, *, seconds: float = FAREWELL
-) -> None:
+def dismiss(post: Post, peers: Iterable[int], error: BaseException) -> None:
     """Tell others why the run ends, and give them a moment to say that they know.
+
+    A party that has never been heard may be about to come, so that this waits for it as long as
+    for one that is silent. A party without the plugin confirms nothing.
 
     Args:
         post: to them.
         peers: their ids.
         error: what happened.
-        seconds: how long to wait for those that have not confirmed; whoever comes late is told too.
     """
     reason = f"{error}" if isinstance(error, FedParaError) else f"{type(error).__name__}: {error}"
     reason = reason.removeprefix("fedpara: ")
     for peer in peers:
         post.send(peer, FAILED, reason=reason)
     log.critical("fedpara: the run has failed: %s", reason)
+    left = set(peers) - post.gone() - post.without_plugin()
+    start = last = time.monotonic()
 
     def tell(event: Event) -> None:
-        if event.kind == HELLO:
+        nonlocal last
+        if event.kind == HELLO or event.kind in STOCK:
+            last = time.monotonic()
             post.send(event.peer, FAILED, reason=reason)
+        if event.kind == GONE or event.kind in STOCK:
+            left.discard(event.peer)
+
+    def until() -> float:
+        some = post.own == 0 and left & post.unheard()
+        return max(last + FAREWELL, start + post.timeout if some else 0)
 
     try:
-        part(post, set(peers), tell, seconds)
+        part(post, left, tell, until)
     except FedParaError:
         log.warning("fedpara: not all clients could be told")
 
 
 def part(
-    post: Post, peers: set[int], other: Callable[[Event], None], seconds: float | None
+    post: Post,
+    peers: set[int],
+    other: Callable[[Event], None],
+    until: Callable[[], float] | None,
 ) -> None:
     """Wait until all of some clients have said BYE, and close.
 
@@ -272,15 +285,17 @@ def part(
         post: to them.
         peers: their ids; those that are gone are taken out of it while this waits.
         other: called with whatever else comes.
-        seconds: how long to wait; None until each has said BYE or is gone.
+        until: the monotonic time at which to give up; None to wait until each has said BYE or is
+            gone.
     """
-    deadline = None if seconds is None else time.monotonic() + seconds
     heard: set[int] = set()
     while peers - heard:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        event = post.next(left)
-        if event is None:
+        seconds = None if until is None else until() - time.monotonic()
+        if seconds is not None and seconds <= 0:
             break
+        event = post.next(seconds)
+        if event is None:
+            continue
         if event.kind == BYE:
             heard.add(event.peer)
         else:
