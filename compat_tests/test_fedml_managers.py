@@ -345,7 +345,8 @@ def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     parties.start(1)
     parties.wait()
     assert "the server has not answered" in str(parties.errors[1])
-    parties = Parties(monkeypatch, keys={**KEYS, "fedpara_start_timeout": 1})
+    keys = {**KEYS, "fedpara_start_timeout": 1, "fedpara_timeout": 5}
+    parties = Parties(monkeypatch, keys=keys)
     parties.start(0)
     parties.wait()
     assert "clients [1, 2] have not come" in str(parties.errors[0])

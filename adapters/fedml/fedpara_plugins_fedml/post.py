@@ -54,6 +54,9 @@ class Post(FedMLCommManager):  # type: ignore[misc]
         peers: the ids of those that it talks to.
         timeout: seconds of silence after which a peer counts as gone.
         patience: seconds that the transport may take to come up.
+
+    Attributes:
+        since: the monotonic time at which the transport was up.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Post(FedMLCommManager):  # type: ignore[misc]
         watch.start()  # some transports wait in here for all parties
         super().__init__(args, args.comm, rank, size, args.backend)
         watch.cancel()
+        self.since = time.monotonic()
         make_patient(self.com_manager)
         self._threads = [
             self._started(self._receive, "receive"),

@@ -239,8 +239,8 @@ class ServerManager:
 def dismiss(post: Post, peers: Iterable[int], error: BaseException) -> None:
     """Tell others why the run ends, and give them a moment to say that they know.
 
-    A party that has never been heard may be about to come, so that this waits for it as long as
-    for one that is silent. A party without the plugin confirms nothing.
+    Soon after the start a party that has never been heard may be about to come, so that it has as
+    long as one that is silent. A party without the plugin confirms nothing.
 
     Args:
         post: to them.
@@ -253,7 +253,7 @@ def dismiss(post: Post, peers: Iterable[int], error: BaseException) -> None:
         post.send(peer, FAILED, reason=reason)
     log.critical("fedpara: the run has failed: %s", reason)
     left = set(peers) - post.gone() - post.without_plugin()
-    start = last = time.monotonic()
+    last = time.monotonic()
 
     def tell(event: Event) -> None:
         nonlocal last
@@ -265,7 +265,7 @@ def dismiss(post: Post, peers: Iterable[int], error: BaseException) -> None:
 
     def until() -> float:
         some = post.own == 0 and left & post.unheard()
-        return max(last + FAREWELL, start + post.timeout if some else 0)
+        return max(last + FAREWELL, post.since + post.timeout if some else 0)
 
     try:
         part(post, left, tell, until)
