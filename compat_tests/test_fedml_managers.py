@@ -18,15 +18,17 @@ import torch
 
 pytest.importorskip("fedml", reason="FedML's environments only")
 
+from fedml.core import Context
 from fedml.core.distributed.communication.message import Message
 from fedml.ml.aggregator.default_aggregator import DefaultServerAggregator
 from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 
 from fedpara_plugins import ConfigError, MismatchError
+from fedpara_plugins_fedml import server_manager
 from fedpara_plugins_fedml.distributed import is_distributed, lacks_optimizer
 from fedpara_plugins_fedml.ending import close_transport
 from fedpara_plugins_fedml.patience import PatientQueue, make_patient
-from fedpara_plugins_fedml.protocol import ANSWER, FINISH, ONLINE, PULSE, TASK
+from fedpara_plugins_fedml.protocol import ANSWER, CHECK, FINISH, ONLINE, PULSE, TASK
 from fedpara_plugins_fedml.silos import Silos
 from harness.fedml_project import run as run_single
 from harness.fedml_threads import PATIENCE, Line, Parties
@@ -277,6 +279,37 @@ def test_a_client_that_is_set_up_differently(
         assert reason in str(error)
 
 
+class Assessing(Kept):
+    """Assesses contributions in its own way, from what FedML's Context holds."""
+
+    seen: list[tuple[list[int], dict[str, torch.Tensor]]]
+
+    def assess_contribution(self) -> None:
+        context = Context()
+        models = context.get(Context.KEY_CLIENT_MODEL_LIST)
+        mean = {
+            key: sum(e * s[key] for e, s in models) / sum(e for e, _ in models)
+            for key in models[0][1]
+        }
+        Assessing.seen.append((context.get(Context.KEY_CLIENT_ID_LIST_IN_THIS_ROUND), mean))
+        assert len(context.get(Context.KEY_METRICS_ON_AGGREGATED_MODEL)) == 4
+        assert len(context.get(Context.KEY_METRICS_ON_LAST_ROUND)) == 4
+
+
+def test_an_assessment_of_contributions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own is called each round, with the clients' models; FedML's own are refused."""
+    Assessing.seen = []
+    keys = {**KEYS, "enable_contribution": True, "contribution_alg": "LOO"}
+    assert not Parties(monkeypatch, keys=keys, aggregator=Assessing).run().errors
+    assert [silos for silos, _ in Assessing.seen] == [[0, 1]] * 3
+    for name, value in Assessing.seen[-1][1].items():
+        torch.testing.assert_close(value, Kept.last[name])
+    parties = Parties(monkeypatch, keys={**keys, "fedpara_timeout": 5}, aggregator=Kept).run()
+    for error in parties.errors.values():
+        assert "contribution_alg LOO" in str(error)
+    assert set(parties.errors) == {0, 1, 2}
+
+
 def test_a_server_that_is_set_up_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     parties = Parties(
         monkeypatch, keys={**KEYS, "fedpara_timeout": 5}, of_rank={0: {"worker_num": 3}}
@@ -303,6 +336,31 @@ def test_a_client_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     parties.wait(0, 1)
     assert isinstance(parties.errors[0], MismatchError)
     assert "client 2 runs without the plugin" in str(parties.errors[1])
+
+
+def test_a_client_without_the_plugin_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first word came before the server and was lost; FedML's client answers when asked."""
+    monkeypatch.setattr(server_manager, "ASK_AGAIN", 1.0)
+    parties = Parties(monkeypatch, keys=KEYS)
+    client, heard = Line(2, parties.lines), list[Message]()
+
+    class Stock:
+        """What FedML's client does until then."""
+
+        def receive_message(self, kind: Any, message: Message) -> None:
+            heard.append(message)
+            if kind == CHECK:
+                client.send_message(Message(ONLINE, 2, 0))
+
+    client.add_observer(Stock())
+    threading.Thread(target=client.handle_receive_message, daemon=True).start()
+    for rank in (0, 1):
+        parties.start(rank)
+    parties.wait(0, 1)
+    client.stop_receive_message()
+    for rank in (0, 1):
+        assert "client 2 runs without the plugin" in str(parties.errors[rank])
+    assert "client 2 runs without the plugin" in str(heard[-1].get_type())
 
 
 def test_a_server_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:

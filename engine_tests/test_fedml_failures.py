@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from harness.fedml_engine import FedMLEngine, why_not
+import fedpara_plugins as fedpara
+from harness.fedml_engine import FedMLEngine, Net, why_not
+from harness.processes import wait_until
 
 FEDPARA = {"method": "fedpara", "gamma": 0.3, "codec": "balanced", "timeout": 20}
 NOT_MPI = ("TRPC", "GRPC", "MQTT_S3")
@@ -102,24 +105,55 @@ def test_an_error_of_the_server_is_told_to_all(tmp_path: Path) -> None:
         check_ended(engine, ["no such column"])
 
 
-def test_a_client_that_is_started_again_goes_on(tmp_path: Path) -> None:
-    """With a state-dir it has its private factors and what its codec had lost: equal weights."""
-    plugin = {**FEDPARA, "method": "pfedpara", "min_clients": 1, "timeout": 60}
-    finals = {}
-    for name, trouble in (("whole", ""), ("killed", "client 2 round 2 dies")):
-        own = {**plugin, "state_dir": str(tmp_path / f"{name}-state")}
-        folder = tmp_path / name
-        with FedMLEngine(folder, "GRPC", plugin=own, trouble=trouble) as engine:
-            engine.start_all()
-            if trouble:
-                assert engine.programs["client-2"].wait(LIMIT) == -9
-                engine.start(2, FEDPARA_TROUBLE="")
-            assert set(engine.wait(LIMIT).values()) == {0}, engine.programs["server"].tail()
-            assert "left out" not in engine.text("server")
-            assert ("client 2 is back" in engine.text("server")) == bool(trouble)
-            finals[name] = engine.final
-    for key, value in finals["whole"].items():
-        assert torch.equal(value, finals["killed"][key]), key
+RETURNING = {**FEDPARA, "method": "pfedpara", "min_clients": 1, "timeout": 60}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> FedMLEngine:
+    """A run in which nobody is killed, over; every transport gives its weights."""
+    folder = tmp_path_factory.mktemp("whole")
+    with FedMLEngine(folder / "run", "GRPC", plugin=RETURNING) as engine:
+        engine.finished()
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("backend", "when"), [("GRPC", "dies"), ("GRPC", "dies-late"), ("MQTT_S3", "dies-late")]
+)
+def test_a_client_that_is_started_again_goes_on(
+    tmp_path: Path, backend: str, when: str, whole: FedMLEngine
+) -> None:
+    """With a state-dir it has its private factors and what its codec had lost: equal weights.
+
+    It is killed when it has loaded the round's model, or when it has trained, and all that it keeps
+    has changed in memory.
+    """
+    if reason := why_not(backend):
+        pytest.skip(reason)
+    plugin = {**RETURNING, "state_dir": str(tmp_path / "state")}
+    trouble = f"client 2 round 2 {when}"
+    with FedMLEngine(tmp_path / "run", backend, plugin=plugin, trouble=trouble) as engine:
+        engine.start_all()
+        assert engine.programs["client-2"].wait(LIMIT) == -9
+        engine.start(2, FEDPARA_TROUBLE="")
+        assert set(engine.wait(LIMIT).values()) == {0}, engine.programs["server"].tail()
+        assert "left out" not in engine.text("server")
+        assert "client 2 is back" in engine.text("server")
+    check_equal(engine.final, whole.final)
+    private = fedpara.split(fedpara.convert(Net(), method="pfedpara", gamma=0.3)).private
+    assert private
+    first, second = (engine.noted(1, *at) for at in ((1, "after"), (2, "before")))
+    for key in private:
+        assert torch.equal(first[key], second[key]), key
+    rounds = max(int(path.stem.split("-")[1]) for path in whole.notes.iterdir())
+    assert rounds > 2
+    check_equal(engine.noted(1, rounds, "after"), whole.noted(1, rounds, "after"))
+
+
+def check_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
 
 
 # Two sides that do not fit
@@ -145,11 +179,20 @@ def test_a_client_that_is_set_up_differently(
 
 @pytest.mark.parametrize("backend", NOT_MPI)
 def test_a_client_without_the_plugin(tmp_path: Path, backend: str) -> None:
-    """FedML's own client ends as well, with the reason as an unknown type in its log."""
+    """FedML's own client ends as well, with the reason as an unknown type in its log.
+
+    It says that it is there once; a broker has forgotten that when the server comes later.
+    """
     if reason := why_not(backend):
         pytest.skip(reason)
     with FedMLEngine(tmp_path, backend, plugin=FEDPARA, of_rank={2: None}) as engine:
-        engine.start_all()
+        if backend == "MQTT_S3":
+            first = engine.start(2)
+            wait_until(lambda: "MQTT msg sent" in first.text, seconds=LIMIT, what="client 2 is up")
+            engine.start(0)
+            engine.start(1)
+        else:
+            engine.start_all()
         check_ended(engine, ["client 2 runs without the plugin"], stock="client-2")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -94,7 +95,38 @@ def raising_client_is_not_reported() -> Fault:
     return Fault("the client goes on", "the server is told", not sent)
 
 
+def assessments_end_in_an_error() -> Fault:
+    """`core/contribution` gives `test` a model where that expects data (LOO, GTG), and
+    `FedMLAggOperator.agg` a dict where that expects a list (MR)."""
+    from fedml.core import Context
+    from fedml.cross_silo.server.fedml_aggregator import FedMLAggregator
+    from fedml.ml.aggregator.aggregator_creator import create_server_aggregator
+
+    errors = {}
+    for kind in ("LOO", "GTG", "MR"):
+        keys = {"enable_contribution": True, "contribution_alg": kind, "round_idx": 0}
+        args = arguments("FedAvg", training_type="cross_silo", backend="TRPC", **keys)
+        _, _, train_global, test_global, sizes, train, test, _ = dataset()
+        aggregator = create_server_aggregator(one_weight(), args)
+        made: Any = FedMLAggregator(
+            train_global, test_global, 8, train, test, sizes, 2, CPU, args, aggregator
+        )
+        for client in range(2):
+            made.add_local_trained_result(client, OrderedDict(one_weight().state_dict()), 4)
+        made.aggregate()
+        made.test_on_server_for_all_clients(0)
+        context = Context()
+        context.add(Context.KEY_CLIENT_ID_LIST_IN_THIS_ROUND, [0, 1])
+        context.add(Context.KEY_METRICS_ON_LAST_ROUND, (-1, 0, 0, 0))  # or they leave it at once
+        try:
+            made.assess_contribution()
+        except Exception as error:
+            errors[kind] = f"{kind} ends with a {type(error).__name__}"
+    return Fault("; ".join(errors.values()), "shares of the clients", len(errors) == 3)
+
+
 REPRODUCTIONS = (
+    assessments_end_in_an_error,
     first_model_is_sent_again,
     one_client_that_stops_stops_all,
     raising_client_is_not_reported,

@@ -2,7 +2,8 @@
 
 ``FEDPARA_TROUBLE`` says who fails, when and how, such as ``client 2 round 1 raises``; several are
 joined by ``;``. ``FEDPARA_NOTES`` is a folder for states before and after each training.
-``FEDPARA_PLUGIN=off`` takes FedML's own runner. ``FEDPARA_LEAK=1`` adds private factors to replies.
+``FEDPARA_PLUGIN=off`` takes FedML's own runner. ``FEDPARA_LEAK=1`` sends private factors too.
+``FEDPARA_ASSESS=1`` gives the aggregator an assessment of its own.
 """
 
 import logging
@@ -51,6 +52,8 @@ class Trainer(ModelTrainerCLS):  # type: ignore[misc]
         if what == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         super().train(train_data, device, args, **more)
+        if what == "dies-late":  # all has changed, and nothing is sent or kept
+            os.kill(os.getpid(), signal.SIGKILL)
         if what == "nan":
             with torch.no_grad():
                 next(iter(self.model.parameters())).fill_(torch.nan)
@@ -92,17 +95,17 @@ def send_garbage() -> None:
 
 
 def leak() -> None:
-    """Every answer carries the private factors too, beside the plugin's message."""
+    """Before every answer goes a message with the private factors as they are."""
     from fedpara_plugins import split
     from fedpara_plugins_fedml.post import Post
-    from fedpara_plugins_fedml.protocol import ANSWER
+    from fedpara_plugins_fedml.protocol import ANSWER, PULSE
 
     send = Post.send
 
     def leaking(self: Any, peer: int, kind: int, data: Any = None, **fields: Any) -> None:
         if kind == ANSWER:
             private = split(Trainer.last).private.values()
-            fields["leak"] = b"".join(value.detach().numpy().tobytes() for value in private)
+            send(self, peer, PULSE, b"".join(v.detach().numpy().tobytes() for v in private))
         send(self, peer, kind, data, **fields)
 
     Post.send = leaking  # type: ignore[method-assign]

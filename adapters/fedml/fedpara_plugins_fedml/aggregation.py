@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from fedml.core import Context
 from torch import Tensor
 
 from fedpara_plugins import MismatchError, ModelSpec
@@ -64,6 +65,9 @@ class Aggregation:
         """What the hook makes of the answers; defences change, leave out, or pick some."""
         raw = self._weighed(answers)
         found, kept = self._aggregator.on_before_aggregation(list(raw))
+        if getattr(self._args, "enable_contribution", False):  # for assess_contribution
+            models = [(examples, plain_state(to_state(state))) for examples, state in found]
+            Context().add(Context.KEY_CLIENT_MODEL_LIST, models)
         places = _places(raw, found, kept)
         return [
             replace(

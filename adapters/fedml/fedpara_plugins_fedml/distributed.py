@@ -19,6 +19,7 @@ from fedpara_plugins_fedml.environment import missing_for
 from fedpara_plugins_fedml.evaluation import Evaluation
 from fedpara_plugins_fedml.models import client_model, converted, server_copy
 from fedpara_plugins_fedml.post import Post
+from fedpara_plugins_fedml.refusals import check_contribution
 from fedpara_plugins_fedml.rules import local_rule_for, rule_for
 from fedpara_plugins_fedml.server import ServerHalf
 from fedpara_plugins_fedml.server_manager import ServerManager, dismiss
@@ -154,6 +155,7 @@ class Distributed:
         own = server_copy(converted(model, settings))
         if aggregator is None:
             aggregator = create_server_aggregator(own, args)
+        check_contribution(args, aggregator)
         aggregator.model = own
         aggregator.set_id(0 if args.training_type == "cross_silo" else -1)
         half = ServerHalf(settings, args, self._device, self._dataset, aggregator, rule)

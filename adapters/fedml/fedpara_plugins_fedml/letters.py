@@ -8,7 +8,17 @@ from typing import Any
 
 from fedml.core.distributed.communication.message import Message
 
-from fedpara_plugins_fedml.protocol import FAILED, HELLO, MARK, NAMES, ONLINE, STOCK, WORD
+from fedpara_plugins_fedml.protocol import (
+    CHECK,
+    FAILED,
+    HELLO,
+    MARK,
+    NAMES,
+    ONLINE,
+    PULSE,
+    STOCK,
+    WORD,
+)
 
 __all__ = ["Handlers", "Letter", "kind_of", "reason_of"]
 
@@ -18,7 +28,7 @@ class Letter:
     """A message that waits to be sent.
 
     Attributes:
-        kind: one of ours.
+        kind: one of ours, or CHECK.
         data: an envelope, if any.
         fields: the short values.
     """
@@ -41,7 +51,8 @@ class Letter:
         message = Message(kind, own, peer)
         if self.data is not None:
             message.add_params(Message.MSG_ARG_KEY_MODEL_PARAMS, self.data)
-        for key, value in {**(MARK if self.kind == HELLO else {}), **self.fields}.items():
+        mark = MARK if self.kind in (HELLO, CHECK) else {}
+        for key, value in {**mark, **self.fields}.items():
             message.add_params(key, value)
         return message
 
@@ -75,8 +86,8 @@ def kind_of(kind: Any, fields: Mapping[str, Any]) -> int:
     if isinstance(kind, str) and kind.startswith(WORD):
         return FAILED
     number = int(kind)
-    if number == ONLINE and fields.get("fedpara") == MARK["fedpara"]:
-        return HELLO
+    if number in (ONLINE, CHECK) and fields.get("fedpara") == MARK["fedpara"]:
+        return HELLO if number == ONLINE else PULSE
     if number not in (*STOCK, *NAMES) or number == HELLO:
         raise ValueError(f"type {number}")
     return number

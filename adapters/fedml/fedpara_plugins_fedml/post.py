@@ -25,6 +25,7 @@ from fedpara_plugins_fedml.letters import Handlers, Letter, kind_of, reason_of
 from fedpara_plugins_fedml.patience import make_patient
 from fedpara_plugins_fedml.protocol import (
     BROKEN,
+    CHECK,
     FAILED,
     GONE,
     HELLO,
@@ -240,7 +241,7 @@ class Post(FedMLCommManager):  # type: ignore[misc]
             except Exception as error:
                 if first:
                     self._taken.pop(peer, None)
-                if letter.kind in (PULSE, HELLO, FAILED) or self._ended.is_set():
+                if letter.kind in (PULSE, HELLO, CHECK, FAILED) or self._ended.is_set():
                     return
                 if time.monotonic() > deadline:
                     self._report_gone(peer, f"a {NAMES[letter.kind]} cannot be sent to it: {error}")

@@ -4,10 +4,13 @@ FedML's own messages have the types 0 to 8; ours are far from them, so that a pa
 plugin is noticed at its first word. One value of a message is our envelope as plain bytes, under
 FedML's key for the model (MQTT_S3 moves it to the store); the others are short texts and numbers.
 
-Two messages are made so that a party without the plugin understands them. HELLO travels as FedML's
-own "this client is online", with fields of ours: FedML's server counts the client and, when all are
-there, sends each of them its first model, by which each learns what kind of server that is. FAILED
-goes to such a party with the reason in the place of its type: FedML logs an unknown type, and ends.
+Three messages are made so that a party without the plugin understands them. HELLO travels as
+FedML's own "this client is online", with a mark: FedML's server counts the client and, when all are
+there, sends each of them its first model, by which each learns what kind of server that is. CHECK
+is FedML's own "who is there", with the mark, for clients of FedML's own whose one word was lost (a
+broker keeps nothing for a server that comes later); ours take it as a PULSE. FAILED goes to a party
+that may be without the plugin with the reason in the place of its type: FedML logs an unknown type,
+and ends.
 
     client                      server
     HELLO     ------------->             who I am; again and again until
@@ -42,7 +45,7 @@ ONLINE, CHECK = 5, 6
 """Of these: a client has come; a server asks its clients, before all have come, who is there."""
 
 MARK: Mapping[str, str] = MappingProxyType({"client_status": "ONLINE", "fedpara": "hello"})
-"""Fields of a HELLO: FedML's own, and the one by which ours is told from FedML's."""
+"""Fields of a HELLO or CHECK: FedML's own, and the one by which ours is told from FedML's."""
 
 WORD = "fedpara: "
 """How a type begins that is a reason."""

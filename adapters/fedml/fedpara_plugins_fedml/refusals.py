@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedml.core import ServerAggregator
+
 from fedpara_plugins import ConfigError
 from fedpara_plugins.codecs import Codec
 from fedpara_plugins_fedml.settings import Settings
 
-__all__ = ["check_args", "check_clients", "check_dataset", "is_lossy"]
+__all__ = ["check_args", "check_clients", "check_contribution", "check_dataset", "is_lossy"]
 
 ENTRIES = (
     "train_data_num", "test_data_num", "train_data_global", "test_data_global",
@@ -25,6 +27,10 @@ CLIENTS_CLIP = {
     "dp_clip": "dp_clip bounds the norm of a client's update by clipping_norm",
 }
 """Kinds of differential privacy in FedML whose clients promise a bound."""
+
+
+ASSESSMENTS = ("LOO", "GTG", "MR")
+"""FedML's own assessments of contributions, by ``contribution_alg``."""
 
 
 def is_lossy(codec: Codec) -> bool:
@@ -76,6 +82,24 @@ def check_args(settings: Settings, args: Any) -> None:
             f"fedpara: {CLIENTS_CLIP[kind]}, and the codec {settings.uplink.name!r} changes what "
             f"the server decodes, so the bound would not hold there: set fedpara_uplink_codec: "
             f"lossless, or none"
+        )
+
+
+def check_contribution(args: Any, aggregator: Any) -> None:
+    """Raise for FedML's own assessments of contributions: all three end in an error.
+
+    Raises:
+        ConfigError: says which, and what to do.
+    """
+    kind = getattr(args, "contribution_alg", None)
+    if not getattr(args, "enable_contribution", False) or kind not in ASSESSMENTS:
+        return
+    if type(aggregator).assess_contribution is ServerAggregator.assess_contribution:
+        raise ConfigError(
+            f"fedpara: contribution_alg {kind}: in FedML 0.9.6 this assessment calls the "
+            f"aggregator's test with a model in the place of the data, and its mean with a dict in "
+            f"the place of a list, and ends the run. Set enable_contribution: false, or write "
+            f"assess_contribution in your ServerAggregator"
         )
 
 

@@ -15,6 +15,7 @@ from fedpara_plugins_fedml.post import Post
 from fedpara_plugins_fedml.protocol import (
     ANSWER,
     BYE,
+    CHECK,
     CLOSE,
     FAILED,
     FINISH,
@@ -34,6 +35,9 @@ log = logging.getLogger("fedpara.fedml")
 
 TRIES = 2
 """How often a client is sent a round's model: again if it lost what that was coded against."""
+
+ASK_AGAIN = 5.0
+"""Seconds after which a server that waits asks those that it has never heard."""
 
 FAREWELL = 5.0
 """Seconds that clients have to confirm that they know of a failure."""
@@ -97,8 +101,13 @@ class ServerManager:
     def _gather(self) -> None:
         """Wait for all clients; for fewer if ``fedpara_min_clients`` says how many will do."""
         deadline = time.monotonic() + self._start_timeout
+        asked = time.monotonic()
         while len(self._alive) < len(self._post.peers):
-            event = self._post.next(max(0.01, deadline - time.monotonic()))
+            event = self._post.next(max(0.01, min(ASK_AGAIN, deadline - time.monotonic())))
+            if time.monotonic() > asked + ASK_AGAIN:
+                asked = time.monotonic()
+                for peer in self._post.unheard():
+                    self._post.send(peer, CHECK)
             if event is not None:
                 self._handle(event)
             elif time.monotonic() >= deadline:
