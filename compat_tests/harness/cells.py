@@ -78,8 +78,8 @@ NOT_BY_DEFAULT: Mapping[str, str] = {
     "core-models": "needs Hugging Face transformers",
     "flower-engines": "time: a quarter of an hour of real processes; needs Ray",
     "fedml": "time: all cells of FedML; `fedml-smoke` runs a part",
-    "fedml-py310": "needs a Python 3.10 interpreter",
-    "fedml-py312": "needs a Python 3.12 interpreter and a wheel built by hand, see docs/fedml.md",
+    "fedml-py310": "needs a Python 3.10 interpreter; `fedml-py310-smoke` runs a part",
+    "fedml-py312": "needs Python 3.12, and 3.11 for one wheel; `fedml-py312-smoke` runs a part",
     "fedml-engines": "time, and needs Open MPI, mosquitto and moto",
     "demo": "needs Flower's simulation engine (Ray) and some minutes; `.ci/run` runs it",
 }
