@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 import sys
 from collections.abc import Mapping
@@ -17,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from harness.fedml_programs import BACKENDS, why_not
 from harness.processes import Processes, Program, wait_until
 from harness.wiretap import Wiretap
 
@@ -29,23 +28,9 @@ from net import Net  # noqa: E402
 __all__ = ["BACKENDS", "FedMLEngine", "Net", "why_not"]
 
 APP = ROOT / "engine_tests" / "fedml_app" / "main.py"
-BACKENDS = ("TRPC", "MPI", "GRPC", "MQTT_S3")
 
 PATIENCE = 300.0
 """Seconds for a run: importing FedML alone takes 6 to 40, on a busy machine."""
-
-
-def why_not(backend: str) -> str:
-    """What is not installed for a backend; "" if it can run."""
-    if backend == "MPI" and shutil.which("mpirun") is None:
-        return "needs mpirun (Debian: openmpi-bin)"
-    if backend == "MQTT_S3":
-        if shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin") is None:
-            return "needs mosquitto"
-        moto = os.environ.get("MOTO_SERVER") or shutil.which("moto_server")
-        if moto is None or not Path(moto).exists():
-            return 'needs moto_server (pip install "moto[s3,server]"), named by MOTO_SERVER'
-    return ""
 
 
 class FedMLEngine:
