@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ HEALTHY = {
     "torch": "2.13.0+cpu",
     "mpi4py": "4.1.2",
     "grpcio": "1.85.3",
+    **dict.fromkeys(environment.IMPORTED, "1.0"),
 }
 
 TORCHVISION = (
@@ -36,6 +39,8 @@ TORCHVISION = (
     else "install the torchvision that belongs to your torch, from where your torch comes"
 )
 """0.16.2 was not built for Python 3.12."""
+
+LIGHT = Path(__file__).parents[1] / "adapters" / "fedml" / "requirements-light.txt"
 
 Fake = Callable[..., dict[str, tuple[str, str]]]
 
@@ -89,6 +94,21 @@ def test_each_pin_is_named_with_its_reason_and_remedy(
     assert text.startswith(version or "not installed")
     assert reason in text
     assert text.endswith(remedy)
+
+
+def test_packages_of_any_version_that_are_missing(doctor: Fake) -> None:
+    level, text = doctor(GPUtil=None, boto3=None)["FedML imports"]
+    assert level == "attention"
+    assert text.startswith("GPUtil, boto3: not installed")
+    assert text.endswith("pip install GPUtil boto3")
+
+
+def test_it_looks_for_what_the_light_recipe_installs() -> None:
+    own = {"pluggy", "safetensors"}  # the doctor looks at the plugin's requirements anyway
+    lines = (line.partition("#")[0].strip() for line in LIGHT.read_text().splitlines())
+    listed = {re.split("[<>=]", line)[0] for line in lines if line}
+    looked_for = {pin.name for pin in environment.PINS} | set(environment.IMPORTED)
+    assert looked_for - {"torchvision"} == listed - own
 
 
 @pytest.mark.parametrize("loads", [True, False])
@@ -162,3 +182,34 @@ def test_without_fedml_nothing_is_said_of_its_needs(
     subjects = [finding.subject for finding in core._adapter(ADAPTER)]
     assert subjects[0] == "adapter fedml: fedml"
     assert not any(subject.startswith("FedML") for subject in subjects)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["-m", "fedpara_plugins_fedml", "main.py"], ["-c", "from fedpara_plugins_fedml import *"]],
+    ids=["launcher", "import"],
+)
+def test_where_fedml_cannot_be_imported_the_reason_is_the_doctor_s(
+    tmp_path: Path, command: list[str]
+) -> None:
+    """A setuptools without pkg_resources, as later ones are."""
+    pytest.importorskip("fedml", reason="FedML's own error is what is explained")
+    (tmp_path / "main.py").write_text("raise SystemExit('not reached')")
+    (tmp_path / "pkg_resources.py").write_text("raise ImportError('No module pkg_resources')")
+    dist = tmp_path / "setuptools-84.2.1.dist-info"
+    dist.mkdir()
+    (dist / "METADATA").write_text("Metadata-Version: 2.1\nName: setuptools\nVersion: 84.2.1\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    ended = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode not in (0, None)
+    first, second = ended.stderr.strip().splitlines()[-2:]
+    assert first.endswith("`import fedml` fails: ImportError: No module pkg_resources")
+    assert second.strip().startswith("FedML needs setuptools: 84.2.1 does not fit <82")
+    assert ("Traceback" in ended.stderr) == ("-c" in command)

@@ -58,3 +58,16 @@ def _check_fedml() -> None:
             f"fedpara-plugins-fedml is made for fedml=={FEDML} and found {found}: install that "
             f"version"
         )
+    try:
+        import_module("fedml")
+    except Exception as error:
+        raise PluginError(f"`import fedml` fails: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """What FedML's own error leaves open: which package is to blame, and what to do."""
+    from fedpara_plugins_fedml.environment import findings  # it starts processes: only now
+
+    wrong = [f"{found.subject}: {found.text}" for found in findings() if found.level == "attention"]
+    first = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return "\n  ".join([first, *(wrong or ["`fedpara doctor` finds no reason"])])

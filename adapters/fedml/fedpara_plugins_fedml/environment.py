@@ -46,6 +46,14 @@ PINS = (
 )
 """Versions with their reasons, as in ``requirements-light.txt``."""
 
+IMPORTED = (
+    "GPUtil", "PyYAML", "SQLAlchemy", "boto3", "cachetools", "chardet", "click", "dill", "docker",
+    "fastapi", "h5py", "httpx", "multiprocess", "networkx", "ntplib", "pillow", "prettytable",
+    "psutil", "py-machineid", "pydantic", "python-dotenv", "redis", "scikit-learn", "scipy", "tqdm",
+    "typing_extensions", "tzlocal", "wget",
+)  # fmt: skip
+"""What else FedML imports on the way to its trainers, of any version."""
+
 BACKENDS: Mapping[str, str] = {"MPI": "mpi4py", "GRPC": "grpcio"}
 """The package that a transport needs beside FedML, by the value of ``backend``."""
 
@@ -61,10 +69,11 @@ REMEDY = (
 
 
 def findings() -> Iterator[Finding]:
-    """One line for each version, for torchvision, for the transports, for what FedML contacts."""
+    """One line for each version, for what else FedML imports, for the transports, the network."""
     yield _python()
     for pin in PINS:
         yield _pinned(pin)
+    yield _imported()
     found = _version("torchvision")
     if found is not None and not satisfies(found, LOADS_ANYWHERE):
         yield _torchvision(found)
@@ -107,6 +116,15 @@ def _pinned(pin: Pin) -> Finding:
         text = f"{found} does not fit {pin.wanted}; {pin.reason}: {line}"
         return Finding("attention", subject, text)
     return Finding("ok", subject, f"{found} (needs {pin.wanted})" if pin.wanted else found)
+
+
+def _imported() -> Finding:
+    subject = "FedML imports"
+    missing = [name for name in IMPORTED if _version(name) is None]
+    if not missing:
+        return Finding("ok", subject, f"{len(IMPORTED)} other packages, which are installed")
+    text = f"{', '.join(missing)}: not installed; `import fedml` fails: pip install"
+    return Finding("attention", subject, f"{text} {' '.join(missing)}")
 
 
 def _torchvision(found: str) -> Finding:
