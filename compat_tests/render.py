@@ -26,6 +26,7 @@ from harness.cells import (
 )
 from harness.engine_page import engine_results, engine_section, of_an_engine
 from harness.fedml_cells import FEDML, FEDML_ENVIRONMENT, fedml_cells
+from harness.transport_page import of_a_transport, transport_results, transport_section
 
 SPELLED = {"flower": "Flower", "fedml": "FedML"}
 
@@ -80,7 +81,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/compatibility.md"))
     parser.add_argument("--print", action="store_true", help="write the page to the terminal too")
     options = parser.parse_args()
-    page = render(read(options.input), engine_results(options.input))
+    folder = options.input
+    page = render(read(folder), engine_results(folder), transport_results(folder))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(page, encoding="utf-8")
     if options.print:
@@ -92,26 +94,33 @@ def read(folder: Path) -> dict[tuple[str, str], Row]:
     found: dict[tuple[str, str], Row] = {}
     for path in sorted(folder.glob("*.json")):
         row = json.loads(path.read_text(encoding="utf-8"))
-        if of_an_engine(row):
+        if of_an_engine(row) or of_a_transport(row):
             continue
         own = {key: row[key] for key in Cell.__dataclass_fields__}
         found[row["environment"], Cell(**own).id] = row
     return found
 
 
-def render(results: Results, engines: Mapping[str, Row] | None = None) -> str:
+def render(
+    results: Results,
+    engines: Mapping[str, Row] | None = None,
+    transports: Mapping[str, Row] | None = None,
+) -> str:
     """The page: an overview, a table for each environment that ran, what did not run and why.
 
     Args:
         results: of the cells without engine.
         engines: of those with one, by cell.
+        transports: of those over FedML's transports, by cell.
     """
     names = [*(known.name for known in ENVIRONMENTS), FEDML_ENVIRONMENT]
     ran = {environment for environment, _ in results}
     ordered = [name for name in names if name in ran] + sorted(ran - set(names))
     parts = [HEAD, _summary(results), _overview(ordered, results)]
     parts += [_section(name, results) for name in ordered]
-    parts += [engine_section(engines or {}), _not_run(_all_that_ran(ran, engines or {}))]
+    parts += [engine_section(engines or {}), transport_section(transports or {})]
+    others = [*(engines or {}).values(), *(transports or {}).values()]
+    parts.append(_not_run(ran | {str(row["environment"]) for row in others}))
     return "\n".join(parts)
 
 
@@ -204,10 +213,6 @@ def _cell(row: Row) -> str:
         f"{codec}: {figures['accuracy']:.3f} ({figures['reference_accuracy']:.3f}), "
         f"{figures['ratio_to_dense']:.1f}x{own}"
     )
-
-
-def _all_that_ran(cells_in: set[str], engines: Mapping[str, Row]) -> set[str]:
-    return cells_in | {str(row["environment"]) for row in engines.values()}
 
 
 def _not_run(ran: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Writes what each cell came to, passed or failed, as one JSON file into a folder.
+"""Writes what each cell came to, passed, failed or skipped, as one JSON file into a folder.
 
 The folder is named by ``FEDPARA_MATRIX_DIR`` (``build/matrix`` without it). ``conftest.py`` imports
 the fixture and the hooks.
@@ -20,15 +20,18 @@ import pytest
 from harness.cells import OURS, STRATEGIES, Cell, installed_version
 from harness.engine_cells import EngineCell
 from harness.fedml_cells import FEDML
+from harness.transport_cells import TransportCell
 
-__all__ = ["CellResult", "pytest_configure", "pytest_runtest_makereport", "result"]
+__all__ = ["AnyCell", "CellResult", "pytest_configure", "pytest_runtest_makereport", "result"]
+
+AnyCell = Cell | EngineCell | TransportCell
 
 
 @dataclass
 class CellResult:
     """One cell and what its test has noted so far; ``refused_by`` if it must not train."""
 
-    cell: Cell | EngineCell
+    cell: AnyCell
     figures: dict[str, float] = field(default_factory=dict)
     refused_by: str = ""
 
@@ -41,7 +44,7 @@ _KEY = pytest.StashKey[CellResult]()
 
 
 @pytest.fixture
-def result(request: pytest.FixtureRequest, cell: Cell | EngineCell) -> CellResult:
+def result(request: pytest.FixtureRequest, cell: AnyCell) -> CellResult:
     """Where the test of a cell notes its figures."""
     request.node.stash[_KEY] = CellResult(cell)
     return request.node.stash[_KEY]  # type: ignore[no-any-return]
@@ -79,6 +82,7 @@ def _write(found: CellResult, report: pytest.TestReport) -> None:
         "version": installed_version(cell.framework),
         "outcome": report.outcome,
         "error": error[:500],
+        "skipped": _why_skipped(report),
         "seconds": round(report.duration, 1),
         "figures": found.figures,
         "refused_by": found.refused_by,
@@ -87,6 +91,13 @@ def _write(found: CellResult, report: pytest.TestReport) -> None:
     }
     path = folder / f"{cell.environment}--{cell.id}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _why_skipped(report: pytest.TestReport) -> str:
+    """The reason that the test gave; "" if it ran."""
+    if not report.skipped or not isinstance(report.longrepr, tuple):
+        return ""
+    return report.longrepr[2].removeprefix("Skipped: ")
 
 
 def _commit() -> str:

@@ -1,0 +1,91 @@
+"""The part of the page about runs over FedML's transports. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.transport_cells import TRANSPORT_CELLS
+
+__all__ = ["of_a_transport", "transport_results", "transport_section"]
+
+Row = Mapping[str, Any]
+
+HEAD = """## Runs over FedML's transports
+
+FedAvg, four rounds, a server and two client processes on loopback: cross-silo over each transport,
+with mosquitto and an S3-compatible store for `MQTT_S3`, and MPI simulation under `mpirun` with five
+data silos, of which two take part in a round; the project of
+[`examples/fedml_cross_silo`](../examples/fedml_cross_silo). The server's final weights equal those
+of the same run in one process, bit for bit. The accuracy is that of the server's model on held-out
+images (for `pfedpara` that model is W1 alone).
+"""
+
+EMPTY = "Not run: `tox run -e fedml-engines`.\n"
+
+
+def of_a_transport(row: Row) -> bool:
+    """Whether a result is that of a `TransportCell`."""
+    return "transport" in row
+
+
+def transport_results(folder: Path) -> dict[str, Row]:
+    """All results of these cells in a folder, by cell."""
+    found: dict[str, Row] = {}
+    for cell in TRANSPORT_CELLS:
+        path = folder / f"{cell.environment}--{cell.id}.json"
+        if path.exists():
+            found[cell.id] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def transport_section(rows: Mapping[str, Row]) -> str:
+    """A table of those that ran, and why others did not."""
+    if not rows:
+        return f"{HEAD}\n{EMPTY}"
+    ran = {name: row for name, row in rows.items() if row["outcome"] != "skipped"}
+    parts = [HEAD]
+    if ran:
+        parts.append(
+            f"{len(ran)} of {len(TRANSPORT_CELLS)} cells ran, with FedML "
+            f"{_listed(ran, 'version')}; commit {_listed(ran, 'commit')}; {_listed(ran, 'date')}.\n"
+        )
+        parts.append(_table(ran))
+    if reasons := _reasons(rows):
+        parts.append("\n".join(["Skipped:\n", *reasons, ""]))
+    return "\n".join(parts)
+
+
+def _table(rows: Mapping[str, Row]) -> str:
+    names = ("mode", "transport", "method", "codec", "outcome")
+    figures = ("accuracy", "times below dense (ledger)", "s")
+    ruler = ("---",) * len(names) + ("---:",) * len(figures)
+    lines = [(*names, *figures), ruler, *(_line(row) for row in rows.values())]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), ""])
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    figures = row["figures"]
+    accuracy = f"{figures['accuracy']:.3f}" if "accuracy" in figures else "-"
+    ratio = f"{figures['ratio_to_dense']:.1f}" if "ratio_to_dense" in figures else "-"
+    outcome = "passed" if row["outcome"] == "passed" else "**failed**"
+    mode = str(row["mode"]).replace("_", "-")
+    names = (mode, row["transport"], row["method"], row["codec"], outcome)
+    return (*names, accuracy, ratio, f"{row['seconds']:.0f}")
+
+
+def _reasons(rows: Mapping[str, Row]) -> list[str]:
+    """A line for each reason, with the number of cells."""
+    counts: dict[str, int] = {}
+    for row in rows.values():
+        if row["outcome"] == "skipped":
+            counts[row["skipped"]] = counts.get(row["skipped"], 0) + 1
+    return [
+        f"- {count} of {len(TRANSPORT_CELLS)} cells: {reason}" for reason, count in counts.items()
+    ]
+
+
+def _listed(rows: Mapping[str, Row], key: str) -> str:
+    return ", ".join(sorted({row[key] or "none" for row in rows.values()}))

@@ -1,0 +1,94 @@
+"""The page of what is verified: sections of runs with an engine, or over a transport."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from harness.engine_cells import ENGINE_CELLS
+from harness.engine_page import engine_results
+from harness.results import AnyCell
+from harness.transport_cells import TRANSPORT_CELLS, TransportCell
+from harness.transport_page import transport_results
+from render import read, render
+
+LACKS = "MPI needs mpirun (engine_tests/install.sh installs it)"
+NOT_RUN = "Not run: `tox run -e fedml-engines`."
+MISSING = "- `tox run -e fedml-engines`:"
+
+
+def row(cell: AnyCell, **changed: Any) -> dict[str, Any]:
+    return {
+        **asdict(cell),
+        "version": "0.9.6",
+        "outcome": "passed",
+        "error": "",
+        "skipped": "",
+        "seconds": 12.3,
+        "figures": {"accuracy": 0.8125, "ratio_to_dense": 6.25},
+        "refused_by": "",
+        "commit": "abc",
+        "date": "2026-11-27",
+        **changed,
+    }
+
+
+def page_of(folder: Path, rows: Iterable[tuple[AnyCell, dict[str, Any]]]) -> str:
+    for cell, content in rows:
+        path = folder / f"{cell.environment}--{cell.id}.json"
+        path.write_text(json.dumps(content), encoding="utf-8")
+    return render(read(folder), engine_results(folder), transport_results(folder))
+
+
+def section(page: str) -> str:
+    return page.partition("## Runs over FedML's transports")[2].partition("\n## ")[0]
+
+
+def test_transports_have_a_section_of_their_own(tmp_path: Path) -> None:
+    page = page_of(tmp_path, [(cell, row(cell)) for cell in TRANSPORT_CELLS])
+    found = section(page)
+    count = len(TRANSPORT_CELLS)
+    assert f"{count} of {count} cells ran, with FedML 0.9.6; commit abc; 2026-11-27." in found
+    line = "| cross-silo | MQTT_S3 | fedpara | balanced | passed | 0.812 | 6.2 | 12 |"
+    assert line in found.splitlines()
+    assert len([one for one in found.splitlines() if "| passed |" in one]) == count
+    assert "Skipped" not in found
+    assert NOT_RUN not in page
+    assert MISSING not in page
+    assert "0 cells ran: 0 passed" in page  # they are no cells of the other tables
+
+
+def test_without_them_the_page_says_how_to_run_them(tmp_path: Path) -> None:
+    engine = ENGINE_CELLS[0]
+    page = page_of(tmp_path, [(engine, row(engine, figures={}))])
+    assert NOT_RUN in section(page)
+    assert MISSING in page
+    assert "Not run: `tox run -e flower-engines`" not in page
+
+
+def test_skipped_and_failed_cells_are_named(tmp_path: Path) -> None:
+    def came_to(cell: TransportCell) -> dict[str, Any]:
+        if cell.transport == "MPI":
+            return row(cell, outcome="skipped", skipped=LACKS, figures={}, seconds=0.0)
+        if cell.transport == "GRPC":
+            return row(cell, outcome="failed", error="no such port", figures={})
+        return row(cell)
+
+    page = page_of(tmp_path, [(cell, came_to(cell)) for cell in TRANSPORT_CELLS])
+    found = section(page)
+    skipped = sum(cell.transport == "MPI" for cell in TRANSPORT_CELLS)
+    ran = len(TRANSPORT_CELLS) - skipped
+    assert f"{ran} of {len(TRANSPORT_CELLS)} cells ran" in found
+    assert f"- {skipped} of {len(TRANSPORT_CELLS)} cells: {LACKS}" in found.splitlines()
+    assert "| cross-silo | GRPC | none | none | **failed** | - | - | 12 |" in found.splitlines()
+    assert "| MPI |" not in found
+
+
+def test_a_page_on_which_all_were_skipped(tmp_path: Path) -> None:
+    cell = TRANSPORT_CELLS[0]
+    page = page_of(tmp_path, [(cell, row(cell, outcome="skipped", skipped=LACKS, figures={}))])
+    assert f"- 1 of {len(TRANSPORT_CELLS)} cells: {LACKS}" in section(page)
+    assert "cells ran" not in section(page)
