@@ -97,7 +97,8 @@ def measured(name: str, clients: int, rounds: int) -> Row:
 def _total(engine: FedMLEngine, way: str) -> int:
     """Bytes to the server (``up``) or from it, whoever opened the connection."""
     other = {"up": "down", "down": "up"}[way]
-    return sum(tap.total(other if rank else way) for rank, tap in engine.taps.items())
+    taps = {} if engine.wire is None else engine.wire.taps
+    return sum(tap.total(other if rank else way) for rank, tap in taps.items())
 
 
 def table(rows: list[Row]) -> str:

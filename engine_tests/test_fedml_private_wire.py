@@ -10,33 +10,32 @@ import pytest
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from harness.fedml_engine import FedMLEngine, Net
+from harness.fedml_engine import FedMLEngine, Net, why_not
 from harness.search import count_pieces, pieces_of
 
 PLUGIN = {"method": "pfedpara", "gamma": 0.3}
 ROUNDS, CLIENTS = 2, 2
 CUT = 0.005
-"""Share of the pieces that HTTP/2 may cut in two: it sends frames of 16 kB."""
+"""Share of the pieces that may be cut in two: HTTP/2, for one, sends frames of 16 kB."""
 
 
 @pytest.mark.parametrize("leaks", [False, True], ids=["sound", "leaky"])
-def test_private_bytes_on_the_wire(tmp_path: Path, leaks: bool) -> None:
-    """Messages without codec over gRPC in plain text: every byte of all connections.
+@pytest.mark.parametrize("backend", ["GRPC", "TRPC", "MQTT_S3"])
+def test_private_bytes_on_the_wire(tmp_path: Path, backend: str, leaks: bool) -> None:
+    """Messages without codec, in plain text: every byte of all connections, broker and store too.
 
     The control of the sound run is that the same search finds the shared factors; the leaky one
     sends the private factors as well, and the search finds those.
     """
+    if reason := why_not(backend):
+        pytest.skip(reason)
     with FedMLEngine(
-        tmp_path, "GRPC", plugin=PLUGIN, train={"comm_round": ROUNDS}, record=True
+        tmp_path, backend, plugin=PLUGIN, train={"comm_round": ROUNDS}, record=True
     ) as engine:
         engine.processes.env["FEDPARA_LEAK"] = "1" if leaks else ""
         engine.finished()
-        wire = b"\n".join(
-            stream
-            for tap in engine.taps.values()
-            for way in ("up", "down")
-            for stream in tap.streams(way)
-        )
+        assert engine.wire is not None
+        wire = engine.wire.recorded()
     states = [
         engine.noted(client, number, "after")
         for client in range(CLIENTS)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from harness.fedml_programs import BACKENDS, why_not
 from harness.processes import Processes, Program, wait_until
-from harness.wiretap import Wiretap
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "examples" / "fedml_cross_silo"))
@@ -25,6 +24,8 @@ sys.path.append(str(ROOT / "examples" / "fedml_cross_silo"))
 import digits  # noqa: E402
 import start  # noqa: E402
 from net import Net  # noqa: E402
+
+from harness.fedml_wire import Wire  # noqa: E402
 
 __all__ = ["BACKENDS", "FedMLEngine", "Net", "accuracy", "why_not"]
 
@@ -46,7 +47,7 @@ class FedMLEngine:
         train: keys of ``train_args``.
         common: keys of ``common_args``.
         trouble: see the project.
-        tap: whether a proxy stands before each process and counts its bytes (GRPC alone).
+        tap: whether a `Wire` counts the bytes between processes (not with MPI).
         record: whether it keeps them.
         app: the project's script.
     """
@@ -72,7 +73,7 @@ class FedMLEngine:
         self.notes = folder / "notes"
         self.checkpoint = folder / "final.safetensors"
         self.ledger = folder / "ledger.jsonl"
-        self.taps: dict[int, Wiretap] = {}
+        self.wire: Wire | None = None
         self.programs: dict[str, Program] = {}
         self._of_rank = dict(of_rank or {})
         self._plugin = plugin
@@ -100,7 +101,15 @@ class FedMLEngine:
             comm = self._sections["comm_args"]
             self._stack.enter_context(start.broker_and_store(comm, self.folder))
         if self._tapped:
-            self._tap()
+            self.wire = Wire(
+                self.backend,
+                self.folder,
+                self.clients,
+                self._sections["comm_args"],
+                self._stack,
+                record=self._record,
+            )
+            self.processes.env |= self.wire.env
         return self
 
     def __exit__(
@@ -110,19 +119,6 @@ class FedMLEngine:
         trace: TracebackType | None,
     ) -> None:
         self._stack.__exit__(kind, error, trace)
-
-    def _tap(self) -> None:
-        """A proxy before each process; only the process itself knows its own port."""
-        ports = [start.grpc_port(self.folder, rank) for rank in range(self.clients + 1)]
-        for rank, port in enumerate(ports):
-            tap = Wiretap(port, record=self._record, metered=False)
-            self.taps[rank] = self._stack.enter_context(tap)
-        for rank in range(self.clients + 1):
-            rows = ["eid,rank,grpc_server_ip,grpc_server_port"]
-            for other, port in enumerate(ports):
-                seen = port if other == rank else self.taps[other].port
-                rows.append(f"{other},{other},127.0.0.1,{seen}")
-            (self.folder / f"grpc-{rank}.csv").write_text("\n".join([*rows, ""]), "utf-8")
 
     # Running
 
@@ -144,8 +140,8 @@ class FedMLEngine:
         )
         content = yaml.safe_load(path.read_text("utf-8"))
         content["common_args"] |= self._common
-        if self.taps:
-            content["comm_args"]["grpc_ipconfig_path"] = str(self.folder / f"grpc-{rank}.csv")
+        if self.wire is not None:
+            content["comm_args"] |= self.wire.comm(rank)
         path.write_text(yaml.safe_dump(content), "utf-8")
         return path
 

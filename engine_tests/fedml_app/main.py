@@ -3,6 +3,7 @@
 ``FEDPARA_TROUBLE`` says who fails, when and how, such as ``client 2 round 1 raises``; several are
 joined by ``;``. ``FEDPARA_NOTES`` is a folder for states before and after each training.
 ``FEDPARA_PLUGIN=off`` takes FedML's own runner. ``FEDPARA_LEAK=1`` sends private factors too.
+``FEDPARA_RECORD`` is a folder for all that goes to torch's RPC.
 ``FEDPARA_ASSESS=1`` gives the aggregator an assessment of its own.
 """
 
@@ -10,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +113,27 @@ def leak() -> None:
     Post.send = leaking  # type: ignore[method-assign]
 
 
+def record() -> None:
+    """Note all that this process hands to torch's RPC: calls, answers, and tensors if any."""
+    from torch.distributed.rpc.internal import _InternalRPCPickler
+
+    serialize, lock = _InternalRPCPickler.serialize, threading.Lock()
+    path = Path(os.environ["FEDPARA_RECORD"]) / str(os.getpid())
+
+    def recording(self: Any, value: Any) -> tuple[bytes, list[torch.Tensor]]:
+        data, tensors = serialize(self, value)
+        with lock, path.open("ab") as file:
+            file.write(data)
+            file.writelines(each.detach().cpu().contiguous().numpy().tobytes() for each in tensors)
+        return data, tensors
+
+    _InternalRPCPickler.serialize = recording  # type: ignore[method-assign]
+
+
 def main() -> None:
     """Run one process."""
+    if os.environ.get("FEDPARA_RECORD"):
+        record()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     args = fedml.init(check_env=False, should_init_logs=False)
     if os.environ.get("FEDPARA_PLUGIN") == "off":
