@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins.errors import ConversionError
-from fedpara_plugins.fast.conditions import may_run
+from fedpara_plugins.fast.conditions import may_run, rewritten
 
 if TYPE_CHECKING:
     from fedpara_plugins.layers.base import FactorisedLayer
@@ -27,21 +27,27 @@ class _Kept(NamedTuple):
     """A composed weight, what its factors were, and (in training) the graph it was cut from."""
 
     value: Tensor
-    factors: tuple[tuple[Tensor, int], ...]
+    factors: tuple[tuple[str, Tensor, int], ...]
     graph: Tensor | None
 
-    def same(self, factors: Iterable[Tensor]) -> bool:
-        """Whether these are the very tensors it was composed from, unchanged."""
-        return all(
-            now is factor and now._version == version
-            for now, (factor, version) in zip(factors, self.factors, strict=True)
-        )
+    def unchanged(self) -> bool:
+        """Whether none of the tensors that it was composed from was written to since."""
+        return all(factor._version == version for _, factor, version in self.factors)
+
+    def fits(self, layer: FactorisedLayer) -> bool:
+        """Whether the layer has the very tensors that it was composed from, unchanged."""
+        # A loop: this is asked at every use of a weight, and takes a third of what `all` does.
+        parameters = layer._parameters
+        for key, factor, version in self.factors:
+            if parameters.get(key) is not factor or factor._version != version:
+                return False
+        return True
 
     def pull_back(self) -> None:
         """Take the collected gradient to the factors."""
         if self.graph is None or self.value.grad is None:
             return
-        if not self.same([factor for factor, _ in self.factors]):
+        if not self.unchanged():
             raise ConversionError(
                 "factors were changed inside `composed_once` while gradients of the weights that "
                 "they composed were waiting: change them, or load a state, outside of it"
@@ -80,7 +86,8 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._layers: dict[int, nn.Module] = {}
-        self._kept: dict[tuple[object, ...], _Kept] = {}
+        # By layer and weight: the device, and what was composed by the state it was composed in.
+        self._kept: dict[tuple[int, str], tuple[str, dict[_State, _Kept]]] = {}
         self._trained: list[_Kept] = []
 
     def __enter__(self) -> composed_once:
@@ -103,35 +110,50 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
             late = kept.value.register_post_accumulate_grad_hook
             late(lambda _, kept=kept: kept.pull_back())  # type: ignore[no-untyped-call]
 
-    def holds(self, layer: nn.Module) -> bool:
-        """Whether the layer is one of the model's."""
-        return id(layer) in self._layers
-
     def waits(self) -> bool:
         """Whether weights have collected gradients."""
         return any(kept.value.grad is not None for kept in self._trained)
 
     def weight(self, layer: FactorisedLayer, name: str) -> Tensor | None:
         """The composed weight of a layer that it holds; None where it must be composed anew."""
+        found = self._kept.get((id(layer), name))
+        if found is not None and not rewritten():
+            kept = found[1].get(_state(layer, found[0]))
+            if kept is not None and kept.fits(layer):
+                return kept.value
         factors = layer.factors(name)
         if not may_run(list(factors.values())) or any(f.is_inference() for f in factors.values()):
             return None
-        training = torch.is_grad_enabled()
         device = next(iter(factors.values())).device.type
-        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        state = (training, torch.is_inference_mode_enabled(), cast, layer.training, layer.phase)
-        key = (id(layer), name, *state)
-        kept = self._kept.get(key)
-        if kept is None or not kept.same(factors.values()):
-            self._kept[key] = kept = _compose(layer, name, factors)
-            if kept.graph is not None:
-                self._trained.append(kept)
+        of_state = self._kept.setdefault((id(layer), name), (device, {}))[1]
+        of_state[_state(layer, device)] = kept = _compose(layer, name, factors)
+        if kept.graph is not None:
+            self._trained.append(kept)
         return kept.value
+
+
+_State = tuple[bool, bool, bool | torch.dtype, bool, str]
+
+
+def _state(layer: FactorisedLayer, device: str) -> _State:
+    """What a weight depends on beside its factors."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        layer.training,
+        layer.phase,
+    )
 
 
 def kept_weights(layer: nn.Module) -> composed_once | None:
     """The innermost open context of this thread that holds the layer; None without one."""
-    return next((once for once in reversed(_stack()) if once.holds(layer)), None)
+    stack = getattr(_open, "stack", None)
+    if stack:
+        for once in reversed(stack):
+            if id(layer) in once._layers:
+                return once  # type: ignore[no-any-return]
+    return None
 
 
 def refuse_step(layers: Iterable[nn.Module]) -> None:
@@ -160,7 +182,7 @@ def _stack() -> list[composed_once]:
 
 
 def _compose(layer: FactorisedLayer, name: str, factors: Mapping[str, Tensor]) -> _Kept:
-    versions = tuple((factor, factor._version) for factor in factors.values())
+    versions = tuple((layer.factor_key(name, f), t, t._version) for f, t in factors.items())
     graph = layer.plans[name].compose(layer.factors_now(name))
     if not graph.requires_grad:
         return _Kept(graph, versions, None)

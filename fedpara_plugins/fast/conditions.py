@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["FALLBACKS", "as_autocast_casts", "may_run"]
+__all__ = ["FALLBACKS", "as_autocast_casts", "may_run", "rewritten"]
 
 FALLBACKS = (
     "under torch.compile and torch.export, torch.func, forward-mode differentiation, torch.jit "
@@ -24,12 +24,20 @@ FALLBACKS = (
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def rewritten() -> bool:
+    """Whether operations are being compiled, traced, transformed or dualised just now."""
+    # The two last states have no public question; torch's own `Function.apply` asks the first so.
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def may_run(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a hand-written function may compute what these tensors (None: no tensor) give."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-        return False
-    # The two states have no public question; torch's own `Function.apply` asks the first so.
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if rewritten():
         return False
     first = tensors[0]
     if first is None or not first.dtype.is_floating_point:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedpara_plugins.fast import native
 from fedpara_plugins.fast.conditions import as_autocast_casts, may_run
 from fedpara_plugins.fast.linear_blocks import linear_by_blocks
 from fedpara_plugins.fast.linear_factors import linear_by_factors
@@ -18,11 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["linear_from_factors"]
 
 FACTORS_COST = 1.25
-"""Measured time of `linear_by_factors` per multiplication, that of composing = 1."""
+"""Measured time of `linear_by_factors` per multiplication, that of composing by torch = 1."""
+
+FACTORS_COST_NATIVE = 1.5
+"""The same where fedpara-plugins-kernels composes."""
 
 BLOCKS_BYTES = 32 << 20
-"""Tensors of this size get fresh pages from the system at every step, which costs more than to
-compose blocks twice."""
+"""From this size on torch composes the blocks of a weight twice, forward and backward, in less time
+than its passes through memory over the whole take. The kernels make no such passes."""
 
 
 def linear_from_factors(
@@ -44,8 +49,9 @@ def linear_from_factors(
     ordered = [inputs, *plan.ordered(factors)]
     if not may_run(ordered):
         return None
-    by_factors = not form.tanh and _few(plan, inputs.numel() // plan.shape[1])
-    if not by_factors and not _large(plan):
+    kernels = native.serves(form, ordered[1:]) and not torch.is_autocast_enabled("cpu")
+    by_factors = not form.tanh and _few(plan, inputs.numel() // plan.shape[1], kernels)
+    if not by_factors and not _by_blocks(plan, kernels):
         return None
     first, *rest = as_autocast_casts(ordered)
     assert first is not None
@@ -59,16 +65,17 @@ def linear_from_factors(
     return way(form, rows, rest, plain=plain).view(*inputs.shape[:-1], plan.shape[0])
 
 
-def _large(plan: WeightPlan) -> bool:
+def _by_blocks(plan: WeightPlan, kernels: bool) -> bool:
     """Whether the weight is never to exist as a whole: by its size in float32, or as asked for."""
     if plan.recompute is None:
-        return 4 * plan.shape[0] * plan.shape[1] >= BLOCKS_BYTES
+        return not kernels and 4 * plan.shape[0] * plan.shape[1] >= BLOCKS_BYTES
     return plan.recompute
 
 
-def _few(plan: WeightPlan, inputs: int) -> bool:
+def _few(plan: WeightPlan, inputs: int, kernels: bool) -> bool:
     """Whether inputs are so few that products with factors cost less than composing."""
     (m, n), rank = plan.shape[:2], plan.rank
-    by_factors = FACTORS_COST * 2 * inputs * rank * rank * (4 * m + 3 * n)
+    cost = FACTORS_COST_NATIVE if kernels else FACTORS_COST
+    by_factors = cost * 2 * inputs * rank * rank * (4 * m + 3 * n)
     composed = 6 * inputs * m * n + 12 * m * n * rank
     return inputs > 0 and by_factors < composed

@@ -171,7 +171,7 @@ class FactorisedLayer(nn.Module):
         plan = self.plans.get(weight)
         if plan is None:
             return self._parameters[weight]  # type: ignore[return-value]
-        kept = self._kept_weight(weight)
+        kept = self.kept_weight(weight)
         if kept is not None:
             return kept
         value = plan.compose(self.factors_now(weight))
@@ -185,9 +185,12 @@ class FactorisedLayer(nn.Module):
             return True
         return not torch.compiler.is_compiling() and kept_weights(self) is not None
 
-    def _kept_weight(self, weight: str) -> Tensor | None:
+    def kept_weight(self, weight: str) -> Tensor | None:
+        """The weight that an open `composed_once` holds; None where there is none to use."""
         # Whoever is called with every weight must not be called twice for the same.
         if torch.compiler.is_compiling() or self.on_composed is not None:
+            return None
+        if weight not in self.plans:
             return None
         once = kept_weights(self)
         return None if once is None else once.weight(self, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedpara_plugins.fast.linear import linear_from_factors
 from fedpara_plugins.layers.base import FactorisedLayer, composed
@@ -33,6 +34,9 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name for it)
         """Shape (..., out_features)."""
+        kept = self.kept_weight("weight")
+        if kept is not None:
+            return functional.linear(input, kept, self.bias)
         if self.must_compose("weight"):
             return super().forward(input)
         output = linear_from_factors(self.plans["weight"], self.factors_now("weight"), input)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fedpara_plugins as fedpara
-from fedpara_plugins.fast import linear, linear_factors, weight
+from fedpara_plugins.fast import linear, linear_factors, native, weight
 
 METHODS = ("lowrank", "fedpara", "pfedpara")
 WAYS = ("by factors", "by blocks")
@@ -15,7 +15,7 @@ WAYS = ("by factors", "by blocks")
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """One way for every number of inputs; small pieces, so that there are several."""
-    monkeypatch.setattr(linear, "_few", lambda plan, inputs: request.param == "by factors")
+    monkeypatch.setattr(linear, "_few", lambda plan, inputs, kernels: request.param == "by factors")
     monkeypatch.setattr(linear_factors, "CHUNK_BYTES", 8 * 3 * 20 * 2)
     monkeypatch.setattr(weight, "BLOCK_BYTES", 8 * 18 * 6)
     return request.param
@@ -30,6 +30,12 @@ def layer_of(method, *, tanh=False, bias=True):
         for parameter in layer.parameters():
             parameter.normal_()
     return layer
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """Whether they are installed or not: they move what pays."""
+    monkeypatch.setattr(native, "found", lambda: native.Found(None, "note", ""))
 
 
 def never_composed(layer, monkeypatch):
@@ -123,6 +129,7 @@ def test_autocast(way):
 
 
 @pytest.mark.parametrize(("inputs", "few"), [(4, True), (22, True), (23, False), (256, False)])
+@pytest.mark.usefixtures("without_kernels")
 def test_few_inputs_are_multiplied_with_factors(inputs, few, monkeypatch):
     layer = fedpara.convert(nn.Linear(512, 512), method="fedpara", gamma=0.0)
     taken = []
@@ -135,6 +142,7 @@ def test_few_inputs_are_multiplied_with_factors(inputs, few, monkeypatch):
 
 
 @pytest.mark.parametrize(("recompute", "way"), [(None, True), (True, True), (False, False)])
+@pytest.mark.usefixtures("without_kernels")
 def test_a_large_weight_is_never_whole(recompute, way, monkeypatch):
     """Above the size from which on it pays; unless the user says to hold."""
     monkeypatch.setattr(linear, "BLOCKS_BYTES", 4 * 512 * 512)

@@ -10,7 +10,7 @@ from torch import nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins.environment import check_environment
-from fedpara_plugins.fast import native
+from fedpara_plugins.fast import linear, native
 
 INSTALLED = native.found().kernels is not None
 REQUIRED = os.environ.get("FEDPARA_KERNELS") == "required"  # in the tox environment `kernels`
@@ -266,3 +266,24 @@ def test_without_usable_kernels_torch_composes(code, level, text, tmp_path, monk
         assert [(line.level, text in line.text) for line in lines] == [(level, True)]
     finally:
         native.found.cache_clear()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("inputs", "composed"), [(17, 0), (18, 1)])
+def test_linear_layers_are_composed_from_fewer_inputs_on(inputs, composed, calls):
+    layer = fedpara.convert(nn.Linear(512, 512), method="fedpara", gamma=0.0)
+    calls.compose = 0  # conversion composes too
+    layer(torch.randn(inputs, 512))
+    assert calls.compose == composed
+
+
+@needs_kernels
+@pytest.mark.parametrize(("recompute", "composed"), [(None, 1), (True, 0)])
+def test_large_linear_layers_are_composed_unless_memory_is_to_be_saved(
+    recompute, composed, calls, monkeypatch
+):
+    monkeypatch.setattr(linear, "BLOCKS_BYTES", 4 * 512 * 512)
+    layer = fedpara.convert(nn.Linear(512, 512), method="fedpara", gamma=0.0, recompute=recompute)
+    calls.compose = 0  # conversion composes too
+    layer(torch.randn(256, 512))
+    assert calls.compose == composed
