@@ -29,6 +29,7 @@ from fedpara_plugins.export import dense_from
 from fedpara_plugins.factories import current_directory_importable, model_from, training_from
 from fedpara_plugins.inspector import inspect_file
 from fedpara_plugins.planner import Link, choose_gamma, plan_traffic
+from fedpara_plugins.step_cost import parse_input, step_cost
 from fedpara_plugins.text import printable
 from fedpara_plugins.traffic import read_runs, render_page
 from fedpara_plugins.units import parse_rate, parse_size, readable_bytes
@@ -86,13 +87,18 @@ def _plan(parsed: argparse.Namespace) -> int:
     )
     target = None if parsed.target_bytes is None else parse_size(parsed.target_bytes)
     clients, rounds = _whole("--clients", parsed.clients), _whole("--rounds", parsed.rounds)
+    inputs = [parse_input(text) for text in parsed.input]
     model = model_from(parsed.model)
     if target is not None:
         if "gamma" in _given(parsed):
             raise ConfigError("--target-bytes chooses gamma: leave out --gamma")
         config = choose_gamma(model, config, target=target)
+    step = step_cost(model, config, inputs) if inputs else None  # refused before a word is said
+    if target is not None:
         _say(f"gamma {config.gamma:g} is the largest that fits {target:,} bytes\n")
     _say(plan_traffic(model, config, link=link, clients=clients, rounds=rounds))
+    if step is not None:
+        _say(f"\n{step}")
     return 0
 
 
@@ -223,13 +229,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     factory = "package.module:factory; called without arguments, from the current directory too"
 
-    plan = _command(commands, "plan", _plan, "bytes and seconds of a run before there is one")
+    plan = _command(commands, "plan", _plan, "what a run costs before there is one")
     plan.add_argument("model", metavar="FACTORY", help=factory)
     plan.add_argument("--uplink", metavar="RATE", help="client to server, such as 1Mbit")
     plan.add_argument("--downlink", metavar="RATE", help="server to client, such as 10Mbit")
     plan.add_argument("--target-bytes", metavar="SIZE", help="choose gamma for this, as in 300kB")
     plan.add_argument("--clients", metavar="N", default="1", help="that take part in a round")
     plan.add_argument("--rounds", metavar="N", default="1", help="of the run")
+    plan.add_argument(
+        "--input",
+        metavar="SHAPE",
+        action="append",
+        default=[],
+        help="of a batch, as in 64x3x32x32 (16x80:1000: tokens below 1000): also predict what a "
+        "training step costs; once for each input of the model",
+    )
     _add_options(plan)
 
     doctor = _command(commands, "doctor", _doctor, "check the installation, and a model")

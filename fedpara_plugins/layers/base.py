@@ -59,6 +59,9 @@ class FactorisedLayer(nn.Module):
     dense_class: ClassVar[type[nn.Module]]
     """The class this one replaces; matched exactly, so subclasses keep their own behaviour."""
 
+    may_skip_composing: ClassVar[bool] = False
+    """Whether its forward, for some inputs, does without the whole weight."""
+
     plans: dict[str, WeightPlan]
     """The factorised weights, by attribute name."""
 

@@ -73,6 +73,7 @@ class FactorisedEmbedding(EmbeddingMixin, nn.Embedding):
 
     kind = "embedding"
     dense_class = nn.Embedding
+    may_skip_composing = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name for it)
         """Rows of the composed table: shape (*input.shape, embedding_dim)."""

@@ -21,6 +21,7 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
 
     kind = "linear"
     dense_class = nn.Linear
+    may_skip_composing = True
     weight = composed()
 
     @classmethod

@@ -106,10 +106,19 @@ def test_half_precision(trained, dtype):
     assert (output.float() - expected).norm() / expected.norm() < 0.05
 
 
+def _skip_what_torch_cannot(model, inputs):
+    """Its LSTM, say, trains in bfloat16 only on a CPU with AVX-512."""
+    try:
+        fedpara.to_dense(model).train()(inputs)
+    except RuntimeError as error:
+        pytest.skip(f"torch's own layer does not run here: {error}")
+
+
 def test_autocast(trained):
     model, inputs = trained
     expected = model(inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        _skip_what_torch_cannot(model, inputs)
         output = model(inputs)
     assert (output.float() - expected).norm() / expected.norm() < 0.05
     output.float().square().mean().backward()
