@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-import fedpara_plugins as fedpara
-from harness.fedml_engine import FedMLEngine, Net, why_not
+from harness.fedml_engine import FedMLEngine, why_not
 from harness.processes import wait_until
 
 FEDPARA = {"method": "fedpara", "gamma": 0.3, "codec": "balanced", "timeout": 20}
 NOT_MPI = ("TRPC", "GRPC", "MQTT_S3")
 LIMIT = 180.0
 """Seconds that a run may take to end; nothing is asserted about how long it really takes."""
-
-
-def text_of(engine: FedMLEngine, name: str) -> str:
-    return engine.text("mpirun" if engine.backend == "MPI" else name)
 
 
 def check_ended(
@@ -35,7 +29,7 @@ def check_ended(
     for name in codes:
         if name != killed:
             for words in reason:
-                assert words in engine.text(name), (name, engine.programs[name].tail(20))
+                assert words in engine.programs[name].text, (name, engine.programs[name].tail(20))
 
 
 @pytest.mark.parametrize("backend", ["TRPC", "MPI", "GRPC"])
@@ -48,7 +42,7 @@ def test_a_bad_client_costs_its_answer_only(tmp_path: Path, backend: str) -> Non
     train = {"comm_round": 5, "learning_rate": 0.1}
     with FedMLEngine(tmp_path, backend, plugin=FEDPARA, train=train, trouble=words) as engine:
         engine.finished()
-        log = text_of(engine, "server")
+        log = engine.text("server")
         for number in trouble.values():
             assert f"left out client 1 in round {number}: " in log  # the silo of process 2
         assert "the disk is full" in log
@@ -103,57 +97,6 @@ def test_an_error_of_the_server_is_told_to_all(tmp_path: Path) -> None:
     with FedMLEngine(tmp_path, "GRPC", plugin=FEDPARA, trouble="server round 2 raises") as engine:
         engine.start_all()
         check_ended(engine, ["no such column"])
-
-
-RETURNING = {**FEDPARA, "method": "pfedpara", "min_clients": 1, "timeout": 60}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> FedMLEngine:
-    """A run in which nobody is killed, over; every transport gives its weights."""
-    folder = tmp_path_factory.mktemp("whole")
-    with FedMLEngine(folder / "run", "GRPC", plugin=RETURNING) as engine:
-        engine.finished()
-    return engine
-
-
-@pytest.mark.parametrize(
-    ("backend", "when"), [("GRPC", "dies"), ("GRPC", "dies-late"), ("MQTT_S3", "dies-late")]
-)
-def test_a_client_that_is_started_again_goes_on(
-    tmp_path: Path, backend: str, when: str, whole: FedMLEngine
-) -> None:
-    """With a state-dir it has its private factors and what its codec had lost: equal weights.
-
-    It is killed when it has loaded the round's model, or when it has trained, and all that it keeps
-    has changed in memory.
-    """
-    if reason := why_not(backend):
-        pytest.skip(reason)
-    plugin = {**RETURNING, "state_dir": str(tmp_path / "state")}
-    trouble = f"client 2 round 2 {when}"
-    with FedMLEngine(tmp_path / "run", backend, plugin=plugin, trouble=trouble) as engine:
-        engine.start_all()
-        assert engine.programs["client-2"].wait(LIMIT) == -9
-        engine.start(2, FEDPARA_TROUBLE="")
-        assert set(engine.wait(LIMIT).values()) == {0}, engine.programs["server"].tail()
-        assert "left out" not in engine.text("server")
-        assert "client 2 is back" in engine.text("server")
-    check_equal(engine.final, whole.final)
-    private = fedpara.split(fedpara.convert(Net(), method="pfedpara", gamma=0.3)).private
-    assert private
-    first, second = (engine.noted(1, *at) for at in ((1, "after"), (2, "before")))
-    for key in private:
-        assert torch.equal(first[key], second[key]), key
-    rounds = max(int(path.stem.split("-")[1]) for path in whole.notes.iterdir())
-    assert rounds > 2
-    check_equal(engine.noted(1, rounds, "after"), whole.noted(1, rounds, "after"))
-
-
-def check_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(found[key], value), key
 
 
 # Two sides that do not fit

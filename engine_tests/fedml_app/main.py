@@ -7,6 +7,7 @@ joined by ``;``. ``FEDPARA_NOTES`` is a folder for states before and after each 
 ``FEDPARA_ASSESS=1`` gives the aggregator an assessment of its own.
 """
 
+import itertools
 import logging
 import os
 import signal
@@ -26,6 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "fedml
 import digits
 from net import Net
 
+STEP = 5
+"""At which of a round's steps a client dies, if it does in one."""
+
 NOTES = os.environ.get("FEDPARA_NOTES", "")
 
 
@@ -38,28 +42,46 @@ def trouble(who: str, number: int) -> str:
     return ""
 
 
+def die() -> None:
+    """At once, as if the power failed."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Trainer(ModelTrainerCLS):  # type: ignore[misc]
     """FedML's default, with trouble."""
 
     last: nn.Module
+    trouble = ""
+    trained = 0
 
     def train(self, train_data: Any, device: Any, args: Any, **more: Any) -> None:
         """As the default, if nothing goes wrong."""
         number, rank = args.round_idx + 1, args.rank
         Trainer.last = self.model
         self.note(number, "before")
-        what = trouble(f"client {rank}", number)
+        what = Trainer.trouble = trouble(f"client {rank}", number)
         if what == "raises":
             raise RuntimeError("the disk is full")
         if what == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
+        if what == "dies-in-step":  # some weights have changed, private ones among them
+            steps = itertools.count()
+            self.model.register_forward_hook(lambda *_: die() if next(steps) == STEP else None)
         super().train(train_data, device, args, **more)
         if what == "dies-late":  # all has changed, and nothing is sent or kept
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         if what == "nan":
             with torch.no_grad():
                 next(iter(self.model.parameters())).fill_(torch.nan)
         self.note(number, "after")
+        self.trained = number
+
+    def test(self, test_data: Any, device: Any, args: Any) -> Any:
+        """As the default; notes what is tested where clients are asked to."""
+        number = args.round_idx + 1
+        if getattr(args, "test_on_clients", None):
+            self.note(number, "tested-after" if self.trained == number else "tested-before")
+        return super().test(test_data, device, args)
 
     def note(self, number: int, when: str) -> None:
         """Write the model's state."""
@@ -74,14 +96,28 @@ class Aggregator(DefaultServerAggregator):  # type: ignore[misc]
         """As the default, if nothing goes wrong."""
         what = trouble("server", self.args.round_idx + 1)
         if what == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         if what == "raises":
             raise RuntimeError("no such column")
         return super().aggregate(models)
 
 
+def die_writing() -> None:
+    """In the rounds in question a client dies when all is written, and not yet valid."""
+    from fedpara_plugins.storage import FileStorage
+
+    write = FileStorage._write
+
+    def written(self: Any, changes: Any) -> None:
+        if Trainer.trouble == "dies-writing":
+            self._database.set_trace_callback(lambda words: die() if words == "COMMIT" else None)
+        write(self, changes)
+
+    FileStorage._write = written  # type: ignore[method-assign]
+
+
 def send_garbage() -> None:
-    """Replies of the rounds in question are no message at all, or a damaged one."""
+    """Replies of the rounds in question are no message at all, or a damaged one, or never sent."""
     from fedpara_plugins_fedml.client import ClientHalf
 
     train = ClientHalf.train
@@ -89,6 +125,8 @@ def send_garbage() -> None:
     def damaged(self: Any, *args: Any, **options: Any) -> bytes:
         reply = train(self, *args, **options)
         what = trouble(f"client {self._args.rank}", self._args.round_idx + 1)
+        if what == "dies-written":  # all is kept, and nothing is sent
+            die()
         if what == "garbage":
             return b"garbage" * 1000
         return reply[: len(reply) // 2] if what == "cut" else reply
@@ -142,6 +180,7 @@ def main() -> None:
         from fedpara_plugins_fedml import FedMLRunner as runner  # noqa: N813
 
         send_garbage()
+        die_writing()
         if os.environ.get("FEDPARA_LEAK"):
             leak()
     dataset = digits.load(args.client_num_in_total, args.batch_size)
