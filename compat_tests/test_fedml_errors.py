@@ -33,7 +33,7 @@ ON = {"fedpara_method": "fedpara"}
         ({"fedpara_server_ruel": "x"}, "did you mean fedpara_server_rule"),
         ({"fedpara_method": "fedpora"}, "expected one of none, .*pfedpara"),
         ({"fedpara_codec": "balnced"}, "balnced"),
-        ({**ON, "fedpara_gamma": 7}, "gamma.*from 0 to 1"),
+        ({**ON, "fedpara_gamma": 7}, "option 'fedpara_gamma'.*from 0 to 1"),
         ({**ON, "fedpara_references": "server"}, "references.*client, grid"),
         ({**ON, "fedpara_min_clients": "many"}, "fedpara_min_clients.*number"),
         ({**ON, "fedpara_mend": "perhaps"}, "fedpara_mend.*true or false"),
@@ -48,6 +48,11 @@ ON = {"fedpara_method": "fedpara"}
             "Mime makes steps of its own.*shared factors would never be trained",
         ),
         ({**ON, "fedpara_include": "conv*"}, "pattern 'conv.' matches no layer"),
+        ({**ON, "fedpara_exclude": "conv*"}, "option 'fedpara_exclude'"),
+        ({**ON, "client_num_per_round": 0}, "client_num_per_round is 0, expected 1 or more"),
+        ({**ON, "fedpara_min_clients": 9}, "fedpara_min_clients is 9, and no round has more than"),
+        ({**ON, "frequency_of_the_test": None}, "frequency_of_the_test must be .*got nothing"),
+        ({**ON, "frequency_of_the_test": 0}, "frequency_of_the_test must be .*got 0"),
     ],
 )
 def test_bad_keys_are_told_before_the_first_round(keys: dict[str, Any], words: str) -> None:
@@ -67,13 +72,26 @@ def _lists(data: list[Any]) -> Any:
     return [*data[:5], list(data[5].values()), *data[6:]]
 
 
+def _swapped(data: list[Any]) -> Any:
+    return [*data[:4], data[5], data[4], *data[6:]]
+
+
+def _numbers(data: list[Any]) -> Any:
+    return [*data[:5], data[4], *data[6:]]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (_short, "a list of 7 entries as its data set; expected the 8 entries .train_data_num"),
         (_wrapped, "a tuple of 2 entries"),
-        (_lists, "entry 5 of the data set, train_data_local_dict, is a list; expected a dict"),
+        (
+            _lists,
+            "entry 5 of the data set, train_data_local_dict, has the type list; expected a dict",
+        ),
         (lambda data: dict(enumerate(data)), "a dict as its data set"),
+        (_swapped, "entry 4 .*does not hold numbers of examples"),
+        (_numbers, "entry 5 .*holds numbers in the place of data loaders"),
     ],
 )
 def test_a_data_set_of_another_form_is_told(change: Callable[[list[Any]], Any], words: str) -> None:
@@ -97,6 +115,51 @@ def test_keys_may_be_text_and_nothing_is_on_by_itself() -> None:
     plain = Settings.from_args(arguments())
     assert not plain.active
     assert not plain.mend
+
+
+def test_a_model_that_is_too_small_names_the_key() -> None:
+    with pytest.raises(ConversionError, match="fewer than fedpara_min_size="):
+        run(net=nn.Sequential(nn.Linear(32, 4)), **ON)
+
+
+@pytest.mark.parametrize("key", ["ledger", "checkpoint", "client_checkpoints", "state_dir"])
+@pytest.mark.parametrize("place", ["under a file", "a folder or a file"])
+def test_what_cannot_be_written_is_told_before_the_first_round(
+    key: str, place: str, tmp_path: Path
+) -> None:
+    """Otherwise the end of the training would be the time to learn it."""
+    in_the_way = tmp_path / "there"
+    if place == "under a file":
+        in_the_way.write_text("")
+        path = in_the_way / "folder" / "name"
+    else:
+        in_the_way.mkdir() if key in ("ledger", "checkpoint") else in_the_way.write_text("")
+        path = in_the_way
+    with pytest.raises(ConfigError, match=f"fedpara_{key}: nothing can be written to {path} "):
+        run(**ON, **{f"fedpara_{key}": str(path)})
+
+
+def test_trying_leaves_nothing_behind(tmp_path: Path) -> None:
+    from fedpara_plugins_fedml.files import check_files
+
+    paths = {f"fedpara_{key}": str(tmp_path / key) for key in ("checkpoint", "state_dir")}
+    check_files(Settings.from_args(arguments(**ON, **paths)), server=True, client=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["state_dir"]
+
+
+def test_without_an_optimizer_s_name_it_is_fedavg() -> None:
+    def without(args: Any) -> list[Any]:
+        del args.federated_optimizer
+        return dataset()
+
+    torch.testing.assert_close(run(data=without, **ON).state, run(**ON).state)
+
+
+def test_clients_without_data_to_test_on_are_not_tested(caplog: pytest.LogCaptureFixture) -> None:
+    data = dataset()
+    data[6] = dict.fromkeys(data[6])
+    run(data=data, **ON)
+    assert "clients are not tested: none has data for it" in caplog.text
 
 
 # Two sides that do not agree: a server's message for a client of other settings

@@ -96,10 +96,10 @@ def _stage(item: Item, known: Mapping[str, Stage], whole: str) -> Stage:
             raise ConfigError(f"codec {whole!r}: {error}") from error
     words = [FEEDBACK, ENTROPY]
     if name in PRESETS:
-        hint = f"; {name!r} is a preset, which stands alone and has no options"
+        hint = f"; {name!r} is a preset, which stands alone and has no options."
     else:
         near = get_close_matches(name, [*known, *words, *PRESETS], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ConfigError(
         f"codec: unknown stage {name!r} in {whole!r}{hint} Presets: {', '.join(PRESETS)}. Stages, "
         f"to be joined by '+': {', '.join(known)}, and the words {' and '.join(words)}"

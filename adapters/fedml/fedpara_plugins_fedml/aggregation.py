@@ -133,7 +133,7 @@ def _places(raw: Weighed, found: Weighed, kept: Any) -> list[int | None]:
 @contextlib.contextmanager
 def _averaging(args: Any) -> Iterator[None]:
     """FedML's aggregation looks at the optimizer's name, and averages under FedAvg's alone."""
-    name = args.federated_optimizer
+    name = getattr(args, "federated_optimizer", "FedAvg")
     args.federated_optimizer = "FedAvg"
     try:
         yield

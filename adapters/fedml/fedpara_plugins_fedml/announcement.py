@@ -8,7 +8,7 @@ from typing import Any
 from fedpara_plugins_fedml.rules import Rule
 from fedpara_plugins_fedml.settings import Settings
 
-__all__ = ["announce", "warn_of_idle_files"]
+__all__ = ["announce", "codec_text", "warn_of_idle_files"]
 
 log = logging.getLogger("fedpara.fedml")
 
@@ -34,13 +34,17 @@ def announce(settings: Settings, args: Any, rule: Rule, *, honoured: list[str]) 
     acting = [word for key, word in HOOKS.items() if getattr(args, key, False)]
     if acting:
         differs.append(f"{' and '.join(acting)} {_is(acting)} applied, which FedML leaves out")
-    up, down = settings.codec_names
-    codec = up if up == down else f"up {up}, down {down}"
     log.info(
         "fedpara: the plugin's engine runs %s: method %s, codec %s. Other than in FedML's own "
         "single process: %s",
-        rule.name, settings.config.method, codec, "; ".join(differs) or "nothing",
+        rule.name, settings.config.method, codec_text(settings), "; ".join(differs) or "nothing",
     )  # fmt: skip
+
+
+def codec_text(settings: Settings) -> str:
+    """The codecs of both directions, in words."""
+    up, down = settings.codec_names
+    return up if up == down else f"up {up}, down {down}"
 
 
 def warn_of_idle_files(settings: Settings) -> None:

@@ -12,6 +12,7 @@ from fedml.ml.engine import ml_engine_adapter
 from fedml.ml.trainer.trainer_creator import create_model_trainer
 
 from fedpara_plugins import ConfigError, FedParaError
+from fedpara_plugins_fedml.announcement import codec_text
 from fedpara_plugins_fedml.client import ClientHalf
 from fedpara_plugins_fedml.client_manager import TESTS, ClientManager, introduce
 from fedpara_plugins_fedml.ending import end_process
@@ -146,11 +147,10 @@ class Distributed:
                 f"federated_optimizer {rule.name!r} asks clients for gradients before any of them "
                 f"trains; the plugin offers that in the single-process simulation alone"
             )
-        up, down = settings.codec_names
         log.info(
             "fedpara: the plugin's engine runs %s over %s: method %s, codec %s. FedML's hooks of "
             "trainer and aggregator are called as in its own cross-silo mode",
-            rule.name, args.backend, settings.config.method, up if up == down else f"{up}, {down}",
+            rule.name, args.backend, settings.config.method, codec_text(settings),
         )  # fmt: skip
         own = server_copy(converted(model, settings))
         if aggregator is None:
@@ -168,6 +168,10 @@ class Distributed:
     def _client(self, model: Any, trainer: Any) -> Callable[[Post], ClientManager]:
         args, settings = self._args, self._settings
         local = local_rule_for(args, settings)
+        log.info(
+            "fedpara: the plugin runs this client over %s: method %s, codec %s",
+            args.backend, settings.config.method, codec_text(settings),
+        )  # fmt: skip
         model, factors = client_model(model, settings)
         ml_engine_adapter.model_to_device(args, model, self._device)
         if trainer is None:
@@ -272,7 +276,8 @@ def _ended(post: Post, function: Callable[[], None]) -> None:
         function()
     except BaseException as error:
         if not post.close(orderly=False):
-            log.exception("fedpara: this process ends")
+            if not isinstance(error, FedParaError):
+                log.exception("fedpara: this process ends")
             end_process(str(error).removeprefix("fedpara: "))
         raise
     if not post.close(orderly=True):

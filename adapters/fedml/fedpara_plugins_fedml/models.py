@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedpara_plugins import ConversionError, ModelSpec, convert
 from fedpara_plugins.exchange.dense_round import converted_copy, tell_idle
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.settings import Settings, naming_keys
 
 __all__ = [
     "client_model",
@@ -42,7 +42,8 @@ def converted(model: Any, settings: Settings) -> nn.Module:
             f"fedpara: FedMLRunner got a {type(model).__name__} as its model; the plugin works on "
             f"torch.nn.Module. Remove the fedpara_* keys from the YAML for other engines"
         )
-    return convert(model, settings.config)
+    with naming_keys():
+        return convert(model, settings.config)
 
 
 def client_model(model: Any, settings: Settings) -> tuple[nn.Module, nn.Module]:
@@ -57,7 +58,8 @@ def client_model(model: Any, settings: Settings) -> tuple[nn.Module, nn.Module]:
         own = converted(model, settings)
         return own, own
     tell_idle(settings.config)
-    return model, converted_copy(model, settings.config)
+    with naming_keys():
+        return model, converted_copy(model, settings.config)
 
 
 @torch.no_grad()

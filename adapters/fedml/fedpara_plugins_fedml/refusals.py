@@ -11,7 +11,14 @@ from fedpara_plugins import ConfigError
 from fedpara_plugins.codecs import Codec
 from fedpara_plugins_fedml.settings import Settings
 
-__all__ = ["check_args", "check_clients", "check_contribution", "check_dataset", "is_lossy"]
+__all__ = [
+    "check_args",
+    "check_clients",
+    "check_contribution",
+    "check_dataset",
+    "check_tests",
+    "is_lossy",
+]
 
 ENTRIES = (
     "train_data_num", "test_data_num", "train_data_global", "test_data_global",
@@ -19,6 +26,7 @@ ENTRIES = (
 )  # fmt: skip
 FORM = f"[{', '.join(ENTRIES)}]"
 BY_CLIENT = (4, 5, 6)
+SIZES = 4
 
 NEEDED = ("comm_round", "client_num_in_total", "client_num_per_round")
 
@@ -48,6 +56,13 @@ def check_args(settings: Settings, args: Any) -> None:
         if not isinstance(getattr(args, key, None), int):
             got = repr(getattr(args, key)) if hasattr(args, key) else "nothing"
             raise ConfigError(f"fedpara: the YAML's key {key} must be an integer, got {got}")
+        if getattr(args, key) < 1 and key != "comm_round":
+            raise ConfigError(f"fedpara: {key} is {getattr(args, key)}, expected 1 or more")
+    if settings.min_clients > (most := min(args.client_num_per_round, args.client_num_in_total)):
+        raise ConfigError(
+            f"fedpara: fedpara_min_clients is {settings.min_clients}, and no round has more than "
+            f"{most} clients (client_num_per_round)"
+        )
     if getattr(args, "enable_fhe", False):
         raise ConfigError(
             "fedpara: enable_fhe encrypts whole dense models on the clients, so the server can "
@@ -118,10 +133,35 @@ def check_dataset(dataset: Any) -> None:
     for place in BY_CLIENT:
         if not isinstance(dataset[place], Mapping):
             raise ConfigError(
-                f"fedpara: entry {place} of the data set, {ENTRIES[place]}, is a "
+                f"fedpara: entry {place} of the data set, {ENTRIES[place]}, has the type "
                 f"{type(dataset[place]).__name__}; expected a dict by client index, from 0. The "
                 f"whole form is {FORM}"
             )
+        counts = [hasattr(value, "__float__") for value in dataset[place].values()]
+        if place == SIZES and not all(counts):
+            raise ConfigError(
+                f"fedpara: entry {place} of the data set, {ENTRIES[place]}, does not hold numbers "
+                f"of examples. The whole form is {FORM}"
+            )
+        if place != SIZES and any(counts):
+            raise ConfigError(
+                f"fedpara: entry {place} of the data set, {ENTRIES[place]}, holds numbers in the "
+                f"place of data loaders. The whole form is {FORM}"
+            )
+
+
+def check_tests(args: Any) -> None:
+    """Raise unless a single-process project says how often it tests; FedML does after a round.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    often = getattr(args, "frequency_of_the_test", None)
+    if not isinstance(often, int) or often < 1:
+        raise ConfigError(
+            f"fedpara: the YAML's key frequency_of_the_test must be a number of rounds, 1 or more, "
+            f"got {'nothing' if often is None else repr(often)}"
+        )
 
 
 def check_clients(dataset: Sequence[Any], clients: int) -> None:

@@ -20,9 +20,10 @@ from fedpara_plugins_fedml.distributed import (
     looks_distributed,
     telling_others,
 )
+from fedpara_plugins_fedml.files import check_files
 from fedpara_plugins_fedml.logs import follow_fedml
 from fedpara_plugins_fedml.models import client_model, server_copy
-from fedpara_plugins_fedml.refusals import check_args, check_clients, check_dataset
+from fedpara_plugins_fedml.refusals import check_args, check_clients, check_dataset, check_tests
 from fedpara_plugins_fedml.rules import RULES, local_rule_for, rule_for
 from fedpara_plugins_fedml.server import ServerHalf
 from fedpara_plugins_fedml.settings import Settings
@@ -74,12 +75,15 @@ class FedMLRunner(fedml.runner.FedMLRunner):  # type: ignore[misc]
             with telling_others(args, settings):
                 check_args(settings, args)
                 check_dataset(dataset)
+                first = int(args.rank) == 0
+                check_files(settings, server=first, client=not first)
             self.runner: Distributed | SingleProcess = Distributed(
                 settings, args, device, dataset, model, *given
             )
             return
         check_args(settings, args)
         check_dataset(dataset)
+        check_files(settings, server=True, client=True)
         self.runner = _single_process(settings, args, device, dataset, model, *given)
 
 
@@ -110,6 +114,7 @@ def _single_process(
 ) -> SingleProcess:
     clients, a_round = args.client_num_in_total, args.client_num_per_round
     check_clients(dataset, clients)
+    check_tests(args)
     rule = rule_for(args, settings, clients=clients, a_round=a_round)
     local = local_rule_for(args, settings)
     given = {"client_trainer": trainer, "server_aggregator": aggregator}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from fedpara_plugins import ConfigError, FedParaConfig
+from fedpara_plugins import ConfigError, ConversionError, FedParaConfig
 from fedpara_plugins.exchange.settings import ExchangeSettings, to_number
 from fedpara_plugins.optimizers import Guard
 
-__all__ = ["PREFIX", "Settings"]
+__all__ = ["PREFIX", "Settings", "naming_keys"]
 
 PREFIX = "fedpara_"
 """FedML drops the names of sections, so that every key needs one of ours."""
@@ -102,7 +104,8 @@ class Settings(ExchangeSettings):
         _refuse_section(vars(args))
         _refuse_unknown(section)
         own = _own_options(section)
-        return cls(**cls.read(section), **own)
+        with naming_keys():
+            return cls(**cls.read(section), **own)
 
     def guard_for(self, *, default: bool) -> Guard | None:
         """The guard of an optimizer; None for the published algorithm.
@@ -113,6 +116,21 @@ class Settings(ExchangeSettings):
         if not (default if self.guard is None else self.guard):
             return None
         return Guard(tau=self.guard_tau, window=self.guard_window, collect=self.guard_collect)
+
+
+@contextmanager
+def naming_keys() -> Iterator[None]:
+    """A context in which errors of the core name options as the YAML does, with the prefix."""
+    try:
+        yield
+    except (ConfigError, ConversionError) as error:
+        text = re.sub(rf"\b(option '|min_size=)(?!{PREFIX})", _with_prefix, str(error))
+        raise type(error)(text) from None
+
+
+def _with_prefix(found: re.Match[str]) -> str:
+    word = found[0]
+    return f"{word}{PREFIX}" if word.endswith("'") else f"{PREFIX}{word}"
 
 
 _OWN = {

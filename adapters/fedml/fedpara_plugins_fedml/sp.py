@@ -118,6 +118,8 @@ class SingleProcess:
                 else:
                     FedAvgAPI._local_test_on_all_clients(view, number)
                 view.note()
+            except ZeroDivisionError:
+                log.warning("fedpara: clients are not tested: none has data for it")
             except _NoFiguresError as error:
                 log.warning("fedpara: clients are not tested: %s", error)
         if last:
