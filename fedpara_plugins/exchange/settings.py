@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedpara_plugins.codecs import Codec, parse_codec
+from fedpara_plugins.codecs import PRESETS, Codec, parse_codec
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.plugins import method_named
 
-__all__ = ["ExchangeSettings", "to_number"]
+__all__ = ["ExchangeSettings", "codecs_in_words", "to_number"]
 
 PATH_OPTIONS = ("ledger", "checkpoint", "client_checkpoints", "state_dir")
 REFERENCES = ("client", "grid")
@@ -78,7 +78,7 @@ class ExchangeSettings:
         return {
             "config": config,
             "uplink": parse_codec(config.uplink_codec or config.codec),
-            "downlink": replace(parse_codec(config.downlink_codec or config.codec), feedback=False),
+            "downlink": _downlink(parse_codec(config.downlink_codec or config.codec)),
             "references": references,
             "reference_memory": 256 if memory is None else memory,
             **{name: _to_path(name, path) for name, path in paths.items()},
@@ -103,6 +103,24 @@ class ExchangeSettings:
     def active(self) -> bool:
         """Whether messages are touched at all."""
         return self.config.method != "none" or not self.uncoded or bool(self.config.private)
+
+
+def codecs_in_words(chains: Sequence[str]) -> str:
+    """The codecs of both directions as a user writes them: presets by their names.
+
+    Args:
+        chains: `ExchangeSettings.codec_names`, of this side or of another.
+    """
+    chains = [*chains, *chains][:2]
+    presets = {preset: parse_codec(preset) for preset in PRESETS}
+    up = {codec.name: preset for preset, codec in presets.items()}
+    down = {_downlink(codec).name: preset for preset, codec in presets.items()}
+    words = [known.get(chain, chain) for known, chain in zip((up, down), chains, strict=True)]
+    return words[0] if words[0] == words[1] else f"up {words[0]}, down {words[1]}"
+
+
+def _downlink(codec: Codec) -> Codec:
+    return replace(codec, feedback=False)
 
 
 def _to_path(name: str, value: str) -> Path | None:

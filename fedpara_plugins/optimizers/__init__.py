@@ -13,6 +13,7 @@ from __future__ import annotations
 from fedpara_plugins.optimizers.contributions import Contributions, Kept, Verdict
 from fedpara_plugins.optimizers.feddyn import FedDynServer, LocalFedDyn
 from fedpara_plugins.optimizers.guard import Guard, Norms, share_kept
+from fedpara_plugins.optimizers.guarded import GuardedRounds, tell_verdict
 from fedpara_plugins.optimizers.named import State, trained_parameters
 from fedpara_plugins.optimizers.rounds import LocalResult, Reply, client_weights, next_state
 from fedpara_plugins.optimizers.scaffold import LocalScaffold, ScaffoldServer, gradient_at
@@ -23,6 +24,7 @@ __all__ = [
     "Contributions",
     "FedDynServer",
     "Guard",
+    "GuardedRounds",
     "Kept",
     "LocalFedDyn",
     "LocalResult",
@@ -36,5 +38,6 @@ __all__ = [
     "gradient_at",
     "next_state",
     "share_kept",
+    "tell_verdict",
     "trained_parameters",
 ]

@@ -10,7 +10,7 @@ import torch
 from fedpara_plugins import ConfigError, MismatchError, ModelSpec
 from fedpara_plugins.exchange.outbox import Outbox, cast
 from fedpara_plugins.exchange.plain_values import pack, unpack
-from fedpara_plugins.exchange.settings import ExchangeSettings
+from fedpara_plugins.exchange.settings import ExchangeSettings, codecs_in_words
 from fedpara_plugins.references import ClientReferences
 from fedpara_plugins.storage import replace_file
 
@@ -147,3 +147,18 @@ def test_sections_of_all_adapters_are_read_alike(tmp_path):
         settings(references="server")
     with pytest.raises(ConfigError, match="reference_memory"):
         settings(reference_memory="much")
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"codec": "small"}, "small"),  # whose feedback the downlink has not
+        ({"codec": "none"}, "none"),
+        ({"codec": "delta+int8"}, "delta+int8"),
+        ({"uplink_codec": "small"}, "up small, down none"),
+        ({"codec": "tiny", "downlink_codec": "balanced"}, "up tiny, down balanced"),
+    ],
+)
+def test_codecs_are_told_as_users_write_them(section, words):
+    assert codecs_in_words(settings(**section).codec_names) == words
+    assert codecs_in_words(["of a stranger"]) == "of a stranger"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from fedpara_plugins.exchange.settings import codecs_in_words
 from fedpara_plugins_fedml.rules import Rule
 from fedpara_plugins_fedml.settings import Settings
 
-__all__ = ["announce", "codec_text", "warn_of_idle_files"]
+__all__ = ["announce", "warn_of_idle_files"]
 
 log = logging.getLogger("fedpara.fedml")
 
@@ -37,14 +38,9 @@ def announce(settings: Settings, args: Any, rule: Rule, *, honoured: list[str]) 
     log.info(
         "fedpara: the plugin's engine runs %s: method %s, codec %s. Other than in FedML's own "
         "single process: %s",
-        rule.name, settings.config.method, codec_text(settings), "; ".join(differs) or "nothing",
+        rule.name, settings.config.method, codecs_in_words(settings.codec_names),
+        "; ".join(differs) or "nothing",
     )  # fmt: skip
-
-
-def codec_text(settings: Settings) -> str:
-    """The codecs of both directions, in words."""
-    up, down = settings.codec_names
-    return up if up == down else f"up {up}, down {down}"
 
 
 def warn_of_idle_files(settings: Settings) -> None:

@@ -29,6 +29,7 @@ from fedpara_plugins.exchange.coding import (
     update_codec,
 )
 from fedpara_plugins.exchange.dense_round import DenseRound
+from fedpara_plugins.exchange.settings import codecs_in_words
 from fedpara_plugins.references import LostReferenceError, Received
 from fedpara_plugins.spec import ModelSpec
 from fedpara_plugins.storage import Part, Storage
@@ -260,9 +261,8 @@ class ClientHalf:
         mine = self._settings.codec_names
         if theirs and theirs != mine:
             raise ConfigError(
-                f"the codec differs: this client has {' and '.join(dict.fromkeys(mine))}, the "
-                f"server has {' and '.join(dict.fromkeys(theirs))}. Set the same fedpara_codec in "
-                f"the YAML of both"
+                f"the codec differs: this client has {codecs_in_words(mine)}, the server has "
+                f"{codecs_in_words(theirs)}. Set the same fedpara_codec in the YAML of both"
             )
 
     # Answering

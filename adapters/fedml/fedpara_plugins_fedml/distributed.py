@@ -12,7 +12,7 @@ from fedml.ml.engine import ml_engine_adapter
 from fedml.ml.trainer.trainer_creator import create_model_trainer
 
 from fedpara_plugins import ConfigError, FedParaError
-from fedpara_plugins_fedml.announcement import codec_text
+from fedpara_plugins.exchange.settings import codecs_in_words
 from fedpara_plugins_fedml.client import ClientHalf
 from fedpara_plugins_fedml.client_manager import TESTS, ClientManager, introduce
 from fedpara_plugins_fedml.ending import end_process
@@ -150,7 +150,7 @@ class Distributed:
         log.info(
             "fedpara: the plugin's engine runs %s over %s: method %s, codec %s. FedML's hooks of "
             "trainer and aggregator are called as in its own cross-silo mode",
-            rule.name, args.backend, settings.config.method, codec_text(settings),
+            rule.name, args.backend, settings.config.method, codecs_in_words(settings.codec_names),
         )  # fmt: skip
         own = server_copy(converted(model, settings))
         if aggregator is None:
@@ -170,7 +170,7 @@ class Distributed:
         local = local_rule_for(args, settings)
         log.info(
             "fedpara: the plugin runs this client over %s: method %s, codec %s",
-            args.backend, settings.config.method, codec_text(settings),
+            args.backend, settings.config.method, codecs_in_words(settings.codec_names),
         )  # fmt: skip
         model, factors = client_model(model, settings)
         ml_engine_adapter.model_to_device(args, model, self._device)

@@ -30,6 +30,7 @@ from fedpara_plugins.exchange.coding import (
     update_codec,
 )
 from fedpara_plugins.exchange.dense_round import DenseRound, check_agreement, tell_idle
+from fedpara_plugins.exchange.settings import codecs_in_words
 from fedpara_plugins.references import LostReferenceError, Received, shared_part
 from fedpara_plugins.storage import Storage
 from fedpara_plugins_flower import positional, secagg
@@ -220,13 +221,9 @@ def _check_codecs(theirs: tuple[str, ...], settings: Settings) -> None:
     mine = settings.codec_names
     if theirs and theirs != mine:
         raise ConfigError(
-            f"the codec differs: this client has {_text(mine)}, the server has "
-            f"{_text(theirs)}. Set the same fedpara option codec on both sides"
+            f"the codec differs: this client has {codecs_in_words(mine)}, the server has "
+            f"{codecs_in_words(theirs)}. Set the same fedpara option codec on both sides"
         )
-
-
-def _text(codecs: Sequence[str]) -> str:
-    return codecs[0] if len(set(codecs)) == 1 else f"up {codecs[0]}, down {codecs[1]}"
 
 
 def _call_app(message: Message, context: Context, call_next: App, run: Run) -> Message:

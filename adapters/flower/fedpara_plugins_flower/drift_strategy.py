@@ -15,7 +15,14 @@ from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.exchange.dense_round import refuse_in_factor_space
-from fedpara_plugins.optimizers import Contributions, Guard, Norms, Reply, State
+from fedpara_plugins.optimizers import (
+    Contributions,
+    Guard,
+    GuardedRounds,
+    Reply,
+    State,
+    tell_verdict,
+)
 from fedpara_plugins.optimizers.named import difference, finite, norm
 from fedpara_plugins.optimizers.rounds import Weighting
 from fedpara_plugins_flower.drift_records import TASK, VARIATE, Report, Task, names_of
@@ -74,12 +81,11 @@ class DriftStrategy(FedAvg):
         self.weighting = weighting
         self.sums = Contributions(remember=remember)
         self._clients_given = clients
-        self._norms = Norms(guard) if guard is not None else None
+        self._guarded = GuardedRounds(guard, self.algorithm, log)
         self._x: State = {}
         self._grid: Grid | None = None
         self._connected: list[int] = []
         self._correct = True
-        self._collected = 0
         self._met = False
 
     # For the algorithms
@@ -119,8 +125,7 @@ class DriftStrategy(FedAvg):
         self._x = to_tensors(arrays)
         self._grid = grid
         self._connected = list(grid.get_node_ids())
-        self._correct = self._past_collecting(len(messages))
-        bound = self._norms.bound() if self._norms is not None else None
+        self._correct, bound = self._guarded.begin(clients=self.clients, a_round=len(messages))
         variate = self.variate()
         record = to_record(variate) if variate else None
         for message in messages:
@@ -147,8 +152,7 @@ class DriftStrategy(FedAvg):
             "weights": sums.weights,
             "clients": sums.clients,
             "kept": sums.kept,
-            "norms": list(self._norms.last) if self._norms is not None else [],
-            "collected": self._collected,
+            **self._guarded.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -156,10 +160,7 @@ class DriftStrategy(FedAvg):
         for name in ("total", "rounds", "weights", "clients", "kept"):
             getattr(self.sums, name).clear()
             getattr(self.sums, name).update(state[name])
-        if self._norms is not None:
-            self._norms.last.clear()
-            self._norms.add(state["norms"])
-        self._collected = int(state["collected"])
+        self._guarded.load_state_dict(state)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -179,20 +180,6 @@ class DriftStrategy(FedAvg):
         return to_record(x), self.train_metrics_aggr_fn(contents, self.weighted_by_key)
 
     # Parts
-
-    def _past_collecting(self, a_round: int) -> bool:
-        if self.guard is None or not a_round:
-            return True
-        collecting = self.guard.collecting(
-            self._collected + 1, clients=self.clients, a_round=a_round
-        )
-        self._collected += collecting
-        if collecting:
-            log.info(
-                "fedpara: %s: the guard only collects in this round (%d so far)",
-                self.algorithm, self._collected,
-            )  # fmt: skip
-        return not collecting
 
     def _check_first(self, found: Sequence[tuple[Message, Any]], failed: Sequence[Message]) -> None:
         """End the run while nothing is lost yet, if no client has this algorithm's lines."""
@@ -273,32 +260,16 @@ class DriftStrategy(FedAvg):
             weight=answer.reply.examples if self.weighting == "examples" else 1.0,
             connected=self._connected,
         )
-        if verdict == "lost":
-            how = "exactly" if self.sums.remember else "by the clients' mean"
-            log.warning(
-                "fedpara: %s: node %d (%s) had lost its state and starts from zero; its old share "
-                "was taken out of the sum %s",
-                self.algorithm, answer.node, report.client, how,
-            )  # fmt: skip
-        elif verdict == "stale":
-            log.warning(
-                "fedpara: %s: node %d (%s) started from its state of round %d, which is not the "
-                "one in the sum; its model counts, its state does not, and is put right next time",
-                self.algorithm, answer.node, report.client, report.since,
-            )  # fmt: skip
+        who = f"node {answer.node} ({report.client})"
+        exactly = self.sums.remember
+        tell_verdict(log, self.algorithm, verdict, who, report.since, exactly=exactly)
 
     def _note(self, answers: Sequence[Answer]) -> None:
-        """Keep the norms for the guard, and log when it acted."""
-        if self._norms is None:
-            return
-        bounded = [a for a in answers if a.report.kept < 1.0]
-        self._norms.add(
-            norm(difference(a.reply.arrays, {k: self._x[k] for k in a.reply.names}).values())
+        """Tell the guard what came of the round."""
+        norms = {
+            f"node {a.node}": norm(
+                difference(a.reply.arrays, {k: self._x[k] for k in a.reply.names}).values()
+            )
             for a in answers
-        )
-        if bounded:
-            log.info(
-                "fedpara: %s: the guard bounded %d of %d updates: %s",
-                self.algorithm, len(bounded), len(answers),
-                ", ".join(f"node {a.node} to {a.report.kept:.0%}" for a in bounded[:5]),
-            )  # fmt: skip
+        }
+        self._guarded.note(norms, {f"node {a.node}": a.report.kept for a in answers})

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins.optimizers import Contributions, Guard, Norms, Reply, State
+from fedpara_plugins.optimizers import (
+    Contributions,
+    Guard,
+    GuardedRounds,
+    Reply,
+    State,
+    tell_verdict,
+)
 from fedpara_plugins.optimizers.named import difference, finite, norm
 from fedpara_plugins.optimizers.rounds import Weighting
 from fedpara_plugins_fedml.rules.base import Answer, Mean, Rule
@@ -57,9 +64,8 @@ class DriftRule(Rule):
         self.guard = guard
         self.clients = clients
         self.sums = Contributions()
-        self._norms = Norms(guard) if guard is not None else None
+        self._guarded = GuardedRounds(guard, self.name, log)
         self._round = 0
-        self._collected = 0
         self._correct = True
         self._bound: float | None = None
 
@@ -72,8 +78,7 @@ class DriftRule(Rule):
     def begin(self, server_round: int, x: State, clients: Sequence[str]) -> None:
         """Decide whether variates act in this round, and how far an update may go."""
         self._round = server_round
-        self._correct = not self._collects(len(clients))
-        self._bound = self._norms.bound() if self._norms is not None else None
+        self._correct, self._bound = self._guarded.begin(clients=self.clients, a_round=len(clients))
 
     def task(self, client: str) -> Mapping[str, Any]:
         """Which of its states counts, whether it acts, and the bound."""
@@ -110,8 +115,7 @@ class DriftRule(Rule):
             "rounds": sums.rounds,
             "weights": sums.weights,
             "clients": {str(node): client for node, client in sums.clients.items()},
-            "norms": list(self._norms.last) if self._norms is not None else [],
-            "collected": self._collected,
+            **self._guarded.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -120,10 +124,7 @@ class DriftRule(Rule):
             getattr(self.sums, name).clear()
             getattr(self.sums, name).update(state[name])
         self.sums.clients = {int(node): name for node, name in state["clients"].items()}
-        if self._norms is not None:
-            self._norms.last.clear()
-            self._norms.add(state["norms"])
-        self._collected = int(state["collected"])
+        self._guarded.load_state_dict(state)
 
     # For the algorithms
 
@@ -131,41 +132,18 @@ class DriftRule(Rule):
         """Take a client's change into the sums, and say what was out of the ordinary."""
         client = found.answer.client
         nodes = {name: node for node, name in self.sums.clients.items()}
+        since = int(found.answer.report["since"])
         verdict = self.sums.take(
             change,
             node=nodes.get(client, len(nodes)),
             client=client,
-            since=int(found.answer.report["since"]),
+            since=since,
             server_round=self._round,
             weight=found.answer.examples if self.weighting == "examples" else 1.0,
         )
-        if verdict == "lost":
-            log.warning(
-                "fedpara: %s: client %s had lost its state and starts from zero; its old share "
-                "was taken out of the sum by the clients' mean", self.name, client,
-            )  # fmt: skip
-        elif verdict == "stale":
-            log.warning(
-                "fedpara: %s: client %s started from its state of round %s, which is not the one "
-                "in the sum; its model counts, its state does not, and is put right next time",
-                self.name, client, found.answer.report["since"],
-            )  # fmt: skip
+        tell_verdict(log, self.name, verdict, f"client {client}", since)
 
     # Parts
-
-    def _collects(self, a_round: int) -> bool:
-        if self.guard is None or not a_round:
-            return False
-        collecting = self.guard.collecting(
-            self._collected + 1, clients=self.clients, a_round=a_round
-        )
-        self._collected += collecting
-        if collecting:
-            log.info(
-                "fedpara: %s: the guard only collects in this round (%d so far)",
-                self.name, self._collected,
-            )  # fmt: skip
-        return collecting
 
     def _usable(self, answer: Answer) -> Usable | None:
         change = dict(answer.records.get(CHANGE, {}))
@@ -192,18 +170,13 @@ class DriftRule(Rule):
         return None
 
     def _note(self, x: State, usable: Sequence[Usable]) -> None:
-        """Keep the norms for the guard, and log when it acted."""
-        if self._norms is None:
-            return
+        """Tell the guard what came of the round."""
         before = {name: x[name] for name in self.trained}
-        self._norms.add(norm(difference(u.answer.state, before).values()) for u in usable)
-        bounded = [u.answer for u in usable if u.answer.report["kept"] < 1.0]
-        if bounded:
-            log.info(
-                "fedpara: %s: the guard bounded %d of %d updates: %s",
-                self.name, len(bounded), len(usable),
-                ", ".join(f"client {a.client} to {a.report['kept']:.0%}" for a in bounded[:5]),
-            )  # fmt: skip
+        answers = {f"client {u.answer.client}": u.answer for u in usable}
+        self._guarded.note(
+            {who: norm(difference(a.state, before).values()) for who, a in answers.items()},
+            {who: a.report["kept"] for who, a in answers.items()},
+        )
 
 
 def _reports(answer: Answer) -> bool:
