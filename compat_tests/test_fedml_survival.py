@@ -15,14 +15,14 @@ pytest.importorskip("fedml", reason="the FedML adapter; run in an environment th
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from fedpara_plugins import ConfigError, Ledger
+from fedpara_plugins import ConfigError
 from fedpara_plugins_fedml.rules import rule_for
 from fedpara_plugins_fedml.server_state import CompletedRound, ServerFile
 from fedpara_plugins_fedml.settings import Settings
-from harness.fedml_mortal import Order, Program
+from harness.fedml_mortal import FedMLOrder
 from harness.fedml_project import arguments, run
+from harness.killing import Program, assert_equal, assert_little_repeated
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")
 
@@ -31,7 +31,7 @@ ROUNDS = 4
 
 @pytest.fixture(scope="module")
 def program() -> Iterator[Program]:
-    made = Program()
+    made = Program("harness.fedml_mortal")
     yield made
     made.end()
 
@@ -54,14 +54,6 @@ def keys(
     return found if folder is None else {**found, "fedpara_state_dir": str(folder)}
 
 
-def equal(one: dict[str, Tensor] | None, other: dict[str, Tensor] | None) -> None:
-    assert one is not None
-    assert other is not None
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], atol=1e-6, rtol=0, msg=name)
-
-
 @pytest.mark.parametrize(
     ("optimizer", "method", "codec"),
     [
@@ -77,14 +69,16 @@ def test_a_run_killed_between_rounds_ends_as_if_it_had_not_been(
 ) -> None:
     """The optimizer's state, references, private factors, variates and error feedback all go on."""
 
-    def order(name: str, die_before: int = 0) -> Order:
+    def order(name: str, die_before: int = 0) -> FedMLOrder:
         output = str(tmp_path / f"{name}.safetensors")
-        return Order(output, keys(tmp_path / name, optimizer, method, codec), die_before=die_before)
+        return FedMLOrder(
+            output, keys(tmp_path / name, optimizer, method, codec), die_before=die_before
+        )
 
     whole = program.run(order("whole"))
     assert program.run(order("killed", die_before=2)) is None
     assert program.run(order("killed", die_before=4)) is None
-    equal(program.run(order("killed")), whole)
+    assert_equal(program.run(order("killed")), whole)
     log = (tmp_path / "killed.log").read_text()
     assert "holds round 3 of 4" in log
     assert "that lost it" not in log
@@ -93,10 +87,10 @@ def test_a_run_killed_between_rounds_ends_as_if_it_had_not_been(
 def test_the_kept_round_is_what_makes_them_equal(program: Program, tmp_path: Path) -> None:
     """The control: with Adam's moments forgotten the run ends elsewhere."""
 
-    def order(name: str, die_before: int = 0) -> Order:
+    def order(name: str, die_before: int = 0) -> FedMLOrder:
         output = str(tmp_path / f"{name}.safetensors")
         made = keys(tmp_path / name, "FedOpt", "fedpara", "none")
-        return Order(output, made, die_before=die_before)
+        return FedMLOrder(output, made, die_before=die_before)
 
     whole = program.run(order("whole"))
     assert program.run(order("killed", die_before=3)) is None
@@ -124,24 +118,17 @@ def test_a_run_killed_at_any_moment_goes_on(
     # Enough of them that some are left for the third kill, however fast messages pass meanwhile.
     many = {"comm_round": 12}
     made = keys(tmp_path / "state", optimizer, method, codec, fedpara_ledger=str(ledger), **many)
-    order = Order(str(tmp_path / "end.safetensors"), made)
+    order = FedMLOrder(str(tmp_path / "end.safetensors"), made)
     draw, killed = random.Random(optimizer), 0
     for _ in range(10):
         moment = {"die_after": draw.randint(1, 12), "moment": draw.uniform(0.0, 0.03)}
         killed += program.run(replace(order, **moment)) is None
     assert killed >= 3
     state = program.run(order)
-    assert state is not None
-    whole = Order(str(tmp_path / "whole.safetensors"), keys(None, optimizer, method, codec, **many))
-    plain = program.run(whole)
-    assert plain is not None
-    # A client that was killed after its reply trains that round twice, and nothing else differs.
-    apart = sum(float((state[name] - value).square().sum()) for name, value in plain.items())
-    start = sum(float(value.square().sum()) for value in plain.values())
-    assert apart < 0.05 * start
-    rounds = [entry.round for entry in Ledger.read(ledger)]
-    assert set(rounds) == set(range(1, many["comm_round"] + 1))
-    assert rounds == sorted(rounds)
+    whole = FedMLOrder(
+        str(tmp_path / "whole.safetensors"), keys(None, optimizer, method, codec, **many)
+    )
+    assert_little_repeated(state, program.run(whole), ledger, many["comm_round"])
 
 
 def test_a_finished_run_trains_no_further_and_writes_its_checkpoint_again(tmp_path: Path) -> None:
@@ -153,7 +140,7 @@ def test_a_finished_run_trains_no_further_and_writes_its_checkpoint_again(tmp_pa
     again = run(**made, fedpara_checkpoint=str(path))
     assert first.sent
     assert not again.sent
-    equal(load_file(path), before)
+    assert_equal(load_file(path), before)
 
 
 def test_rounds_of_another_optimizer_model_or_method_are_refused(tmp_path: Path) -> None:

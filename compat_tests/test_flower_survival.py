@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedpara_plugins import ConfigError, Ledger
+from fedpara_plugins import ConfigError
 from harness.apps import Experiment, Hooks, federate, plugin_apps
 from harness.cells import GAMMA
 from harness.inprocess_grid import InProcessGrid, Sent
-from harness.mortal import Order, Program
+from harness.killing import Program, assert_equal, assert_little_repeated
+from harness.mortal import FlowerOrder
 from harness.task import Task
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")
@@ -28,7 +28,7 @@ ROUNDS = 4
 
 @pytest.fixture(scope="module")
 def program() -> Iterator[Program]:
-    made = Program()
+    made = Program("harness.mortal")
     yield made
     made.end()
 
@@ -40,14 +40,6 @@ def _section(
     if folder is not None:
         options["state-dir"] = str(folder)
     return {f"fedpara.{key}": value for key, value in options.items()}
-
-
-def _equal(one: dict[str, Tensor] | None, other: dict[str, Tensor] | None) -> None:
-    assert one is not None
-    assert other is not None
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], atol=1e-6, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -70,15 +62,15 @@ def test_a_run_killed_between_rounds_ends_as_if_it_had_not_been(
 ) -> None:
     """Moments of the strategy, references, private factors and error feedback all go on."""
 
-    def order(name: str, die_before: int = 0) -> Order:
+    def order(name: str, die_before: int = 0) -> FlowerOrder:
         section = _section(tmp_path / name, method, codec)
         output = str(tmp_path / f"{name}.safetensors")
-        return Order(output, section, strategy, options, ROUNDS, die_before=die_before)
+        return FlowerOrder(output, section, strategy, options, ROUNDS, die_before=die_before)
 
     whole = program.run(order("whole"))
     assert program.run(order("killed", die_before=2)) is None
     assert program.run(order("killed", die_before=4)) is None
-    _equal(program.run(order("killed")), whole)
+    assert_equal(program.run(order("killed")), whole)
     log = (tmp_path / "killed.log").read_text()
     assert "holds round 3 of 4" in log
     assert "that lost it" not in log
@@ -90,9 +82,9 @@ def test_the_strategy_s_own_state_is_what_makes_them_equal(
 ) -> None:
     """The control: without its moments, FedAdam ends elsewhere."""
 
-    def order(name: str, die_before: int = 0) -> Order:
+    def order(name: str, die_before: int = 0) -> FlowerOrder:
         output = str(tmp_path / f"{name}.safetensors")
-        return Order(
+        return FlowerOrder(
             output, _section(tmp_path / name), "fedadam", {}, ROUNDS, die_before=die_before
         )
 
@@ -118,24 +110,17 @@ def test_a_run_killed_at_any_moment_goes_on(
 ) -> None:
     ledger = tmp_path / "ledger.jsonl"
     section = _section(tmp_path / "state", method, codec, ledger=str(ledger))
-    order = Order(str(tmp_path / "end.safetensors"), section, "fedadam", {}, ROUNDS)
+    order = FlowerOrder(str(tmp_path / "end.safetensors"), section, "fedadam", {}, ROUNDS)
     draw, killed = random.Random(method), 0
     for _ in range(8):
         moment = {"die_after": draw.randint(1, 30), "moment": draw.uniform(0.0, 0.2)}
         killed += program.run(replace(order, **moment)) is None
     assert killed >= 3
     state = program.run(order)
-    assert state is not None
     whole = _section(None, method, codec)
-    plain = program.run(Order(str(tmp_path / "whole.safetensors"), whole, "fedadam", {}, ROUNDS))
-    assert plain is not None
-    # A client that was killed after its reply trains that round twice, and nothing else differs.
-    apart = sum(float((state[name] - value).square().sum()) for name, value in plain.items())
-    start = sum(float(value.square().sum()) for value in plain.values())
-    assert apart < 0.05 * start
-    rounds = [entry.round for entry in Ledger.read(ledger)]
-    assert set(rounds) == set(range(1, ROUNDS + 1))
-    assert rounds == sorted(rounds)
+    end = str(tmp_path / "whole.safetensors")
+    plain = program.run(FlowerOrder(end, whole, "fedadam", {}, ROUNDS))
+    assert_little_repeated(state, plain, ledger, ROUNDS)
 
 
 def test_a_finished_folder_gives_its_result_again_and_more_rounds_go_on(tmp_path: Path) -> None:
@@ -146,12 +131,12 @@ def test_a_finished_folder_gives_its_result_again_and_more_rounds_go_on(tmp_path
     first = run(2, tmp_path / "a")
     again = run(2, tmp_path / "a")
     assert not again.sent
-    _equal(again.state, first.state)
+    assert_equal(again.state, first.state)
     assert again.client_accuracies == first.client_accuracies
     longer = run(4, tmp_path / "a")
     assert {sent.round for sent in longer.sent} == {3, 4}
     whole = run(4, tmp_path / "b")
-    _equal(longer.state, whole.state)
+    assert_equal(longer.state, whole.state)
     assert longer.client_accuracies == pytest.approx(whole.client_accuracies)
     assert longer.accuracies == whole.accuracies[3:]  # the earlier ones are in the run before
 
@@ -162,7 +147,7 @@ def test_a_finished_folder_writes_the_checkpoint_again(tmp_path: Path) -> None:
     for path in files:
         section = _section(tmp_path / "state", checkpoint=str(path))
         federate(plugin_apps(Experiment(task, evaluate_fn=False)), section)
-    _equal(load_file(files[1]), load_file(files[0]))
+    assert_equal(load_file(files[1]), load_file(files[0]))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +187,7 @@ def test_a_setting_that_the_user_changed_is_the_user_s(tmp_path: Path) -> None:
 
     before = run(0.05, 1, tmp_path)
     after = run(0.0, 2, tmp_path)  # a server that does not move any more
-    _equal(after, before)
+    assert_equal(after, before)
 
 
 def test_a_restarted_client_goes_on_with_its_own_file(tmp_path: Path) -> None:
@@ -228,7 +213,7 @@ def test_a_restarted_client_goes_on_with_its_own_file(tmp_path: Path) -> None:
     apps = plugin_apps(Experiment(Task(rounds=2, epochs=1), hooks=hooks))
     outcome = federate(apps, _section(tmp_path, "pfedpara", "small"), tap=tap)
     for client in range(4):
-        _equal(before[client, 2], after[client, 1])
+        assert_equal(before[client, 2], after[client, 1])
     assert not [line for line in outcome.log if "that lost it" in line]
     assert all(not list(outcome.grid.client_state(p)) for p in range(4))
     assert len(list((tmp_path / "clients").glob("*.sqlite"))) == 4

@@ -1,0 +1,180 @@
+"""Federated runs that are killed, whatever framework runs them, and what must be left of them.
+
+A program forks one whole run for each line on its input, the JSON of an `Order`. Forking makes a
+start cheap, since torch and the framework are imported once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedpara_plugins import Ledger
+
+__all__ = ["Killer", "Order", "Program", "assert_equal", "assert_little_repeated", "serve"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """One run; what it is about is said by each framework's own.
+
+    Attributes:
+        output: gets the global state at the end (safetensors); its log lies beside it.
+        die_before: the process kills itself when the first training message of this round leaves
+            the server; 0 for never.
+        die_after: it kills itself a moment after this many messages, in any direction; 0 for never.
+        moment: seconds.
+    """
+
+    output: str
+    die_before: int = field(default=0, kw_only=True)
+    die_after: int = field(default=0, kw_only=True)
+    moment: float = field(default=0.0, kw_only=True)
+
+    @property
+    def log(self) -> Path:
+        """Where the run's log is."""
+        return Path(self.output).with_suffix(".log")
+
+
+class Program:
+    """The program, from outside.
+
+    Args:
+        module: what runs; it calls `serve`.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "OMP_NUM_THREADS": "1",
+            },
+        )
+        assert self._process.stdout is not None
+        while self._process.stdout.readline() not in ("ready\n", ""):
+            pass  # what the framework prints
+
+    def run(self, order: Order) -> dict[str, Tensor] | None:
+        """The global state at the end; None if the run was killed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(order)) + "\n")
+        self._process.stdin.flush()
+        code = int(self._process.stdout.readline())
+        if code == -signal.SIGKILL:
+            return None
+        assert code == 0, order.log.read_text()
+        return load_file(order.output)
+
+    def end(self) -> None:
+        """End the program."""
+        self._process.communicate()
+
+
+# In the program
+
+Any_Order = TypeVar("Any_Order", bound=Order)
+
+
+def serve(kind: type[Any_Order], run: Callable[[Any_Order], None]) -> None:
+    """Fork a run for each order on the standard input, and write its exit code.
+
+    Args:
+        kind: of the orders.
+        run: does what one says; writes its output and its log.
+    """
+    print("ready", flush=True)
+    for line in sys.stdin:
+        order = kind(**json.loads(line))
+        child = os.fork()
+        if not child:
+            status = 1
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # it is not for what a framework prints
+            try:
+                run(order)
+                status = 0
+            except BaseException:
+                with order.log.open("a") as log:
+                    traceback.print_exc(file=log)
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+class Killer:
+    """Kills this process when an order says so; told of each message of the run."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._messages = 0
+
+    def passes(self, *, trains_in: int) -> None:
+        """A message passes.
+
+        Args:
+            trains_in: the round in which it asks a client to train; 0 for other messages.
+        """
+        self._messages += 1
+        if self._messages == self._order.die_after:
+            threading.Timer(self._order.moment, _die).start()
+        if trains_in and trains_in == self._order.die_before:
+            _die()
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# What must be left
+
+State = Mapping[str, Any]
+
+
+def assert_equal(one: State | None, other: State | None) -> None:
+    """Two runs ended with the same tensors, to rounding."""
+    assert one is not None
+    assert other is not None
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], atol=1e-6, rtol=0, msg=name)
+
+
+def assert_little_repeated(
+    killed: State | None, whole: State | None, ledger: Path, rounds: int
+) -> None:
+    """A client that was killed after its reply trains that round twice, and nothing else differs.
+
+    Args:
+        killed: the state at the end of a run that was killed at some moments.
+        whole: of one that was not.
+        ledger: of the killed one.
+        rounds: of each.
+    """
+    assert killed is not None
+    assert whole is not None
+    apart = sum(float((killed[name] - value).square().sum()) for name, value in whole.items())
+    start = sum(float(value.square().sum()) for value in whole.values())
+    assert apart < 0.05 * start
+    written = [entry.round for entry in Ledger.read(ledger)]
+    assert set(written) == set(range(1, rounds + 1))
+    assert written == sorted(written)
