@@ -16,13 +16,6 @@ from harness.transport_cells import TRANSPORT_CELLS, TransportCell
 
 ROUNDS = 4
 CLIENTS = 2
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "FedProx": {"federated_optimizer": "FedProx", "fedprox_mu": 0.1},
-    "FedOpt": {"federated_optimizer": "FedOpt", "server_optimizer": "adam", "server_lr": 0.01},
-    "SCAFFOLD": {"federated_optimizer": "SCAFFOLD", "server_lr": 1.0},
-    "FedDyn": {"federated_optimizer": "FedDyn", "feddyn_alpha": 0.05},
-}
-
 Single = Callable[[TransportCell], FedMLEngine]
 
 
@@ -82,15 +75,6 @@ def test_the_transport_makes_no_difference(
         assert (len(by["up"]), len(by["down"])) == (ROUNDS * CLIENTS, (ROUNDS + 1) * CLIENTS)
     else:
         check_silos(engine, alone, private=cell.method == "pfedpara")
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_optimizers_that_cross_silo_lacks(tmp_path: Path, optimizer: str) -> None:
-    """By the project's own key, for a dense model, without any key of ours."""
-    train = {"learning_rate": 0.1, "comm_round": 4, **OPTIMIZERS[optimizer]}
-    with FedMLEngine(tmp_path, "TRPC", plugin={}, train=train) as engine:
-        engine.finished()
-        check_learned(engine, 4)
 
 
 def check_silos(mpi: FedMLEngine, single: FedMLEngine, *, private: bool) -> None:
