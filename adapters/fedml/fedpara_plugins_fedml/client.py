@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,22 +15,9 @@ from fedpara_plugins import ConfigError, ConversionError, FedParaError, Mismatch
 from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins.codecs import decoders
 from fedpara_plugins.exchange.client_state import ClientState
-from fedpara_plugins.exchange.coding import (
-    blind_limit,
-    check_finite,
-    codecs_of,
-    decoders_of,
-    difference,
-    encode,
-    fitting,
-    loss_known,
-    spec_of,
-    update_codec,
-)
+from fedpara_plugins.exchange.coding import check_finite
 from fedpara_plugins.exchange.dense_round import DenseRound
-from fedpara_plugins.exchange.settings import codecs_in_words
-from fedpara_plugins.references import LostReferenceError, Received
-from fedpara_plugins.spec import ModelSpec
+from fedpara_plugins.references import LostReferenceError
 from fedpara_plugins.storage import Part, Storage
 from fedpara_plugins.training import start_round, training_of
 from fedpara_plugins_fedml.client_storage import ClientStorages
@@ -41,6 +27,7 @@ from fedpara_plugins_fedml.models import dense_of, exchanged, plain_state, spec_
 from fedpara_plugins_fedml.replies import MODEL, Head
 from fedpara_plugins_fedml.rules import LocalRule, LocalWork, State, Visit
 from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.tasks import Task, encoded, read_task
 
 __all__ = ["ClientHalf"]
 
@@ -48,23 +35,6 @@ log = logging.getLogger("fedpara.fedml")
 
 FATAL = (ConfigError, ConversionError, MismatchError)
 """No other round will mend them."""
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A message, decoded.
-
-    Attributes:
-        head: of it.
-        received: by record.
-        full: the model's state: shared as received, private of this client.
-        fresh: the private part is the seeded first one.
-    """
-
-    head: Head
-    received: Mapping[str, Received]
-    full: State
-    fresh: bool
 
 
 class ClientHalf:
@@ -161,7 +131,7 @@ class ClientHalf:
         train_data, test_data, examples = data
         self._args.round_idx = head.round - 1
         kept = ClientState(storage, client)
-        task = self._received(head, envelope, kept)
+        task = self._task(head, envelope, kept)
         trainer = self._trainer
         trainer.set_id(int(client))
         trainer.update_dataset(train_data, test_data, examples)
@@ -183,14 +153,14 @@ class ClientHalf:
         )
         if head.purpose == "prepare":
             work = self._rule.prepare(trainer.model, visit)
-            payloads = self._encoded(task, work.records, work, kept)
+            payloads = self._payloads(task, work.records, work, kept)
         else:
             start_round(trainer.model, previous_steps=kept.steps())
             after, work = self._after_training(visit)
             if dense is not None:
                 after = dense.after(after)
                 check_finite(after)
-            payloads = self._encoded(task, {MODEL: after, **work.records}, work, kept)
+            payloads = self._payloads(task, {MODEL: after, **work.records}, work, kept)
             private = {k: v for k, v in after.items() if k in self._spec.private_keys}
             kept.keep_private(self._spec, private)
             if (training := training_of(trainer.model)) is not None:
@@ -230,6 +200,22 @@ class ClientHalf:
         has = {name: list(references.holds(name)) for name in envelope.payloads}
         return pack(Head(round=head.round, purpose=head.purpose, lost=True, has=has).to_json(), {})
 
+    def _task(self, head: Head, envelope: Envelope, kept: ClientState) -> Task:
+        return read_task(head, envelope, kept, spec=self._spec, codecs=self._settings.codec_names)
+
+    def _payloads(
+        self, task: Task, records: Mapping[str, State], work: LocalWork, kept: ClientState
+    ) -> dict[str, bytes]:
+        """The payloads of an answer; what the codec lost of them is kept."""
+        coded = encoded(
+            task, records, work, kept,
+            spec=self._spec, codec=self._settings.uplink, updates=self._rule.updates,
+        )  # fmt: skip
+        if self._settings.downlink.needs_reference:
+            for name, part in task.received.items():
+                kept.references.keep(name, part)
+        return coded
+
     def _dense(self, full: State) -> DenseRound | None:
         """The round of an ordinary model, where clients train one."""
         return DenseRound(self._spec, full) if self._settings.trains_dense else None
@@ -237,67 +223,6 @@ class ClientHalf:
     def _loadable(self, full: State) -> State:
         """What the trainer's model loads."""
         return self._spec.dense_state(full) if self._settings.trains_dense else full
-
-    # Receiving
-
-    def _received(self, head: Head, envelope: Envelope, kept: ClientState) -> _Task:
-        received = {}
-        for name, payload in envelope.payloads.items():
-            limit = blind_limit(payload)
-            part = kept.references.receive(name, payload, limit=limit)
-            self._check_codecs(codecs_of(part.header))
-            received[name] = part
-        if MODEL not in received:
-            raise MismatchError("the server's message holds no model")
-        model = received[MODEL]
-        theirs = spec_of(model.header, model.tensors, limit=blind_limit(envelope.payloads[MODEL]))
-        self._spec.check_equal(theirs, here="this client", there="the server")
-        private, fresh = kept.private(self._spec, model.tensors)
-        full = merge(self._spec, model.tensors, private)
-        return _Task(head, received, full, fresh and bool(private))
-
-    def _check_codecs(self, theirs: tuple[str, ...]) -> None:
-        """Raise if the two sides code in different ways: each would go on sending whole models."""
-        mine = self._settings.codec_names
-        if theirs and theirs != mine:
-            raise ConfigError(
-                f"the codec differs: this client has {codecs_in_words(mine)}, the server has "
-                f"{codecs_in_words(theirs)}. Set the same fedpara_codec in the YAML of both"
-            )
-
-    # Answering
-
-    def _encoded(
-        self, task: _Task, records: Mapping[str, State], work: LocalWork, kept: ClientState
-    ) -> dict[str, bytes]:
-        payloads: dict[str, bytes] = {}
-        lost: dict[str, State] = {}
-        names = decoders_of(task.received[MODEL].header)
-        for name, tensors in records.items():
-            check_finite(tensors)
-            spec = self._spec if name == MODEL else _no_model(tensors)
-            codec = self._settings.uplink.resolved(names)
-            if name in self._rule.updates:
-                codec = update_codec(codec)
-            held = task.received.get(name)
-            residual = kept.residual(name) if codec.feedback else None
-            payloads[name], rest = encode(
-                tensors,
-                spec=spec,
-                codec=codec if work.on_encoded is None else loss_known(codec),
-                reference=held.tensors if held else None,
-                digest=held.reference if held else None,
-                residual=residual,
-            )
-            lost[name] = difference(rest, fitting(residual or {}, tensors))
-            if codec.feedback:
-                kept.keep_residual(name, rest)
-        if work.on_encoded is not None:
-            work.on_encoded(lost)
-        if self._settings.downlink.needs_reference:
-            for name, part in task.received.items():
-                kept.references.keep(name, part)
-        return payloads
 
     # Evaluating
 
@@ -312,7 +237,7 @@ class ClientHalf:
         """
         envelope = unpack(data)
         with contextlib.closing(self._storages.open(client)) as storage:
-            task = self._received(Head.from_json(envelope.head), envelope, ClientState(storage))
+            task = self._task(Head.from_json(envelope.head), envelope, ClientState(storage))
         self._trainer.set_id(int(client))
         self._trainer.set_model_params(plain_state(self._loadable(task.full)))
         return dict(task.received[MODEL].tensors)
@@ -351,7 +276,3 @@ class ClientHalf:
     def test(self, data: Any) -> Any:
         """What the trainer's ``test`` says of the model that was loaded last."""
         return self._trainer.test(data, self._device, self._args)
-
-
-def _no_model(tensors: Mapping[str, Tensor]) -> ModelSpec:
-    return ModelSpec(weights={}, keys=tuple(tensors), seed=0)

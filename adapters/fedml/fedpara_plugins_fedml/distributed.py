@@ -16,81 +16,21 @@ from fedpara_plugins.exchange.settings import codecs_in_words
 from fedpara_plugins_fedml.client import ClientHalf
 from fedpara_plugins_fedml.client_manager import TESTS, ClientManager, introduce
 from fedpara_plugins_fedml.ending import end_process
-from fedpara_plugins_fedml.environment import missing_for
 from fedpara_plugins_fedml.evaluation import Evaluation
+from fedpara_plugins_fedml.farewell import dismiss
 from fedpara_plugins_fedml.models import client_model, converted, server_copy
+from fedpara_plugins_fedml.modes import is_distributed, lacks_optimizer
 from fedpara_plugins_fedml.post import Post
 from fedpara_plugins_fedml.refusals import check_contribution
 from fedpara_plugins_fedml.rules import local_rule_for, rule_for
 from fedpara_plugins_fedml.server import ServerHalf
-from fedpara_plugins_fedml.server_manager import ServerManager, dismiss
+from fedpara_plugins_fedml.server_manager import ServerManager
 from fedpara_plugins_fedml.settings import Settings
 from fedpara_plugins_fedml.silos import Silos
 
-__all__ = [
-    "BACKENDS",
-    "Distributed",
-    "is_distributed",
-    "lacks_optimizer",
-    "looks_distributed",
-    "telling_others",
-]
+__all__ = ["Distributed", "is_distributed", "lacks_optimizer", "telling_others"]
 
 log = logging.getLogger("fedpara.fedml")
-
-BACKENDS = {"simulation": ("MPI",), "cross_silo": ("TRPC", "MPI", "GRPC", "MQTT_S3")}
-"""What runs, by ``training_type``; the single process is not among them."""
-
-
-LACKING = {
-    ("cross_silo", None): ("FedProx", "FedOpt", "SCAFFOLD", "FedDyn", "FedNova", "Mime"),
-    ("simulation", "MPI"): ("FedProx", "FedOpt", "SCAFFOLD", "FedDyn", "Mime"),
-}
-"""Optimizers that FedML 0.9.6 has not there, or that end in an error there for any model; by
-training type and backend (docs/fedml-faults.md)."""
-
-
-def looks_distributed(args: Any) -> bool:
-    """Whether there are other processes that would wait for this one."""
-    kind, backend = str(getattr(args, "training_type", "")), str(getattr(args, "backend", ""))
-    return backend in BACKENDS.get(kind, ())
-
-
-def lacks_optimizer(args: Any) -> bool:
-    """Whether the project names an optimizer that only the plugin's engine runs there."""
-    kind, backend = str(getattr(args, "training_type", "")), str(getattr(args, "backend", ""))
-    names = LACKING.get((kind, backend)) or LACKING.get((kind, None), ())
-    return getattr(args, "federated_optimizer", None) in names
-
-
-def is_distributed(args: Any) -> bool:
-    """Whether a project's keys ask for several processes.
-
-    Raises:
-        ConfigError: they ask for something that the plugin's engine does not run.
-    """
-    kind, backend = str(args.training_type), str(getattr(args, "backend", ""))
-    if kind == "simulation" and backend == "sp":
-        return False
-    if kind not in BACKENDS:
-        raise ConfigError(
-            f"training_type {kind!r}: the plugin runs simulation and cross_silo. Remove the "
-            f"fedpara_* keys to run it as FedML does"
-        )
-    if backend not in BACKENDS[kind]:
-        known = ", ".join(["sp"] * (kind == "simulation") + list(BACKENDS[kind]))
-        raise ConfigError(
-            f"backend {backend!r} with training_type {kind!r}: the plugin runs {known}"
-        )
-    scenario = str(getattr(args, "scenario", "horizontal"))
-    if kind == "cross_silo" and scenario != "horizontal":
-        raise ConfigError(
-            f"scenario {scenario!r}: the plugin runs cross_silo with scenario horizontal (in FedML "
-            f"0.9.6 the hierarchical one ends in its own initialisation)"
-        )
-    if lack := missing_for(backend):
-        raise ConfigError(f"backend {backend} {lack}")
-    return True
 
 
 class Distributed:

@@ -20,6 +20,7 @@ __all__ = [
     "converted",
     "dense_of",
     "exchanged",
+    "no_model",
     "plain_state",
     "server_copy",
     "spec_for",
@@ -137,6 +138,11 @@ def dense_of(model: nn.Module, exchanged: Mapping[str, Tensor], *, private: bool
     state = {**to_state(model.state_dict()), **exchanged}
     left_out = frozenset() if private else spec.private_factors
     return spec.dense_state({k: v for k, v in state.items() if k not in left_out})
+
+
+def no_model(tensors: Mapping[str, Any]) -> ModelSpec:
+    """What a record is coded as that is no model: names, and no factors."""
+    return ModelSpec(weights={}, keys=tuple(tensors), seed=0)
 
 
 def to_state(params: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -13,16 +13,11 @@ from fedml.ml.trainer.trainer_creator import create_model_trainer
 from fedpara_plugins import ConfigError
 from fedpara_plugins_fedml.announcement import announce, warn_of_idle_files
 from fedpara_plugins_fedml.client import ClientHalf
-from fedpara_plugins_fedml.distributed import (
-    Distributed,
-    is_distributed,
-    lacks_optimizer,
-    looks_distributed,
-    telling_others,
-)
+from fedpara_plugins_fedml.distributed import Distributed, telling_others
 from fedpara_plugins_fedml.files import check_files
 from fedpara_plugins_fedml.logs import follow_fedml
 from fedpara_plugins_fedml.models import client_model, server_copy
+from fedpara_plugins_fedml.modes import is_distributed, lacks_optimizer, looks_distributed
 from fedpara_plugins_fedml.refusals import check_args, check_clients, check_dataset, check_tests
 from fedpara_plugins_fedml.rules import RULES, local_rule_for, rule_for
 from fedpara_plugins_fedml.server import ServerHalf

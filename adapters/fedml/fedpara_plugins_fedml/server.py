@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from fedpara_plugins.optimizers import trained_parameters
 from fedpara_plugins_fedml.accounting import Accounting
 from fedpara_plugins_fedml.aggregation import Aggregation
 from fedpara_plugins_fedml.envelope import Envelope, pack, unpack
-from fedpara_plugins_fedml.models import dense_of, plain_state, spec_for, to_state
+from fedpara_plugins_fedml.models import dense_of, no_model, plain_state, spec_for, to_state
 from fedpara_plugins_fedml.replies import MODEL, Head, Purpose
 from fedpara_plugins_fedml.rules import Answer, Rule, State
 from fedpara_plugins_fedml.server_state import CompletedRound, ServerFile
@@ -132,7 +132,7 @@ class ServerHalf:
     def _put(self) -> None:
         self._outbox.put(MODEL, self._x, self._spec)
         for name, tensors in self.rule.records().items():
-            self._outbox.put(name, dict(tensors), _no_model(tensors), sized_as=self._spec)
+            self._outbox.put(name, dict(tensors), no_model(tensors), sized_as=self._spec)
 
     def message(self, client: str, purpose: Purpose = "train") -> bytes:
         """The message for one client, coded against what that client holds.
@@ -276,7 +276,3 @@ class ServerHalf:
         dense = dense_of(self._aggregator.model, self._x, private=False)
         save_dense(path, dense, model=model, method=self.settings.config.method)
         log.info("fedpara: dense checkpoint of the server's model written to %s", path)
-
-
-def _no_model(tensors: Mapping[str, Any]) -> ModelSpec:
-    return ModelSpec(weights={}, keys=tuple(tensors), seed=0)
