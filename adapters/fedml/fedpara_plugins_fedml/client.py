@@ -1,4 +1,7 @@
-"""The clients' half of a run: decode, train with the user's trainer, encode."""
+"""The clients' half of a run: decode, train with the user's trainer, encode.
+
+What else is done with their models, tests and exports, is in `client_models`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,9 @@ from typing import Any
 
 import torch
 from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
-from torch import Tensor, nn
+from torch import nn
 
-from fedpara_plugins import ConfigError, ConversionError, FedParaError, MismatchError, merge
-from fedpara_plugins.checkpoints import save_dense
+from fedpara_plugins import ConfigError, ConversionError, FedParaError, MismatchError
 from fedpara_plugins.codecs import decoders
 from fedpara_plugins.exchange.client_state import ClientState
 from fedpara_plugins.exchange.coding import check_finite
@@ -20,14 +22,14 @@ from fedpara_plugins.exchange.dense_round import DenseRound
 from fedpara_plugins.references import LostReferenceError
 from fedpara_plugins.storage import Part, Storage
 from fedpara_plugins.training import start_round, training_of
-from fedpara_plugins_fedml.client_storage import ClientStorages
+from fedpara_plugins_fedml.client_models import ClientModels
 from fedpara_plugins_fedml.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.labels import count_once
-from fedpara_plugins_fedml.models import dense_of, exchanged, plain_state, spec_for, to_state
+from fedpara_plugins_fedml.models import plain_state, to_state
 from fedpara_plugins_fedml.replies import MODEL, Head
 from fedpara_plugins_fedml.rules import LocalRule, LocalWork, State, Visit
 from fedpara_plugins_fedml.settings import Settings
-from fedpara_plugins_fedml.tasks import Task, encoded, read_task
+from fedpara_plugins_fedml.tasks import Task, encoded
 
 __all__ = ["ClientHalf"]
 
@@ -37,7 +39,7 @@ FATAL = (ConfigError, ConversionError, MismatchError)
 """No other round will mend them."""
 
 
-class ClientHalf:
+class ClientHalf(ClientModels):
     """All clients of a process, one after the other.
 
     Args:
@@ -59,18 +61,8 @@ class ClientHalf:
         local_rule: LocalRule,
         factors: nn.Module | None = None,
     ) -> None:
-        self._settings = settings
-        self._args = args
-        self._device = device
-        self._trainer = trainer
+        super().__init__(settings, args, device, trainer, factors)
         self._rule = local_rule
-        names = to_state(trainer.get_model_params())
-        self._names = frozenset(names)
-        if factors is None or factors is trainer.model:
-            self._spec = spec_for(trainer.model, names)
-        else:
-            self._spec = exchanged(factors, names)
-        self._storages = ClientStorages(settings.state_dir)
 
     # Training
 
@@ -200,9 +192,6 @@ class ClientHalf:
         has = {name: list(references.holds(name)) for name in envelope.payloads}
         return pack(Head(round=head.round, purpose=head.purpose, lost=True, has=has).to_json(), {})
 
-    def _task(self, head: Head, envelope: Envelope, kept: ClientState) -> Task:
-        return read_task(head, envelope, kept, spec=self._spec, codecs=self._settings.codec_names)
-
     def _payloads(
         self, task: Task, records: Mapping[str, State], work: LocalWork, kept: ClientState
     ) -> dict[str, bytes]:
@@ -219,60 +208,3 @@ class ClientHalf:
     def _dense(self, full: State) -> DenseRound | None:
         """The round of an ordinary model, where clients train one."""
         return DenseRound(self._spec, full) if self._settings.trains_dense else None
-
-    def _loadable(self, full: State) -> State:
-        """What the trainer's model loads."""
-        return self._spec.dense_state(full) if self._settings.trains_dense else full
-
-    # Evaluating
-
-    def take_final(self, client: str, data: object) -> State:
-        """Give the trainer's model the state of a message, with this client's private part.
-
-        Returns:
-            The server's state, for `export`.
-
-        Raises:
-            FedParaError: the message cannot be used.
-        """
-        envelope = unpack(data)
-        with contextlib.closing(self._storages.open(client)) as storage:
-            task = self._task(Head.from_json(envelope.head), envelope, ClientState(storage))
-        self._trainer.set_id(int(client))
-        self._trainer.set_model_params(plain_state(self._loadable(task.full)))
-        return dict(task.received[MODEL].tensors)
-
-    def load(self, client: str | None, state: Mapping[str, Tensor]) -> None:
-        """Give the trainer's model a server's state, completed with this client's private part.
-
-        Args:
-            client: its name; None takes the state as it is.
-            state: of the server.
-        """
-        self._trainer.set_id(int(client or 0))
-        full = dict(state) if client is None else self._completed(client, state)
-        self._trainer.set_model_params(plain_state(self._loadable(full)))
-
-    def _completed(self, client: str, state: Mapping[str, Tensor]) -> State:
-        with contextlib.closing(self._storages.open(client)) as storage:
-            private, _ = ClientState(storage).private(self._spec, state)
-        shared = {k: v for k, v in state.items() if k not in self._spec.private_keys}
-        return merge(self._spec, shared, private)
-
-    def export(self, client: str, state: Mapping[str, Tensor]) -> None:
-        """Write the client's own dense model, where ``fedpara_client_checkpoints`` is set."""
-        folder = self._settings.client_checkpoints
-        if folder is not None:
-            model, full = self._trainer.model, self._completed(client, state)
-            save_dense(
-                folder / f"client-{client}.safetensors",
-                {**to_state(model.state_dict()), **self._loadable(full)}
-                if self._settings.trains_dense
-                else dense_of(model, full, private=True),
-                model=f"the own model of client {client}",
-                method=self._settings.config.method,
-            )
-
-    def test(self, data: Any) -> Any:
-        """What the trainer's ``test`` says of the model that was loaded last."""
-        return self._trainer.test(data, self._device, self._args)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedpara_plugins import FedParaError, MismatchError, ModelSpec, PayloadError
+from fedpara_plugins import MismatchError, ModelSpec, PayloadError
 from fedpara_plugins.checkpoints import save_dense
 from fedpara_plugins.codecs import decode_payload
 from fedpara_plugins.exchange.coding import check_finite
@@ -17,6 +17,7 @@ from fedpara_plugins.exchange.sizes import Size, size_of
 from fedpara_plugins.optimizers import trained_parameters
 from fedpara_plugins_fedml.accounting import Accounting
 from fedpara_plugins_fedml.aggregation import Aggregation
+from fedpara_plugins_fedml.answers import Answers
 from fedpara_plugins_fedml.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.models import dense_of, no_model, plain_state, spec_for, to_state
 from fedpara_plugins_fedml.replies import MODEL, Head, Purpose
@@ -73,9 +74,7 @@ class ServerHalf:
         rule.trained = frozenset(trained_parameters(aggregator.model)) & self._x.keys()
         self._aggregation = Aggregation(aggregator, args, self._spec)
         self._outbox = Outbox(settings)
-        self._asked: tuple[str, ...] = ()
-        self._answers: dict[str, Answer] = {}
-        self._excluded: dict[str, str] = {}
+        self._answers = Answers(0, ())
         self._fresh = 0
         self._file = ServerFile(settings.state_dir)
         self._go_on()
@@ -124,9 +123,9 @@ class ServerHalf:
         """
         self.round += 1
         self._args.round_idx = self.round - 1
-        self._asked, self._answers, self._excluded = tuple(clients), {}, {}
+        self._answers = Answers(self.round, clients)
         self._fresh = 0
-        self.rule.begin(self.round, self._x, self._asked)
+        self.rule.begin(self.round, self._x, self._answers.asked)
         self._put()
 
     def _put(self) -> None:
@@ -181,8 +180,7 @@ class ServerHalf:
                 self.accounting.message(self.round, "up", client, data, size, kind=head.purpose)
 
     def _take(self, client: str, head: Head, envelope: Envelope) -> Size:
-        if client not in self._asked or client in self._excluded:
-            raise MismatchError(f"client {client} answers, and was not asked in this round")
+        self._answers.check_awaited(client)
         size = Size()
         records: dict[str, State] = {}
         for name, payload in envelope.payloads.items():
@@ -201,27 +199,20 @@ class ServerHalf:
             raise PayloadError("the reply holds no model")
         state = self._x if model is None else self._outbox.completed(MODEL, model)
         received = self._outbox.references.get(head.holds.get(MODEL, ""))
-        self._answers[client] = Answer(client, head.examples, state, records, head.report, received)
+        self._answers.take(Answer(client, head.examples, state, records, head.report, received))
         self._fresh += head.fresh
         self._outbox.acknowledge(client, head.holds, head.decoders)
         return size
 
     def exclude(self, client: str, reason: object) -> None:
         """Leave a client out of this round, with a line in the log that names it."""
-        text = str(reason).removeprefix("fedpara: ")
-        log.warning("fedpara: left out client %s in round %d: %s", client, self.round, text)
-        self._excluded[client] = text
-        self._answers.pop(client, None)
+        self._answers.exclude(client, reason)
 
     def end_preparation(self) -> None:
         """All that were asked to prepare have answered or are excluded: training may begin."""
-        self._check_enough()
-        self.rule.prepared(self._in_order())
-        self._answers = {}
+        self.rule.prepared(self._answers.enough(self.settings.min_clients))
+        self._answers.forget()
         self._put()
-
-    def _in_order(self) -> list[Answer]:
-        return [self._answers[name] for name in self._asked if name in self._answers]
 
     def end(self) -> None:
         """Aggregate what came back: the round is over.
@@ -229,25 +220,14 @@ class ServerHalf:
         Raises:
             FedParaError: fewer usable answers than ``fedpara_min_clients``.
         """
-        self._check_enough()
+        answers = self._answers.enough(self.settings.min_clients)
         if self._fresh and self._spec.private_keys:
             log.info("fedpara: %d clients started from the seeded private factors", self._fresh)
         self._outbox.tell_first_contacts()
-        self._x = self._aggregation.next_state(self._x, self._in_order(), self.rule)
+        self._x = self._aggregation.next_state(self._x, answers, self.rule)
         self._aggregator.set_model_params(plain_state(self._x))
         self._file.write(self._completed())
         self.accounting.log_round(self.round)
-
-    def _check_enough(self) -> None:
-        needed = self.settings.min_clients or 1
-        if len(self._answers) >= needed:
-            return
-        reasons = "; ".join(f"client {name}: {why}" for name, why in self._excluded.items())
-        raise FedParaError(
-            f"fedpara: round {self.round} has {len(self._answers)} usable answers of "
-            f"{len(self._asked)} clients, {needed} needed (fedpara_min_clients). "
-            f"{reasons or 'Nobody answered'}"
-        )
 
     def tests_itself(self) -> bool:
         """Whether the user's aggregator has tested all clients, as in FedML's other modes."""
