@@ -22,8 +22,8 @@ PAGE = (DOCS / "fedml-faults.md").read_text(encoding="utf-8")
 
 def _reproductions() -> Iterator[Any]:
     sys.path.insert(0, str(FOLDER))
-    # `small` is what they share. `hang` starts three real processes and waits for them, minutes on a
-    # busy machine; it bounds that itself. The smoke part has no time for it.
+    # `small` is what they share. `hang` starts three real processes and waits for them, minutes on
+    # a busy machine; it bounds that itself. The smoke part has no time for it.
     left_out = {"small.py"} if part() == "all" else {"small.py", "hang.py"}
     for path in sorted(path for path in FOLDER.glob("*.py") if path.name not in left_out):
         spec = importlib.util.spec_from_file_location(f"fault_{path.stem}", path)
