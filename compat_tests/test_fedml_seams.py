@@ -80,6 +80,7 @@ CALLS = {
         "self, args, comm, rank, size, backend"
     ),
     "fedml.core:Context": None,
+    "fedml.core:ServerAggregator.assess_contribution": "self",
     "fedml.cross_silo.server.fedml_aggregator:FedMLAggregator.test_on_server_for_all_clients": (
         "self, round_idx"
     ),
