@@ -356,11 +356,16 @@ def test_packed_data_of_too_many_dimensions_is_refused_as_by_the_dense_layer():
         fedpara.convert(nn.GRU(32, 40))(packed)
 
 
-def test_autocast_takes_inputs_of_either_precision():
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_autocast_takes_inputs_of_either_precision(kind):
     torch.manual_seed(0)
-    layer, x = fedpara.convert(nn.LSTM(32, 40), gamma=0.3), torch.randn(5, 3, 32)
+    layer, x = fedpara.convert(kind(32, 40), gamma=0.3), torch.randn(5, 3, 32)
     expected = layer(x)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        try:
+            kind(32, 40)(x)
+        except RuntimeError as error:  # the LSTM on a CPU without AVX-512
+            pytest.skip(f"torch's own layer does not run here: {error}")
         for inputs in (x, x.bfloat16()):
             assert (layer(inputs)[0].float() - expected).norm() / expected.norm() < 0.05
 
