@@ -155,6 +155,18 @@ def test_other_tensors_in_the_place_of_the_factors(model, batches):
     torch.testing.assert_close(got["head.x1"], single(other)["head.x1"])
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_holds_the_factors_and_no_weight():
+    layer = fedpara.convert(nn.Linear(24, 32), method="fedpara", rank=2, min_size=0)
+    x = torch.randn(3, 24)
+    with torch.no_grad(), composed_once(layer):
+        layer(x)
+        traced = torch.jit.trace(layer, x, check_trace=False)
+    with torch.no_grad():
+        layer.x1.mul_(2)
+        torch.testing.assert_close(traced(x), layer(x))
+
+
 def test_copies_compose_for_themselves(model, batches):
     with composed_once(model), torch.no_grad():
         before = model(batches[0])
