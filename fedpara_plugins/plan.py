@@ -151,8 +151,11 @@ class WeightPlan:
 
     def ordered(self, factors: Mapping[str, Tensor]) -> list[Tensor | None]:
         """x1, y1, t1, x2, ..., None in the place of a core that there is not."""
-        numbers = range(1, self.method.operands + 1)
-        return [factors.get(f"{part}{i}") for i in numbers for part in "xyt"]
+        return [factors.get(name) for name in self._order]
+
+    @cached_property
+    def _order(self) -> list[str]:
+        return [f"{part}{i}" for i in range(1, self.method.operands + 1) for part in "xyt"]
 
     def compose_plainly(self, ordered: Sequence[Tensor | None]) -> Tensor:
         """As `compose_rows`, with torch's own operations, from what `ordered` gives."""

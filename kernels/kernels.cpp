@@ -1,363 +1,409 @@
 // Composing a FedPara weight, and taking its gradient back to the factors, in one pass each.
 //
-//     W = scale * (X1 A1) * (X2 A2 + shift)         elementwise; X (rows, rank), A (rank, columns)
+//     W = scale * (X1 A1ᵀ) * (X2 A2ᵀ + shift)       elementwise; X (rows, rank), A (columns, rank)
 //
-// What a product needs stays in the cache or in registers: X1 A1 and X2 A2 never exist as a whole,
-// and the gradients compute them again, tile by tile, unless there is memory to keep them in.
-// Everything is float32, row-major.
+// What a product needs stays in the cache or in registers: X1 A1ᵀ and X2 A2ᵀ never exist as a whole,
+// and the gradients compute them again, tile by tile. Everything is float32, in rows.
 // Built for x86-64 with AVX2 and FMA; `fedpara_supported` says whether this machine has them.
+//
+// As in other libraries of matrix products, the inner loop is a tile of sums in registers, and its
+// inputs are packed before so that it reads them in order: X in tiles of rows, A, the gradient and
+// what becomes of it in panels of columns. Names: i counts rows, j columns, r ranks.
 
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 extern "C" {
 struct Operand {
-    const float *x, *a;
-    float *dx, *da; // dx: (rows, padded(rank)); both null if nobody wants them
+    const float *x, *a; // (rows, rank) and (columns, rank)
+    float *dx, *da;     // the same; both null if nobody wants them
     int64_t rank;
-    int64_t a_row, a_column; // strides of a, in elements
 };
 
 struct Weight {
     int64_t rows, columns;
     float scale, shift;
-    float *weight;         // written by fedpara_compose
-    const float *gradient; // read by fedpara_gradients
-    float *kept;           // fedpara_kept floats, or null: written by the first, read by the second
+    float *weight; // written by fedpara_compose
+    // Read by fedpara_gradients: the weight's gradient, or null if it is outputsᵀ inputs, with
+    // outputs (batch, rows) and inputs (batch, columns); then it never exists as a whole.
+    const float *gradient, *outputs, *inputs;
+    int64_t batch;
     Operand operand[2];
 };
 }
 
 namespace {
 
-typedef float vec __attribute__((vector_size(32)));  // 8 floats
-typedef float half __attribute__((vector_size(16))); // 4 floats
+typedef float vec __attribute__((vector_size(32)));
 
-constexpr int MR = 6;        // rows of a register tile; with NV = 2: 12 sums, 2 of b, 1 of a
-constexpr int NV = 2;        // vectors of a register tile
-constexpr int VL = 8;        // floats of a vector
-constexpr int NR = NV * VL;  // columns of a register tile
-constexpr int COLUMNS = 128; // of a block in the gradients: two of 132 x 128 floats stay in the
-constexpr int ROWS = 132;    // second cache
+constexpr int VL = 8;          // floats of a vector
+constexpr int SUMS = 12;       // vectors of sums in a tile: 12 of the 16 registers
+constexpr int NR = 2 * VL;     // columns of a panel
+constexpr int MR = SUMS / 2;   // rows of a tile of a panel
+constexpr int COLUMNS = 128;   // of a block in the gradients, and
+constexpr int ROWS = 22 * MR;  // its rows: two such blocks stay in the second cache
+constexpr int NEAREST = 6144;  // floats that stay in the first cache, beside a few tiles
 
-template <typename T> inline T load(const float *from)
+inline vec load(const float *from)
 {
-    T value;
-    __builtin_memcpy(&value, from, sizeof value);
+    vec value;
+    memcpy(&value, from, sizeof value);
     return value;
 }
 
-template <typename T> inline void store(float *to, T value)
-{
-    __builtin_memcpy(to, &value, sizeof value);
-}
+inline void store(float *to, vec value) { memcpy(to, &value, sizeof value); }
 
-// Where the sums of a register tile go.
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int64_t parts(int64_t of, int64_t most) { return (of + most - 1) / most; }
+
+// How many floats `rank` are with zeros up to whole vectors.
+inline int64_t padded(int64_t rank) { return parts(rank, VL) * VL; }
+
+// Where the sums of a tile go: `at` is 0, VL, ...
 
 struct Set {
     float *to;
     int64_t stride;
-    template <typename T> void operator()(int i, int at, T sum) const
-    {
-        store(to + i * stride + at, sum);
-    }
+    void operator()(int i, int at, vec sum) const { store(to + i * stride + at, sum); }
     Set down(int64_t rows) const { return {to + rows * stride, stride}; }
 };
 
 struct Add {
     float *to;
     int64_t stride;
-    template <typename T> void operator()(int i, int at, T sum) const
+    void operator()(int i, int at, vec sum) const
     {
-        store(to + i * stride + at, load<T>(to + i * stride + at) + sum);
+        store(to + i * stride + at, load(to + i * stride + at) + sum);
     }
     Add down(int64_t rows) const { return {to + rows * stride, stride}; }
 };
 
 struct Combine { // the second operand's sums with the first's: the weight
     const float *first;
-    float *to, *kept;
+    float *to;
     int64_t stride;
-    float scale, shift;
-    template <typename T> void operator()(int i, int at, T second) const
+    void operator()(int i, int at, vec second) const
     {
-        if (kept)
-            store(kept + i * NR + at, second);
-        store(to + i * stride + at, load<T>(first + i * NR + at) * scale * (second + shift));
+        store(to + i * stride + at, load(first + i * NR + at) * second);
     }
 };
 
-struct Pull { // the weight's gradient, taken back to both operands
+struct Pull { // the weight's gradient, taken back to both operands: panels
     const float *first, *gradient;
-    float *one, *two; // rows COLUMNS apart
+    float *one, *two;
     int64_t stride;
-    float scale, shift;
-    template <typename T> void operator()(int i, int at, T second) const
+    void operator()(int i, int at, vec second) const
     {
-        const T pulled = load<T>(gradient + i * stride + at) * scale;
-        store(one + i * COLUMNS + at, pulled * (second + shift));
-        store(two + i * COLUMNS + at, pulled * load<T>(first + i * NR + at));
+        const vec own = load(gradient + i * stride + at);
+        store(one + i * NR + at, own * second);
+        store(two + i * NR + at, own * load(first + i * NR + at));
     }
 };
 
-inline void pull_all(int64_t rows, const float *second, const Pull &pull)
-{
-    for (int i = 0; i < rows; i++)
-        for (int at = 0; at < NR; at += VL)
-            pull(i, at, load<vec>(second + i * NR + at));
-}
+// What a tile's row i and its step k read: a[i * AI + k * ak] and V vectors at b + k * bk. After
+// `count` steps a goes on `gap` further, `times` times.
+struct Steps {
+    int64_t count;
+    const float *a;
+    int64_t ak;
+    const float *b;
+    int64_t bk;
+    int64_t times = 1, gap = 0;
+};
 
-// Sums over k of a(i, k) b(k, :), R rows and V vectors of them, with a(i, k) = a[i * AI + k * ak].
-template <int R, int V, typename T, int AI, typename To>
-inline void tile(int64_t count, const float *__restrict a, int64_t ak, const float *__restrict b,
-                 int64_t bk, const To &to)
+// start + sum over k of a(i, k) b(k, :), R rows and V vectors of them.
+template <int R, int V, int AI, typename To>
+inline void tile(const Steps &steps, float start, const To to)
 {
-    constexpr int width = sizeof(T) / sizeof(float);
-    T sum[R][V];
+    const float *a = steps.a, *b = steps.b;
+    const int64_t ak = steps.ak, bk = steps.bk;
+    vec sum[R][V];
+#pragma GCC unroll 16
     for (int i = 0; i < R; i++)
+#pragma GCC unroll 16
         for (int v = 0; v < V; v++)
-            sum[i][v] = T{};
-    for (int64_t k = 0; k < count; k++, a += ak, b += bk) {
-        T row[V];
-        for (int v = 0; v < V; v++)
-            row[v] = load<T>(b + v * width);
-        for (int i = 0; i < R; i++) {
-            const T one = a[i * AI] - T{};
+            sum[i][v] = start - vec{};
+    for (int64_t n = 0; n < steps.times; n++, a += steps.gap)
+        for (int64_t k = 0; k < steps.count; k++, a += ak, b += bk) {
+            vec row[V];
+#pragma GCC unroll 16
             for (int v = 0; v < V; v++)
-                sum[i][v] += one * row[v];
+                row[v] = load(b + v * VL);
+#pragma GCC unroll 16
+            for (int i = 0; i < R; i++) {
+                const vec one = a[i * AI] - vec{};
+#pragma GCC unroll 16
+                for (int v = 0; v < V; v++)
+                    sum[i][v] += one * row[v];
+            }
         }
-    }
+#pragma GCC unroll 16
     for (int i = 0; i < R; i++)
+#pragma GCC unroll 16
         for (int v = 0; v < V; v++)
-            to(i, v * width, sum[i][v]);
+            to(i, v * VL, sum[i][v]);
 }
 
 // A tile of `rows` <= R rows: the number must be known when this is compiled.
-template <int R, int V, typename T, int AI, typename To>
-inline void tile_of(int64_t rows, int64_t count, const float *a, int64_t ak, const float *b,
-                    int64_t bk, const To &to)
+template <int R, int V, int AI, typename To>
+inline void tile_of(int64_t rows, const Steps &steps, float start, const To &to)
 {
     if (rows == R)
-        tile<R, V, T, AI>(count, a, ak, b, bk, to);
+        tile<R, V, AI>(steps, start, to);
     else if constexpr (R > 1)
-        tile_of<R - 1, V, T, AI>(rows, count, a, ak, b, bk, to);
+        tile_of<R - 1, V, AI>(rows, steps, start, to);
 }
 
-inline int64_t tiles_of(int64_t rows) { return (rows + MR - 1) / MR; }
-
-// Any number of rows, in tiles of nearly equal height.
-template <int V, typename T, int AI, typename To>
-void multiply(int64_t rows, int64_t count, const float *a, int64_t ak, const float *b, int64_t bk,
-              To to)
+// to += the products of `rows` rows, in tiles of nearly equal height, with V vectors.
+template <int V, int AI> void add_rows(int64_t rows, Steps steps, Add to)
 {
-    const int64_t tiles = tiles_of(rows);
+    const int64_t tiles = parts(rows, SUMS / V);
+    const float *a = steps.a;
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t i = rows * t / tiles, end = rows * (t + 1) / tiles;
-        tile_of<MR, V, T, AI>(end - i, count, a + i * AI, ak, b, bk, to.down(i));
+        steps.a = a + i * AI;
+        tile_of<SUMS / V, V, AI>(end - i, steps, 0, to.down(i));
     }
 }
 
-// Columns j to j + NR of a, zeros beyond `end`; rows NR apart.
-void panel(const Operand &own, int64_t j, int64_t end, float *to)
+// The same with all `width` floats of b, a multiple of VL: by three vectors, and no single one
+// is left over if it can be helped, since that keeps the processor less busy.
+template <int AI> void add_product(int64_t rows, int64_t width, Steps steps, Add to)
 {
-    const int64_t width = end - j < NR ? end - j : NR;
-    for (int64_t r = 0; r < own.rank; r++, to += NR) {
-        const float *from = own.a + r * own.a_row + j * own.a_column;
-        for (int64_t c = 0; c < width; c++)
-            to[c] = from[c * own.a_column];
-        for (int64_t c = width; c < NR; c++)
-            to[c] = 0;
+    for (int64_t left = width / VL; left > 0;) {
+        const int64_t now = left == 4 || left == 2 ? 2 : left > 2 ? 3 : 1;
+        if (now == 3)
+            add_rows<3, AI>(rows, steps, to);
+        else if (now == 2)
+            add_rows<2, AI>(rows, steps, to);
+        else
+            add_rows<1, AI>(rows, steps, to);
+        steps.b += now * VL, to.to += now * VL, left -= now;
     }
 }
 
-// x in tiles of rows: of each tile all rows of the first rank, then of the second, ...
-void tiled(const Operand &own, int64_t rows, float *to)
+// Two strides of a matrix, in elements.
+struct Matrix {
+    const float *at;
+    int64_t down, across;
+    float operator()(int64_t i, int64_t k) const { return at[i * down + k * across]; }
+};
+
+// rows x count, times a factor, in tiles of rows: of each tile the first of all its rows, ...
+void tiled(const Matrix &from, int64_t rows, int64_t count, float factor, float *to)
 {
-    const int64_t tiles = tiles_of(rows);
+    const int64_t tiles = parts(rows, MR);
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t i = rows * t / tiles, height = rows * (t + 1) / tiles - i;
-        for (int64_t r = 0; r < own.rank; r++)
+        for (int64_t k = 0; k < count; k++)
             for (int64_t h = 0; h < height; h++)
-                *to++ = own.x[(i + h) * own.rank + r];
+                *to++ = from(i + h, k) * factor;
     }
 }
 
-// Rows of one tile are often further apart than what the processor fetches by itself.
-inline void fetch(const float *from, int64_t rows, int64_t stride)
+// Panels of the columns j to `end` (rows of `from`), zeros beyond: of each all that is first, ...
+void panels(const Matrix &from, int64_t j, int64_t end, int64_t count, float *to)
 {
-    for (int64_t h = 0; h < rows; h++)
-        __builtin_prefetch(from + h * stride);
+    for (; j < end; j += NR, to += NR * count) {
+        const int64_t width = least(end - j, NR);
+        if (width < NR)
+            memset(to, 0, NR * count * sizeof(float));
+        for (int64_t k = 0; k < count; k++)
+            for (int64_t c = 0; c < width; c++)
+                to[k * NR + c] = from(j + c, k);
+    }
 }
 
-// Kept tiles lie in the order in which they are computed, all of one size: panel by panel of NR
-// columns, first those of X1 A1 and then those of X2 A2.
-inline int64_t kept_tile(const Weight &w, int64_t j, int64_t t)
+// Rows times a factor, each with zeros up to whole vectors.
+void pad(const float *from, int64_t rows, int64_t rank, float factor, float *to)
 {
-    return (j / NR * tiles_of(w.rows) + t) * MR * NR;
+    for (int64_t i = 0; i < rows; i++, from += rank, to += padded(rank))
+        for (int64_t r = 0; r < padded(rank); r++)
+            to[r] = r < rank ? from[r] * factor : 0;
 }
 
-inline int64_t kept_size(const Weight &w) { return kept_tile(w, (w.columns + NR - 1) / NR * NR, 0); }
-
-inline int64_t padded(int64_t rank) { return (rank + 3) / 4 * 4; }
-
-int64_t room_for_composing(const Weight &w)
+void compact(const float *from, int64_t rows, int64_t rank, float *to)
 {
-    return (w.rows + NR) * (w.operand[0].rank + w.operand[1].rank);
+    for (int64_t i = 0; i < rows; i++, from += padded(rank), to += rank)
+        memcpy(to, from, rank * sizeof(float));
 }
 
-void compose(const Weight &w, int64_t from, int64_t end, float *room)
-{
+// Memory to work in, handed out in whole cache lines.
+struct Room {
+    float *next;
+    int64_t used;
+    float *operator()(int64_t floats)
+    {
+        float *own = next ? next + used : nullptr;
+        used += parts(floats, 16) * 16;
+        return own;
+    }
+};
+
+struct Composing {
+    int64_t wide; // panels of a block of columns, of which all of A stays in the first cache
     float *x[2], *a[2];
-    for (int o = 0; o < 2; o++) {
-        const int64_t rank = w.operand[o].rank;
-        x[o] = room, room += w.rows * rank;
-        a[o] = room, room += NR * rank;
-        tiled(w.operand[o], w.rows, x[o]);
-    }
-    const int64_t tiles = tiles_of(w.rows), r1 = w.operand[0].rank, r2 = w.operand[1].rank;
-    for (int64_t j = from; j < end; j += NR) {
-        const bool whole = end - j >= NR;
-        for (int o = 0; o < 2; o++)
-            panel(w.operand[o], j, end, a[o]);
-        for (int64_t t = 0; t < tiles; t++) {
-            const int64_t i = w.rows * t / tiles, height = w.rows * (t + 1) / tiles - i;
-            float own[MR * NR] = {}, rest[MR * NR], *out = w.weight + i * w.columns + j;
-            float *first = w.kept ? w.kept + kept_tile(w, j, t) : own;
-            float *second = w.kept ? first + kept_size(w) : nullptr;
-            fetch(out, height, w.columns);
-            tile_of<MR, NV, vec, 1>(height, r1, x[0] + i * r1, height, a[0], NR, Set{first, NR});
-            const Combine both{first,   whole ? out : rest, second, whole ? w.columns : NR,
-                               w.scale, w.shift};
-            tile_of<MR, NV, vec, 1>(height, r2, x[1] + i * r2, height, a[1], NR, both);
-            if (!whole)
-                for (int64_t h = 0; h < height; h++)
-                    for (int64_t c = 0; c < end - j; c++)
-                        out[h * w.columns + c] = rest[h * NR + c];
-        }
-    }
-}
 
-// Columns c to c + NR of a block: da (rank, columns) = or += Xᵀ P.
-void gradient_of_a(const Operand &own, const float *x, const float *p, int64_t height, float *da,
-                   int64_t stride, int64_t width, bool more)
-{
-    if (width >= NR) {
-        if (more)
-            multiply<NV, vec, 1>(own.rank, height, x, own.rank, p, COLUMNS, Add{da, stride});
-        else
-            multiply<NV, vec, 1>(own.rank, height, x, own.rank, p, COLUMNS, Set{da, stride});
-        return;
-    }
-    float rest[MR * NR];
-    const int64_t tiles = tiles_of(own.rank);
-    for (int64_t t = 0; t < tiles; t++) {
-        const int64_t r = own.rank * t / tiles, end = own.rank * (t + 1) / tiles;
-        tile_of<MR, NV, vec, 1>(end - r, height, x + r, own.rank, p, COLUMNS, Set{rest, NR});
-        for (int64_t s = r; s < end; s++)
-            for (int64_t c = 0; c < width; c++)
-                da[s * stride + c] = (more ? da[s * stride + c] : 0) + rest[(s - r) * NR + c];
-    }
-}
-
-// dx (height, padded rank) += P Aᵀ, with Aᵀ (width, padded rank) in `at`.
-void gradient_of_x(const float *p, const float *at, int64_t height, int64_t width, float *dx,
-                   int64_t stride)
-{
-    int64_t r = 0;
-    for (; r + NR <= stride; r += NR)
-        multiply<NV, vec, COLUMNS>(height, width, p, 1, at + r, stride, Add{dx + r, stride});
-    for (; r + VL <= stride; r += VL)
-        multiply<1, vec, COLUMNS>(height, width, p, 1, at + r, stride, Add{dx + r, stride});
-    for (; r < stride; r += VL / 2)
-        multiply<1, half, COLUMNS>(height, width, p, 1, at + r, stride, Add{dx + r, stride});
-}
-
-int64_t room_for_gradients(const Weight &w)
-{
-    int64_t room = 2 * ROWS * COLUMNS;
-    for (const Operand &own : w.operand)
-        room += w.rows * own.rank + COLUMNS * (own.rank + padded(own.rank));
-    return room;
-}
-
-void gradients(const Weight &w, int64_t from, int64_t end, float *room)
-{
-    float *x[2], *a[2], *at[2], *p[2];
-    for (int o = 0; o < 2; o++) {
-        const Operand &own = w.operand[o];
-        x[o] = room, room += w.rows * own.rank;
-        a[o] = room, room += COLUMNS * own.rank;
-        at[o] = room, room += COLUMNS * padded(own.rank);
-        p[o] = room, room += ROWS * COLUMNS;
-        tiled(own, w.rows, x[o]);
-        for (int64_t i = 0; i < COLUMNS * padded(own.rank); i++)
-            at[o][i] = 0;
-        if (own.dx)
-            for (int64_t i = 0; i < w.rows * padded(own.rank); i++)
-                own.dx[i] = 0;
-    }
-    const int64_t tiles = tiles_of(w.rows), r1 = w.operand[0].rank, r2 = w.operand[1].rank;
-    const int64_t blocks = (tiles + ROWS / MR - 1) / (ROWS / MR);
-    for (int64_t j = from; j < end; j += COLUMNS) {
-        const int64_t width = end - j < COLUMNS ? end - j : COLUMNS;
+    Composing(const Weight &w, Room &room)
+    {
+        const int64_t ranks = w.operand[0].rank + w.operand[1].rank;
+        wide = NEAREST / (NR * ranks);
+        wide = wide < 1 ? 1 : least(wide, parts(w.columns, NR));
         for (int o = 0; o < 2; o++) {
-            const int64_t rank = w.operand[o].rank, stride = padded(rank);
-            for (int64_t c = 0; c < width; c += NR)
-                panel(w.operand[o], j + c, end, a[o] + c * rank);
-            for (int64_t c = 0; c < width; c++)
-                for (int64_t r = 0; r < rank; r++)
-                    at[o][c * stride + r] = a[o][c / NR * NR * rank + r * NR + c % NR];
+            x[o] = room(w.rows * w.operand[o].rank);
+            a[o] = room(wide * NR * w.operand[o].rank);
         }
-        for (int64_t b = 0; b < blocks; b++) {
-            const int64_t first = tiles * b / blocks, last = tiles * (b + 1) / blocks;
-            const int64_t top = w.rows * first / tiles, height = w.rows * last / tiles - top;
-            for (int64_t c = 0; c < width; c += NR)
-                for (int64_t t = first; t < last; t++) {
-                    const int64_t i = w.rows * t / tiles, high = w.rows * (t + 1) / tiles - i;
-                    float one[MR * NR] = {}, rest[MR * NR];
-                    const float *g = w.gradient + i * w.columns + j + c;
-                    int64_t stride = w.columns;
-                    fetch(g, high, stride);
-                    if (!w.kept)
-                        tile_of<MR, NV, vec, 1>(high, r1, x[0] + i * r1, high, a[0] + c * r1, NR,
-                                                Set{one, NR});
-                    if (width - c < NR) {
-                        for (int64_t h = 0; h < high; h++)
-                            for (int64_t k = 0; k < NR; k++)
-                                rest[h * NR + k] = k < width - c ? g[h * stride + k] : 0;
-                        g = rest, stride = NR;
+    }
+
+    void run(const Weight &w, int64_t from, int64_t end)
+    {
+        const int64_t tiles = parts(w.rows, MR), r1 = w.operand[0].rank, r2 = w.operand[1].rank;
+        tiled({w.operand[0].x, r1, 1}, w.rows, r1, w.scale, x[0]);
+        tiled({w.operand[1].x, r2, 1}, w.rows, r2, 1, x[1]);
+        for (int64_t j = from; j < end; j += wide * NR) {
+            const int64_t stop = least(j + wide * NR, end), count = parts(stop - j, NR);
+            panels({w.operand[0].a, r1, 1}, j, stop, r1, a[0]);
+            panels({w.operand[1].a, r2, 1}, j, stop, r2, a[1]);
+            for (int64_t t = 0; t < tiles; t++) {
+                const int64_t i = w.rows * t / tiles, height = w.rows * (t + 1) / tiles - i;
+                for (int64_t p = 0; p < count; p++) {
+                    float first[MR * NR], rest[MR * NR];
+                    const int64_t width = least(end - j - p * NR, NR);
+                    float *out = w.weight + i * w.columns + j + p * NR;
+                    const Steps one{r1, x[0] + i * r1, height, a[0] + p * NR * r1, NR};
+                    const Steps two{r2, x[1] + i * r2, height, a[1] + p * NR * r2, NR};
+                    tile_of<MR, 2, 1>(height, one, 0, Set{first, NR});
+                    if (width == NR) {
+                        tile_of<MR, 2, 1>(height, two, w.shift, Combine{first, out, w.columns});
+                        continue;
                     }
-                    const int64_t at_p = (i - top) * COLUMNS + c;
-                    const float *kept = w.kept ? w.kept + kept_tile(w, j + c, t) : one;
-                    const Pull pull{kept, g, p[0] + at_p, p[1] + at_p, stride, w.scale, w.shift};
-                    if (w.kept)
-                        pull_all(high, kept + kept_size(w), pull);
-                    else
-                        tile_of<MR, NV, vec, 1>(high, r2, x[1] + i * r2, high, a[1] + c * r2, NR,
-                                                pull);
+                    tile_of<MR, 2, 1>(height, two, w.shift, Combine{first, rest, NR});
+                    for (int64_t h = 0; h < height; h++)
+                        memcpy(out + h * w.columns, rest + h * NR, width * sizeof(float));
                 }
-            for (int o = 0; o < 2; o++) {
-                const Operand &own = w.operand[o];
-                if (!own.dx)
-                    continue;
-                for (int64_t c = 0; c < width; c += NR)
-                    gradient_of_a(own, own.x + top * own.rank, p[o] + c, height, own.da + j + c,
-                                  w.columns, width - c, b > 0);
-                gradient_of_x(p[o], at[o], height, width, own.dx + top * padded(own.rank),
-                              padded(own.rank));
             }
         }
     }
-}
+};
 
-template <typename Work>
-int with_room(int64_t floats, const Weight *w, int64_t from, int64_t end, Work work)
+struct Gradients {
+    float *x[2], *a[2];             // as for composing; columns in blocks of COLUMNS
+    float *x_rows[2], *a_columns[2]; // padded, for the gradients by a and by x
+    float *dx[2], *da[2];           // padded; da of one block
+    float *pulled[2];               // the gradients by the products, panels of ROWS rows
+    float *outputs, *inputs;        // in tiles, and in panels of a block
+
+    Gradients(const Weight &w, Room &room)
+    {
+        for (int o = 0; o < 2; o++) {
+            const int64_t rank = w.operand[o].rank;
+            x[o] = room(w.rows * rank);
+            a[o] = room(COLUMNS * rank);
+            x_rows[o] = room(w.rows * padded(rank));
+            a_columns[o] = room(COLUMNS * padded(rank));
+            dx[o] = room(w.rows * padded(rank));
+            da[o] = room(COLUMNS * padded(rank));
+            pulled[o] = room(ROWS * COLUMNS);
+        }
+        outputs = room(w.gradient ? 0 : w.rows * w.batch);
+        inputs = room(w.gradient ? 0 : COLUMNS * w.batch);
+    }
+
+    void run(const Weight &w, int64_t from, int64_t end)
+    {
+        const float factor[2] = {w.scale, 1};
+        for (int o = 0; o < 2; o++) {
+            const Operand &own = w.operand[o];
+            tiled({own.x, own.rank, 1}, w.rows, own.rank, factor[o], x[o]);
+            pad(own.x, w.rows, own.rank, factor[o], x_rows[o]);
+            memset(dx[o], 0, w.rows * padded(own.rank) * sizeof(float));
+        }
+        if (!w.gradient)
+            tiled({w.outputs, 1, w.rows}, w.rows, w.batch, 1, outputs);
+        const int64_t tiles = parts(w.rows, MR), blocks = parts(tiles, ROWS / MR);
+        for (int64_t j = from; j < end; j += COLUMNS) {
+            const int64_t width = least(end - j, COLUMNS), count = parts(width, NR);
+            for (int o = 0; o < 2; o++) {
+                const Operand &own = w.operand[o];
+                const int64_t wide = padded(own.rank);
+                panels({own.a, own.rank, 1}, j, j + width, own.rank, a[o]);
+                memset(a_columns[o] + width * wide, 0, (count * NR - width) * wide * sizeof(float));
+                pad(own.a + j * own.rank, width, own.rank, factor[o], a_columns[o]);
+                memset(da[o], 0, COLUMNS * wide * sizeof(float));
+            }
+            if (!w.gradient)
+                panels({w.inputs, 1, w.columns}, j, j + width, w.batch, inputs);
+            for (int64_t b = 0; b < blocks; b++) {
+                const int64_t first = tiles * b / blocks, last = tiles * (b + 1) / blocks;
+                const int64_t top = w.rows * first / tiles, height = w.rows * last / tiles - top;
+                for (int64_t t = first; t < last; t++)
+                    pull(w, t, top, j, width);
+                for (int o = 0; o < 2; o++)
+                    if (w.operand[o].dx)
+                        collect(o, padded(w.operand[o].rank), top, height, count);
+            }
+            for (int o = 0; o < 2; o++)
+                if (w.operand[o].dx)
+                    compact(da[o], width, w.operand[o].rank, w.operand[o].da + j * w.operand[o].rank);
+        }
+        for (int o = 0; o < 2; o++)
+            if (w.operand[o].dx)
+                compact(dx[o], w.rows, w.operand[o].rank, w.operand[o].dx);
+    }
+
+    // Tile t of rows, of a block that begins at row `top` and column j.
+    void pull(const Weight &w, int64_t t, int64_t top, int64_t j, int64_t width)
+    {
+        const int64_t tiles = parts(w.rows, MR), r1 = w.operand[0].rank, r2 = w.operand[1].rank;
+        const int64_t i = w.rows * t / tiles, height = w.rows * (t + 1) / tiles - i;
+        for (int64_t c = 0; c < width; c += NR) {
+            float first[MR * NR], rest[MR * NR];
+            const float *own = rest;
+            int64_t stride = NR;
+            const Steps one{r1, x[0] + i * r1, height, a[0] + c * r1, NR};
+            const Steps two{r2, x[1] + i * r2, height, a[1] + c * r2, NR};
+            tile_of<MR, 2, 1>(height, one, 0, Set{first, NR});
+            if (!w.gradient) {
+                const Steps steps{w.batch, outputs + i * w.batch, height, inputs + c * w.batch, NR};
+                tile_of<MR, 2, 1>(height, steps, 0, Set{rest, NR});
+            } else if (width - c >= NR) {
+                own = w.gradient + i * w.columns + j + c, stride = w.columns;
+            } else {
+                memset(rest, 0, sizeof rest);
+                const float *row = w.gradient + i * w.columns + j + c;
+                for (int64_t h = 0; h < height; h++, row += w.columns)
+                    memcpy(rest + h * NR, row, (width - c) * sizeof(float));
+            }
+            const int64_t at = c * ROWS + (i - top) * NR;
+            const Pull to{first, own, pulled[0] + at, pulled[1] + at, stride};
+            tile_of<MR, 2, 1>(height, two, w.shift, to);
+        }
+    }
+
+    // The share of a block of `height` rows and `count` panels in the gradients of one operand.
+    void collect(int o, int64_t wide, int64_t top, int64_t height, int64_t count)
+    {
+        for (int64_t p = 0; p < count; p++) {
+            const Steps down{height, pulled[o] + p * ROWS * NR, NR, x_rows[o] + top * wide, wide};
+            add_product<1>(NR, wide, down, Add{da[o] + p * NR * wide, wide});
+        }
+        const Steps across{NR, pulled[o], 1, a_columns[o], wide, count, (ROWS - 1) * NR};
+        add_product<NR>(height, wide, across, Add{dx[o] + top * wide, wide});
+    }
+};
+
+template <typename Work> int with_room(const Weight &w, int64_t from, int64_t end)
 {
-    float *room = static_cast<float *>(malloc(floats * sizeof(float)));
-    if (!room)
+    Room room{nullptr, 0};
+    Work{w, room};
+    float *memory = static_cast<float *>(aligned_alloc(64, room.used * sizeof(float)));
+    if (!memory)
         return 1;
-    work(*w, from, end, room);
-    free(room);
+    room = {memory, 0};
+    Work{w, room}.run(w, from, end);
+    free(memory);
     return 0;
 }
 
@@ -372,18 +418,15 @@ int fedpara_supported()
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-// Floats to keep the two products in.
-int64_t fedpara_kept(const Weight *w) { return 2 * kept_size(*w); }
-
 // Columns from `from` to `end` of the weight. 1 if there was no memory to work in, else 0.
 int fedpara_compose(const Weight *w, int64_t from, int64_t end)
 {
-    return with_room(room_for_composing(*w), w, from, end, compose);
+    return with_room<Composing>(*w, from, end);
 }
 
-// The same columns' share of dx, and these columns of da.
+// These columns' share of dx, and these columns' rows of da.
 int fedpara_gradients(const Weight *w, int64_t from, int64_t end)
 {
-    return with_room(room_for_gradients(*w), w, from, end, gradients);
+    return with_room<Gradients>(*w, from, end);
 }
 }

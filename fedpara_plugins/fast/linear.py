@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional
 from fedpara_plugins.fast import native
 from fedpara_plugins.fast.conditions import as_autocast_casts, may_run
 from fedpara_plugins.fast.linear_blocks import linear_by_blocks
+from fedpara_plugins.fast.linear_composed import linear_composed
 from fedpara_plugins.fast.linear_factors import linear_by_factors
 
 if TYPE_CHECKING:
@@ -30,39 +32,60 @@ BLOCKS_BYTES = 32 << 20
 than its passes through memory over the whole take. The kernels make no such passes."""
 
 
+PRODUCT_INPUTS = 1024
+"""Up to so many inputs the kernels compute the gradient by a weight themselves, tile by tile."""
+
+
 def linear_from_factors(
-    plan: WeightPlan, factors: Mapping[str, Tensor], inputs: Tensor
+    plan: WeightPlan, factors: Mapping[str, Tensor], inputs: Tensor, bias: Tensor | None
 ) -> Tensor | None:
-    """Give x Wᵀ without W, shape (..., m); None where it is better, or necessary, to compose W.
+    """Give x Wᵀ + b, shape (..., m); None where W is to be composed as for any other layer.
 
     Args:
         plan: of a matrix (m, n).
         factors: by name.
         inputs: x, shape (..., n).
+        bias: b, shape (m,), or None.
     """
     form = plan.form
     if form is None or inputs.shape[-1] != plan.shape[1]:
         return None
     if form.operands == 1 and not form.tanh:
         x = factors["x1"] * form.gains[0]
-        return functional.linear(functional.linear(inputs, factors["y1"].T), x)
-    ordered = [inputs, *plan.ordered(factors)]
-    if not may_run(ordered):
+        return _plus(functional.linear(functional.linear(inputs, factors["y1"].T), x), bias)
+    count = inputs.numel() // plan.shape[1]
+    given = [inputs, *plan.ordered(factors)]
+    if not may_run(given):
         return None
-    kernels = native.serves(form, ordered[1:]) and not torch.is_autocast_enabled("cpu")
-    by_factors = not form.tanh and _few(plan, inputs.numel() // plan.shape[1], kernels)
-    if not by_factors and not _by_blocks(plan, kernels):
-        return None
-    first, *rest = as_autocast_casts(ordered)
-    assert first is not None
-    way = linear_by_factors if by_factors else linear_by_blocks
-    rows = first.reshape(-1, plan.shape[1])
+    kernels = native.serves(form, given[1:]) and not torch.is_autocast_enabled("cpu")
+    by_factors = not form.tanh and _few(plan, count, kernels)
+    if by_factors or _by_blocks(plan, kernels):
+        first, *rest = as_autocast_casts(given)
+        assert first is not None
+        rows = first.reshape(-1, plan.shape[1])
+        way = linear_by_factors if by_factors else linear_by_blocks
+        output = way(form, rows, rest, plain=partial(_plainly, plan, None))
+        return _plus(output.view(*inputs.shape[:-1], plan.shape[0]), bias)
+    if kernels and 0 < count <= PRODUCT_INPUTS:
+        return linear_composed(
+            form, inputs, given[1:], bias, plain=partial(_plainly_with_bias, plan)
+        )
+    return None
 
-    def plain(tensors: Sequence[Tensor | None]) -> Tensor:
-        assert tensors[0] is not None
-        return functional.linear(tensors[0], plan.compose_plainly(tensors[1:]))
 
-    return way(form, rows, rest, plain=plain).view(*inputs.shape[:-1], plan.shape[0])
+def _plainly(plan: WeightPlan, bias: Tensor | None, tensors: Sequence[Tensor | None]) -> Tensor:
+    inputs, *factors = tensors
+    assert inputs is not None
+    return functional.linear(inputs, plan.compose_plainly(factors), bias)
+
+
+def _plainly_with_bias(plan: WeightPlan, tensors: Sequence[Tensor | None]) -> Tensor:
+    inputs, bias, *factors = tensors
+    return _plainly(plan, bias, [inputs, *factors])
+
+
+def _plus(output: Tensor, bias: Tensor | None) -> Tensor:
+    return output if bias is None else output + bias.to(output.dtype)
 
 
 def _by_blocks(plan: WeightPlan, kernels: bool) -> bool:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +19,9 @@ from torch import Tensor
 from fedpara_plugins.fast import buffers
 from fedpara_plugins.fast.form import Form
 
-if TYPE_CHECKING:
-    from fedpara_plugins.fast.weight import Operand
+__all__ = ["Found", "Product", "compose", "found", "gradients", "serves"]
 
-__all__ = ["Found", "compose", "found", "gradients", "serves", "without_gains"]
-
-API = 1
+API = 2
 """Of the distribution's functions that this module knows how to call."""
 
 PARALLEL = 4_000_000
@@ -56,106 +53,156 @@ def found() -> Found:
 
 
 def serves(form: Form, factors: Sequence[Tensor | None]) -> bool:
-    """Whether `compose` and `gradients` can be called with these factors (x1, y1, t1, x2, ...)."""
+    """Whether `compose` and `gradients` can be called with these factors (x1, y1, t1, x2, ...).
+
+    They are of one dtype and on one device, as `fedpara_plugins.fast.conditions.may_run` has found.
+    """
+    first = factors[0]
+    if first is None or first.dtype is not torch.float32 or not first.is_cpu:
+        return False
     if form.operands != 2 or form.tanh or found().kernels is None:
         return False
-    return all(
-        f is None or (f.dtype == torch.float32 and f.device.type == "cpu" and f.is_contiguous())
-        for f in factors
-    )
+    return all([factor is None or factor.is_contiguous() for factor in factors])  # noqa: C419
 
 
-def without_gains(form: Form) -> Form:
-    """For operands whose gains `compose` and `gradients` apply by themselves."""
-    return form._replace(gains=(1.0,) * form.operands)
+class Operand(NamedTuple):
+    """One operand's factors as the kernels want them.
+
+    Attributes:
+        x: (m, R).
+        y: (n, R).
+        core: None for a matrix, else t with the rank of x last: (R of y, k R).
+        a: (n k, R), what the rows of x are multiplied with.
+    """
+
+    x: Tensor
+    y: Tensor
+    core: Tensor | None
+    a: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, t: Tensor | None) -> Operand:
+        """From the factors themselves."""
+        if t is None:
+            return cls(x, y, None, y)
+        core = t.flatten(2).permute(1, 2, 0).reshape(t.shape[1], -1)
+        return cls(x, y, core, (y @ core).view(-1, t.shape[0]))
+
+    def gradients(
+        self, dx: Tensor, da: Tensor, t: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of x, y and t, from those by `x` and `a`."""
+        if self.core is None or t is None:
+            return dx, da, None
+        by_row = da.view(self.y.shape[0], -1)  # (n, k R)
+        dt = (self.y.T @ by_row).view(t.shape[1], -1, t.shape[0])
+        return dx, by_row @ self.core.T, dt.permute(2, 0, 1).reshape(t.shape)
 
 
-def compose(
-    form: Form, operands: Sequence[Operand], weight: Tensor, *, keep: bool = False
-) -> list[Tensor]:
-    """Write s W1 * (W2 + c) into ``weight``, shape (m, n k).
+def compose(form: Form, factors: Sequence[Any]) -> Tensor:
+    """Give s W1 or s W1 * (W2 + c), shape (m, n k).
 
     Args:
         form: of two operands, without tanh.
-        operands: with their gains left out of `Operand.x`.
-        weight: float32 and contiguous.
-        keep: the two products for `gradients`, which computes them again without.
-
-    Returns:
-        With ``keep`` the two products, in the kernels' own order; else nothing.
+        factors: x1, y1, t1, x2, y2, t2, as `serves` wants them.
     """
     kernels = found().kernels
-    task = _task(form, operands, weight)
-    task.weight = weight.data_ptr()
-    kept = [buffers.empty(weight, 1, kernels.kept(task))] if keep else []
-    if keep:
-        task.kept = kept[0].data_ptr()
-    parts = _parts(operands, weight)
-    _run([partial(kernels.compose, task, a, b) for a, b in parts])
-    return kept
+    first, second = operands = _operands(factors)
+    weight = buffers.empty(first.x, first.x.shape[0], first.a.shape[0])
+    described = kernels.describe(
+        weight.shape, *_constants(form), _read(first), _read(second), weight=weight.data_ptr()
+    )
+    parts = _parts(operands, *weight.shape)
+    _run(kernels.compose, [described] * len(parts), parts)
+    return weight
+
+
+class Product(NamedTuple):
+    """A linear layer's gradient by its weight, outputsᵀ inputs, that is not to exist as a whole.
+
+    Attributes:
+        outputs: the gradient by the layer's outputs, (B, m).
+        inputs: of the layer, (B, n).
+    """
+
+    outputs: Tensor
+    inputs: Tensor
 
 
 def gradients(
-    form: Form,
-    operands: Sequence[Operand],
-    gradient: Tensor,
-    wanted: Sequence[bool],
-    kept: Sequence[Tensor] = (),
-) -> list[tuple[Tensor, Tensor] | None]:
-    """By x (m, R) and by a (R, n k) of each operand, from that by the weight; None if unwanted."""
+    form: Form, factors: Sequence[Any], gradient: Tensor | Product, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of x1, y1, t1, ..., from that by the weight (m, n k); None for operands that need none."""
     kernels = found().kernels
-    gradient = gradient.contiguous()
-    parts = _parts(operands, gradient)
-    rows, columns = gradient.shape
-    dxs: list[list[Tensor]] = [[], []]
-    das = [gradient.new_empty(own.a.shape[0], columns) for own in operands]
-    tasks = []
-    for _ in parts:
-        task = _task(form, operands, gradient)
-        task.gradient = gradient.data_ptr()
-        if kept:
-            task.kept = kept[0].data_ptr()
-        for i, own in enumerate(operands):
-            if wanted[i]:
-                dx = gradient.new_empty(rows, kernels.padded(own.x.shape[1]))
-                dxs[i].append(dx)
-                task.operand[i].dx, task.operand[i].da = dx.data_ptr(), das[i].data_ptr()
-        tasks.append(task)
-    _run(
-        [partial(kernels.gradients, task, a, b) for task, (a, b) in zip(tasks, parts, strict=True)]
-    )
-    pairs: list[tuple[Tensor, Tensor] | None] = []
-    for own, parts_of_dx, da, want in zip(operands, dxs, das, wanted, strict=True):
-        if not want:
-            pairs.append(None)
-            continue
-        dx = parts_of_dx[0] if len(parts_of_dx) == 1 else torch.stack(parts_of_dx).sum(0)
-        pairs.append((dx[:, : own.x.shape[1]], da))
-    return pairs
+    operands = _operands(factors)
+    shape = (operands[0].x.shape[0], operands[0].a.shape[0])
+    if isinstance(gradient, Product):
+        outputs, inputs = gradient.outputs.contiguous(), gradient.inputs.contiguous()
+        given = {"outputs": outputs.data_ptr(), "inputs": inputs.data_ptr(), "batch": len(inputs)}
+    else:
+        gradient = gradient.contiguous()
+        given = {"gradient": gradient.data_ptr()}
+    parts = _parts(operands, *shape)
+    results = [
+        _Collected(own, len(parts)) if any(needed[3 * i : 3 * i + 3]) else None
+        for i, own in enumerate(operands)
+    ]
+    slots = [
+        [_read(own) if result is None else result.slot(number) for number in range(len(parts))]
+        for own, result in zip(operands, results, strict=True)
+    ]
+    constants = _constants(form)
+    described = [
+        kernels.describe(shape, *constants, slots[0][number], slots[1][number], **given)
+        for number in range(len(parts))
+    ]
+    _run(kernels.gradients, described, parts)
+    flat: list[Tensor | None] = []
+    for i, result in enumerate(results):
+        flat += [None] * 3 if result is None else result.gradients(factors[3 * i + 2])
+    return flat
 
 
-def _task(form: Form, operands: Sequence[Operand], weight: Tensor) -> Any:
-    """The structure that describes a weight; it points into the operands' tensors."""
-    kernels = found().kernels
+class _Collected:
+    """Memory for one operand's gradients: by x once for each part of the work, by a once."""
+
+    def __init__(self, own: Operand, parts: int) -> None:
+        self.own = own
+        self.dx = [torch.empty_like(own.x) for _ in range(parts)]
+        self.da = torch.empty_like(own.a)
+
+    def slot(self, number: int) -> tuple[int, int, int, int, int]:
+        x, a, _, _, rank = _read(self.own)
+        return x, a, self.dx[number].data_ptr(), self.da.data_ptr(), rank
+
+    def gradients(self, t: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        dx = self.dx[0] if len(self.dx) == 1 else torch.stack(self.dx).sum(0)
+        return self.own.gradients(dx, self.da, t)
+
+
+def _operands(factors: Sequence[Any]) -> list[Operand]:
+    return [Operand.of(*factors[:3]), Operand.of(*factors[3:])]
+
+
+def _read(own: Operand) -> tuple[int, int, int, int, int]:
+    return own.x.data_ptr(), own.a.data_ptr(), 0, 0, own.x.shape[1]
+
+
+def _constants(form: Form) -> tuple[float, float]:
+    """Of s W1 (W2 + c), with gains: g1 W1 (g2 W2 + c) = (g1 g2) W1 (W2 + c / g2)."""
     first, second = form.gains
-    # g1 W1 (g2 W2 + c) = (g1 g2) W1 (W2 + c / g2)
-    scale = first * second * form.bound
-    task = kernels.Weight(*weight.shape, scale, (1 / second) if form.plus_one else 0.0)
-    for own, slot in zip(operands, task.operand, strict=True):
-        slot.x, slot.a, slot.rank = own.x.data_ptr(), own.a.data_ptr(), own.x.shape[1]
-        slot.a_row, slot.a_column = own.a.stride()
-    return task
+    return first * second * form.bound, (1 / second) if form.plus_one else 0.0
 
 
-def _parts(operands: Sequence[Operand], weight: Tensor) -> list[tuple[int, int]]:
+def _parts(operands: Sequence[Operand], rows: int, columns: int) -> list[tuple[int, int]]:
     """Ranges of columns, one for each of torch's threads."""
-    kernels = found().kernels
-    columns = weight.shape[1]
-    rank = sum(own.x.shape[1] for own in operands)
-    step: int = kernels.COLUMNS
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return [(0, columns)]
+    step: int = found().kernels.COLUMNS
     blocks = -(-columns // step)
-    most = weight.numel() * rank // PARALLEL
-    count = max(1, min(torch.get_num_threads(), blocks, most))
+    most = rows * columns * sum(own.x.shape[1] for own in operands) // PARALLEL
+    count = max(1, min(threads, blocks, most))
     edges = [min(columns, blocks * i // count * step) for i in range(count + 1)]
     return list(pairwise(edges))
 
@@ -163,16 +210,21 @@ def _parts(operands: Sequence[Operand], weight: Tensor) -> list[tuple[int, int]]
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
-def _run(calls: Sequence[Callable[[], None]]) -> None:
-    """All of them, at once: they let other threads of Python run."""
-    if len(calls) == 1:
-        return calls[0]()
-    key = (os.getpid(), len(calls) - 1)  # threads do not survive a fork
+def _run(
+    work: Callable[[bytes, int, int], None],
+    described: Sequence[bytes],
+    parts: Sequence[tuple[int, int]],
+) -> None:
+    """All parts at once: the kernels let other threads of Python run."""
+    (first, *others) = zip(described, parts, strict=True)
+    if not others:
+        return work(first[0], *first[1])
+    key = (os.getpid(), len(others))  # threads do not survive a fork
     if key not in _pools:
-        _pools[key] = ThreadPoolExecutor(len(calls) - 1, thread_name_prefix="fedpara-kernels")
-    waiting = [_pools[key].submit(call) for call in calls[1:]]
+        _pools[key] = ThreadPoolExecutor(len(others), thread_name_prefix="fedpara-kernels")
+    waiting = [_pools[key].submit(work, one, *part) for one, part in others]
     try:
-        calls[0]()
+        work(first[0], *first[1])
     finally:
         wait(waiting)  # they write to memory that is freed after this
     for one in waiting:

@@ -142,20 +142,21 @@ class _Compose(torch.autograd.Function):
     def forward(
         ctx: Any, form: Form, plain: Plain, recompute: bool, *factors: Tensor | None
     ) -> Tensor:
-        ctx.native = native.serves(form, factors)
-        operands = operands_of(native.without_gains(form) if ctx.native else form, factors)
+        ctx.form, ctx.plain, ctx.native, ctx.kept = form, plain, native.serves(form, factors), 0
+        if ctx.native:
+            weight = native.compose(form, factors)
+            ctx.save_for_backward(*factors)
+            return weight
+        operands = operands_of(form, factors)
         m, columns = operands[0].x.shape[0], operands[0].a.shape[1]
         weight = buffers.empty(operands[0].x, m, columns)
         needed = any(ctx.needs_input_grad) and not recompute
         products_needed = needed and (form.operands == 2 or form.tanh)
-        if ctx.native:
-            keep = native.compose(form, operands, weight, keep=products_needed)
-        else:
-            keep = [buffers.empty(weight, m, columns) for _ in operands if products_needed]
-            for rows in row_blocks(m, columns, weight.element_size()):
-                combined(form, products(form, operands, rows, keep), weight[rows])
+        keep = [buffers.empty(weight, m, columns) for _ in operands if products_needed]
+        for rows in row_blocks(m, columns, weight.element_size()):
+            combined(form, products(form, operands, rows, keep), weight[rows])
         cores = [own.a for own in operands if needed and own.t is not None]
-        ctx.form, ctx.plain, ctx.kept = form, plain, len(keep)
+        ctx.kept = len(keep)
         ctx.save_for_backward(*factors, *keep, *cores)
         return weight
 
@@ -168,31 +169,14 @@ class _Compose(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
             return None, None, None, *differentiable(ctx.plain, factors, gradient, needed)
-        keep, cores = saved[: ctx.kept], saved[ctx.kept :]
         if ctx.native:
-            return None, None, None, *_by_native(form, factors, cores, keep, gradient, needed)
+            return None, None, None, *native.gradients(form, factors, gradient, needed)
+        keep, cores = saved[: ctx.kept], saved[ctx.kept :]
         gradients = FactorGradients(form, operands_of(form, factors, cores), needed)
         m, columns = gradient.shape
         for rows in row_blocks(m, columns, gradient.element_size()):
             gradients.add(rows, gradient[rows], [k[rows] for k in keep])
         return None, None, None, *gradients.result()
-
-
-def _by_native(
-    form: Form,
-    factors: Sequence[Any],
-    cores: Sequence[Tensor],
-    keep: Sequence[Tensor],
-    gradient: Tensor,
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    operands = operands_of(native.without_gains(form), factors, cores)
-    wanted = [any(needed[3 * i : 3 * i + 3]) for i in range(form.operands)]
-    found: list[Tensor | None] = []
-    pairs = native.gradients(form, operands, gradient, wanted, keep)
-    for own, pair in zip(operands, pairs, strict=True):
-        found += [None] * 3 if pair is None else own.gradients(*pair)
-    return found
 
 
 class FactorGradients:

@@ -200,8 +200,13 @@ class FactorisedLayer(nn.Module):
 
     def factors(self, weight: str) -> dict[str, Tensor]:
         """The factors of one weight by their names (x1, y1, ...), as the parameters they are."""
-        keys = {name: self.factor_key(weight, name) for name in self.plans[weight].factor_names}
-        return {name: getattr(self, key) for name, key in keys.items()}
+        found, parameters = {}, self._parameters
+        for name in self.plans[weight].factor_names:
+            key = self.factor_key(weight, name)
+            # `getattr` finds them too, in Python and after all else, or what replaced them.
+            value = parameters.get(key)
+            found[name] = getattr(self, key) if value is None else value
+        return found
 
     def factors_now(self, weight: str) -> Mapping[str, Tensor]:
         """The factors as the present phase of training sees them: what is to be composed."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.functional import linear
 
 from fedpara_plugins.fast.linear import linear_from_factors
 from fedpara_plugins.layers.base import FactorisedLayer, composed
+from fedpara_plugins.once import kept_weights
 from fedpara_plugins.plan import WeightSlot
 
 __all__ = ["FactorisedLinear"]
@@ -35,12 +37,11 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name for it)
         """Shape (..., out_features)."""
-        kept = self.kept_weight("weight")
-        if kept is not None:
-            return functional.linear(input, kept, self.bias)
-        if self.must_compose("weight"):
+        plan = self.plans.get("weight")
+        if plan is None or self.on_composed is not None:
             return super().forward(input)
-        output = linear_from_factors(self.plans["weight"], self.factors_now("weight"), input)
-        if output is None:
-            return super().forward(input)
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+        if not torch.compiler.is_compiling() and kept_weights(self) is not None:
+            kept = self.kept_weight("weight")
+            return super().forward(input) if kept is None else linear(input, kept, self.bias)
+        output = linear_from_factors(plan, self.factors_now("weight"), input, self.bias)
+        return super().forward(input) if output is None else output

@@ -43,9 +43,9 @@ CASES = [
 """Kinds of layers, and ranks."""
 
 
-def converted(name, method, rank, **options):
+def converted(name, method, rank):
     torch.manual_seed(3)
-    layer = fedpara.convert(LAYERS[name](), method=method, rank=rank, min_size=0, **options)
+    layer = fedpara.convert(LAYERS[name](), method=method, rank=rank, min_size=0)
     with torch.no_grad():
         for factor in layer.factors("weight").values():
             factor.copy_(torch.randn_like(factor))
@@ -96,11 +96,10 @@ def calls(monkeypatch):
 
 
 @needs_kernels
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("method", ["fedpara", "pfedpara"])
 @pytest.mark.parametrize(("name", "rank"), CASES)
-def test_weight_and_gradients(name, method, rank, recompute, calls):
-    layer = converted(name, method, rank, recompute=recompute)
+def test_weight_and_gradients(name, method, rank, calls):
+    layer = converted(name, method, rank)
     calls.compose = 0
     weight = layer.weight
     probe = torch.randn_like(weight)
@@ -113,9 +112,8 @@ def test_weight_and_gradients(name, method, rank, recompute, calls):
 
 
 @needs_kernels
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_divide_the_work(threads, recompute, monkeypatch):
+def test_threads_divide_the_work(threads, monkeypatch):
     monkeypatch.setattr(native, "PARALLEL", 1)
     used = set()
 
@@ -129,7 +127,7 @@ def test_threads_divide_the_work(threads, recompute, monkeypatch):
     kernels = native.found().kernels
     for name in ("compose", "gradients"):
         monkeypatch.setattr(kernels, name, noted(getattr(kernels, name)))
-    layer = converted("kernels", "pfedpara", 7, recompute=recompute)
+    layer = converted("kernels", "pfedpara", 7)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     used.clear()
