@@ -70,7 +70,8 @@ class FedParaConfig:
             (`fedpara_plugins.projection`). Messages are the same; `convert` takes no notice.
         recompute: whether backward computes the two products behind a weight again, which takes
             longer, instead of holding them since forward, which takes twice the weight's memory;
-            None does so for weights of 4 MiB and more, where it costs little.
+            None does so for weights of 4 MiB and more, where it costs little. With
+            fedpara-plugins-kernels it takes no longer, and nothing is ever held.
         decay: what the optimizer's weight decay shrinks: ``composed`` weights, as the same setting
             would shrink dense ones, or each of the ``factors``.
         clip: bound of the gradient's norm over the whole model at each step; None for none.

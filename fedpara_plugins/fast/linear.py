@@ -90,9 +90,10 @@ def _plus(output: Tensor, bias: Tensor | None) -> Tensor:
 
 def _by_blocks(plan: WeightPlan, kernels: bool) -> bool:
     """Whether the weight is never to exist as a whole: by its size in float32, or as asked for."""
-    if plan.recompute is None:
-        return not kernels and 4 * plan.shape[0] * plan.shape[1] >= BLOCKS_BYTES
-    return plan.recompute
+    large = 4 * plan.shape[0] * plan.shape[1] >= BLOCKS_BYTES
+    if kernels:
+        return large and plan.recompute is True
+    return large if plan.recompute is None else plan.recompute
 
 
 def _few(plan: WeightPlan, inputs: int, kernels: bool) -> bool:
