@@ -40,8 +40,9 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
         plan = self.plans.get("weight")
         if plan is None or self.on_composed is not None:
             return super().forward(input)
-        if not torch.compiler.is_compiling() and kept_weights(self) is not None:
-            kept = self.kept_weight("weight")
+        once = None if torch.compiler.is_compiling() else kept_weights(self)
+        if once is not None:
+            kept = once.weight(self, "weight")
             return super().forward(input) if kept is None else linear(input, kept, self.bias)
         output = linear_from_factors(plan, self.factors_now("weight"), input, self.bias)
         return super().forward(input) if output is None else output
