@@ -147,3 +147,11 @@ def test_a_server_without_the_plugin(tmp_path: Path, backend: str) -> None:
     with FedMLEngine(tmp_path, backend, plugin=FEDPARA, of_rank={0: None}) as engine:
         engine.start_all()
         check_ended(engine, ["the server runs without the plugin"], stock="server")
+
+
+def test_a_server_without_the_plugin_that_is_slow(tmp_path: Path) -> None:
+    """On TRPC FedML's own takes messages before it is ready for them; none must come that soon."""
+    words, of_rank = "server round 1 is-late", {0: None}
+    with FedMLEngine(tmp_path, "TRPC", plugin=FEDPARA, of_rank=of_rank, trouble=words) as engine:
+        engine.start_all()
+        check_ended(engine, ["the server runs without the plugin"], stock="server")

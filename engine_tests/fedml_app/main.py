@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,20 @@ def record() -> None:
     _InternalRPCPickler.serialize = recording  # type: ignore[method-assign]
 
 
+def be_late() -> None:
+    """FedML's own server takes its time until it is ready, in round 1 or never."""
+    from fedml.cross_silo.server.fedml_server_manager import FedMLServerManager
+
+    ready = FedMLServerManager.handle_message_connection_ready
+
+    def late(self: Any, message: Any) -> None:
+        if trouble("server", 1) == "is-late":
+            time.sleep(4)
+        ready(self, message)
+
+    FedMLServerManager.handle_message_connection_ready = late
+
+
 def main() -> None:
     """Run one process."""
     if os.environ.get("FEDPARA_RECORD"):
@@ -175,6 +190,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     args = fedml.init(check_env=False, should_init_logs=False)
     if os.environ.get("FEDPARA_PLUGIN") == "off":
+        be_late()
         runner = fedml.FedMLRunner
     else:
         from fedpara_plugins_fedml import FedMLRunner as runner  # noqa: N813

@@ -39,6 +39,17 @@ FAREWELL = 15.0
 SILENCE = 3.0
 """Seconds without a word from FedML's server after which it has no more to say."""
 
+FIRST_WORD = 10.0
+"""Seconds that a server on TRPC has to speak first, as FedML's own and ours do when they are ready.
+
+FedML's own server takes messages from a thread that runs before the rest of it is ready, and that
+ends with an error if the word that a client is online comes too soon.
+"""
+
+AGAIN, SELDOM = 2.0, 10.0
+"""Seconds until a client says again that it is there; the second to a server that has spoken, over
+a transport that loses nothing: FedML's own would send everybody a model once more."""
+
 WORTH_A_WORD = 10.0
 """Seconds of waiting after which a client says what it waits for."""
 
@@ -147,9 +158,15 @@ def introduce(post: Post, seconds: float, error: str = "") -> Event:
     """
     start, session = time.monotonic(), uuid4().hex
     end, told = start + seconds, False
+    reliable = post.backend == "TRPC"
+    speak = start + (FIRST_WORD if reliable else 0)
     while time.monotonic() < end:
-        post.send(SERVER, HELLO, session=session, error=error)
-        event = post.next(2)
+        spoken = SERVER not in post.unheard()
+        if spoken or time.monotonic() >= speak:
+            post.send(SERVER, HELLO, session=session, error=error)
+            event = post.next(SELDOM if spoken and reliable else AGAIN)
+        else:
+            event = post.next(0.1)
         if event is not None and event.kind != CHECK:
             return event
         if event is not None:  # FedML's server: it speaks to all clients when the last has come

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import Any
 
@@ -96,13 +97,13 @@ class ServerManager:
     def _gather(self) -> None:
         """Wait for all clients; for fewer if ``fedpara_min_clients`` says how many will do."""
         deadline = time.monotonic() + self._start_timeout
-        asked = time.monotonic()
+        asked = -math.inf  # at once, as FedML's own server does
         while len(self._alive) < len(self._post.peers):
-            event = self._post.next(max(0.01, min(ASK_AGAIN, deadline - time.monotonic())))
             if time.monotonic() > asked + ASK_AGAIN:
                 asked = time.monotonic()
                 for peer in self._post.unheard():
                     self._post.send(peer, CHECK)
+            event = self._post.next(max(0.01, min(ASK_AGAIN, deadline - time.monotonic())))
             if event is not None:
                 self._handle(event)
             elif time.monotonic() >= deadline:
