@@ -1,0 +1,196 @@
+// Products of small matrices with their sums in registers, and inputs packed in the order of reading.
+//
+// As in other libraries of matrix products, the inner loop is a tile of sums in registers. Matrices
+// are packed in tiles of rows and in panels of columns. Names: i counts rows, j columns, k steps.
+
+#pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+namespace {
+
+typedef float vec __attribute__((vector_size(32)));
+
+constexpr int VL = 8;        // floats of a vector
+constexpr int SUMS = 12;     // vectors of sums in a tile: 12 of the 16 registers
+constexpr int NR = 2 * VL;   // columns of a panel
+constexpr int MR = SUMS / 2; // rows of a tile of a panel
+
+inline vec load(const float *from)
+{
+    vec value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline void store(float *to, vec value) { memcpy(to, &value, sizeof value); }
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int64_t parts(int64_t of, int64_t most) { return (of + most - 1) / most; }
+
+// How many floats `rank` are with zeros up to whole vectors.
+inline int64_t padded(int64_t rank) { return parts(rank, VL) * VL; }
+
+// Where the sums of a tile go: `at` is 0, VL, ...
+
+struct Set {
+    float *to;
+    int64_t stride;
+    void operator()(int i, int at, vec sum) const { store(to + i * stride + at, sum); }
+    Set down(int64_t rows) const { return {to + rows * stride, stride}; }
+};
+
+struct Add {
+    float *to;
+    int64_t stride;
+    void operator()(int i, int at, vec sum) const
+    {
+        store(to + i * stride + at, load(to + i * stride + at) + sum);
+    }
+    Add down(int64_t rows) const { return {to + rows * stride, stride}; }
+};
+
+// What a tile's row i and its step k read: a[i * AI + k * ak] and V vectors at b + k * bk. After
+// `count` steps a goes on `gap` further, `times` times.
+struct Steps {
+    int64_t count;
+    const float *a;
+    int64_t ak;
+    const float *b;
+    int64_t bk;
+    int64_t times = 1, gap = 0;
+};
+
+// start + sum over k of a(i, k) b(k, :), R rows and V vectors of them.
+template <int R, int V, int AI, typename To>
+inline void tile(const Steps &steps, float start, const To to)
+{
+    const float *a = steps.a, *b = steps.b;
+    const int64_t ak = steps.ak, bk = steps.bk;
+    vec sum[R][V];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++)
+            sum[i][v] = start - vec{};
+    for (int64_t n = 0; n < steps.times; n++, a += steps.gap)
+        for (int64_t k = 0; k < steps.count; k++, a += ak, b += bk) {
+            vec row[V];
+#pragma GCC unroll 16
+            for (int v = 0; v < V; v++)
+                row[v] = load(b + v * VL);
+#pragma GCC unroll 16
+            for (int i = 0; i < R; i++) {
+                const vec one = a[i * AI] - vec{};
+#pragma GCC unroll 16
+                for (int v = 0; v < V; v++)
+                    sum[i][v] += one * row[v];
+            }
+        }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++)
+            to(i, v * VL, sum[i][v]);
+}
+
+// A tile of `rows` <= R rows: the number must be known when this is compiled.
+template <int R, int V, int AI, typename To>
+inline void tile_of(int64_t rows, const Steps &steps, float start, const To &to)
+{
+    if (rows == R)
+        tile<R, V, AI>(steps, start, to);
+    else if constexpr (R > 1)
+        tile_of<R - 1, V, AI>(rows, steps, start, to);
+}
+
+// to += the products of `rows` rows, in tiles of nearly equal height, with V vectors.
+template <int V, int AI> void add_rows(int64_t rows, Steps steps, Add to)
+{
+    const int64_t tiles = parts(rows, SUMS / V);
+    const float *a = steps.a;
+    for (int64_t t = 0; t < tiles; t++) {
+        const int64_t i = rows * t / tiles, end = rows * (t + 1) / tiles;
+        steps.a = a + i * AI;
+        tile_of<SUMS / V, V, AI>(end - i, steps, 0, to.down(i));
+    }
+}
+
+// The same with all `width` floats of b, a multiple of VL: by three vectors, and no single one
+// is left over if it can be helped, since that keeps the processor less busy.
+template <int AI> void add_product(int64_t rows, int64_t width, Steps steps, Add to)
+{
+    for (int64_t left = width / VL; left > 0;) {
+        const int64_t now = left == 4 || left == 2 ? 2 : left > 2 ? 3 : 1;
+        if (now == 3)
+            add_rows<3, AI>(rows, steps, to);
+        else if (now == 2)
+            add_rows<2, AI>(rows, steps, to);
+        else
+            add_rows<1, AI>(rows, steps, to);
+        steps.b += now * VL, to.to += now * VL, left -= now;
+    }
+}
+
+// Two strides of a matrix, in elements.
+struct Matrix {
+    const float *at;
+    int64_t down, across;
+    float operator()(int64_t i, int64_t k) const { return at[i * down + k * across]; }
+};
+
+// rows x count, times a factor, in tiles of rows: of each tile the first of all its rows, ...
+void tiled(const Matrix &from, int64_t rows, int64_t count, float factor, float *to)
+{
+    const int64_t tiles = parts(rows, MR);
+    for (int64_t t = 0; t < tiles; t++) {
+        const int64_t i = rows * t / tiles, height = rows * (t + 1) / tiles - i;
+        for (int64_t k = 0; k < count; k++)
+            for (int64_t h = 0; h < height; h++)
+                *to++ = from(i + h, k) * factor;
+    }
+}
+
+// Panels of the columns j to `end` (rows of `from`), zeros beyond: of each all that is first, ...
+void panels(const Matrix &from, int64_t j, int64_t end, int64_t count, float *to)
+{
+    for (; j < end; j += NR, to += NR * count) {
+        const int64_t width = least(end - j, NR);
+        if (width < NR)
+            memset(to, 0, NR * count * sizeof(float));
+        for (int64_t k = 0; k < count; k++)
+            for (int64_t c = 0; c < width; c++)
+                to[k * NR + c] = from(j + c, k);
+    }
+}
+
+// Rows times a factor, each with zeros up to whole vectors.
+void pad(const float *from, int64_t rows, int64_t rank, float factor, float *to)
+{
+    for (int64_t i = 0; i < rows; i++, from += rank, to += padded(rank))
+        for (int64_t r = 0; r < padded(rank); r++)
+            to[r] = r < rank ? from[r] * factor : 0;
+}
+
+void compact(const float *from, int64_t rows, int64_t rank, float *to)
+{
+    for (int64_t i = 0; i < rows; i++, from += padded(rank), to += rank)
+        memcpy(to, from, rank * sizeof(float));
+}
+
+// Memory to work in, handed out in whole cache lines.
+struct Room {
+    float *next;
+    int64_t used;
+    float *operator()(int64_t floats)
+    {
+        float *own = next ? next + used : nullptr;
+        used += parts(floats, 16) * 16;
+        return own;
+    }
+};
+
+} // namespace
