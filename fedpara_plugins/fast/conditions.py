@@ -44,7 +44,7 @@ def may_run(tensors: Sequence[Tensor | None]) -> bool:
     if first is None or not first.dtype.is_floating_point:
         return False
     dtype, device = first.dtype, first.device
-    for tensor in tensors:  # a loop: before each small layer, `all` takes twice as long
+    for tensor in tensors:  # a loop: this runs before each layer, and `all` takes longer
         if tensor is not None and not (
             type(tensor) in _PLAIN and tensor.dtype is dtype and tensor.device == device
         ):
