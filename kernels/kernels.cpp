@@ -3,7 +3,8 @@
 //     W = scale * (X1 A1ᵀ) * (X2 A2ᵀ + shift)       elementwise; X (rows, rank), A (columns, rank)
 //
 // What a product needs stays in the cache or in registers: X1 A1ᵀ and X2 A2ᵀ never exist as a whole,
-// and the gradients compute them again, tile by tile. Everything is float32, in rows.
+// and the gradients compute them again, tile by tile. A linear layer's output and its gradients need
+// no whole W either. Everything is float32, in rows.
 // Built for x86-64 with AVX2 and FMA; `fedpara_supported` says whether this machine has them.
 
 #include "tiles.h"
@@ -18,12 +19,15 @@ struct Operand {
 struct Weight {
     int64_t rows, columns;
     float scale, shift;
-    float *weight; // written by fedpara_compose
-    // Read by fedpara_gradients: the weight's gradient, or null if it is outputsᵀ inputs, with
-    // outputs (batch, rows) and inputs (batch, columns); then it never exists as a whole.
-    const float *gradient, *outputs, *inputs;
-    int64_t batch;
+    float *weight;         // written by fedpara_compose
+    const float *gradient; // the weight's, read by fedpara_gradients; null for a linear layer
     Operand operand[2];
+    // Of a linear layer, output = inputs Wᵀ + bias, with (batch, columns) and (batch, rows).
+    int64_t batch;
+    const float *inputs, *bias; // bias may be null
+    float *output;              // written by fedpara_linear
+    const float *d_output;      // the output's gradient, read by fedpara_gradients, and
+    float *d_inputs;            // that of the inputs, written by it; null if nobody wants it
 };
 }
 
@@ -43,17 +47,48 @@ struct Combine { // the second operand's sums with the first's: the weight
     }
 };
 
-struct Pull { // the weight's gradient, taken back to both operands: panels
+// The weight's gradient, taken back to both operands, and the weight itself if it is wanted: panels.
+template <bool WHOLE> struct Pull {
     const float *first, *gradient;
-    float *one, *two;
+    float *one, *two, *whole;
     int64_t stride;
     void operator()(int i, int at, vec second) const
     {
-        const vec own = load(gradient + i * stride + at);
+        const vec own = load(gradient + i * stride + at), other = load(first + i * NR + at);
         store(one + i * NR + at, own * second);
-        store(two + i * NR + at, own * load(first + i * NR + at));
+        store(two + i * NR + at, own * other);
+        if constexpr (WHOLE)
+            store(whole + i * NR + at, other * second);
     }
 };
+
+// In tiles of rows, as `tiled` makes them.
+struct Batch {
+    const float *tiles;
+    int64_t rows, columns;
+};
+
+// += the batch's columns from `top` on times a block of so many rows, in panels of ROWS rows.
+void add_batch(const Batch &batch, int64_t top, int64_t height, const float *block, int64_t width,
+               const Add to)
+{
+    const int64_t tiles = parts(batch.rows, MR);
+    for (int64_t c = 0; c < width; c += NR)
+        for (int64_t t = 0; t < tiles; t++) {
+            const int64_t i = batch.rows * t / tiles, tall = batch.rows * (t + 1) / tiles - i;
+            const float *own = batch.tiles + i * batch.columns + top * tall;
+            const Steps steps{height, own, tall, block + c * ROWS, NR};
+            float rest[MR * NR], *out = to.to + i * to.stride + c;
+            if (width - c >= NR) {
+                tile_of<MR, 2, 1>(tall, steps, 0, Add{out, to.stride});
+                continue;
+            }
+            tile_of<MR, 2, 1>(tall, steps, 0, Set{rest, NR});
+            for (int64_t h = 0; h < tall; h++)
+                for (int64_t k = 0; k < width - c; k++)
+                    out[h * to.stride + k] += rest[h * NR + k];
+        }
+}
 
 struct Composing {
     int64_t wide; // panels of a block of columns, of which all of A stays in the first cache
@@ -103,10 +138,10 @@ struct Composing {
 
 struct Gradients {
     float *x[2], *a[2];              // as for composing; columns in blocks of COLUMNS
-    float *x_rows[2], *a_columns[2]; // padded, for the gradients by a and by x
-    float *dx[2], *da[2];            // padded; da of one block
-    float *pulled[2];                // the gradients by the products, panels of ROWS rows
-    float *outputs, *inputs;         // in tiles, and in panels of a block
+    float *a_columns[2];             // padded, for the gradients by x
+    float *dx[2], *da[2];            // padded; one block's by a, in panels
+    float *pulled[2], *whole;        // the gradients by the products, and W: panels of ROWS rows
+    float *d_output, *d_rows, *inputs; // the first in tiles of W's rows and of the batch; in panels
 
     Gradients(const Weight &w, Room &room)
     {
@@ -114,14 +149,15 @@ struct Gradients {
             const int64_t rank = w.operand[o].rank;
             x[o] = room(w.rows * rank);
             a[o] = room(COLUMNS * rank);
-            x_rows[o] = room(w.rows * padded(rank));
             a_columns[o] = room(COLUMNS * padded(rank));
             dx[o] = room(w.rows * padded(rank));
-            da[o] = room(COLUMNS * padded(rank));
+            da[o] = room(COLUMNS * rank);
             pulled[o] = room(ROWS * COLUMNS);
         }
-        outputs = room(w.gradient ? 0 : w.rows * w.batch);
+        d_output = room(w.gradient ? 0 : w.rows * w.batch);
         inputs = room(w.gradient ? 0 : COLUMNS * w.batch);
+        d_rows = room(w.d_inputs ? w.rows * w.batch : 0);
+        whole = room(w.d_inputs ? ROWS * COLUMNS : 0);
     }
 
     void run(const Weight &w, int64_t from, int64_t end)
@@ -130,11 +166,12 @@ struct Gradients {
         for (int o = 0; o < 2; o++) {
             const Operand &own = w.operand[o];
             tiled({own.x, own.rank, 1}, w.rows, own.rank, factor[o], x[o]);
-            pad(own.x, w.rows, own.rank, factor[o], x_rows[o]);
             memset(dx[o], 0, w.rows * padded(own.rank) * sizeof(float));
         }
         if (!w.gradient)
-            tiled({w.outputs, 1, w.rows}, w.rows, w.batch, 1, outputs);
+            tiled({w.d_output, 1, w.rows}, w.rows, w.batch, 1, d_output);
+        if (w.d_inputs)
+            tiled({w.d_output, w.rows, 1}, w.batch, w.rows, 1, d_rows);
         const int64_t tiles = parts(w.rows, MR), blocks = parts(tiles, ROWS / MR);
         for (int64_t j = from; j < end; j += COLUMNS) {
             const int64_t width = least(end - j, COLUMNS), count = parts(width, NR);
@@ -143,11 +180,13 @@ struct Gradients {
                 const int64_t wide = padded(own.rank);
                 panels({own.a, own.rank, 1}, j, j + width, own.rank, a[o]);
                 memset(a_columns[o] + width * wide, 0, (count * NR - width) * wide * sizeof(float));
-                pad(own.a + j * own.rank, width, own.rank, factor[o], a_columns[o]);
-                memset(da[o], 0, COLUMNS * wide * sizeof(float));
+                pad(own.a + j * own.rank, width, own.rank, a_columns[o]);
+                memset(da[o], 0, COLUMNS * own.rank * sizeof(float));
             }
             if (!w.gradient)
                 panels({w.inputs, 1, w.columns}, j, j + width, w.batch, inputs);
+            for (int64_t i = 0; w.d_inputs && i < w.batch; i++)
+                memset(w.d_inputs + i * w.columns + j, 0, width * sizeof(float));
             for (int64_t b = 0; b < blocks; b++) {
                 const int64_t first = tiles * b / blocks, last = tiles * (b + 1) / blocks;
                 const int64_t top = w.rows * first / tiles, height = w.rows * last / tiles - top;
@@ -155,15 +194,18 @@ struct Gradients {
                     pull(w, t, top, j, width);
                 for (int o = 0; o < 2; o++)
                     if (w.operand[o].dx)
-                        collect(o, padded(w.operand[o].rank), top, height, count);
+                        collect(o, w.operand[o], top, height, count);
+                if (w.d_inputs)
+                    add_batch({d_rows, w.batch, w.rows}, top, height, whole, width,
+                              {w.d_inputs + j, w.columns});
             }
             for (int o = 0; o < 2; o++)
                 if (const Operand &own = w.operand[o]; own.dx)
-                    compact(da[o], width, own.rank, own.da + j * own.rank);
+                    unpack(da[o], width, own.rank, factor[o], own.da + j * own.rank);
         }
         for (int o = 0; o < 2; o++)
             if (const Operand &own = w.operand[o]; own.dx)
-                compact(dx[o], w.rows, own.rank, own.dx);
+                compact(dx[o], w.rows, own.rank, factor[o], own.dx);
     }
 
     // Tile t of rows, of a block that begins at row `top` and column j.
@@ -179,7 +221,7 @@ struct Gradients {
             const Steps two{r2, x[1] + i * r2, height, a[1] + c * r2, NR};
             tile_of<MR, 2, 1>(height, one, 0, Set{first, NR});
             if (!w.gradient) {
-                const Steps steps{w.batch, outputs + i * w.batch, height, inputs + c * w.batch, NR};
+                const Steps steps{w.batch, d_output + i * w.batch, height, inputs + c * w.batch, NR};
                 tile_of<MR, 2, 1>(height, steps, 0, Set{rest, NR});
             } else if (width - c >= NR) {
                 own = w.gradient + i * w.columns + j + c, stride = w.columns;
@@ -190,20 +232,84 @@ struct Gradients {
                     memcpy(rest + h * NR, row, (width - c) * sizeof(float));
             }
             const int64_t at = c * ROWS + (i - top) * NR;
-            const Pull to{first, own, pulled[0] + at, pulled[1] + at, stride};
-            tile_of<MR, 2, 1>(height, two, w.shift, to);
+            float *p = pulled[0] + at, *q = pulled[1] + at;
+            if (w.d_inputs)
+                tile_of<MR, 2, 1>(height, two, w.shift,
+                                  Pull<true>{first, own, p, q, whole + at, stride});
+            else
+                tile_of<MR, 2, 1>(height, two, w.shift, Pull<false>{first, own, p, q, p, stride});
         }
     }
 
     // The share of a block of `height` rows and `count` panels in the gradients of one operand.
-    void collect(int o, int64_t wide, int64_t top, int64_t height, int64_t count)
+    void collect(int o, const Operand &own, int64_t top, int64_t height, int64_t count)
     {
+        const int64_t rank = own.rank, wide = padded(rank);
         for (int64_t p = 0; p < count; p++) {
-            const Steps down{height, pulled[o] + p * ROWS * NR, NR, x_rows[o] + top * wide, wide};
-            add_product<1>(NR, wide, down, Add{da[o] + p * NR * wide, wide});
+            const Steps down{height, own.x + top * rank, rank, pulled[o] + p * ROWS * NR, NR};
+            add_rows<2, 1>(rank, down, Add{da[o] + p * NR * rank, NR});
         }
         const Steps across{NR, pulled[o], 1, a_columns[o], wide, count, (ROWS - 1) * NR};
         add_product<NR>(height, wide, across, Add{dx[o] + top * wide, wide});
+    }
+};
+
+// A linear layer's output. Of W, transposed, one block exists at a time.
+struct Linear {
+    float *a[2], *x[2];   // in tiles of all columns of W, in panels of a block of its rows
+    float *block, *inputs; // W in panels; in tiles of the batch
+
+    Linear(const Weight &w, Room &room)
+    {
+        for (int o = 0; o < 2; o++) {
+            a[o] = room(w.columns * w.operand[o].rank);
+            x[o] = room(COLUMNS * w.operand[o].rank);
+        }
+        block = room(ROWS * COLUMNS);
+        inputs = room(w.batch * w.columns);
+    }
+
+    void run(const Weight &w, int64_t from, int64_t end)
+    {
+        const int64_t r1 = w.operand[0].rank, r2 = w.operand[1].rank;
+        tiled({w.operand[0].a, r1, 1}, w.columns, r1, w.scale, a[0]);
+        tiled({w.operand[1].a, r2, 1}, w.columns, r2, 1, a[1]);
+        tiled({w.inputs, w.columns, 1}, w.batch, w.columns, 1, inputs);
+        const int64_t tiles = parts(w.columns, MR), blocks = parts(tiles, ROWS / MR);
+        for (int64_t i = from; i < end; i += COLUMNS) {
+            const int64_t width = least(end - i, COLUMNS);
+            panels({w.operand[0].x, r1, 1}, i, i + width, r1, x[0]);
+            panels({w.operand[1].x, r2, 1}, i, i + width, r2, x[1]);
+            for (int64_t b = 0; b < w.batch; b++)
+                if (w.bias)
+                    memcpy(w.output + b * w.rows + i, w.bias + i, width * sizeof(float));
+                else
+                    memset(w.output + b * w.rows + i, 0, width * sizeof(float));
+            for (int64_t b = 0; b < blocks; b++) {
+                const int64_t first = tiles * b / blocks, last = tiles * (b + 1) / blocks;
+                const int64_t top = w.columns * first / tiles;
+                const int64_t height = w.columns * last / tiles - top;
+                for (int64_t t = first; t < last; t++)
+                    compose(w, t, top, width);
+                add_batch({inputs, w.batch, w.columns}, top, height, block, width,
+                          {w.output + i, w.rows});
+            }
+        }
+    }
+
+    // Tile t of W's columns, of a block that begins at column `top`.
+    void compose(const Weight &w, int64_t t, int64_t top, int64_t width)
+    {
+        const int64_t tiles = parts(w.columns, MR), r1 = w.operand[0].rank, r2 = w.operand[1].rank;
+        const int64_t j = w.columns * t / tiles, height = w.columns * (t + 1) / tiles - j;
+        for (int64_t c = 0; c < width; c += NR) {
+            float first[MR * NR];
+            const Steps one{r1, a[0] + j * r1, height, x[0] + c * r1, NR};
+            const Steps two{r2, a[1] + j * r2, height, x[1] + c * r2, NR};
+            tile_of<MR, 2, 1>(height, one, 0, Set{first, NR});
+            float *to = block + c * ROWS + (j - top) * NR;
+            tile_of<MR, 2, 1>(height, two, w.shift, Combine{first, to, NR});
+        }
     }
 };
 
@@ -235,9 +341,15 @@ int fedpara_compose(const Weight *w, int64_t from, int64_t end)
     return with_room<Composing>(*w, from, end);
 }
 
-// These columns' share of dx, and these columns' rows of da.
+// These columns' share of dx, these columns' rows of da, and these columns of d_inputs.
 int fedpara_gradients(const Weight *w, int64_t from, int64_t end)
 {
     return with_room<Gradients>(*w, from, end);
+}
+
+// Rows `from` to `end` of the weight: these columns of a linear layer's output.
+int fedpara_linear(const Weight *w, int64_t from, int64_t end)
+{
+    return with_room<Linear>(*w, from, end);
 }
 }

@@ -167,18 +167,29 @@ void panels(const Matrix &from, int64_t j, int64_t end, int64_t count, float *to
     }
 }
 
-// Rows times a factor, each with zeros up to whole vectors.
-void pad(const float *from, int64_t rows, int64_t rank, float factor, float *to)
+// Rows, each with zeros up to whole vectors.
+void pad(const float *from, int64_t rows, int64_t rank, float *to)
 {
     for (int64_t i = 0; i < rows; i++, from += rank, to += padded(rank))
         for (int64_t r = 0; r < padded(rank); r++)
-            to[r] = r < rank ? from[r] * factor : 0;
+            to[r] = r < rank ? from[r] : 0;
 }
 
-void compact(const float *from, int64_t rows, int64_t rank, float *to)
+// The other way, times a factor.
+void compact(const float *from, int64_t rows, int64_t rank, float factor, float *to)
 {
     for (int64_t i = 0; i < rows; i++, from += padded(rank), to += rank)
-        memcpy(to, from, rank * sizeof(float));
+        for (int64_t r = 0; r < rank; r++)
+            to[r] = from[r] * factor;
+}
+
+// Rows (columns of `from`) out of panels, times a factor.
+void unpack(const float *from, int64_t rows, int64_t count, float factor, float *to)
+{
+    for (int64_t j = 0; j < rows; j += NR, from += NR * count)
+        for (int64_t c = 0; c < least(rows - j, NR); c++)
+            for (int64_t k = 0; k < count; k++)
+                *to++ = from[k * NR + c] * factor;
 }
 
 // Memory to work in, handed out in whole cache lines.

@@ -13,8 +13,8 @@ from torch.nn import functional
 from fedpara_plugins.fast import native
 from fedpara_plugins.fast.conditions import as_autocast_casts, may_run
 from fedpara_plugins.fast.linear_blocks import linear_by_blocks
-from fedpara_plugins.fast.linear_composed import linear_composed
 from fedpara_plugins.fast.linear_factors import linear_by_factors
+from fedpara_plugins.fast.linear_fused import linear_fused
 
 if TYPE_CHECKING:
     from fedpara_plugins.plan import WeightPlan
@@ -24,16 +24,20 @@ __all__ = ["linear_from_factors"]
 FACTORS_COST = 1.25
 """Measured time of `linear_by_factors` per multiplication, that of composing by torch = 1."""
 
-FACTORS_COST_NATIVE = 1.5
-"""The same where fedpara-plugins-kernels composes."""
+FACTORS_COST_NATIVE = 1.6
+"""The same next to `linear_fused`,"""
+
+FACTORS_START_NATIVE = 40_000_000
+"""and how many multiplications the latter does while the former, in many small steps, starts."""
 
 BLOCKS_BYTES = 32 << 20
 """From this size on torch composes the blocks of a weight twice, forward and backward, in less time
 than its passes through memory over the whole take. The kernels make no such passes."""
 
 
-PRODUCT_INPUTS = 1024
-"""Up to so many inputs the kernels compute the gradient by a weight themselves, tile by tile."""
+FUSED_INPUTS = 256
+"""Up to so many inputs the kernels multiply a weight that never exists as a whole; torch's products
+with more of them are fast enough to pay for one that does."""
 
 
 def linear_from_factors(
@@ -59,6 +63,8 @@ def linear_from_factors(
         return None
     kernels = native.serves(form, given[1:]) and not torch.is_autocast_enabled("cpu")
     by_factors = not form.tanh and _few(plan, count, kernels)
+    if kernels and not by_factors and 0 < count <= FUSED_INPUTS:
+        return linear_fused(form, inputs, given[1:], bias, plain=partial(_plainly_with_bias, plan))
     if by_factors or _by_blocks(plan, kernels):
         first, *rest = as_autocast_casts(given)
         assert first is not None
@@ -66,10 +72,6 @@ def linear_from_factors(
         way = linear_by_factors if by_factors else linear_by_blocks
         output = way(form, rows, rest, plain=partial(_plainly, plan, None))
         return _plus(output.view(*inputs.shape[:-1], plan.shape[0]), bias)
-    if kernels and 0 < count <= PRODUCT_INPUTS:
-        return linear_composed(
-            form, inputs, given[1:], bias, plain=partial(_plainly_with_bias, plan)
-        )
     return None
 
 
@@ -99,7 +101,7 @@ def _by_blocks(plan: WeightPlan, kernels: bool) -> bool:
 def _few(plan: WeightPlan, inputs: int, kernels: bool) -> bool:
     """Whether inputs are so few that products with factors cost less than composing."""
     (m, n), rank = plan.shape[:2], plan.rank
-    cost = FACTORS_COST_NATIVE if kernels else FACTORS_COST
-    by_factors = cost * 2 * inputs * rank * rank * (4 * m + 3 * n)
+    cost, start = (FACTORS_COST_NATIVE, FACTORS_START_NATIVE) if kernels else (FACTORS_COST, 0)
+    by_factors = start + cost * 2 * inputs * rank * rank * (4 * m + 3 * n)
     composed = 6 * inputs * m * n + 12 * m * n * rank
     return inputs > 0 and by_factors < composed

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
+from math import prod
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor
 from fedpara_plugins.fast import buffers
 from fedpara_plugins.fast.form import Form
 
-__all__ = ["Found", "Product", "compose", "found", "gradients", "serves"]
+__all__ = ["Found", "compose", "found", "gradients", "linear", "linear_gradients", "serves"]
 
-API = 2
+API = 3
 """Of the distribution's functions that this module knows how to call."""
 
 PARALLEL = 4_000_000
@@ -106,57 +107,108 @@ def compose(form: Form, factors: Sequence[Any]) -> Tensor:
         form: of two operands, without tanh.
         factors: x1, y1, t1, x2, y2, t2, as `serves` wants them.
     """
-    kernels = found().kernels
-    first, second = operands = _operands(factors)
-    weight = buffers.empty(first.x, first.x.shape[0], first.a.shape[0])
-    described = kernels.describe(
-        weight.shape, *_constants(form), _read(first), _read(second), weight=weight.data_ptr()
+    first, second = _operands(factors)
+    weight = buffers.empty(first.x, len(first.x), len(first.a))
+    scale, shift = _constants(form)
+    described = found().kernels.describe(
+        weight.shape, scale, shift, weight.data_ptr(), 0, _read(first), _read(second)
     )
-    parts = _parts(operands, *weight.shape)
-    _run(kernels.compose, [described] * len(parts), parts)
+    parts = _parts(len(weight), weight.shape[1], first, second)
+    _run(found().kernels.compose, [described] * len(parts), parts)
     return weight
 
 
-class Product(NamedTuple):
-    """A linear layer's gradient by its weight, outputsᵀ inputs, that is not to exist as a whole.
-
-    Attributes:
-        outputs: the gradient by the layer's outputs, (B, m).
-        inputs: of the layer, (B, n).
-    """
-
-    outputs: Tensor
-    inputs: Tensor
-
-
 def gradients(
-    form: Form, factors: Sequence[Any], gradient: Tensor | Product, needed: Sequence[bool]
+    form: Form, factors: Sequence[Any], gradient: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Of x1, y1, t1, ..., from that by the weight (m, n k); None for operands that need none."""
-    kernels = found().kernels
-    operands = _operands(factors)
-    shape = (operands[0].x.shape[0], operands[0].a.shape[0])
-    if isinstance(gradient, Product):
-        outputs, inputs = gradient.outputs.contiguous(), gradient.inputs.contiguous()
-        given = {"outputs": outputs.data_ptr(), "inputs": inputs.data_ptr(), "batch": len(inputs)}
-    else:
-        gradient = gradient.contiguous()
-        given = {"gradient": gradient.data_ptr()}
-    parts = _parts(operands, *shape)
+    gradient = gradient.contiguous()
+    return _gradients(form, factors, needed, gradient.data_ptr(), (0,) * 6)
+
+
+def linear(form: Form, factors: Sequence[Any], inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """Give x Wᵀ + b, shape (..., m); the weight never exists as a whole.
+
+    Args:
+        form: of two operands, without tanh.
+        factors: of a matrix (m, n), as `serves` wants them.
+        inputs: x, shape (..., n).
+        bias: b, shape (m,), or None.
+    """
+    first, second = _operands(factors)
+    (*outer, columns), rows = inputs.shape, len(first.x)
+    inputs, at = inputs.contiguous(), 0
+    if bias is not None:
+        bias = bias.contiguous()
+        at = bias.data_ptr()
+    output = inputs.new_empty(*outer, rows)
+    scale, shift = _constants(form)
+    described = found().kernels.describe(
+        (rows, columns),
+        scale,
+        shift,
+        0,
+        0,
+        _read(first),
+        _read(second),
+        (prod(outer), inputs.data_ptr(), at, output.data_ptr(), 0, 0),
+    )
+    parts = _parts(columns, rows, first, second)
+    _run(found().kernels.linear, [described] * len(parts), parts)
+    return output
+
+
+def linear_gradients(
+    form: Form,
+    factors: Sequence[Any],
+    inputs: Tensor,
+    d_output: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Of x, x1, y1, t1, ..., from that by the output of `linear`; see there and `gradients`.
+
+    Args:
+        form: see `linear`.
+        factors: see `linear`.
+        inputs: x, shape (..., n).
+        d_output: the gradient by the output, shape (..., m).
+        needed: of x, x1, ...
+    """
+    d_inputs, at = None, 0
+    if needed[0]:
+        d_inputs = inputs.new_empty(inputs.shape)
+        at = d_inputs.data_ptr()
+    inputs, d_output = inputs.contiguous(), d_output.contiguous()
+    batch = prod(inputs.shape[:-1])
+    given = (batch, inputs.data_ptr(), 0, 0, d_output.data_ptr(), at)
+    return [d_inputs, *_gradients(form, factors, needed[1:], 0, given)]
+
+
+def _gradients(
+    form: Form,
+    factors: Sequence[Any],
+    needed: Sequence[bool],
+    gradient: int,
+    linear: tuple[int, ...],
+) -> list[Tensor | None]:
+    first, second = operands = _operands(factors)
+    shape = (len(first.x), len(first.a))
+    parts = _parts(*shape, first, second)
     results = [
-        _Collected(own, len(parts)) if any(needed[3 * i : 3 * i + 3]) else None
+        _Collected(own, len(parts)) if True in needed[3 * i : 3 * i + 3] else None
         for i, own in enumerate(operands)
     ]
-    slots = [
-        [_read(own) if result is None else result.slot(number) for number in range(len(parts))]
+    one, two = (
+        [_read(own)] * len(parts) if result is None else result.slots()
         for own, result in zip(operands, results, strict=True)
-    ]
-    constants = _constants(form)
+    )
+    scale, shift = _constants(form)
+    describe = found().kernels.describe
     described = [
-        kernels.describe(shape, *constants, slots[0][number], slots[1][number], **given)
-        for number in range(len(parts))
+        describe(shape, scale, shift, 0, gradient, *slots, linear)
+        for slots in zip(one, two, strict=True)
     ]
-    _run(kernels.gradients, described, parts)
+    _run(found().kernels.gradients, described, parts)
     flat: list[Tensor | None] = []
     for i, result in enumerate(results):
         flat += [None] * 3 if result is None else result.gradients(factors[3 * i + 2])
@@ -171,17 +223,19 @@ class _Collected:
         self.dx = [torch.empty_like(own.x) for _ in range(parts)]
         self.da = torch.empty_like(own.a)
 
-    def slot(self, number: int) -> tuple[int, int, int, int, int]:
+    def slots(self) -> list[tuple[int, int, int, int, int]]:
+        """Where each part of the work reads and writes."""
         x, a, _, _, rank = _read(self.own)
-        return x, a, self.dx[number].data_ptr(), self.da.data_ptr(), rank
+        at = self.da.data_ptr()
+        return [(x, a, dx.data_ptr(), at, rank) for dx in self.dx]
 
     def gradients(self, t: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         dx = self.dx[0] if len(self.dx) == 1 else torch.stack(self.dx).sum(0)
         return self.own.gradients(dx, self.da, t)
 
 
-def _operands(factors: Sequence[Any]) -> list[Operand]:
-    return [Operand.of(*factors[:3]), Operand.of(*factors[3:])]
+def _operands(factors: Sequence[Any]) -> tuple[Operand, Operand]:
+    return Operand.of(*factors[:3]), Operand.of(*factors[3:])
 
 
 def _read(own: Operand) -> tuple[int, int, int, int, int]:
@@ -194,16 +248,16 @@ def _constants(form: Form) -> tuple[float, float]:
     return first * second * form.bound, (1 / second) if form.plus_one else 0.0
 
 
-def _parts(operands: Sequence[Operand], rows: int, columns: int) -> list[tuple[int, int]]:
-    """Ranges of columns, one for each of torch's threads."""
+def _parts(other: int, divided: int, first: Operand, second: Operand) -> list[tuple[int, int]]:
+    """Ranges of the weight's columns, or of its rows: one for each of torch's threads."""
     threads = torch.get_num_threads()
     if threads == 1:
-        return [(0, columns)]
+        return [(0, divided)]
     step: int = found().kernels.COLUMNS
-    blocks = -(-columns // step)
-    most = rows * columns * sum(own.x.shape[1] for own in operands) // PARALLEL
+    blocks = -(-divided // step)
+    most = other * divided * (first.x.shape[1] + second.x.shape[1]) // PARALLEL
     count = max(1, min(threads, blocks, most))
-    edges = [min(columns, blocks * i // count * step) for i in range(count + 1)]
+    edges = [min(divided, blocks * i // count * step) for i in range(count + 1)]
     return list(pairwise(edges))
 
 
@@ -216,9 +270,10 @@ def _run(
     parts: Sequence[tuple[int, int]],
 ) -> None:
     """All parts at once: the kernels let other threads of Python run."""
+    if len(parts) == 1:
+        work(described[0], *parts[0])
+        return
     (first, *others) = zip(described, parts, strict=True)
-    if not others:
-        return work(first[0], *first[1])
     key = (os.getpid(), len(others))  # threads do not survive a fork
     if key not in _pools:
         _pools[key] = ThreadPoolExecutor(len(others), thread_name_prefix="fedpara-kernels")
@@ -229,4 +284,3 @@ def _run(
         wait(waiting)  # they write to memory that is freed after this
     for one in waiting:
         one.result()
-    return None

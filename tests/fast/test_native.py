@@ -81,7 +81,7 @@ def close(got, wanted):
 @pytest.fixture
 def calls(monkeypatch):
     """How often the kernels are called."""
-    count = SimpleNamespace(compose=0, gradients=0)
+    count = SimpleNamespace(compose=0, gradients=0, linear=0)
 
     def counted(name, old):
         def call(*args, **named):
@@ -90,7 +90,7 @@ def calls(monkeypatch):
 
         return call
 
-    for name in ("compose", "gradients"):
+    for name in ("compose", "gradients", "linear"):
         monkeypatch.setattr(native, name, counted(name, getattr(native, name)))
     return count
 
@@ -125,7 +125,7 @@ def test_threads_divide_the_work(threads, monkeypatch):
         return call
 
     kernels = native.found().kernels
-    for name in ("compose", "gradients"):
+    for name in ("compose", "gradients", "linear"):
         monkeypatch.setattr(kernels, name, noted(getattr(kernels, name)))
     layer = converted("kernels", "pfedpara", 7)
     before = torch.get_num_threads()
@@ -267,12 +267,16 @@ def test_without_usable_kernels_torch_composes(code, level, text, tmp_path, monk
 
 
 @needs_kernels
-@pytest.mark.parametrize(("inputs", "composed"), [(17, 0), (18, 1)])
-def test_linear_layers_are_composed_from_fewer_inputs_on(inputs, composed, calls):
+@pytest.mark.parametrize(
+    ("inputs", "ways"),
+    [(7, (0, 0)), (8, (0, 1)), (linear.FUSED_INPUTS, (0, 1)), (linear.FUSED_INPUTS + 1, (1, 0))],
+)
+def test_which_way_a_linear_layer_takes(inputs, ways, calls):
+    """By factors, without the whole weight, or with it."""
     layer = fedpara.convert(nn.Linear(512, 512), method="fedpara", gamma=0.0)
     calls.compose = 0  # conversion composes too
     layer(torch.randn(inputs, 512))
-    assert calls.compose == composed
+    assert (calls.compose, calls.linear) == ways
 
 
 @needs_kernels
@@ -283,5 +287,5 @@ def test_large_linear_layers_are_composed_unless_memory_is_to_be_saved(
     monkeypatch.setattr(linear, "BLOCKS_BYTES", 4 * 512 * 512)
     layer = fedpara.convert(nn.Linear(512, 512), method="fedpara", gamma=0.0, recompute=recompute)
     calls.compose = 0  # conversion composes too
-    layer(torch.randn(256, 512))
-    assert calls.compose == composed
+    layer(torch.randn(linear.FUSED_INPUTS + 1, 512))
+    assert (calls.compose, calls.linear) == (composed, 0)
