@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins.errors import ConversionError
-from fedpara_plugins.fast.conditions import may_run, rewritten
+from fedpara_plugins.fast.conditions import may_run
 
 if TYPE_CHECKING:
     from fedpara_plugins.layers.base import FactorisedLayer
@@ -33,15 +33,6 @@ class _Kept(NamedTuple):
     def unchanged(self) -> bool:
         """Whether none of the tensors that it was composed from was written to since."""
         return all(factor._version == version for _, factor, version in self.factors)
-
-    def fits(self, layer: FactorisedLayer) -> bool:
-        """Whether the layer has the very tensors that it was composed from, unchanged."""
-        # A loop: this is asked at every use of a weight, and takes a third of what `all` does.
-        parameters = layer._parameters
-        for key, factor, version in self.factors:
-            if parameters.get(key) is not factor or factor._version != version:
-                return False
-        return True
 
     def pull_back(self) -> None:
         """Take the collected gradient to the factors."""
@@ -117,10 +108,20 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
     def weight(self, layer: FactorisedLayer, name: str) -> Tensor | None:
         """The composed weight of a layer that it holds; None where it must be composed anew."""
         found = self._kept.get((id(layer), name))
-        if found is not None and not rewritten():
+        # A trace would keep the weight for ever. Transformed factors are other tensors.
+        if found is not None and not torch._C._is_tracing():
             kept = found[1].get(_state(layer, found[0]))
-            if kept is not None and kept.fits(layer):
-                return kept.value
+            if kept is not None:
+                # A loop, and here: this runs before each use of a weight.
+                parameters = layer._parameters
+                for key, factor, version in kept.factors:
+                    if parameters.get(key) is not factor or factor._version != version:
+                        break
+                else:
+                    return kept.value
+        return self._composed_anew(layer, name)
+
+    def _composed_anew(self, layer: FactorisedLayer, name: str) -> Tensor | None:
         factors = layer.factors(name)
         if not may_run(list(factors.values())) or any(f.is_inference() for f in factors.values()):
             return None
