@@ -20,7 +20,7 @@ from fedpara_plugins.fast.conditions import may_run
 if TYPE_CHECKING:
     from fedpara_plugins.layers.base import FactorisedLayer
 
-__all__ = ["composed_once", "kept_weights", "refuse_step"]
+__all__ = ["composed_once", "holds", "kept_weight", "refuse_step"]
 
 
 class _Kept(NamedTuple):
@@ -80,11 +80,13 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
         # By layer and weight: the device, and what was composed by the state it was composed in.
         self._kept: dict[tuple[int, str], tuple[str, dict[_State, _Kept]]] = {}
         self._trained: list[_Kept] = []
+        self._thread = 0
 
     def __enter__(self) -> composed_once:
         self._layers = {id(layer): layer for layer in self._model.modules()}
         self._kept, self._trained = {}, []
-        _stack().append(self)
+        self._thread = threading.get_ident()
+        _open.append(self)
         return self
 
     def __exit__(
@@ -93,7 +95,7 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _stack().remove(self)
+        _open.remove(self)
         trained, self._kept, self._layers, self._trained = self._trained, {}, {}, []
         for kept in trained:
             if kind is None:
@@ -147,14 +149,19 @@ def _state(layer: FactorisedLayer, device: str) -> _State:
     )
 
 
-def kept_weights(layer: nn.Module) -> composed_once | None:
-    """The innermost open context of this thread that holds the layer; None without one."""
-    stack = getattr(_open, "stack", None)
-    if stack:
-        for once in reversed(stack):
-            if id(layer) in once._layers:
-                return once  # type: ignore[no-any-return]
-    return None
+def kept_weight(layer: FactorisedLayer, name: str) -> Tensor | None:
+    """The weight of a layer that an open context holds; None where it is to be composed."""
+    if not _open or torch.compiler.is_compiling():
+        return None
+    once = _innermost(layer)
+    return None if once is None else once.weight(layer, name)
+
+
+def holds(layer: FactorisedLayer) -> bool:
+    """Whether an open context holds the layer's weights."""
+    if not _open or torch.compiler.is_compiling():
+        return False
+    return _innermost(layer) is not None
 
 
 def refuse_step(layers: Iterable[nn.Module]) -> None:
@@ -164,7 +171,7 @@ def refuse_step(layers: Iterable[nn.Module]) -> None:
         ConversionError: says where the step belongs.
     """
     for layer in layers:
-        once = kept_weights(layer)
+        once = _innermost(layer)
         if once is not None and once.waits():
             raise ConversionError(
                 "an optimizer steps inside `composed_once`, but factors get their gradients when "
@@ -172,14 +179,19 @@ def refuse_step(layers: Iterable[nn.Module]) -> None:
             )
 
 
-_open = threading.local()
+_open: list[composed_once] = []
+"""Of all threads, the innermost of each last. Without a lock: what another thread does meanwhile
+cannot hide a context of this one for more than one look, and then a weight is composed anew."""
 
 
-def _stack() -> list[composed_once]:
-    found: list[composed_once] | None = getattr(_open, "stack", None)
-    if found is None:
-        found = _open.stack = []
-    return found
+def _innermost(layer: nn.Module) -> composed_once | None:
+    """The innermost open context of this thread that holds the layer; None without one."""
+    if _open:
+        thread = threading.get_ident()
+        for once in reversed(_open):
+            if id(layer) in once._layers and once._thread == thread:
+                return once
+    return None
 
 
 def _compose(layer: FactorisedLayer, name: str, factors: Mapping[str, Tensor]) -> _Kept:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fedpara_plugins.errors import ConversionError
 from fedpara_plugins.fit import fit_factors, relative_error
 from fedpara_plugins.initialise import initial_factors, seeded_shared
-from fedpara_plugins.once import kept_weights
+from fedpara_plugins.once import holds, kept_weight
 from fedpara_plugins.plan import WeightPlan, WeightSlot
 
 __all__ = ["FactorisedLayer", "Phase", "composed", "layers_alive"]
@@ -174,7 +174,8 @@ class FactorisedLayer(nn.Module):
         plan = self.plans.get(weight)
         if plan is None:
             return self._parameters[weight]  # type: ignore[return-value]
-        kept = self.kept_weight(weight)
+        # Whoever is called with every weight must not be called twice for the same.
+        kept = None if self.on_composed is not None else kept_weight(self, weight)
         if kept is not None:
             return kept
         value = plan.compose(self.factors_now(weight))
@@ -186,17 +187,7 @@ class FactorisedLayer(nn.Module):
         """Whether somebody needs the composed weight itself, or has it already."""
         if weight not in self.plans or self.on_composed is not None:
             return True
-        return not torch.compiler.is_compiling() and kept_weights(self) is not None
-
-    def kept_weight(self, weight: str) -> Tensor | None:
-        """The weight that an open `composed_once` holds; None where there is none to use."""
-        # Whoever is called with every weight must not be called twice for the same.
-        if torch.compiler.is_compiling() or self.on_composed is not None:
-            return None
-        if weight not in self.plans:
-            return None
-        once = kept_weights(self)
-        return None if once is None else once.weight(self, weight)
+        return holds(self)
 
     def factors(self, weight: str) -> dict[str, Tensor]:
         """The factors of one weight by their names (x1, y1, ...), as the parameters they are."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fedpara_plugins.fast.linear import linear_from_factors
 from fedpara_plugins.layers.base import FactorisedLayer, composed
-from fedpara_plugins.once import kept_weights
+from fedpara_plugins.once import kept_weight
 from fedpara_plugins.plan import WeightSlot
 
 __all__ = ["FactorisedLinear"]
@@ -40,9 +39,8 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
         plan = self.plans.get("weight")
         if plan is None or self.on_composed is not None:
             return super().forward(input)
-        once = None if torch.compiler.is_compiling() else kept_weights(self)
-        if once is not None:
-            kept = once.weight(self, "weight")
-            return super().forward(input) if kept is None else linear(input, kept, self.bias)
+        kept = kept_weight(self, "weight")
+        if kept is not None:
+            return linear(input, kept, self.bias)
         output = linear_from_factors(plan, self.factors_now("weight"), input, self.bias)
         return super().forward(input) if output is None else output
