@@ -222,10 +222,16 @@ def test_an_error_inside_gives_no_gradients(model, batches):
 
 
 def test_other_threads_compose_for_themselves(model, batches, composed):
-    with composed_once(model), torch.no_grad():
+    @torch.no_grad()  # of this thread alone
+    def evaluate():
         model(batches[0])
+
+    with composed_once(model):
+        evaluate()
         composed.clear()
-        thread = threading.Thread(target=lambda: model(batches[0]))
+        evaluate()
+        assert not composed
+        thread = threading.Thread(target=evaluate)
         thread.start()
         thread.join()
         assert composed
