@@ -59,11 +59,12 @@ def linear_from_factors(
         return _plus(functional.linear(functional.linear(inputs, factors["y1"].T), x), bias)
     count = inputs.numel() // plan.shape[1]
     given = [inputs, *plan.ordered(factors)]
-    if not may_run(given):
+    if not may_run([*given, bias]):
         return None
     kernels = native.serves(form, given[1:]) and not torch.is_autocast_enabled("cpu")
     by_factors = not form.tanh and _few(plan, count, kernels)
-    if kernels and not by_factors and 0 < count <= FUSED_INPUTS:
+    fused = kernels and not by_factors and 0 < count <= FUSED_INPUTS
+    if fused and _as_planned(plan, factors, bias):
         return linear_fused(form, inputs, given[1:], bias, plain=partial(_plainly_with_bias, plan))
     if by_factors or _by_blocks(plan, kernels):
         first, *rest = as_autocast_casts(given)
@@ -73,6 +74,12 @@ def linear_from_factors(
         output = way(form, rows, rest, plain=partial(_plainly, plan, None))
         return _plus(output.view(*inputs.shape[:-1], plan.shape[0]), bias)
     return None
+
+
+def _as_planned(plan: WeightPlan, factors: Mapping[str, Tensor], bias: Tensor | None) -> bool:
+    """Whether they have the planned shapes; torch broadcasts others, or says what is wrong."""
+    m, n = factors["x1"].shape[0], factors["y1"].shape[0]
+    return (m, n) == plan.shape and (bias is None or bias.shape == (m,))
 
 
 def _plainly(plan: WeightPlan, bias: Tensor | None, tensors: Sequence[Tensor | None]) -> Tensor:

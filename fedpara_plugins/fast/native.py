@@ -63,7 +63,20 @@ def serves(form: Form, factors: Sequence[Tensor | None]) -> bool:
         return False
     if form.operands != 2 or form.tanh or found().kernels is None:
         return False
-    return all([factor is None or factor.is_contiguous() for factor in factors])  # noqa: C419
+    if not all([factor is None or factor.is_contiguous() for factor in factors]):  # noqa: C419
+        return False
+    return _fit(*factors)
+
+
+def _fit(x1: Any, y1: Any, t1: Any, x2: Any, y2: Any, t2: Any) -> bool:
+    """Whether shapes fit together: the kernels see addresses, torch says what is wrong."""
+    (m, r1), (n, q1), (m2, r2), (n2, q2) = x1.shape, y1.shape, x2.shape, y2.shape
+    if m != m2 or n != n2:
+        return False
+    if t1 is None or t2 is None:
+        return t1 is t2 and r1 == q1 and r2 == q2
+    same: bool = t1.shape[2:] == t2.shape[2:]
+    return same and t1.shape[:2] == (r1, q1) and t2.shape[:2] == (r2, q2)
 
 
 class Operand(NamedTuple):

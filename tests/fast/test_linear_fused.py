@@ -196,3 +196,23 @@ def test_copies_and_no_grad_compute_the_same():
     with torch.no_grad():
         torch.testing.assert_close(layer(x), wanted, rtol=0, atol=0)
     torch.testing.assert_close(copy.deepcopy(layer)(x), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("batch", [3, linear.FUSED_INPUTS + 1])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("x1", (9, 2)), ("y2", (39, 3)), ("x2", (8, 3)), ("bias", (8,))]
+)
+def test_a_replaced_parameter_of_another_shape_is_torchs_error(name, shape, batch):
+    """And nothing is read beyond its end."""
+    layer = converted(40, 9, 3)
+    with pytest.raises(RuntimeError):
+        torch.func.functional_call(layer, {name: torch.randn(shape)}, torch.randn(batch, 40))
+
+
+def test_biases_that_torch_broadcasts_or_refuses(products):
+    layer, x = converted(40, 9, 3), torch.randn(3, 40)
+    one = torch.func.functional_call(layer, {"bias": torch.tensor([2.0])}, x)
+    none = torch.func.functional_call(layer, {"bias": torch.zeros(9)}, x)
+    torch.testing.assert_close(one, none + 2)
+    with pytest.raises(RuntimeError, match="dtype"):
+        torch.func.functional_call(layer, {"bias": torch.zeros(9, dtype=torch.float64)}, x)
