@@ -1,5 +1,6 @@
 """The kernels of fedpara-plugins-kernels against sums in float64, and when they are not used."""
 
+import contextlib
 import os
 import threading
 from types import SimpleNamespace
@@ -289,3 +290,19 @@ def test_large_linear_layers_are_composed_unless_memory_is_to_be_saved(
     calls.compose = 0  # conversion composes too
     layer(torch.randn(linear.FUSED_INPUTS + 1, 512))
     assert (calls.compose, calls.linear) == (composed, 0)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("t2", (4, 4, 1, 3)), ("t1", (4, 3, 3, 3)), ("x2", (7, 4)), ("y1", (5, 4)), ("x1", (9, 3))],
+)
+def test_a_replaced_factor_of_another_shape_never_reaches_the_kernels(name, shape, calls):
+    """They see addresses alone; torch broadcasts it, or says what is wrong."""
+    layer = fedpara.convert(nn.Conv2d(8, 9, 3), method="fedpara", rank=4, min_size=0)
+    calls.compose = 0  # conversion composes too
+    with contextlib.suppress(RuntimeError):
+        torch.func.functional_call(layer, {name: torch.randn(shape)}, torch.randn(2, 8, 5, 5))
+    assert calls.compose == 0
+    layer(torch.randn(2, 8, 5, 5))
+    assert calls.compose == 1
