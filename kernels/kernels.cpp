@@ -120,6 +120,7 @@ struct Composing {
                     float first[MR * NR], rest[MR * NR];
                     const int64_t width = least(end - j - p * NR, NR);
                     float *out = w.weight + i * w.columns + j + p * NR;
+                    fetch<1>(out + height * w.columns, least(MR, w.rows - i - height), w.columns);
                     const Steps one{r1, x[0] + i * r1, height, a[0] + p * NR * r1, NR};
                     const Steps two{r2, x[1] + i * r2, height, a[1] + p * NR * r2, NR};
                     tile_of<MR, 2, 1>(height, one, 0, Set{first, NR});
@@ -138,7 +139,7 @@ struct Composing {
 
 struct Gradients {
     float *x[2], *a[2];              // as for composing; columns in blocks of COLUMNS
-    float *a_columns[2];             // padded, for the gradients by x
+    float *a_columns[2], *a_last[2]; // for the gradients by x: padded, and the last few transposed
     float *dx[2], *da[2];            // padded; one block's by a, in panels
     float *pulled[2], *whole;        // the gradients by the products, and W: panels of ROWS rows
     float *d_output, *d_rows, *inputs; // the first in tiles of W's rows and of the batch; in panels
@@ -150,6 +151,7 @@ struct Gradients {
             x[o] = room(w.rows * rank);
             a[o] = room(COLUMNS * rank);
             a_columns[o] = room(COLUMNS * padded(rank));
+            a_last[o] = room(COLUMNS * LAST);
             dx[o] = room(w.rows * padded(rank));
             da[o] = room(COLUMNS * rank);
             pulled[o] = room(ROWS * COLUMNS);
@@ -162,12 +164,6 @@ struct Gradients {
 
     void run(const Weight &w, int64_t from, int64_t end)
     {
-        const float factor[2] = {w.scale, 1};
-        for (int o = 0; o < 2; o++) {
-            const Operand &own = w.operand[o];
-            tiled({own.x, own.rank, 1}, w.rows, own.rank, factor[o], x[o]);
-            memset(dx[o], 0, w.rows * padded(own.rank) * sizeof(float));
-        }
         if (!w.gradient)
             tiled({w.d_output, 1, w.rows}, w.rows, w.batch, 1, d_output);
         if (w.d_inputs)
@@ -181,6 +177,7 @@ struct Gradients {
                 panels({own.a, own.rank, 1}, j, j + width, own.rank, a[o]);
                 memset(a_columns[o] + width * wide, 0, (count * NR - width) * wide * sizeof(float));
                 pad(own.a + j * own.rank, width, own.rank, a_columns[o]);
+                last_columns(a_columns[o], count * NR, own.rank, a_last[o]);
                 memset(da[o], 0, COLUMNS * own.rank * sizeof(float));
             }
             if (!w.gradient)
@@ -190,6 +187,8 @@ struct Gradients {
             for (int64_t b = 0; b < blocks; b++) {
                 const int64_t first = tiles * b / blocks, last = tiles * (b + 1) / blocks;
                 const int64_t top = w.rows * first / tiles, height = w.rows * last / tiles - top;
+                for (int o = 0; o < 2 && j == from; o++)
+                    begin(o, w, first, last);
                 for (int64_t t = first; t < last; t++)
                     pull(w, t, top, j, width);
                 for (int o = 0; o < 2; o++)
@@ -201,12 +200,26 @@ struct Gradients {
             }
             for (int o = 0; o < 2; o++)
                 if (const Operand &own = w.operand[o]; own.dx)
-                    unpack(da[o], width, own.rank, factor[o], own.da + j * own.rank);
+                    unpack(da[o], width, own.rank, factor(w, o), own.da + j * own.rank);
         }
         for (int o = 0; o < 2; o++)
             if (const Operand &own = w.operand[o]; own.dx)
-                compact(dx[o], w.rows, own.rank, factor[o], own.dx);
+                compact(dx[o], w.rows, own.rank, factor(w, o), own.dx);
     }
+
+    // Of tiles `first` to `last` of rows, just before they are used: x in tiles, and dx, still zero.
+    void begin(int o, const Weight &w, int64_t first, int64_t last)
+    {
+        const Operand &own = w.operand[o];
+        const int64_t tiles = parts(w.rows, MR), wide = padded(own.rank);
+        for (int64_t t = first; t < last; t++) {
+            const int64_t i = w.rows * t / tiles, end = w.rows * (t + 1) / tiles;
+            tiled({own.x, own.rank, 1}, i, end - i, own.rank, factor(w, o), x[o] + i * own.rank);
+            memset(dx[o] + i * wide, 0, (end - i) * wide * sizeof(float));
+        }
+    }
+
+    static float factor(const Weight &w, int o) { return o == 0 ? w.scale : 1; }
 
     // Tile t of rows, of a block that begins at row `top` and column j.
     void pull(const Weight &w, int64_t t, int64_t top, int64_t j, int64_t width)
@@ -225,6 +238,7 @@ struct Gradients {
                 tile_of<MR, 2, 1>(height, steps, 0, Set{rest, NR});
             } else if (width - c >= NR) {
                 own = w.gradient + i * w.columns + j + c, stride = w.columns;
+                fetch<0>(own + height * stride, least(MR, w.rows - i - height), stride);
             } else {
                 memset(rest, 0, sizeof rest);
                 const float *row = w.gradient + i * w.columns + j + c;
@@ -250,7 +264,10 @@ struct Gradients {
             add_rows<2, 1>(rank, down, Add{da[o] + p * NR * rank, NR});
         }
         const Steps across{NR, pulled[o], 1, a_columns[o], wide, count, (ROWS - 1) * NR};
-        add_product<NR>(height, wide, across, Add{dx[o] + top * wide, wide});
+        float *to = dx[o] + top * wide;
+        const int64_t most = by_vectors(rank);
+        add_product<NR>(height, most, across, Add{to, wide});
+        add_dots<LAST, ROWS * NR>(rank - most, height, count, pulled[o], a_last[o], to + most, wide);
     }
 };
 

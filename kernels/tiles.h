@@ -27,12 +27,35 @@ inline vec load(const float *from)
 
 inline void store(float *to, vec value) { memcpy(to, &value, sizeof value); }
 
+// The sum of a vector.
+inline float total(vec of)
+{
+    typedef float half __attribute__((vector_size(16)));
+    half low, high;
+    memcpy(&low, &of, sizeof low);
+    memcpy(&high, reinterpret_cast<const char *>(&of) + sizeof low, sizeof high);
+    low += high;
+    return (low[0] + low[2]) + (low[1] + low[3]);
+}
+
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t parts(int64_t of, int64_t most) { return (of + most - 1) / most; }
 
 // How many floats `rank` are with zeros up to whole vectors.
 inline int64_t padded(int64_t rank) { return parts(rank, VL) * VL; }
+
+constexpr int LAST = 3; // columns of factors beyond whole vectors that do not pay for another one
+
+// How many of `rank` columns go by vectors; the others, LAST or fewer, one by one.
+inline int64_t by_vectors(int64_t rank) { return rank % VL <= LAST ? rank / VL * VL : padded(rank); }
+
+// Ask for a line of the cache in each of some rows, to be read (0) or written (1) a little later.
+template <int WRITTEN> inline void fetch(const float *from, int64_t rows, int64_t stride)
+{
+    for (int64_t i = 0; i < rows; i++)
+        __builtin_prefetch(from + i * stride, WRITTEN);
+}
 
 // Where the sums of a tile go: `at` is 0, VL, ...
 
@@ -135,6 +158,56 @@ template <int AI> void add_product(int64_t rows, int64_t width, Steps steps, Add
     }
 }
 
+// Scalar products of R rows of a, which lies in `count` panels of PANEL floats, with T columns b, one
+// behind the other: added to `to`, row by row.
+template <int R, int T, int PANEL>
+inline void dots(int64_t count, const float *a, const float *b, float *to, int64_t stride)
+{
+    vec sum[R][T];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 16
+        for (int t = 0; t < T; t++)
+            sum[i][t] = vec{};
+    for (int64_t p = 0; p < count; p++, a += PANEL, b += NR)
+#pragma GCC unroll 16
+        for (int v = 0; v < NR; v += VL) {
+            vec own[T];
+#pragma GCC unroll 16
+            for (int t = 0; t < T; t++)
+                own[t] = load(b + t * count * NR + v);
+#pragma GCC unroll 16
+            for (int i = 0; i < R; i++) {
+                const vec row = load(a + i * NR + v);
+#pragma GCC unroll 16
+                for (int t = 0; t < T; t++)
+                    sum[i][t] += row * own[t];
+            }
+        }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 16
+        for (int t = 0; t < T; t++)
+            to[i * stride + t] += total(sum[i][t]);
+}
+
+// Of all rows with `columns` <= T columns: so many rows at a time that the sums fit into registers.
+template <int T, int PANEL>
+void add_dots(int64_t columns, int64_t height, int64_t count, const float *a, const float *b,
+              float *to, int64_t stride)
+{
+    if (columns < T) {
+        if constexpr (T > 1)
+            add_dots<T - 1, PANEL>(columns, height, count, a, b, to, stride);
+        return;
+    }
+    constexpr int R = T == 1 ? 8 : SUMS / T;
+    for (; height >= R; height -= R, a += R * NR, to += R * stride)
+        dots<R, T, PANEL>(count, a, b, to, stride);
+    for (; height > 0; height--, a += NR, to += stride)
+        dots<1, T, PANEL>(count, a, b, to, stride);
+}
+
 // Two strides of a matrix, in elements.
 struct Matrix {
     const float *at;
@@ -142,15 +215,22 @@ struct Matrix {
     float operator()(int64_t i, int64_t k) const { return at[i * down + k * across]; }
 };
 
-// rows x count, times a factor, in tiles of rows: of each tile the first of all its rows, ...
+// A tile of `height` rows from row i on, times a factor: the first of all its rows, the second, ...
+inline void tiled(const Matrix &from, int64_t i, int64_t height, int64_t count, float factor,
+                  float *to)
+{
+    for (int64_t k = 0; k < count; k++)
+        for (int64_t h = 0; h < height; h++)
+            *to++ = from(i + h, k) * factor;
+}
+
+// All rows in tiles.
 void tiled(const Matrix &from, int64_t rows, int64_t count, float factor, float *to)
 {
     const int64_t tiles = parts(rows, MR);
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t i = rows * t / tiles, height = rows * (t + 1) / tiles - i;
-        for (int64_t k = 0; k < count; k++)
-            for (int64_t h = 0; h < height; h++)
-                *to++ = from(i + h, k) * factor;
+        tiled(from, i, height, count, factor, to + i * count);
     }
 }
 
@@ -165,6 +245,14 @@ void panels(const Matrix &from, int64_t j, int64_t end, int64_t count, float *to
             for (int64_t c = 0; c < width; c++)
                 to[k * NR + c] = from(j + c, k);
     }
+}
+
+// Those columns of `rows` padded rows that `by_vectors` leaves out, one behind the other.
+void last_columns(const float *from, int64_t rows, int64_t rank, float *to)
+{
+    for (int64_t k = by_vectors(rank); k < rank; k++)
+        for (int64_t i = 0; i < rows; i++)
+            *to++ = from[i * padded(rank) + k];
 }
 
 // Rows, each with zeros up to whole vectors.

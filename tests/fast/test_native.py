@@ -31,12 +31,16 @@ LAYERS = {
 }
 CASES = [
     ("few rows", 1),
+    ("few rows", 2),
     ("no multiple of anything", 1),
+    ("no multiple of anything", 19),
     ("no multiple of anything", 23),
     ("a last block of one column", 16),
     ("several blocks each way", 5),
+    ("several blocks each way", 26),
     ("several blocks each way", 48),
     ("kernels", 1),
+    ("kernels", 3),
     ("kernels", 17),
     ("groups", 12),
     ("3d", 5),
