@@ -18,7 +18,7 @@ from fedpara_plugins.compose import operand
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.fast.conditions import as_autocast_casts, may_run
 from fedpara_plugins.fast.form import Form, form_of, is_known
-from fedpara_plugins.fast.weight import compose
+from fedpara_plugins.fast.weight import Recipe, compose
 from fedpara_plugins.methods import Method
 from fedpara_plugins.ranks import (
     gamma_rank,
@@ -31,7 +31,7 @@ from fedpara_plugins.ranks import (
 )
 from fedpara_plugins.saturation import tanh_bound, tanh_speed, tanh_spread
 
-__all__ = ["WeightPlan", "WeightSlot", "plan_weight", "portable"]
+__all__ = ["WeightPlan", "WeightSlot", "compose_together", "factor_key", "plan_weight", "portable"]
 
 SMALLEST_SIDE = 4
 """A weight with fewer rows or columns (a 3-channel stem, say) has no rank to save."""
@@ -100,6 +100,11 @@ class WeightPlan:
         """x1, y1, t1, ... as far as this weight has them."""
         return self.method.factor_names(kernel=self.kernel)
 
+    @cached_property
+    def keys(self) -> list[str]:
+        """Names of the layer's parameters that the factors are, in the order of `factor_names`."""
+        return [factor_key(self.name, factor) for factor in self.factor_names]
+
     @property
     def private_names(self) -> list[str]:
         """Those of `factor_names` that never leave the device."""
@@ -135,7 +140,10 @@ class WeightPlan:
         Args:
             factors: by name, with the shapes that `factor_shape` gives.
         """
-        return self.compose_rows(factors).view(self.shape)
+        return self._shaped(self.compose_rows(factors))
+
+    def _shaped(self, rows: Tensor) -> Tensor:
+        return rows.view(self.shape) if len(self.shape) > 2 else rows
 
     def compose_rows(self, factors: Mapping[str, Tensor]) -> Tensor:
         """As `compose`, with some rows of every x only: methods are elementwise, rows independent.
@@ -146,8 +154,8 @@ class WeightPlan:
         ordered = self.ordered(factors)
         if not may_run(ordered) or self.form is None:
             return self.compose_plainly(ordered)
-        ordered = as_autocast_casts(ordered)
-        return compose(self.form, ordered, plain=self.compose_plainly, recompute=self.recomputes)
+        recipe = Recipe(self.form, self.compose_plainly, self.recomputes)
+        return compose([recipe], [as_autocast_casts(ordered)])[0]
 
     def ordered(self, factors: Mapping[str, Tensor]) -> list[Tensor | None]:
         """x1, y1, t1, x2, ..., None in the place of a core that there is not."""
@@ -203,6 +211,27 @@ class WeightPlan:
         It is 1, as in the paper, unless so large a variance (an embedding's, say) needs more.
         """
         return tanh_bound(self.variance)
+
+
+def factor_key(weight: str, factor: str) -> str:
+    """The parameter's name: the factor's own where the layer has but one weight."""
+    return factor if weight == "weight" else f"{weight}_{factor}"
+
+
+def compose_together(
+    plans: Sequence[WeightPlan], factors: Sequence[Mapping[str, Tensor]]
+) -> list[Tensor]:
+    """As `WeightPlan.compose` of each, in one node of autograd where that can be."""
+    ordered = [plan.ordered(own) for plan, own in zip(plans, factors, strict=True)]
+    recipes = [
+        Recipe(plan.form, plan.compose_plainly, plan.recomputes)
+        for plan in plans
+        if plan.form is not None
+    ]
+    if len(recipes) < len(plans) or not may_run([tensor for own in ordered for tensor in own]):
+        return [plan.compose(own) for plan, own in zip(plans, factors, strict=True)]
+    weights = compose(recipes, [as_autocast_casts(own) for own in ordered])
+    return [plan._shaped(weight) for weight, plan in zip(weights, plans, strict=True)]
 
 
 def plan_weight(slot: WeightSlot, method: Method, config: FedParaConfig) -> WeightPlan | str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fedpara_plugins.codecs.stage import check_limit
 from fedpara_plugins.convert import config_of
 from fedpara_plugins.errors import MismatchError, PayloadError
+from fedpara_plugins.fast.conditions import without_autocast
 from fedpara_plugins.heads import added_tensors
 from fedpara_plugins.initialise import initial_private
 from fedpara_plugins.layers.base import FactorisedLayer
@@ -183,7 +184,8 @@ class ModelSpec:
             else _get(state, key)
             for name, key in keys.items()
         }
-        return plan.compose(factors).detach()
+        with without_autocast(like.device.type):
+            return plan.compose(factors).detach()
 
     # Agreement
 

@@ -55,7 +55,8 @@ def empty(like: Tensor, rows: int, columns: int) -> Tensor:
     lease = _Lease(held, _came_back)
     lease.memory = memory
     _leases[id(lease)] = lease
-    return torch.frombuffer(held, dtype=like.dtype).view(rows, columns)
+    # Not by `view`: of views that several outputs of a node are, torch refuses to change any.
+    return torch.frombuffer(held, dtype=like.dtype).resize_(rows, columns)
 
 
 def _came_back(lease: _Lease) -> None:

@@ -8,12 +8,14 @@ checkpoints, hooks on saved tensors and autocast. What rewrites or records opera
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["FALLBACKS", "as_autocast_casts", "may_run", "rewritten"]
+__all__ = ["FALLBACKS", "as_autocast_casts", "may_run", "rewritten", "without_autocast"]
 
 FALLBACKS = (
     "under torch.compile and torch.export, torch.func, forward-mode differentiation, torch.jit "
@@ -50,6 +52,13 @@ def may_run(tensors: Sequence[Tensor | None]) -> bool:
         ):
             return False
     return True
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """For weights that stand for parameters: autocast leaves those as they are."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def as_autocast_casts(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

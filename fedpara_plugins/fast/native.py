@@ -103,14 +103,19 @@ class Operand(NamedTuple):
         return cls(x, y, core, (y @ core).view(-1, t.shape[0]))
 
     def gradients(
-        self, dx: Tensor, da: Tensor, t: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of x, y and t, from those by `x` and `a`."""
+        self, dx: Sequence[Tensor], da: Tensor | None, t: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of x, y and t, from those by `x` (their sum) and `a`; None where nobody wants any."""
+        if da is None:
+            return None, None, None
+        by_x = dx[0] if len(dx) == 1 else torch.stack([*dx]).sum(0)
         if self.core is None or t is None:
-            return dx, da, None
+            return by_x, da, None
         by_row = da.view(self.y.shape[0], -1)  # (n, k R)
         dt = (self.y.T @ by_row).view(t.shape[1], -1, t.shape[0])
-        return dx, by_row @ self.core.T, dt.permute(2, 0, 1).reshape(t.shape)
+        # With the few columns of y in front: faster than the other way round, the copy included.
+        by_y = (self.core @ by_row.T).T.contiguous()
+        return by_x, by_y, dt.permute(2, 0, 1).reshape(t.shape)
 
 
 def compose(form: Form, factors: Sequence[Any]) -> Tensor:
@@ -121,12 +126,12 @@ def compose(form: Form, factors: Sequence[Any]) -> Tensor:
         factors: x1, y1, t1, x2, y2, t2, as `serves` wants them.
     """
     first, second = _operands(factors)
-    weight = buffers.empty(first.x, len(first.x), len(first.a))
+    weight = buffers.empty(first.x, first.x.shape[0], first.a.shape[0])
     scale, shift = _constants(form)
     described = found().kernels.describe(
         weight.shape, scale, shift, weight.data_ptr(), 0, _read(first), _read(second)
     )
-    parts = _parts(len(weight), weight.shape[1], first, second)
+    parts = _parts(weight.shape[0], weight.shape[1], first, second)
     _run(found().kernels.compose, [described] * len(parts), parts)
     return weight
 
@@ -149,7 +154,7 @@ def linear(form: Form, factors: Sequence[Any], inputs: Tensor, bias: Tensor | No
         bias: b, shape (m,), or None.
     """
     first, second = _operands(factors)
-    (*outer, columns), rows = inputs.shape, len(first.x)
+    (*outer, columns), rows = inputs.shape, first.x.shape[0]
     inputs, at = inputs.contiguous(), 0
     if bias is not None:
         bias = bias.contiguous()
@@ -204,47 +209,33 @@ def _gradients(
     gradient: int,
     linear: tuple[int, ...],
 ) -> list[Tensor | None]:
-    first, second = operands = _operands(factors)
-    shape = (len(first.x), len(first.a))
+    first, second = _operands(factors)
+    shape = (first.x.shape[0], first.a.shape[0])
     parts = _parts(*shape, first, second)
-    results = [
-        _Collected(own, len(parts)) if True in needed[3 * i : 3 * i + 3] else None
-        for i, own in enumerate(operands)
-    ]
-    one, two = (
-        [_read(own)] * len(parts) if result is None else result.slots()
-        for own, result in zip(operands, results, strict=True)
-    )
+    dx1, da1, slots1 = _memory(first, True in needed[:3], len(parts))
+    dx2, da2, slots2 = _memory(second, True in needed[3:], len(parts))
     scale, shift = _constants(form)
     describe = found().kernels.describe
     described = [
         describe(shape, scale, shift, 0, gradient, *slots, linear)
-        for slots in zip(one, two, strict=True)
+        for slots in zip(slots1, slots2, strict=True)
     ]
     _run(found().kernels.gradients, described, parts)
-    flat: list[Tensor | None] = []
-    for i, result in enumerate(results):
-        flat += [None] * 3 if result is None else result.gradients(factors[3 * i + 2])
-    return flat
+    return [*first.gradients(dx1, da1, factors[2]), *second.gradients(dx2, da2, factors[5])]
 
 
-class _Collected:
-    """Memory for one operand's gradients: by x once for each part of the work, by a once."""
-
-    def __init__(self, own: Operand, parts: int) -> None:
-        self.own = own
-        self.dx = [torch.empty_like(own.x) for _ in range(parts)]
-        self.da = torch.empty_like(own.a)
-
-    def slots(self) -> list[tuple[int, int, int, int, int]]:
-        """Where each part of the work reads and writes."""
-        x, a, _, _, rank = _read(self.own)
-        at = self.da.data_ptr()
-        return [(x, a, dx.data_ptr(), at, rank) for dx in self.dx]
-
-    def gradients(self, t: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        dx = self.dx[0] if len(self.dx) == 1 else torch.stack(self.dx).sum(0)
-        return self.own.gradients(dx, self.da, t)
+def _memory(
+    own: Operand, wanted: bool, parts: int
+) -> tuple[list[Tensor], Tensor | None, list[tuple[int, int, int, int, int]]]:
+    """For one operand's gradients, by x once for each part of the work, by a once; and `_read`."""
+    reads = _read(own)
+    if not wanted:
+        return [], None, [reads] * parts
+    x, a, _, _, rank = reads
+    dx = [torch.empty_like(own.x) for _ in range(parts)]
+    da = torch.empty_like(own.a)
+    at = da.data_ptr()
+    return dx, da, [(x, a, part.data_ptr(), at, rank) for part in dx]
 
 
 def _operands(factors: Sequence[Any]) -> tuple[Operand, Operand]:

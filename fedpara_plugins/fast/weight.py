@@ -1,4 +1,4 @@
-"""A weight from its factors as one node of autograd, with its gradients written by hand.
+"""Weights from their factors as one node of autograd, with its gradients written by hand.
 
 What it gains over torch's own operations: the scalar multiplies a factor instead of the weight,
 every matrix product is laid out as the libraries are fastest at, and the products can be computed
@@ -8,7 +8,8 @@ again in backward, a block of rows at a time, instead of being held since forwar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from fedpara_plugins.fast.form import Form
 __all__ = [
     "FactorGradients",
     "Plain",
+    "Recipe",
     "combined",
     "compose",
     "differentiable",
@@ -34,19 +36,33 @@ BLOCK_BYTES = 2 << 20
 Plain = Callable[[Sequence[Tensor | None]], Tensor]
 
 
-def compose(
-    form: Form, factors: Sequence[Tensor | None], *, plain: Plain, recompute: bool
-) -> Tensor:
-    """W, shape (m, n k), from x1, y1, t1, x2, y2, t2 (t is None for a matrix).
+class Recipe(NamedTuple):
+    """How one weight is composed.
 
-    Args:
+    Attributes:
         form: how the operands make the weight.
-        factors: x (m, R), y (n, R), t (R, R, k1, ...) of each operand; see `may_run`.
         plain: the same with torch's own operations, for gradients of gradients.
         recompute: hold the factors alone for backward, and compute the products there again.
     """
-    weight: Tensor = _Compose.apply(form, plain, recompute, *factors)  # type: ignore[no-untyped-call]
-    return weight
+
+    form: Form
+    plain: Plain
+    recompute: bool
+
+
+def compose(
+    recipes: Sequence[Recipe], factors: Sequence[Sequence[Tensor | None]]
+) -> tuple[Tensor, ...]:
+    """Several W, each (m, n k), from x1, y1, t1, x2, y2, t2 of each (t is None for a matrix).
+
+    Args:
+        recipes: of each weight.
+        factors: of each weight, x (m, R), y (n, R), t (R, R, k1, ...) of each operand; see
+            `may_run`.
+    """
+    flat = [factor for own in factors for factor in own]
+    weights: tuple[Tensor, ...] = _Compose.apply(recipes, *flat)  # type: ignore[no-untyped-call]
+    return weights
 
 
 class Operand:
@@ -139,44 +155,78 @@ def operands_of(form: Form, factors: Sequence[Any], cores: Sequence[Tensor] = ()
 
 class _Compose(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, form: Form, plain: Plain, recompute: bool, *factors: Tensor | None
-    ) -> Tensor:
-        ctx.form, ctx.plain, ctx.native, ctx.kept = form, plain, native.serves(form, factors), 0
-        if ctx.native:
-            weight = native.compose(form, factors)
-            ctx.save_for_backward(*factors)
-            return weight
-        operands = operands_of(form, factors)
-        m, columns = operands[0].x.shape[0], operands[0].a.shape[1]
-        weight = buffers.empty(operands[0].x, m, columns)
-        needed = any(ctx.needs_input_grad) and not recompute
-        products_needed = needed and (form.operands == 2 or form.tanh)
-        keep = [buffers.empty(weight, m, columns) for _ in operands if products_needed]
-        for rows in row_blocks(m, columns, weight.element_size()):
-            combined(form, products(form, operands, rows, keep), weight[rows])
-        cores = [own.a for own in operands if needed and own.t is not None]
-        ctx.kept = len(keep)
-        ctx.save_for_backward(*factors, *keep, *cores)
-        return weight
+    def forward(ctx: Any, recipes: Sequence[Recipe], *flat: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.recipes, ctx.held = recipes, []
+        ctx.set_materialize_grads(False)  # weights that nothing used need no gradients of zeros
+        weights, beside, at = [], [], 0
+        needs = ctx.needs_input_grad[1:]
+        for recipe in recipes:
+            end = at + 3 * recipe.form.operands
+            weight, held = _composed(recipe, flat[at:end], True in needs[at:end])
+            weights.append(weight)
+            ctx.held.append(held and [len(tensors) for tensors in held])
+            beside += [tensor for tensors in held or () for tensor in tensors]
+            at = end
+        ctx.save_for_backward(*flat, *beside)
+        return tuple(weights)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        form: Form = ctx.form
-        count = 3 * form.operands
-        everything = ctx.saved_tensors  # once: a checkpoint gives them no second time
-        factors, saved = everything[:count], everything[count:]
-        needed = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled():
-            return None, None, None, *differentiable(ctx.plain, factors, gradient, needed)
-        if ctx.native:
-            return None, None, None, *native.gradients(form, factors, gradient, needed)
-        keep, cores = saved[: ctx.kept], saved[ctx.kept :]
-        gradients = FactorGradients(form, operands_of(form, factors, cores), needed)
-        m, columns = gradient.shape
-        for rows in row_blocks(m, columns, gradient.element_size()):
-            gradients.add(rows, gradient[rows], [k[rows] for k in keep])
-        return None, None, None, *gradients.result()
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)  # once: a checkpoint gives them no second time
+        counts = [3 * recipe.form.operands for recipe in ctx.recipes]
+        factors = [[*islice(saved, count)] for count in counts]
+        needs = iter(ctx.needs_input_grad[1:])
+        found: list[Tensor | None] = []
+        for recipe, own, held, gradient in zip(
+            ctx.recipes, factors, ctx.held, gradients, strict=True
+        ):
+            needed = [*islice(needs, len(own))]
+            beside = [[*islice(saved, count)] for count in held or ()]
+            if gradient is None:
+                found += [None] * len(own)
+            elif torch.is_grad_enabled():
+                found += differentiable(recipe.plain, own, gradient, needed)
+            elif held is None:
+                found += native.gradients(recipe.form, own, gradient, needed)
+            else:
+                found += _gradients(recipe.form, own, gradient, needed, *beside)
+        return None, *found
+
+
+def _composed(
+    recipe: Recipe, factors: Sequence[Tensor | None], needed: bool
+) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]] | None]:
+    """The weight, and what is held for backward: products and `Operand.a`; None by the kernels."""
+    form = recipe.form
+    if native.serves(form, factors):
+        return native.compose(form, factors), None
+    operands = operands_of(form, factors)
+    m, columns = operands[0].x.shape[0], operands[0].a.shape[1]
+    weight = buffers.empty(operands[0].x, m, columns)
+    hold = needed and not recipe.recompute
+    keep = [
+        buffers.empty(weight, m, columns)
+        for _ in operands
+        if hold and (form.operands == 2 or form.tanh)
+    ]
+    for rows in row_blocks(m, columns, weight.element_size()):
+        combined(form, products(form, operands, rows, keep), weight[rows])
+    return weight, (keep, [own.a for own in operands if hold and own.t is not None])
+
+
+def _gradients(
+    form: Form,
+    factors: Sequence[Tensor | None],
+    gradient: Tensor,
+    needed: Sequence[bool],
+    keep: Sequence[Tensor],
+    cores: Sequence[Tensor],
+) -> list[Tensor | None]:
+    gradients = FactorGradients(form, operands_of(form, factors, cores), needed)
+    m, columns = gradient.shape
+    for rows in row_blocks(m, columns, gradient.element_size()):
+        gradients.add(rows, gradient[rows], [k[rows] for k in keep])
+    return gradients.result()
 
 
 class FactorGradients:

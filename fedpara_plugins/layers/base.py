@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins.errors import ConversionError
+from fedpara_plugins.fast.conditions import without_autocast
 from fedpara_plugins.fit import fit_factors, relative_error
 from fedpara_plugins.initialise import initial_factors, seeded_shared
 from fedpara_plugins.once import holds, kept_weight
-from fedpara_plugins.plan import WeightPlan, WeightSlot
+from fedpara_plugins.plan import WeightPlan, WeightSlot, compose_together, factor_key
 
 __all__ = ["FactorisedLayer", "Phase", "composed", "layers_alive"]
 
@@ -163,7 +164,8 @@ class FactorisedLayer(nn.Module):
                 parameters[key] = _finite(parameter)
             elif weight not in parameters and parameter is not None:
                 # Of both halves, whatever phase of training the model is in.
-                value = self.plans[weight].compose(self.factors(weight)).detach()
+                with without_autocast(parameter.device.type):
+                    value = self.plans[weight].compose(self.factors(weight)).detach()
                 parameters[weight] = _finite(nn.Parameter(value, parameter.requires_grad))
         return parameters
 
@@ -183,6 +185,18 @@ class FactorisedLayer(nn.Module):
             self.on_composed(weight, value)
         return value
 
+    def composed_weights(self) -> dict[str, Tensor]:
+        """All composed weights by name, as `composed_weight` gives them."""
+        if holds(self):
+            return {weight: self.composed_weight(weight) for weight in self.plans}
+        factors = [self.factors_now(weight) for weight in self.plans]
+        values = compose_together([*self.plans.values()], factors)
+        composed = dict(zip(self.plans, values, strict=True))
+        if self.on_composed is not None:
+            for weight, value in composed.items():
+                self.on_composed(weight, value)
+        return composed
+
     def must_compose(self, weight: str) -> bool:
         """Whether somebody needs the composed weight itself, or has it already."""
         if weight not in self.plans or self.on_composed is not None:
@@ -191,9 +205,8 @@ class FactorisedLayer(nn.Module):
 
     def factors(self, weight: str) -> dict[str, Tensor]:
         """The factors of one weight by their names (x1, y1, ...), as the parameters they are."""
-        found, parameters = {}, self._parameters
-        for name in self.plans[weight].factor_names:
-            key = self.factor_key(weight, name)
+        found, parameters, plan = {}, self._parameters, self.plans[weight]
+        for name, key in zip(plan.factor_names, plan.keys, strict=True):
             # `getattr` finds them too, in Python and after all else, or what replaced them.
             value = parameters.get(key)
             found[name] = getattr(self, key) if value is None else value
@@ -214,10 +227,7 @@ class FactorisedLayer(nn.Module):
             for name in plan.private_names
         ]
 
-    @classmethod
-    def factor_key(cls, weight: str, factor: str) -> str:
-        """The parameter's name: the factor's own where the layer has but one weight."""
-        return factor if weight == "weight" else f"{weight}_{factor}"
+    factor_key = staticmethod(factor_key)
 
     def start_seeded(self, *, name: str, seed: int) -> None:
         """Replace the shared factors by those that anyone derives from the seed.

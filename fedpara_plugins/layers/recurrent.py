@@ -74,7 +74,10 @@ class FactorisedRecurrent(FactorisedLayer, nn.RNNBase):
 
     @property
     def _flat_weights(self) -> list[Any]:
-        return [getattr(self, name) for name in self._flat_weights_names]
+        # Biases as what they are: to look for attributes of modules takes long.
+        found = {**self._parameters, **self.composed_weights()}
+        names = self._flat_weights_names
+        return [found[name] if name in found else getattr(self, name) for name in names]
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[Any]) -> None:

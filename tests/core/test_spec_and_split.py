@@ -135,6 +135,15 @@ def test_dense_state_from_shared_keys_alone_is_w1():
     net().load_state_dict(dense, strict=True)
 
 
+def test_dense_state_does_not_depend_on_autocast():
+    model = converted()
+    spec = ModelSpec.of(model)
+    expected = spec.dense_state(model.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = spec.dense_state(model.state_dict())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_dense_bytes_count_the_dense_model():
     model = converted()
     spec = ModelSpec.of(model)

@@ -14,6 +14,7 @@ from fedpara_plugins.doctor import check_model
 from fedpara_plugins.fast import conditions, weight
 from fedpara_plugins.fast.form import form_of
 from fedpara_plugins.methods import Method
+from fedpara_plugins.plan import compose_together
 
 CASES = list(
     itertools.product(
@@ -30,6 +31,12 @@ def planned(method, tanh, shape, recompute):
     torch.manual_seed(1)
     values = [torch.randn(plan.factor_shape(n), dtype=torch.float64) for n in plan.factor_names]
     return plan, [value.requires_grad_() for value in values]
+
+
+def node_of(composed):
+    """What made a weight in autograd: of a kernel's, behind its view."""
+    node = composed.grad_fn
+    return node if composed.dim() == 2 else node.next_functions[0][0]
 
 
 def by_sums(plan, factors):
@@ -67,7 +74,7 @@ def test_value_and_both_derivatives(method, tanh, shape, recompute):
     def compose(*values):
         return plan.compose(dict(zip(plan.factor_names, values, strict=True)))
 
-    node = compose(*factors).grad_fn.next_functions[0][0]  # behind the view
+    node = node_of(compose(*factors))
     assert type(node).__name__ == "_ComposeBackward"
     torch.testing.assert_close(compose(*factors), by_sums(plan, factors))
     probe = torch.randn(plan.shape, dtype=torch.float64)
@@ -77,6 +84,79 @@ def test_value_and_both_derivatives(method, tanh, shape, recompute):
         torch.testing.assert_close(mine, theirs)
     assert gradcheck(compose, factors)
     assert gradgradcheck(compose, factors, fast_mode=True)
+
+
+SEVERAL = (
+    ("fedpara", False, "matrix", True),
+    ("pfedpara", True, "kernel", False),  # holds its products and cores
+    ("lowrank", False, "matrix", None),
+    ("fedpara", False, "kernel", False),
+)
+
+
+def several():
+    """Four plans of all sorts, all their factors, and a function of the latter: all weights."""
+    plans, factors = zip(*[planned(*case) for case in SEVERAL], strict=True)
+    flat = [factor for own in factors for factor in own]
+
+    def compose(*values):
+        left = iter(values)
+        named = [{name: next(left) for name in plan.factor_names} for plan in plans]
+        return tuple(compose_together(plans, named))
+
+    return plans, factors, flat, compose
+
+
+def test_several_weights_are_one_node_and_have_their_own_values_and_derivatives():
+    plans, factors, flat, compose = several()
+    weights = compose(*flat)
+    nodes = {node_of(weight) for weight in weights}
+    assert [type(node).__name__ for node in nodes] == ["_ComposeBackward"]
+    for plan, own, composed in zip(plans, factors, weights, strict=True):
+        torch.testing.assert_close(composed, by_sums(plan, own), rtol=1e-12, atol=1e-12)
+    assert gradcheck(compose, flat, fast_mode=True)
+    assert gradgradcheck(compose, flat, fast_mode=True)
+
+
+@pytest.mark.parametrize("used", range(len(SEVERAL)))
+def test_a_weight_that_nothing_used_gives_its_factors_no_gradients(used):
+    plans, factors, flat, compose = several()
+    probe = torch.randn(plans[used].shape, dtype=torch.float64)
+    expected = torch.autograd.grad(
+        (by_sums(plans[used], factors[used]) * probe).sum(), factors[used]
+    )
+    (compose(*flat)[used] * probe).sum().backward()
+    for i, own in enumerate(factors):
+        for k, factor in enumerate(own):
+            if i == used:
+                torch.testing.assert_close(factor.grad, expected[k], rtol=1e-12, atol=1e-12)
+            else:
+                assert factor.grad is None
+
+
+def test_frozen_weights_among_several():
+    plans, factors, flat, compose = several()
+    for factor in factors[0] + factors[3][:1]:
+        factor.requires_grad_(False)
+    total = sum((w * w).sum() for w in compose(*flat))
+    wanted = [f for f in flat if f.requires_grad]
+    found = torch.autograd.grad(total, wanted)
+    explicit = sum((by_sums(p, f) ** 2).sum() for p, f in zip(plans, factors, strict=True))
+    for own, other in zip(found, torch.autograd.grad(explicit, wanted), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
+
+
+def test_several_weights_of_which_one_must_be_composed_plainly():
+    plans, factors, *_ = several()
+    combine = plans[1].method.combine
+    own_method = replace(plans[1].method, combine=lambda operands: 2 * combine(operands))
+    plans = (plans[0], replace(plans[1], method=own_method, tanh=False), *plans[2:])
+    named = [dict(zip(p.factor_names, f, strict=True)) for p, f in zip(plans, factors, strict=True)]
+    for plan, own, composed in zip(plans, named, compose_together(plans, named), strict=True):
+        torch.testing.assert_close(composed, plan.compose(own), rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        composed = compose_together(plans[:1], [{k: v.float() for k, v in named[0].items()}])
+    assert composed[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("frozen", range(6))

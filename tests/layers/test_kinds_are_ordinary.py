@@ -125,6 +125,14 @@ def test_autocast(trained):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_to_dense_under_autocast_gives_the_weights_that_it_gives_elsewhere(trained):
+    model, _ = trained
+    expected = fedpara.to_dense(model).state_dict()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fedpara.to_dense(model).state_dict()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_gradient_checkpointing(trained):
     model, inputs = trained
     model(inputs).square().mean().backward()

@@ -264,13 +264,13 @@ def test_weights_read_as_attributes_and_as_lists():
 @pytest.mark.parametrize("name", LAYERS)
 def test_composes_every_weight_once_per_forward_and_never_else(name, monkeypatch):
     layer = fedpara.convert(LAYERS[name](), method="fedpara", gamma=0.3)
-    composed, compose = [], WeightPlan.compose
+    composed, ordered = [], WeightPlan.ordered
 
     def counted(plan, factors):
         composed.append(plan.name)
-        return compose(plan, factors)
+        return ordered(plan, factors)
 
-    monkeypatch.setattr(WeightPlan, "compose", counted)
+    monkeypatch.setattr(WeightPlan, "ordered", counted)  # whoever composes needs them in order
     layer.flatten_parameters()
     copy.deepcopy(layer).double()
     assert composed == []
