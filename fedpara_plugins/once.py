@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins.errors import ConversionError
-from fedpara_plugins.fast.conditions import may_run
+from fedpara_plugins.fast.conditions import may_run, without_autocast
 
 if TYPE_CHECKING:
     from fedpara_plugins.layers.base import FactorisedLayer
@@ -28,6 +28,8 @@ class _Kept(NamedTuple):
 
     value: Tensor
     factors: tuple[tuple[str, Tensor, int], ...]
+    grad: bool
+    phase: str
     graph: Tensor | None
 
     def unchanged(self) -> bool:
@@ -77,8 +79,8 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._layers: dict[int, nn.Module] = {}
-        # By layer and weight: the device, and what was composed by the state it was composed in.
-        self._kept: dict[tuple[int, str], tuple[str, dict[_State, _Kept]]] = {}
+        # By thread (the context's own), layer and weight: what was composed, in each state once.
+        self._kept: dict[tuple[int, int, str], list[_Kept]] = {}
         self._trained: list[_Kept] = []
         self._thread = 0
 
@@ -107,54 +109,47 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
         """Whether weights have collected gradients."""
         return any(kept.value.grad is not None for kept in self._trained)
 
-    def weight(self, layer: FactorisedLayer, name: str) -> Tensor | None:
-        """The composed weight of a layer that it holds; None where it must be composed anew."""
-        found = self._kept.get((id(layer), name))
-        # A trace would keep the weight for ever. Transformed factors are other tensors.
-        if found is not None and not torch._C._is_tracing():
-            kept = found[1].get(_state(layer, found[0]))
-            if kept is not None:
-                # A loop, and here: this runs before each use of a weight.
-                parameters = layer._parameters
-                for key, factor, version in kept.factors:
-                    if parameters.get(key) is not factor or factor._version != version:
-                        break
-                else:
-                    return kept.value
-        return self._composed_anew(layer, name)
-
-    def _composed_anew(self, layer: FactorisedLayer, name: str) -> Tensor | None:
+    def compose(self, layer: FactorisedLayer, name: str) -> Tensor | None:
+        """Compose a weight and hold it; None where it must be composed at each use."""
         factors = layer.factors(name)
         if not may_run(list(factors.values())) or any(f.is_inference() for f in factors.values()):
             return None
-        device = next(iter(factors.values())).device.type
-        of_state = self._kept.setdefault((id(layer), name), (device, {}))[1]
-        of_state[_state(layer, device)] = kept = _compose(layer, name, factors)
+        kept = _compose(layer, name, factors)
+        key = (self._thread, id(layer), name)
+        state = (kept.grad, kept.phase)
+        others = [k for k in self._kept.get(key, ()) if (k.grad, k.phase) != state]
+        self._kept[key] = [kept, *others]
         if kept.graph is not None:
             self._trained.append(kept)
         return kept.value
 
 
-_State = tuple[bool, bool, bool | torch.dtype, bool, str]
-
-
-def _state(layer: FactorisedLayer, device: str) -> _State:
-    """What a weight depends on beside its factors."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-        layer.training,
-        layer.phase,
-    )
-
-
 def kept_weight(layer: FactorisedLayer, name: str) -> Tensor | None:
     """The weight of a layer that an open context holds; None where it is to be composed."""
-    if not _open or torch.compiler.is_compiling():
+    # This runs before each use of a weight, with everything that it touches out of the caches: what
+    # can be asked in fewer steps is. A trace would keep the weight for ever.
+    if not _open or torch.compiler.is_compiling() or torch._C._is_tracing():
         return None
-    once = _innermost(layer)
-    return None if once is None else once.weight(layer, name)
+    key = (threading.get_ident(), id(layer), name)
+    try:
+        once = _open[-1]
+        found = once._kept[key]
+    except (IndexError, KeyError):  # the last one is another's, or keeps nothing yet
+        innermost = _innermost(layer)
+        if innermost is None:
+            return None
+        once = innermost
+        found = once._kept.get(key, [])
+    parameters, grad = layer._parameters, torch.is_grad_enabled()
+    phase = layer.phase if layer.training else "joint"
+    for value, factors, was_grad, was_phase, _ in found:
+        if was_grad is grad and was_phase == phase:
+            for factor_name, factor, version in factors:
+                if factor._version != version or parameters.get(factor_name) is not factor:
+                    break
+            else:
+                return value
+    return once.compose(layer, name)
 
 
 def holds(layer: FactorisedLayer) -> bool:
@@ -196,7 +191,11 @@ def _innermost(layer: nn.Module) -> composed_once | None:
 
 def _compose(layer: FactorisedLayer, name: str, factors: Mapping[str, Tensor]) -> _Kept:
     versions = tuple((layer.factor_key(name, f), t, t._version) for f, t in factors.items())
-    graph = layer.plans[name].compose(layer.factors_now(name))
+    phase = layer.phase if layer.training else "joint"
+    # In inference mode nothing has a graph, whatever is enabled in there.
+    grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    with without_autocast(next(iter(factors.values())).device.type):
+        graph = layer.plans[name].compose(layer.factors_now(name))
     if not graph.requires_grad:
-        return _Kept(graph, versions, None)
-    return _Kept(graph.detach().requires_grad_(), versions, graph)
+        return _Kept(graph, versions, grad, phase, None)
+    return _Kept(graph.detach().requires_grad_(), versions, grad, phase, graph)

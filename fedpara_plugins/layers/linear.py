@@ -41,6 +41,8 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
             return super().forward(input)
         kept = kept_weight(self, "weight")
         if kept is not None:
-            return linear(input, kept, self.bias)
+            # Not as an attribute where it can be had otherwise: torch's modules look in Python.
+            own = self._parameters
+            return linear(input, kept, own["bias"] if "bias" in own else self.bias)  # noqa: SIM401
         output = linear_from_factors(plan, self.factors_now("weight"), input, self.bias)
         return super().forward(input) if output is None else output

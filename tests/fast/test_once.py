@@ -11,6 +11,7 @@ from torch.func import functional_call
 import fedpara_plugins as fedpara
 from fedpara_plugins import ConversionError, JacobianCorrection, composed_once
 from fedpara_plugins.plan import WeightPlan
+from fedpara_plugins.training import shared_phase
 
 
 class Net(nn.Module):
@@ -188,6 +189,37 @@ def test_training_and_evaluation_modes_autocast_and_inference_do_not_mix(model, 
         loss.backward()
         torch.testing.assert_close(model(batches[0]), plain)
     assert model.head.x1.grad is not None
+
+
+def test_phases_of_training_do_not_mix(batches):
+    options = {"method": "pfedpara", "gamma": 0.3, "min_size": 0, "schedule": "decoupled"}
+    model = fedpara.convert(Net(), **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)  # private halves that are not zero
+    with composed_once(model), torch.no_grad():
+        joint = model(batches[0])
+        with shared_phase(model):
+            shared = model(batches[0])
+            assert not torch.allclose(shared, joint)
+            torch.testing.assert_close(shared, copy.deepcopy(model)(batches[0]))
+            torch.testing.assert_close(model.eval()(batches[0]), joint)
+        torch.testing.assert_close(model.train()(batches[0]), joint)
+
+
+def test_gradients_enabled_in_inference_mode_leave_nothing_for_outside(model, batches):
+    with composed_once(model):
+        with torch.inference_mode(), torch.enable_grad():
+            model(batches[0])
+        model(batches[0]).sum().backward()
+    assert model.head.x1.grad is not None
+
+
+def test_a_kept_weight_is_as_the_parameter_it_stands_for_under_autocast(model):
+    x, dense = torch.randn(2, 40), fedpara.to_dense(model.head)
+    with torch.no_grad(), composed_once(model), torch.autocast("cpu", torch.bfloat16):
+        assert model.head.weight.dtype == torch.float32
+        torch.testing.assert_close(model.head(x), dense(x), rtol=0, atol=0)
 
 
 def test_a_step_inside_is_refused_while_gradients_wait(model, batches):
