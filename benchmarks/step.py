@@ -130,12 +130,11 @@ def sgd(layer: nn.Module) -> Step:
 
 
 def lstm_cases() -> Iterator[Case]:
-    """8 features, two layers of 256, 80 steps of time, batch 16, gamma 0.1."""
+    """8 features, two layers of 256, 80 steps of time, gamma 0.1."""
     dense = nn.LSTM(8, 256, num_layers=2, batch_first=True)
     model = factorised(dense, gamma=0.1)
-    x = torch.randn(16, 80, 8)
 
-    def step(layer: nn.Module) -> Step:
+    def step(layer: nn.Module, x: Tensor) -> Step:
         optimizer = torch.optim.SGD(layer.parameters(), lr=1e-5)
 
         def run() -> None:
@@ -145,31 +144,32 @@ def lstm_cases() -> Iterator[Case]:
 
         return run
 
-    steps = {"dense": step(dense), "fedpara": step(model)}
-    yield Case("LSTM 8-256-256, T 80, batch 16, step", 30, steps)
+    for batch, rounds in ((16, 60), (64, 12)):
+        x = torch.randn(batch, 80, 8)
+        steps = {"dense": step(dense, x), "fedpara": step(model, x)}
+        yield Case(f"LSTM 8-256-256, T 80, batch {batch}, step", rounds, steps)
 
 
 def evaluation_cases() -> Iterator[Case]:
-    """20 batches of 64 without gradients, composing included."""
-    x = torch.randn(64, 512)
-    linear = nn.Linear(512, 512)
-    lstm, sequences = nn.LSTM(8, 256, 2, batch_first=True), torch.randn(64, 80, 8)
-    pictures = images(64, 32)[0]
+    """Batches of 64 without gradients, composing included."""
+    linear, attention = nn.Linear(512, 512), nn.MultiheadAttention(256, 8, batch_first=True)
+    lstm, tokens = nn.LSTM(8, 256, 2, batch_first=True), torch.randn(64, 16, 256)
     for name, dense, inputs, batches, rounds in (
-        ("Linear 512", linear, x, 200, 20),
-        ("LSTM 8-256-256", lstm, sequences, 10, 8),
-        ("VGG16", vgg16(), pictures, 10, 5),
+        ("Linear 512", linear, [torch.randn(64, 512)], 200, 20),
+        ("Attention 256", attention, [tokens] * 3, 50, 10),
+        ("LSTM 8-256-256", lstm, [torch.randn(64, 80, 8)], 10, 8),
+        ("VGG16", vgg16(), [images(64, 32)[0]], 10, 5),
     ):
         options = {"exclude": "0,45,47,49"} if name == "VGG16" else {}
         model = factorised(dense, gamma=0.1, **options).eval()
 
         def run(
-            layer: nn.Module, once: bool, inputs: Tensor = inputs, batches: int = batches
+            layer: nn.Module, once: bool, inputs: list[Tensor] = inputs, batches: int = batches
         ) -> Step:
             def evaluate() -> None:
                 with torch.no_grad(), composed_once(layer) if once else nullcontext():
                     for _ in range(batches):
-                        layer(inputs)
+                        layer(*inputs)
 
             return evaluate
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fedpara_plugins.fast.conditions import rewritten
 from fedpara_plugins.layers.base import FactorisedLayer, composed
 from fedpara_plugins.layers.linear import FactorisedLinear
+from fedpara_plugins.once import composed_once, holds
 from fedpara_plugins.plan import WeightSlot
 
 __all__ = ["FactorisedAttentionOutput", "FactorisedMultiheadAttention"]
@@ -66,14 +71,17 @@ class FactorisedMultiheadAttention(FactorisedLayer, nn.MultiheadAttention):
         """As the dense layer computes it, with every weight composed once.
 
         The dense layer's own forward reads a weight up to five times, to ask whether its fast path
-        is open, and would compose it as often. Nested tensors still go there: only the fast path
-        can compute them.
+        is open, and would compose it as often. Evaluation goes there with weights that are kept for
+        that long, and so do nested tensors, which only the fast path can compute.
         """
-        if query.is_nested or key.is_nested or value.is_nested:
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask,
-                average_attn_weights, is_causal,
-            )  # fmt: skip
+        evaluates = not (self.training or torch.is_grad_enabled() or rewritten())
+        if evaluates or query.is_nested or key.is_nested or value.is_nested:
+            keep = evaluates and not holds(self)
+            with composed_once(self) if keep else nullcontext():
+                return super().forward(
+                    query, key, value, key_padding_mask, need_weights, attn_mask,
+                    average_attn_weights, is_causal,
+                )  # fmt: skip
         turn = self.batch_first and query.dim() == 3
         if turn:
             query, key, value = _batch_second(query, key, value)

@@ -154,6 +154,24 @@ def test_nested_tensors_take_the_fast_path_as_dense():
             assert_same(row, model(part[None], part[None], part[None])[0][0])
 
 
+@pytest.mark.parametrize("once", [True, False], ids=["composed_once", "alone"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_takes_the_fast_path_when_dense_does(training, grad, once, monkeypatch):
+    calls, forward = [], torch._native_multi_head_attention
+    monkeypatch.setattr(
+        torch, "_native_multi_head_attention", lambda *a: calls.append(1) or forward(*a)
+    )
+    model, dense = (m.train(training) for m in pair(nn.MultiheadAttention(48, 4, batch_first=True)))
+    x = torch.randn(3, 7, 48)
+    with grad_mode(grad), fedpara.composed_once(model) if once else contextlib.nullcontext():
+        got = model(x, x, x, need_weights=False)[0]
+        fast = len(calls)
+        expected = dense(x, x, x, need_weights=False)[0]
+    assert fast == len(calls) - fast == (not training and not grad)
+    assert_same(got, expected)
+
+
 # By brute force: attention written out, in float64
 
 
