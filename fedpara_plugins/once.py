@@ -6,13 +6,15 @@ a weight that outlives its forward is never kept behind a user's back: only insi
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
+from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _is_tracing
+from torch.compiler import is_compiling
 
 from fedpara_plugins.errors import ConversionError
 from fedpara_plugins.fast.conditions import may_run, without_autocast
@@ -87,7 +89,7 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
     def __enter__(self) -> composed_once:
         self._layers = {id(layer): layer for layer in self._model.modules()}
         self._kept, self._trained = {}, []
-        self._thread = threading.get_ident()
+        self._thread = get_ident()
         _open.append(self)
         return self
 
@@ -128,9 +130,9 @@ def kept_weight(layer: FactorisedLayer, name: str) -> Tensor | None:
     """The weight of a layer that an open context holds; None where it is to be composed."""
     # This runs before each use of a weight, with everything that it touches out of the caches: what
     # can be asked in fewer steps is. A trace would keep the weight for ever.
-    if not _open or torch.compiler.is_compiling() or torch._C._is_tracing():
+    if not _open or is_compiling() or _is_tracing():
         return None
-    key = (threading.get_ident(), id(layer), name)
+    key = (get_ident(), id(layer), name)
     try:
         once = _open[-1]
         found = once._kept[key]
@@ -140,7 +142,7 @@ def kept_weight(layer: FactorisedLayer, name: str) -> Tensor | None:
             return None
         once = innermost
         found = once._kept.get(key, [])
-    parameters, grad = layer._parameters, torch.is_grad_enabled()
+    parameters, grad = layer._parameters, is_grad_enabled()
     phase = layer.phase if layer.training else "joint"
     for value, factors, was_grad, was_phase, _ in found:
         if was_grad is grad and was_phase == phase:
@@ -154,7 +156,7 @@ def kept_weight(layer: FactorisedLayer, name: str) -> Tensor | None:
 
 def holds(layer: FactorisedLayer) -> bool:
     """Whether an open context holds the layer's weights."""
-    if not _open or torch.compiler.is_compiling():
+    if not _open or is_compiling():
         return False
     return _innermost(layer) is not None
 
@@ -182,7 +184,7 @@ cannot hide a context of this one for more than one look, and then a weight is c
 def _innermost(layer: nn.Module) -> composed_once | None:
     """The innermost open context of this thread that holds the layer; None without one."""
     if _open:
-        thread = threading.get_ident()
+        thread = get_ident()
         for once in reversed(_open):
             if id(layer) in once._layers and once._thread == thread:
                 return once
@@ -193,7 +195,7 @@ def _compose(layer: FactorisedLayer, name: str, factors: Mapping[str, Tensor]) -
     versions = tuple((layer.factor_key(name, f), t, t._version) for f, t in factors.items())
     phase = layer.phase if layer.training else "joint"
     # In inference mode nothing has a graph, whatever is enabled in there.
-    grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    grad = is_grad_enabled() and not torch.is_inference_mode_enabled()
     with without_autocast(next(iter(factors.values())).device.type):
         graph = layer.plans[name].compose(layer.factors_now(name))
     if not graph.requires_grad:

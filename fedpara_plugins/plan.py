@@ -143,7 +143,8 @@ class WeightPlan:
         return self._shaped(self.compose_rows(factors))
 
     def _shaped(self, rows: Tensor) -> Tensor:
-        return rows.view(self.shape) if len(self.shape) > 2 else rows
+        # A view is a node of autograd, and what factors of other shapes gave is its error.
+        return rows if rows.shape == self.shape else rows.view(self.shape)
 
     def compose_rows(self, factors: Mapping[str, Tensor]) -> Tensor:
         """As `compose`, with some rows of every x only: methods are elementwise, rows independent.

@@ -86,6 +86,16 @@ def test_value_and_both_derivatives(method, tanh, shape, recompute):
     assert gradgradcheck(compose, factors, fast_mode=True)
 
 
+def test_factors_of_another_shape_are_an_error_and_no_other_weight():
+    plan, factors = planned("fedpara", False, "matrix", True)
+    named = dict(zip(plan.factor_names, factors, strict=True))
+    fewer = {name: f[:-1] if name[0] == "x" else f for name, f in named.items()}
+    with pytest.raises(RuntimeError, match="shape"):
+        plan.compose(fewer)
+    with pytest.raises(RuntimeError, match="shape"):
+        compose_together([plan, plan], [named, fewer])
+
+
 SEVERAL = (
     ("fedpara", False, "matrix", True),
     ("pfedpara", True, "kernel", False),  # holds its products and cores
