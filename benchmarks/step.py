@@ -155,7 +155,7 @@ def evaluation_cases() -> Iterator[Case]:
     linear, attention = nn.Linear(512, 512), nn.MultiheadAttention(256, 8, batch_first=True)
     lstm, tokens = nn.LSTM(8, 256, 2, batch_first=True), torch.randn(64, 16, 256)
     for name, dense, inputs, batches, rounds in (
-        ("Linear 512", linear, [torch.randn(64, 512)], 200, 20),
+        ("Linear 512", linear, [torch.randn(64, 512)], 200, 100),
         ("Attention 256", attention, [tokens] * 3, 50, 10),
         ("LSTM 8-256-256", lstm, [torch.randn(64, 80, 8)], 10, 8),
         ("VGG16", vgg16(), [images(64, 32)[0]], 10, 5),

@@ -11,7 +11,6 @@ from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch._C import _is_tracing
 from torch.compiler import is_compiling
@@ -194,8 +193,7 @@ def _innermost(layer: nn.Module) -> composed_once | None:
 def _compose(layer: FactorisedLayer, name: str, factors: Mapping[str, Tensor]) -> _Kept:
     versions = tuple((layer.factor_key(name, f), t, t._version) for f, t in factors.items())
     phase = layer.phase if layer.training else "joint"
-    # In inference mode nothing has a graph, whatever is enabled in there.
-    grad = is_grad_enabled() and not torch.is_inference_mode_enabled()
+    grad = is_grad_enabled()
     with without_autocast(next(iter(factors.values())).device.type):
         graph = layer.plans[name].compose(layer.factors_now(name))
     if not graph.requires_grad:

@@ -27,14 +27,16 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def rewritten() -> bool:
-    """Whether operations are being compiled, traced, transformed or dualised just now."""
-    # Of the last states two have no public question; torch's own `Function.apply` asks the one so.
+    """Whether operations are compiled, traced, transformed, dualised or unrecorded just now."""
+    # Of these states two have no public question; torch's own `Function.apply` asks the one so.
     # `torch.jit.is_tracing` asks what is asked here, in two more functions of Python.
     return (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+        # torch's own operations record nothing then, whatever is enabled inside; a `Function` does.
+        or (torch.is_inference_mode_enabled() and torch.is_grad_enabled())
     )
 
 

@@ -125,6 +125,15 @@ def test_autocast(trained):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_gradients_enabled_in_inference_mode(trained):
+    model, inputs = trained
+    expected = model(inputs)
+    with torch.inference_mode(), torch.enable_grad():  # torch records nothing there
+        output = model(inputs)
+    assert output.grad_fn is None
+    torch.testing.assert_close(output, expected)
+
+
 def test_to_dense_under_autocast_gives_the_weights_that_it_gives_elsewhere(trained):
     model, _ = trained
     expected = fedpara.to_dense(model).state_dict()
