@@ -19,7 +19,8 @@ __all__ = ["FALLBACKS", "as_autocast_casts", "may_run", "rewritten", "without_au
 
 FALLBACKS = (
     "under torch.compile and torch.export, torch.func, forward-mode differentiation, torch.jit "
-    "tracing and for tensor subclasses weights are composed by torch's own operations"
+    "tracing, with gradients enabled in inference mode and for tensor subclasses weights are "
+    "composed by torch's own operations"
 )
 """For `fedpara doctor`."""
 
