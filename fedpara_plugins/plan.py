@@ -90,6 +90,10 @@ class WeightPlan:
     tanh: bool = False
     recompute: bool | None = field(default=None, compare=False)
 
+    def __post_init__(self) -> None:
+        # Found now: before Python 3.12 `cached_property` takes a lock, which torch.compile refuses.
+        _ = self.keys
+
     @property
     def kernel(self) -> bool:
         """Whether the operands have a core."""

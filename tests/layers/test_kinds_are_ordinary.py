@@ -167,3 +167,13 @@ def test_traced_by_the_compiler(trained, kind):
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=kind not in RECURRENT, backend="aot_eager")
     torch.testing.assert_close(compiled(inputs), model(inputs))
+
+
+def test_traced_by_the_compiler_before_any_other_use(kind):
+    """What a layer finds out once, at its first use, must be nothing that cannot be traced."""
+    torch.manual_seed(0)
+    dense, inputs = CASES[kind]()
+    model = fedpara.convert(dense, method="fedpara", gamma=0.3)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=kind not in RECURRENT, backend="aot_eager")
+    torch.testing.assert_close(compiled(inputs), copy.deepcopy(model)(inputs))
