@@ -74,7 +74,8 @@ class FactorisedMultiheadAttention(FactorisedLayer, nn.MultiheadAttention):
         is open, and would compose it as often. Evaluation goes there with weights that are kept for
         that long, and so do nested tensors, which only the fast path can compute.
         """
-        evaluates = not (self.training or torch.is_grad_enabled() or rewritten())
+        watched = self.on_composed is not None  # and is to be told of each weight once
+        evaluates = not (self.training or torch.is_grad_enabled() or watched or rewritten())
         if evaluates or query.is_nested or key.is_nested or value.is_nested:
             keep = evaluates and not holds(self)
             with composed_once(self) if keep else nullcontext():

@@ -286,6 +286,18 @@ def test_composes_every_weight_once_per_forward(training, sizes, monkeypatch):
     assert sorted(composed) == sorted([*model.plans, "weight"])
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_who_watches_weights_is_told_of_each_once(training):
+    model = fedpara.convert(nn.MultiheadAttention(48, 4, batch_first=True), gamma=0.3)
+    seen = []
+    for layer in (model, model.out_proj):
+        layer.on_composed = lambda weight, _: seen.append(weight)
+    x = torch.randn(3, 7, 48)
+    with torch.no_grad():
+        model.train(training)(x, x, x)
+    assert sorted(seen) == ["in_proj_weight", "weight"]
+
+
 # Inside torch's transformers, whose fast path reads the weights without calling the layers
 
 
