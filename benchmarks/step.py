@@ -147,7 +147,8 @@ def lstm_cases() -> Iterator[Case]:
     for batch, rounds in ((16, 60), (64, 12)):
         x = torch.randn(batch, 80, 8)
         steps = {"dense": step(dense, x), "fedpara": step(model, x)}
-        yield Case(f"LSTM 8-256-256, T 80, batch {batch}, step", rounds, steps)
+        name = f"LSTM 8-256-256, T 80, batch {batch}, step"
+        yield Case(name, rounds, steps, bound(model, dense, x))
 
 
 def evaluation_cases() -> Iterator[Case]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,9 +64,9 @@ def ranks(model: nn.Module) -> dict[str, int]:
 
 def bound(model: nn.Module, dense: nn.Module, *inputs: Tensor) -> float:
     """Arithmetic of a step with composed weights over that of the dense step."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, _without_onednn():
         output = dense(*inputs)
-        output.sum().backward()
+        (output if isinstance(output, Tensor) else output[0]).sum().backward()
     dense.zero_grad()
     composing = 0
     for layer in model.modules():
@@ -72,6 +76,15 @@ def bound(model: nn.Module, dense: nn.Module, *inputs: Tensor) -> float:
             inner = m * n * rank + (n * rank * rank if kernel > 1 else 0)
             composing += 3 * 2 * plan.method.operands * inner * kernel
     return 1 + composing / counter.get_total_flops()
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """A recurrent layer is one operation of oneDNN, which torch does not count."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about TF32 on another device
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 def peft_loha(dense: nn.Module, layers: dict[str, int]) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedpara_plugins.compose import operand
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.fast.conditions import as_autocast_casts, may_run
-from fedpara_plugins.fast.form import Form, form_of, is_known
+from fedpara_plugins.fast.form import Form, by_operand, form_of, is_known
 from fedpara_plugins.fast.weight import Recipe, compose
 from fedpara_plugins.methods import Method
 from fedpara_plugins.ranks import (
@@ -159,25 +159,19 @@ class WeightPlan:
         ordered = self.ordered(factors)
         if not may_run(ordered) or self.form is None:
             return self.compose_plainly(ordered)
-        recipe = Recipe(self.form, self.compose_plainly, self.recomputes)
-        return compose([recipe], [as_autocast_casts(ordered)])[0]
+        recipe = Recipe(self.form, self.compose_plainly, self.recomputes, len(ordered))
+        return compose([recipe], as_autocast_casts(ordered))[0]
 
-    def ordered(self, factors: Mapping[str, Tensor]) -> list[Tensor | None]:
-        """x1, y1, t1, x2, ..., None in the place of a core that there is not."""
-        return [factors.get(name) for name in self._order]
+    def ordered(self, factors: Mapping[str, Tensor]) -> list[Tensor]:
+        """x1, y1, t1, x2, ... in the order of `factor_names`."""
+        return [factors[name] for name in self.factor_names]
 
-    @cached_property
-    def _order(self) -> list[str]:
-        return [f"{part}{i}" for i in range(1, self.method.operands + 1) for part in "xyt"]
-
-    def compose_plainly(self, ordered: Sequence[Tensor | None]) -> Tensor:
+    def compose_plainly(self, ordered: Sequence[Tensor]) -> Tensor:
         """As `compose_rows`, with torch's own operations, from what `ordered` gives."""
         operands = []
-        for i, gain in enumerate(self.gains):
-            x, y, t = ordered[3 * i : 3 * i + 3]
-            assert x is not None
-            assert y is not None
-            value = operand(x if gain == 1 else x * gain, y, t)
+        every = by_operand(ordered, self.method.operands)
+        for gain, (x, *others) in zip(self.gains, every, strict=True):
+            value = operand(x if gain == 1 else x * gain, *others)
             operands.append(torch.tanh(value) if self.tanh else value)
         value = self.method.combine(operands).flatten(1)
         return value if self.outer == 1 else value * self.outer
@@ -227,15 +221,15 @@ def compose_together(
     plans: Sequence[WeightPlan], factors: Sequence[Mapping[str, Tensor]]
 ) -> list[Tensor]:
     """As `WeightPlan.compose` of each, in one node of autograd where that can be."""
-    ordered = [plan.ordered(own) for plan, own in zip(plans, factors, strict=True)]
     recipes = [
-        Recipe(plan.form, plan.compose_plainly, plan.recomputes)
+        Recipe(plan.form, plan.compose_plainly, plan.recomputes, len(plan.factor_names))
         for plan in plans
         if plan.form is not None
     ]
-    if len(recipes) < len(plans) or not may_run([tensor for own in ordered for tensor in own]):
+    flat = [f for plan, own in zip(plans, factors, strict=True) for f in plan.ordered(own)]
+    if len(recipes) < len(plans) or not may_run(flat):
         return [plan.compose(own) for plan, own in zip(plans, factors, strict=True)]
-    weights = compose(recipes, [as_autocast_casts(own) for own in ordered])
+    weights = compose(recipes, as_autocast_casts(flat))
     return [plan._shaped(weight) for weight, plan in zip(weights, plans, strict=True)]
 
 

@@ -64,13 +64,13 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def as_autocast_casts(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def as_autocast_casts(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors as a matrix product would see them: cast where autocast is on.
 
     As there, float64 stays as it is. The cast is differentiable: gradients have the old dtype.
     """
-    first = tensors[0]
-    if first is None or not torch.is_autocast_enabled(first.device.type):
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]

@@ -7,8 +7,8 @@ composed by torch's own operations, with the same result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from fedpara_plugins.compose import combine_fedpara, combine_lowrank, combine_pfedpara
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from fedpara_plugins.methods import Method
     from fedpara_plugins.plan import WeightPlan
 
-__all__ = ["Form", "form_of", "is_known"]
+__all__ = ["Form", "by_operand", "form_of", "is_known"]
+
+T = TypeVar("T")
 
 
 class Form(NamedTuple):
@@ -43,6 +45,12 @@ _KNOWN: dict[Callable[..., object], tuple[int, bool]] = {
     combine_pfedpara: (2, True),
 }
 """By the function itself: a third party's of the same name may compute something else."""
+
+
+def by_operand(factors: Sequence[T], operands: int) -> list[Sequence[T]]:
+    """What belongs to each operand: of x1, y1, x2, ... (x, y), of a kernel's factors (x, y, t)."""
+    size = len(factors) // operands
+    return [factors[at : at + size] for at in range(0, len(factors), size)]
 
 
 def is_known(method: Method) -> bool:

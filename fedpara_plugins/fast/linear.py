@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -68,7 +68,6 @@ def linear_from_factors(
         return linear_fused(form, inputs, given[1:], bias, plain=partial(_plainly_with_bias, plan))
     if by_factors or _by_blocks(plan, kernels):
         first, *rest = as_autocast_casts(given)
-        assert first is not None
         rows = first.reshape(-1, plan.shape[1])
         way = linear_by_factors if by_factors else linear_by_blocks
         output = way(form, rows, rest, plain=partial(_plainly, plan, None))
@@ -82,13 +81,12 @@ def _as_planned(plan: WeightPlan, factors: Mapping[str, Tensor], bias: Tensor | 
     return (m, n) == plan.shape and (bias is None or bias.shape == (m,))
 
 
-def _plainly(plan: WeightPlan, bias: Tensor | None, tensors: Sequence[Tensor | None]) -> Tensor:
+def _plainly(plan: WeightPlan, bias: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
     inputs, *factors = tensors
-    assert inputs is not None
     return functional.linear(inputs, plan.compose_plainly(factors), bias)
 
 
-def _plainly_with_bias(plan: WeightPlan, tensors: Sequence[Tensor | None]) -> Tensor:
+def _plainly_with_bias(plan: WeightPlan, tensors: Sequence[Any]) -> Tensor:
     inputs, bias, *factors = tensors
     return _plainly(plan, bias, [inputs, *factors])
 

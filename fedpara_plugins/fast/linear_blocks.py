@@ -27,7 +27,7 @@ __all__ = ["linear_by_blocks"]
 
 
 def linear_by_blocks(
-    form: Form, inputs: Tensor, factors: Sequence[Tensor | None], *, plain: Plain
+    form: Form, inputs: Tensor, factors: Sequence[Tensor], *, plain: Plain
 ) -> Tensor:
     """Give x Wᵀ, shape (B, m).
 
@@ -43,9 +43,7 @@ def linear_by_blocks(
 
 class _ByBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, form: Form, plain: Plain, inputs: Tensor, *factors: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, form: Form, plain: Plain, inputs: Tensor, *factors: Tensor) -> Tensor:
         operands = operands_of(form, factors)
         m, n = operands[0].x.shape[0], inputs.shape[1]
         output = inputs.new_empty(inputs.shape[0], m)

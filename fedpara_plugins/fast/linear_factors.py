@@ -28,14 +28,14 @@ CHUNK_BYTES = 2 << 20
 
 
 def linear_by_factors(
-    form: Form, inputs: Tensor, factors: Sequence[Tensor | None], *, plain: Plain
+    form: Form, inputs: Tensor, factors: Sequence[Tensor], *, plain: Plain
 ) -> Tensor:
     """Give x Wᵀ, shape (B, m), of a weight of two operands without tanh.
 
     Args:
         form: how the operands make the weight.
         inputs: x, shape (B, n).
-        factors: x1, y1, None, x2, y2, None.
+        factors: x1, y1, x2, y2.
         plain: from x and the factors the same with torch's own operations.
     """
     output: Tensor = _ByFactors.apply(form, plain, inputs, *factors)  # type: ignore[no-untyped-call]
@@ -44,9 +44,7 @@ def linear_by_factors(
 
 class _ByFactors(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, form: Form, plain: Plain, inputs: Tensor, *factors: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, form: Form, plain: Plain, inputs: Tensor, *factors: Tensor) -> Tensor:
         x1, y1, x2, y2 = _columns(form, factors)
         rank, m, second = x1.shape[0], x1.shape[1], x2.shape[0]
         output = inputs.new_empty(inputs.shape[0], m)
@@ -82,17 +80,13 @@ class _ByFactors(torch.autograd.Function):
             d_y1 += (dz * x.unsqueeze(1)).sum(0)
             d_inputs[rows] = dz.mul_(y1).sum(1)
         gain, second = ctx.form.gains[0], x2.shape[0] - ctx.form.plus_one
-        found = (d_x1.T * gain, d_y1.T, None, d_x2[:second].T, d_y2[:second].T, None)
+        found = (d_x1.T * gain, d_y1.T, d_x2[:second].T, d_y2[:second].T)
         return None, None, d_inputs, *found
 
 
-def _columns(form: Form, factors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def _columns(form: Form, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """x1, y1, x2, y2 with their columns first, (R, m or n); the scalar and the 1 in them."""
-    x1, y1, x2, y2 = (factors[i] for i in (0, 1, 3, 4))
-    assert x1 is not None
-    assert y1 is not None
-    assert x2 is not None
-    assert y2 is not None
+    x1, y1, x2, y2 = factors
     second = [_with_ones(factor) if form.plus_one else factor.T.contiguous() for factor in (x2, y2)]
     return (x1.T * form.gains[0]).contiguous(), y1.T.contiguous(), *second
 

@@ -24,7 +24,7 @@ __all__ = ["linear_fused"]
 def linear_fused(
     form: Form,
     inputs: Tensor,
-    factors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
     bias: Tensor | None,
     *,
     plain: Plain,
@@ -50,7 +50,7 @@ class _Fused(torch.autograd.Function):
         plain: Plain,
         inputs: Tensor,
         bias: Tensor | None,
-        *factors: Tensor | None,
+        *factors: Tensor,
     ) -> Tensor:
         ctx.form, ctx.plain = form, plain
         ctx.save_for_backward(inputs, bias, *factors)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedpara_plugins.fast import buffers
-from fedpara_plugins.fast.form import Form
+from fedpara_plugins.fast.form import Form, by_operand
 
 __all__ = ["Found", "compose", "found", "gradients", "linear", "linear_gradients", "serves"]
 
@@ -53,98 +53,103 @@ def found() -> Found:
     return Found(kernels, "ok", text)
 
 
-def serves(form: Form, factors: Sequence[Tensor | None]) -> bool:
+def serves(form: Form, factors: Sequence[Tensor]) -> bool:
     """Whether `compose` and `gradients` can be called with these factors (x1, y1, t1, x2, ...).
 
     They are of one dtype and on one device, as `fedpara_plugins.fast.conditions.may_run` has found.
     """
     first = factors[0]
-    if first is None or first.dtype is not torch.float32 or not first.is_cpu:
+    if first.dtype is not torch.float32 or not first.is_cpu:
         return False
     if form.operands != 2 or form.tanh or found().kernels is None:
         return False
-    if not all([factor is None or factor.is_contiguous() for factor in factors]):  # noqa: C419
-        return False
-    return _fit(*factors)
+    for factor in factors:  # a loop, as there
+        if not factor.is_contiguous():
+            return False
+    return _fit([factor.shape for factor in factors])
 
 
-def _fit(x1: Any, y1: Any, t1: Any, x2: Any, y2: Any, t2: Any) -> bool:
+def _fit(shapes: Sequence[torch.Size]) -> bool:
     """Whether shapes fit together: the kernels see addresses, torch says what is wrong."""
-    (m, r1), (n, q1), (m2, r2), (n2, q2) = x1.shape, y1.shape, x2.shape, y2.shape
-    if m != m2 or n != n2:
+    first, second = by_operand(shapes, 2)
+    (m1, r1), (n1, q1), *core1 = first
+    (m2, r2), (n2, q2), *core2 = second
+    if m1 != m2 or n1 != n2:
         return False
-    if t1 is None or t2 is None:
-        return t1 is t2 and r1 == q1 and r2 == q2
-    same: bool = t1.shape[2:] == t2.shape[2:]
-    return same and t1.shape[:2] == (r1, q1) and t2.shape[:2] == (r2, q2)
+    if not core1:
+        return r1 == q1 and r2 == q2
+    (t1,), (t2,) = core1, core2
+    return t1[2:] == t2[2:] and t1[:2] == (r1, q1) and t2[:2] == (r2, q2)
 
 
-class Operand(NamedTuple):
-    """One operand's factors as the kernels want them.
+class Core:
+    """A kernel's y and t as the kernels want them, together.
 
     Attributes:
-        x: (m, R).
-        y: (n, R).
-        core: None for a matrix, else t with the rank of x last: (R of y, k R).
+        core: t with the rank of x last, (R of y, k R).
         a: (n k, R), what the rows of x are multiplied with.
     """
 
-    x: Tensor
-    y: Tensor
-    core: Tensor | None
-    a: Tensor
+    def __init__(self, y: Tensor, t: Tensor) -> None:
+        self.y, self.t = y, t
+        self.core = t.flatten(2).permute(1, 2, 0).reshape(t.shape[1], -1)
+        self.a = (y @ self.core).view(-1, t.shape[0])
 
-    @classmethod
-    def of(cls, x: Tensor, y: Tensor, t: Tensor | None) -> Operand:
-        """From the factors themselves."""
-        if t is None:
-            return cls(x, y, None, y)
-        core = t.flatten(2).permute(1, 2, 0).reshape(t.shape[1], -1)
-        return cls(x, y, core, (y @ core).view(-1, t.shape[0]))
-
-    def gradients(
-        self, dx: Sequence[Tensor], da: Tensor | None, t: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of x, y and t, from those by `x` (their sum) and `a`; None where nobody wants any."""
+    def gradients(self, da: Tensor | None) -> list[Tensor | None]:
+        """Of y and t, from that by `a`; None if nobody wants any."""
         if da is None:
-            return None, None, None
-        by_x = dx[0] if len(dx) == 1 else torch.stack([*dx]).sum(0)
-        if self.core is None or t is None:
-            return by_x, da, None
+            return [None, None]
+        t = self.t
         by_row = da.view(self.y.shape[0], -1)  # (n, k R)
         dt = (self.y.T @ by_row).view(t.shape[1], -1, t.shape[0])
         # With the few columns of y in front: faster than the other way round, the copy included.
         by_y = (self.core @ by_row.T).T.contiguous()
-        return by_x, by_y, dt.permute(2, 0, 1).reshape(t.shape)
+        return [by_y, dt.permute(2, 0, 1).reshape(t.shape)]
 
 
-def compose(form: Form, factors: Sequence[Any]) -> Tensor:
+def compose(form: Form, factors: Sequence[Tensor]) -> Tensor:
     """Give s W1 or s W1 * (W2 + c), shape (m, n k).
 
     Args:
         form: of two operands, without tanh.
-        factors: x1, y1, t1, x2, y2, t2, as `serves` wants them.
+        factors: x1, y1, t1, x2, y2, t2, or x1, y1, x2, y2, as `serves` wants them.
     """
-    first, second = _operands(factors)
-    weight = buffers.empty(first.x, first.x.shape[0], first.a.shape[0])
-    scale, shift = _constants(form)
+    matrices, _ = _as_matrices(factors)
+    x1, a1, x2, a2 = matrices
+    rows, columns = x1.shape[0], a1.shape[0]
+    weight = buffers.empty(x1, rows, columns)
     described = found().kernels.describe(
-        weight.shape, scale, shift, weight.data_ptr(), 0, _read(first), _read(second)
+        (rows, columns), *_constants(form), weight.data_ptr(), 0, _read(x1, a1), _read(x2, a2)
     )
-    parts = _parts(weight.shape[0], weight.shape[1], first, second)
+    parts = _parts(rows, columns, x1, x2)
     _run(found().kernels.compose, [described] * len(parts), parts)
     return weight
 
 
 def gradients(
-    form: Form, factors: Sequence[Any], gradient: Tensor, needed: Sequence[bool]
+    form: Form, factors: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Of x1, y1, t1, ..., from that by the weight (m, n k); None for operands that need none."""
     gradient = gradient.contiguous()
-    return _gradients(form, factors, needed, gradient.data_ptr(), (0,) * 6)
+    matrices, cores = _as_matrices(factors)
+    wanted = [True in own for own in by_operand(needed, 2)]
+    by_matrices = _gradients(form, matrices, wanted, gradient.data_ptr(), (0,) * 6)
+    if not cores:
+        return by_matrices
+    dx1, da1, dx2, da2 = by_matrices
+    return [dx1, *cores[0].gradients(da1), dx2, *cores[1].gradients(da2)]
 
 
-def linear(form: Form, factors: Sequence[Any], inputs: Tensor, bias: Tensor | None) -> Tensor:
+def _as_matrices(factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Core]]:
+    """x1, a1, x2, a2 with W1 = x1 a1ᵀ, ...; and what has made a kernel's a."""
+    if len(factors) == 4:
+        return factors, ()
+    x1, y1, t1, x2, y2, t2 = factors
+    first, second = Core(y1, t1), Core(y2, t2)
+    return (x1, first.a, x2, second.a), (first, second)
+
+
+def linear(form: Form, factors: Sequence[Tensor], inputs: Tensor, bias: Tensor | None) -> Tensor:
     """Give x Wᵀ + b, shape (..., m); the weight never exists as a whole.
 
     Args:
@@ -153,44 +158,42 @@ def linear(form: Form, factors: Sequence[Any], inputs: Tensor, bias: Tensor | No
         inputs: x, shape (..., n).
         bias: b, shape (m,), or None.
     """
-    first, second = _operands(factors)
-    (*outer, columns), rows = inputs.shape, first.x.shape[0]
+    x1, y1, x2, y2 = factors
+    (*outer, columns), rows = inputs.shape, x1.shape[0]
     inputs, at = inputs.contiguous(), 0
     if bias is not None:
         bias = bias.contiguous()
         at = bias.data_ptr()
     output = inputs.new_empty(*outer, rows)
-    scale, shift = _constants(form)
     described = found().kernels.describe(
         (rows, columns),
-        scale,
-        shift,
+        *_constants(form),
         0,
         0,
-        _read(first),
-        _read(second),
+        _read(x1, y1),
+        _read(x2, y2),
         (prod(outer), inputs.data_ptr(), at, output.data_ptr(), 0, 0),
     )
-    parts = _parts(columns, rows, first, second)
+    parts = _parts(columns, rows, x1, x2)
     _run(found().kernels.linear, [described] * len(parts), parts)
     return output
 
 
 def linear_gradients(
     form: Form,
-    factors: Sequence[Any],
+    factors: Sequence[Tensor],
     inputs: Tensor,
     d_output: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Of x, x1, y1, t1, ..., from that by the output of `linear`; see there and `gradients`.
+    """Of x, x1, y1, x2, y2, from that by the output of `linear`; see there and `gradients`.
 
     Args:
         form: see `linear`.
         factors: see `linear`.
         inputs: x, shape (..., n).
         d_output: the gradient by the output, shape (..., m).
-        needed: of x, x1, ...
+        needed: of x, x1, y1, ...
     """
     d_inputs, at = None, 0
     if needed[0]:
@@ -199,21 +202,23 @@ def linear_gradients(
     inputs, d_output = inputs.contiguous(), d_output.contiguous()
     batch = prod(inputs.shape[:-1])
     given = (batch, inputs.data_ptr(), 0, 0, d_output.data_ptr(), at)
-    return [d_inputs, *_gradients(form, factors, needed[1:], 0, given)]
+    wanted = [True in own for own in by_operand(needed[1:], 2)]
+    return [d_inputs, *_gradients(form, factors, wanted, 0, given)]
 
 
 def _gradients(
     form: Form,
-    factors: Sequence[Any],
-    needed: Sequence[bool],
+    matrices: Sequence[Tensor],
+    wanted: Sequence[bool],
     gradient: int,
     linear: tuple[int, ...],
 ) -> list[Tensor | None]:
-    first, second = _operands(factors)
-    shape = (first.x.shape[0], first.a.shape[0])
-    parts = _parts(*shape, first, second)
-    dx1, da1, slots1 = _memory(first, True in needed[:3], len(parts))
-    dx2, da2, slots2 = _memory(second, True in needed[3:], len(parts))
+    """Of x1, a1, x2, a2: see `_as_matrices`."""
+    x1, a1, x2, a2 = matrices
+    shape = (x1.shape[0], a1.shape[0])
+    parts = _parts(*shape, x1, x2)
+    dx1, da1, slots1 = _memory(x1, a1, wanted[0], len(parts))
+    dx2, da2, slots2 = _memory(x2, a2, wanted[1], len(parts))
     scale, shift = _constants(form)
     describe = found().kernels.describe
     described = [
@@ -221,29 +226,29 @@ def _gradients(
         for slots in zip(slots1, slots2, strict=True)
     ]
     _run(found().kernels.gradients, described, parts)
-    return [*first.gradients(dx1, da1, factors[2]), *second.gradients(dx2, da2, factors[5])]
+    return [_sum(dx1), da1, _sum(dx2), da2]
 
 
 def _memory(
-    own: Operand, wanted: bool, parts: int
+    x: Tensor, a: Tensor, wanted: bool, parts: int
 ) -> tuple[list[Tensor], Tensor | None, list[tuple[int, int, int, int, int]]]:
     """For one operand's gradients, by x once for each part of the work, by a once; and `_read`."""
-    reads = _read(own)
+    at_x, at_a, _, _, rank = reads = _read(x, a)
     if not wanted:
         return [], None, [reads] * parts
-    x, a, _, _, rank = reads
-    dx = [torch.empty_like(own.x) for _ in range(parts)]
-    da = torch.empty_like(own.a)
+    dx, da = [torch.empty_like(x) for _ in range(parts)], torch.empty_like(a)
     at = da.data_ptr()
-    return dx, da, [(x, a, part.data_ptr(), at, rank) for part in dx]
+    return dx, da, [(at_x, at_a, part.data_ptr(), at, rank) for part in dx]
 
 
-def _operands(factors: Sequence[Any]) -> tuple[Operand, Operand]:
-    return Operand.of(*factors[:3]), Operand.of(*factors[3:])
+def _sum(parts: Sequence[Tensor]) -> Tensor | None:
+    if len(parts) > 1:
+        return torch.stack([*parts]).sum(0)
+    return parts[0] if parts else None
 
 
-def _read(own: Operand) -> tuple[int, int, int, int, int]:
-    return own.x.data_ptr(), own.a.data_ptr(), 0, 0, own.x.shape[1]
+def _read(x: Tensor, a: Tensor) -> tuple[int, int, int, int, int]:
+    return x.data_ptr(), a.data_ptr(), 0, 0, x.shape[1]
 
 
 def _constants(form: Form) -> tuple[float, float]:
@@ -252,14 +257,14 @@ def _constants(form: Form) -> tuple[float, float]:
     return first * second * form.bound, (1 / second) if form.plus_one else 0.0
 
 
-def _parts(other: int, divided: int, first: Operand, second: Operand) -> list[tuple[int, int]]:
+def _parts(other: int, divided: int, x1: Tensor, x2: Tensor) -> list[tuple[int, int]]:
     """Ranges of the weight's columns, or of its rows: one for each of torch's threads."""
     threads = torch.get_num_threads()
     if threads == 1:
         return [(0, divided)]
     step: int = found().kernels.COLUMNS
     blocks = -(-divided // step)
-    most = other * divided * (first.x.shape[1] + second.x.shape[1]) // PARALLEL
+    most = other * divided * (x1.shape[1] + x2.shape[1]) // PARALLEL
     count = max(1, min(threads, blocks, most))
     edges = [min(divided, blocks * i // count * step) for i in range(count + 1)]
     return list(pairwise(edges))

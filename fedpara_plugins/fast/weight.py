@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedpara_plugins.compose import core_product
 from fedpara_plugins.fast import buffers, native
-from fedpara_plugins.fast.form import Form
+from fedpara_plugins.fast.form import Form, by_operand
 
 __all__ = [
     "FactorGradients",
@@ -33,7 +33,8 @@ __all__ = [
 BLOCK_BYTES = 2 << 20
 """Of a block of rows whose products are computed together: small enough to stay in the cache."""
 
-Plain = Callable[[Sequence[Tensor | None]], Tensor]
+Plain = Callable[[Sequence[Any]], Tensor]
+"""Of factors; for a linear layer its inputs come first, and its bias or None."""
 
 
 class Recipe(NamedTuple):
@@ -43,25 +44,24 @@ class Recipe(NamedTuple):
         form: how the operands make the weight.
         plain: the same with torch's own operations, for gradients of gradients.
         recompute: hold the factors alone for backward, and compute the products there again.
+        size: the number of its factors: two or, for a kernel, three of each operand.
     """
 
     form: Form
     plain: Plain
     recompute: bool
+    size: int
 
 
-def compose(
-    recipes: Sequence[Recipe], factors: Sequence[Sequence[Tensor | None]]
-) -> tuple[Tensor, ...]:
-    """Several W, each (m, n k), from x1, y1, t1, x2, y2, t2 of each (t is None for a matrix).
+def compose(recipes: Sequence[Recipe], factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Several W, each (m, n k), from x1, y1, t1, x2, ... of each (no t for a matrix).
 
     Args:
         recipes: of each weight.
-        factors: of each weight, x (m, R), y (n, R), t (R, R, k1, ...) of each operand; see
-            `may_run`.
+        factors: of one weight after the other, x (m, R), y (n, R), t (R, R, k1, ...) of each
+            operand; see `may_run`.
     """
-    flat = [factor for own in factors for factor in own]
-    weights: tuple[Tensor, ...] = _Compose.apply(recipes, *flat)  # type: ignore[no-untyped-call]
+    weights: tuple[Tensor, ...] = _Compose.apply(recipes, *factors)  # type: ignore[no-untyped-call]
     return weights
 
 
@@ -74,23 +74,23 @@ class Operand:
     """
 
     def __init__(
-        self, gain: float, x: Tensor, y: Tensor, t: Tensor | None, a: Tensor | None = None
+        self, gain: float, x: Tensor, y: Tensor, t: Tensor | None = None, a: Tensor | None = None
     ) -> None:
         self.gain, self.y, self.t = gain, y, t
         self.x = x if gain == 1 else x * gain
         self.a = y.T if t is None else core_product(y, t) if a is None else a
 
-    def gradients(self, dx: Tensor, da: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of x, y and t, from those by `x` and `a`."""
+    def gradients(self, dx: Tensor, da: Tensor) -> list[Tensor]:
+        """Of x, y and (for a kernel) t, from those by `x` and `a`."""
         if self.gain != 1:
             dx = dx * self.gain
         if self.t is None:
-            return dx, da.T, None
+            return [dx, da.T]
         rank, n = self.t.shape[0], self.y.shape[0]
         by_row = da.view(rank, n, -1).transpose(0, 1).reshape(n, -1)  # (n, R k)
         core = self.t.flatten(2).transpose(0, 1).reshape(rank, -1)  # (R of y, R of x, k)
         dt = (self.y.T @ by_row).view(rank, *self.t.shape[:1], *self.t.shape[2:]).transpose(0, 1)
-        return dx, by_row @ core.T, dt
+        return [dx, by_row @ core.T, dt]
 
 
 def row_blocks(rows: int, columns: int, element: int) -> Iterator[slice]:
@@ -145,23 +145,26 @@ def pulled_back(form: Form, values: Sequence[Tensor], gradient: Tensor, index: i
     return pulled
 
 
-def operands_of(form: Form, factors: Sequence[Any], cores: Sequence[Tensor] = ()) -> list[Operand]:
+def operands_of(
+    form: Form, factors: Sequence[Tensor], cores: Sequence[Tensor] = ()
+) -> list[Operand]:
     """From flat x1, y1, t1, x2, ..., and what `Operand.a` was if that is known."""
+    every = by_operand(factors, form.operands)
     return [
-        Operand(gain, *factors[3 * i : 3 * i + 3], *cores[i : i + 1])
-        for i, gain in enumerate(form.gains)
+        Operand(gain, *own, *cores[i : i + 1])
+        for i, (gain, own) in enumerate(zip(form.gains, every, strict=True))
     ]
 
 
 class _Compose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recipes: Sequence[Recipe], *flat: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, recipes: Sequence[Recipe], *flat: Tensor) -> tuple[Tensor, ...]:
         ctx.recipes, ctx.held = recipes, []
         ctx.set_materialize_grads(False)  # weights that nothing used need no gradients of zeros
         weights, beside, at = [], [], 0
         needs = ctx.needs_input_grad[1:]
         for recipe in recipes:
-            end = at + 3 * recipe.form.operands
+            end = at + recipe.size
             weight, held = _composed(recipe, flat[at:end], True in needs[at:end])
             weights.append(weight)
             ctx.held.append(held and [len(tensors) for tensors in held])
@@ -173,8 +176,7 @@ class _Compose(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)  # once: a checkpoint gives them no second time
-        counts = [3 * recipe.form.operands for recipe in ctx.recipes]
-        factors = [[*islice(saved, count)] for count in counts]
+        factors = [[*islice(saved, recipe.size)] for recipe in ctx.recipes]
         needs = iter(ctx.needs_input_grad[1:])
         found: list[Tensor | None] = []
         for recipe, own, held, gradient in zip(
@@ -194,7 +196,7 @@ class _Compose(torch.autograd.Function):
 
 
 def _composed(
-    recipe: Recipe, factors: Sequence[Tensor | None], needed: bool
+    recipe: Recipe, factors: Sequence[Tensor], needed: bool
 ) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]] | None]:
     """The weight, and what is held for backward: products and `Operand.a`; None by the kernels."""
     form = recipe.form
@@ -216,7 +218,7 @@ def _composed(
 
 def _gradients(
     form: Form,
-    factors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
     gradient: Tensor,
     needed: Sequence[bool],
     keep: Sequence[Tensor],
@@ -234,7 +236,7 @@ class FactorGradients:
 
     def __init__(self, form: Form, operands: Sequence[Operand], needed: Sequence[bool]) -> None:
         self.form, self.operands = form, operands
-        self.wanted = [any(needed[3 * i : 3 * i + 3]) for i in range(form.operands)]
+        self.needed = by_operand(needed, form.operands)
         self.a = [own.a.contiguous() for own in operands]
         self.dx: list[list[Tensor]] = [[] for _ in operands]
         self.da: list[Tensor | None] = [None for _ in operands]
@@ -246,7 +248,7 @@ class FactorGradients:
         if self.form.bound != 1:
             gradient = gradient * self.form.bound
         for i, own in enumerate(self.operands):
-            if not self.wanted[i]:
+            if True not in self.needed[i]:
                 continue
             pulled = pulled_back(self.form, values, gradient, i)
             x, sofar = own.x[rows], self.da[i]  # blocks come in order
@@ -258,8 +260,8 @@ class FactorGradients:
     def result(self) -> list[Tensor | None]:
         """Of x1, y1, t1, x2, ...; torch drops those that nobody asked for."""
         found: list[Tensor | None] = []
-        for own, dx, da in zip(self.operands, self.dx, self.da, strict=True):
-            found += [None] * 3 if da is None else own.gradients(_joined(dx), da)
+        for own, needed, dx, da in zip(self.operands, self.needed, self.dx, self.da, strict=True):
+            found += [None] * len(needed) if da is None else own.gradients(_joined(dx), da)
         return found
 
 
