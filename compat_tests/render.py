@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from harness.cells import (
     CODECS,
@@ -24,13 +23,15 @@ from harness.cells import (
     cells,
     drift_cells,
 )
-from harness.engine_page import engine_results, engine_section, of_an_engine
+from harness.engine_cells import ENGINE_CELLS
+from harness.engine_page import engine_section, of_an_engine
 from harness.fedml_cells import FEDML, FEDML_ENVIRONMENT, fedml_cells
-from harness.transport_page import of_a_transport, transport_results, transport_section
+from harness.page import Row, listed, results_of, table
+from harness.transport_cells import TRANSPORT_CELLS
+from harness.transport_page import of_a_transport, transport_section
 
 SPELLED = {"flower": "Flower", "fedml": "FedML"}
 
-Row = Mapping[str, Any]
 Results = Mapping[tuple[str, str], Row]
 
 HEAD = """# What is verified
@@ -82,7 +83,8 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="write the page to the terminal too")
     options = parser.parse_args()
     folder = options.input
-    page = render(read(folder), engine_results(folder), transport_results(folder))
+    engines, transports = results_of(ENGINE_CELLS, folder), results_of(TRANSPORT_CELLS, folder)
+    page = render(read(folder), engines, transports)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(page, encoding="utf-8")
     if options.print:
@@ -140,14 +142,14 @@ def _overview(names: Sequence[str], results: Results) -> str:
     versions = {name: _of(name, results) for name in names}
     head = ["strategy", "marker"]
     head += [
-        _listed(f"{SPELLED[row['framework']]} {row['version']}" for row in versions[name].values())
+        listed(f"{SPELLED[row['framework']]} {row['version']}" for row in versions[name].values())
         for name in names
     ]
     lines = [head, ["---", "---", *["---:" for _ in names]]]
     for strategy, label in _labels().items():
         counts = [_counted(strategy, name, versions[name]) for name in names]
         lines.append([label, f"`{strategy}`", *counts])
-    return f"Cells that passed, by version of Flower and of FedML:\n\n{_table(lines)}\n"
+    return f"Cells that passed, by version of Flower and of FedML:\n\n{table(lines)}\n"
 
 
 def _labels(framework: str = "") -> dict[str, str]:
@@ -178,9 +180,9 @@ def _of(name: str, results: Results) -> dict[str, Row]:
 def _section(name: str, results: Results) -> str:
     own = _of(name, results)
     frameworks = {row["framework"] for row in own.values()}
-    versions = _listed(f"{SPELLED[row['framework']]} {row['version']}" for row in own.values())
-    commits = _listed(row["commit"] or "no commit" for row in own.values())
-    dates = _listed(row["date"] for row in own.values())
+    versions = listed(f"{SPELLED[row['framework']]} {row['version']}" for row in own.values())
+    commits = listed(row["commit"] or "no commit" for row in own.values())
+    dates = listed(row["date"] for row in own.values())
     lines = [["strategy", *METHODS], ["---"] * (1 + len(METHODS))]
     labels = _labels("fedml" if frameworks == {"fedml"} else "")
     for strategy, model in product(labels, MODELS):
@@ -194,11 +196,7 @@ def _section(name: str, results: Results) -> str:
             lines.append([label, *row])
     failures = [f"- `{cell_id}`: {_short(row)}" for cell_id, row in own.items() if row["error"]]
     said = "\n".join(["\nFailures:\n", *failures, ""]) if failures else ""
-    return f"## {versions} (`{name}`)\n\nCommit {commits}; {dates}.\n\n{_table(lines)}\n{said}"
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"## {versions} (`{name}`)\n\nCommit {commits}; {dates}.\n\n{table(lines)}\n{said}"
 
 
 def _cell(row: Row) -> str:
@@ -224,10 +222,6 @@ def _not_run(ran: Iterable[str]) -> str:
 
 def _short(row: Row) -> str:
     return " ".join(str(row["error"]).split())[:300].replace("|", "\\|")
-
-
-def _listed(values: Iterable[str]) -> str:
-    return ", ".join(sorted(set(values)))
 
 
 if __name__ == "__main__":

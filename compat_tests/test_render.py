@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.engine_cells import ENGINE_CELLS
-from harness.engine_page import engine_results
+from harness.page import results_of
 from harness.results import AnyCell
 from harness.transport_cells import TRANSPORT_CELLS, TransportCell
-from harness.transport_page import transport_results
 from render import read, render
 
 LACKS = "MPI needs mpirun (engine_tests/install.sh installs it)"
@@ -40,7 +39,8 @@ def page_of(folder: Path, rows: Iterable[tuple[AnyCell, dict[str, Any]]]) -> str
     for cell, content in rows:
         path = folder / f"{cell.environment}--{cell.id}.json"
         path.write_text(json.dumps(content), encoding="utf-8")
-    return render(read(folder), engine_results(folder), transport_results(folder))
+    engines, transports = results_of(ENGINE_CELLS, folder), results_of(TRANSPORT_CELLS, folder)
+    return render(read(folder), engines, transports)
 
 
 def section(page: str) -> str:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from harness.engine_cells import ENGINE_CELLS
+from harness.page import Row, listed, table
 
-__all__ = ["engine_results", "engine_section", "of_an_engine"]
-
-Row = Mapping[str, Any]
+__all__ = ["engine_section", "of_an_engine"]
 
 HEAD = """## Runs on Flower's engines
 
@@ -30,23 +26,16 @@ def of_an_engine(row: Row) -> bool:
     return "engine" in row
 
 
-def engine_results(folder: Path) -> dict[str, Row]:
-    """All results of engine cells in a folder, by cell."""
-    found: dict[str, Row] = {}
-    for cell in ENGINE_CELLS:
-        path = folder / f"{cell.environment}--{cell.id}.json"
-        if path.exists():
-            found[cell.id] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
 def engine_section(rows: Mapping[str, Row]) -> str:
     """A table of them."""
     if not rows:
         return f"{HEAD}\n{EMPTY}"
+    version, commit, date = (
+        listed(row[key] for row in rows.values()) for key in ("version", "commit", "date")
+    )
     said = (
-        f"{len(rows)} of {len(ENGINE_CELLS)} cells ran, with Flower "
-        f"{_listed(rows, 'version')}; commit {_listed(rows, 'commit')}; {_listed(rows, 'date')}."
+        f"{len(rows)} of {len(ENGINE_CELLS)} cells ran, with Flower {version}; commit {commit}; "
+        f"{date}."
     )
     head = (
         "engine",
@@ -60,8 +49,7 @@ def engine_section(rows: Mapping[str, Row]) -> str:
         "s",
     )
     lines = [head, ("---",) * 5 + ("---:",) * 4, *(_line(row) for row in rows.values())]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{HEAD}\n{said}\n\n{table}\n"
+    return f"{HEAD}\n{said}\n\n{table(lines)}\n"
 
 
 def _line(row: Row) -> tuple[str, ...]:
@@ -75,7 +63,3 @@ def _line(row: Row) -> tuple[str, ...]:
     outcome = row["outcome"] if row["outcome"] == "passed" else "**failed**"
     names = (row[key] for key in ("engine", "variant", "method", "codec"))
     return (*names, outcome, loss, ratio, wire, f"{row['seconds']:.0f}")
-
-
-def _listed(rows: Mapping[str, Row], key: str) -> str:
-    return ", ".join(sorted({row[key] for row in rows.values()}))

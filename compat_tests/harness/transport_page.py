@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
+from harness.page import Row, listed, table
 from harness.transport_cells import TRANSPORT_CELLS
 
-__all__ = ["of_a_transport", "transport_results", "transport_section"]
-
-Row = Mapping[str, Any]
+__all__ = ["of_a_transport", "transport_section"]
 
 HEAD = """## Runs over FedML's transports
 
@@ -31,16 +27,6 @@ def of_a_transport(row: Row) -> bool:
     return "transport" in row
 
 
-def transport_results(folder: Path) -> dict[str, Row]:
-    """All results of these cells in a folder, by cell."""
-    found: dict[str, Row] = {}
-    for cell in TRANSPORT_CELLS:
-        path = folder / f"{cell.environment}--{cell.id}.json"
-        if path.exists():
-            found[cell.id] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
 def transport_section(rows: Mapping[str, Row]) -> str:
     """A table of those that ran, and why others did not."""
     if not rows:
@@ -48,9 +34,13 @@ def transport_section(rows: Mapping[str, Row]) -> str:
     ran = {name: row for name, row in rows.items() if row["outcome"] != "skipped"}
     parts = [HEAD]
     if ran:
+        version, commit, date = (
+            listed(row[key] or "none" for row in ran.values())
+            for key in ("version", "commit", "date")
+        )
         parts.append(
-            f"{len(ran)} of {len(TRANSPORT_CELLS)} cells ran, with FedML "
-            f"{_listed(ran, 'version')}; commit {_listed(ran, 'commit')}; {_listed(ran, 'date')}.\n"
+            f"{len(ran)} of {len(TRANSPORT_CELLS)} cells ran, with FedML {version}; commit "
+            f"{commit}; {date}.\n"
         )
         parts.append(_table(ran))
     if reasons := _reasons(rows):
@@ -63,7 +53,7 @@ def _table(rows: Mapping[str, Row]) -> str:
     figures = ("accuracy", "times below dense (ledger)", "s")
     ruler = ("---",) * len(names) + ("---:",) * len(figures)
     lines = [(*names, *figures), ruler, *(_line(row) for row in rows.values())]
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), ""])
+    return f"{table(lines)}\n"
 
 
 def _line(row: Row) -> tuple[str, ...]:
@@ -85,7 +75,3 @@ def _reasons(rows: Mapping[str, Row]) -> list[str]:
     return [
         f"- {count} of {len(TRANSPORT_CELLS)} cells: {reason}" for reason, count in counts.items()
     ]
-
-
-def _listed(rows: Mapping[str, Row], key: str) -> str:
-    return ", ".join(sorted({row[key] or "none" for row in rows.values()}))
