@@ -166,6 +166,25 @@ def test_half_of_the_factors_frozen(calls):
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", ["several blocks each way", "kernels"])
+@pytest.mark.parametrize("at", [0, -1])
+def test_factors_that_are_not_contiguous_are_left_to_torch(name, at, calls):
+    layer = converted(name, "fedpara", 5)
+    factor = list(layer.factors("weight").values())[at]
+    factor.data = factor.data.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not factor.is_contiguous()
+    calls.compose = 0
+    weight = layer.weight
+    probe = torch.randn_like(weight)
+    got = torch.autograd.grad(weight, list(layer.factors("weight").values()), probe)
+    value, gradients = expected(layer, probe)
+    assert calls.compose == 0
+    close(weight, value)
+    for mine, theirs in zip(got, gradients, strict=True):
+        close(mine, theirs)
+
+
+@needs_kernels
 def test_a_gradient_that_is_not_contiguous():
     layer = converted("several blocks each way", "fedpara", 6)
     weight = layer.weight

@@ -182,6 +182,21 @@ def test_frozen_factors_get_no_gradient_and_the_others_theirs(frozen):
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("frozen", range(4))
+def test_gradients_of_gradients_with_a_frozen_factor(frozen):
+    plan, factors = planned("fedpara", True, "matrix", True)
+    factors[frozen].requires_grad_(False)
+    rest = [factor for factor in factors if factor.requires_grad]
+
+    def twice(weight):
+        first = torch.autograd.grad(weight.square().sum(), rest, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), rest)
+
+    composed = plan.compose(dict(zip(plan.factor_names, factors, strict=True)))
+    for mine, theirs in zip(twice(composed), twice(by_sums(plan, factors)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_two_backward_passes_through_one_composition():
     plan, factors = planned("fedpara", False, "matrix", False)
     value = plan.compose(dict(zip(plan.factor_names, factors, strict=True)))
