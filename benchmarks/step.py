@@ -144,7 +144,7 @@ def lstm_cases() -> Iterator[Case]:
 
         return run
 
-    for batch, rounds in ((16, 60), (64, 12)):
+    for batch, rounds in ((16, 60), (32, 30), (64, 12)):
         x = torch.randn(batch, 80, 8)
         steps = {"dense": step(dense, x), "fedpara": step(model, x)}
         name = f"LSTM 8-256-256, T 80, batch {batch}, step"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from fedpara_plugins.own_state import matches, own_tensors
 from fedpara_plugins.plan import WeightPlan, plan_weight
 from fedpara_plugins.plugins import layers, method_named
 from fedpara_plugins.reach import refuse_unreachable_ratios
+from fedpara_plugins.replacing import copy_of, replace_layers
 from fedpara_plugins.soundness import (
     holds_nan,
     is_quantised,
@@ -111,15 +111,15 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
         _warn_if_trained(found)
     warn_of_weight_hooks(_planned_weights(found))
     replaced = _replaced_weights(found)
+    layers_by_id = {}
     for decision in found:
         if not decision.plans and decision.name != head:
             continue
         new = _replacement(decision, config, is_head=decision.name == head)
         new.left_dense = decision.reasons
-        if decision.name == "":
-            model = new  # type: ignore[assignment]
-        else:
-            _set_layer(model, decision.name, new)
+        layers_by_id[id(decision.layer)] = new
+    model = layers_by_id.get(id(model), model)  # type: ignore[assignment]
+    replace_layers(model, layers_by_id)
     model.__dict__[CONFIG_ATTRIBUTE] = config
     attach(model, config)
     del found, decision  # they hold the dense layers
@@ -212,26 +212,27 @@ def to_dense(model: M) -> M:
         ConversionError: a value is NaN, or a factorised layer's infinite; or not a model.
     """
     _check_model(model)
-    dense = copy.deepcopy(model)
+    dense = copy_of(model)
     dense.__dict__.pop(CONFIG_ATTRIBUTE, None)
-    for name, layer in list(dense.named_modules()):
+    layers_by_id: dict[int, nn.Module] = {}
+    for name, layer in dense.named_modules():
         if not isinstance(layer, FactorisedLayer):
             _refuse_nan(name, layer)
             continue
         try:
-            new = layer.to_dense()
+            layers_by_id[id(layer)] = layer.to_dense()
         except ConversionError as error:
             raise ConversionError(f"layer {name!r}: {error}") from error
-        if name == "":
-            dense = new  # type: ignore[assignment]
-        else:
-            _set_layer(dense, name, new)
-    return dense
+    result = layers_by_id.get(id(dense), dense)
+    replace_layers(result, layers_by_id)
+    return result  # type: ignore[return-value]
 
 
 def _refuse_nan(name: str, layer: nn.Module) -> None:
     for attribute, parameter in layer._parameters.items():
-        if parameter is not None and holds_nan(parameter):
+        if parameter is None or isinstance(parameter, nn.parameter.UninitializedParameter):
+            continue
+        if holds_nan(parameter):
             raise ConversionError(
                 f"layer {name!r}: {attribute} holds NaN: the training has diverged. Go back to an "
                 f"earlier state, and see the option clip"
@@ -384,11 +385,6 @@ def _check_patterns(config: FedParaConfig, names: list[str]) -> None:
                     f"option {option!r}: pattern {pattern!r} matches no layer{hint} The model has: "
                     f"{listed}{f', and {more} more' if more > 0 else ''}"
                 )
-
-
-def _set_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
 
 
 def _reason_lines(found: list[Decision]) -> Iterator[str]:

@@ -6,11 +6,14 @@ a weight that outlives its forward is never kept behind a user's back: only insi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from threading import get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch._C import _is_tracing
 from torch.compiler import is_compiling
@@ -21,33 +24,40 @@ from fedpara_plugins.fast.conditions import may_run, without_autocast
 if TYPE_CHECKING:
     from fedpara_plugins.layers.base import FactorisedLayer
 
-__all__ = ["composed_once", "holds", "kept_weight", "refuse_step"]
+__all__ = ["before_step", "composed_once", "forget", "holds", "kept_weight"]
+
+
+class _Factor(NamedTuple):
+    """A factor as it was when it composed a weight."""
+
+    name: str
+    tensor: Tensor
+    version: int
+    trained: bool
 
 
 class _Kept(NamedTuple):
     """A composed weight, what its factors were, and (in training) the graph it was cut from."""
 
     value: Tensor
-    factors: tuple[tuple[str, Tensor, int], ...]
+    factors: tuple[_Factor, ...]
     grad: bool
     phase: str
     graph: Tensor | None
 
-    def unchanged(self) -> bool:
-        """Whether none of the tensors that it was composed from was written to since."""
-        return all(factor._version == version for _, factor, version in self.factors)
 
-    def pull_back(self) -> None:
-        """Take the collected gradient to the factors."""
-        if self.graph is None or self.value.grad is None:
-            return
-        if not self.unchanged():
+def _pull_back(value: Tensor, factors: Sequence[_Factor], graph: Tensor | None) -> None:
+    """Take the gradient that a weight has collected to its factors."""
+    if graph is None or value.grad is None:
+        return
+    for _, tensor, version, trained in factors:
+        if tensor._version != version or (trained and not tensor.requires_grad):
             raise ConversionError(
-                "factors were changed inside `composed_once` while gradients of the weights that "
-                "they composed were waiting: change them, or load a state, outside of it"
+                "factors were changed or frozen inside `composed_once` while gradients of the "
+                "weights that they composed were waiting: do so, or load a state, outside of it"
             )
-        gradient, self.value.grad = self.value.grad, None
-        self.graph.backward(gradient, retain_graph=True)  # type: ignore[no-untyped-call]
+    gradient, value.grad = value.grad, None
+    graph.backward(gradient, retain_graph=True)  # type: ignore[no-untyped-call]
 
 
 class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used)
@@ -58,15 +68,20 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
     (those of a backward pass that comes later, at once). Parameters that are no factors get theirs
     as ever. While the context is open, it holds every weight, and in training its gradient.
 
-    A weight whose factors were replaced or changed in place since is composed anew, also after
-    ``load_state_dict`` and inside ``functional_call``; copies of the model compose for themselves.
-    **Not noticed are changes through** ``.data`` **and through numpy views**: make none inside.
+    A weight whose factors were replaced, frozen, or changed in place since is composed anew, also
+    after an optimizer's step, ``load_state_dict`` and ``model.to(dtype)``, and inside
+    ``functional_call``; copies of the model compose for themselves. **Not noticed are changes
+    through** ``.data`` **and through numpy views**: make none inside.
+
+    Factors have no gradients of their own while the context is open: call ``zero_grad()`` and
+    ``torch.autograd.grad`` or ``backward(inputs=...)`` by factors outside of it.
 
     Args:
         model: a converted model; all others pass unchanged.
 
     Raises:
-        ConversionError: an optimizer steps, or factors change, while gradients are waiting.
+        ConversionError: an optimizer steps, or factors change, while gradients are waiting; or
+            this very object is open already.
 
     Example:
         >>> model = convert(nn.Linear(64, 64), method="fedpara")
@@ -86,6 +101,8 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
         self._thread = 0
 
     def __enter__(self) -> composed_once:
+        if self in _open:
+            raise ConversionError("this `composed_once` is open already: make another one")
         self._layers = {id(layer): layer for layer in self._model.modules()}
         self._kept, self._trained = {}, []
         self._thread = get_ident()
@@ -100,15 +117,21 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
     ) -> None:
         _open.remove(self)
         trained, self._kept, self._layers, self._trained = self._trained, {}, {}, []
-        for kept in trained:
+        for value, factors, _, _, graph in trained:
             if kind is None:
-                kept.pull_back()
-            late = kept.value.register_post_accumulate_grad_hook
-            late(lambda _, kept=kept: kept.pull_back())  # type: ignore[no-untyped-call]
+                _pull_back(value, factors, graph)
+            # The hook must not hold the value: torch holds the hook, and neither would ever go.
+            late = value.register_post_accumulate_grad_hook
+            late(partial(_pull_back, factors=factors, graph=graph))  # type: ignore[no-untyped-call]
 
     def waits(self) -> bool:
         """Whether weights have collected gradients."""
         return any(kept.value.grad is not None for kept in self._trained)
+
+    def forget(self, layer: FactorisedLayer) -> None:
+        """Compose a layer's weights anew at their next use."""
+        for name in layer.plans:
+            self._kept.pop((self._thread, id(layer), name), None)
 
     def compose(self, layer: FactorisedLayer, name: str) -> Tensor | None:
         """Compose a weight and hold it; None where it must be composed at each use."""
@@ -145,8 +168,12 @@ def kept_weight(layer: FactorisedLayer, name: str) -> Tensor | None:
     phase = layer.phase if layer.training else "joint"
     for value, factors, was_grad, was_phase, _ in found:
         if was_grad is grad and was_phase == phase:
-            for factor_name, factor, version in factors:
-                if factor._version != version or parameters.get(factor_name) is not factor:
+            for factor_name, factor, version, trained in factors:
+                if (
+                    factor._version != version
+                    or factor.requires_grad is not trained
+                    or parameters.get(factor_name) is not factor
+                ):
                     break
             else:
                 return value
@@ -160,19 +187,26 @@ def holds(layer: FactorisedLayer) -> bool:
     return _innermost(layer) is not None
 
 
-def refuse_step(layers: Iterable[nn.Module]) -> None:
-    """Raise if gradients of these layers are waiting: a step now would go without them.
+def before_step(layers: Iterable[FactorisedLayer]) -> None:
+    """Forget the weights of layers that an optimizer is about to change.
 
     Raises:
-        ConversionError: says where the step belongs.
+        ConversionError: gradients are waiting, and a step now would go without them.
     """
     for layer in layers:
+        forget(layer)  # fused optimizers change factors and leave their versions as they were
         once = _innermost(layer)
         if once is not None and once.waits():
             raise ConversionError(
                 "an optimizer steps inside `composed_once`, but factors get their gradients when "
                 "the context is left: call optimizer.step() after it"
             )
+
+
+def forget(layer: FactorisedLayer) -> None:
+    """Compose a layer's weights anew at their next use, in every open context."""
+    for once in tuple(_open):
+        once.forget(layer)
 
 
 _open: list[composed_once] = []
@@ -191,11 +225,22 @@ def _innermost(layer: nn.Module) -> composed_once | None:
 
 
 def _compose(layer: FactorisedLayer, name: str, factors: Mapping[str, Tensor]) -> _Kept:
-    versions = tuple((layer.factor_key(name, f), t, t._version) for f, t in factors.items())
+    known = tuple(
+        _Factor(layer.factor_key(name, f), t, t._version, t.requires_grad)
+        for f, t in factors.items()
+    )
     phase = layer.phase if layer.training else "joint"
     grad = is_grad_enabled()
-    with without_autocast(next(iter(factors.values())).device.type):
+    device = next(iter(factors.values())).device.type
+    with without_autocast(device), _saved_as_they_are() if grad else nullcontext():
         graph = layer.plans[name].compose(layer.factors_now(name))
     if not graph.requires_grad:
-        return _Kept(graph, versions, grad, phase, None)
-    return _Kept(graph.detach().requires_grad_(), versions, grad, phase, graph)
+        return _Kept(graph, known, grad, phase, None)
+    return _Kept(graph.detach().requires_grad_(), known, grad, phase, graph)
+
+
+def _saved_as_they_are() -> AbstractContextManager[Any]:
+    """A checkpoint that is open counts what it saves, and runs again when the weight is kept."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)

@@ -43,7 +43,7 @@ def why_no_kind(layer: nn.Module, kinds: Iterable[type[nn.Module]]) -> str:
     if ".qat." in f"{type(layer).__module__}.":
         return f"{name} trains for quantisation: convert the float model, then prepare it"
     if isinstance(layer, torch.jit.ScriptModule):
-        return "it is scripted: convert the model first, then script it"
+        return "it is scripted: convert the model first, then trace it (torch.jit.trace)"
     own = [p for p in layer._parameters.values() if p is not None and p.dim() >= 2]
     if own and not any(isinstance(layer, kind) for kind in kinds):
         return f"no factorised kind is registered for {name}"

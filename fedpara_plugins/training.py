@@ -22,7 +22,7 @@ from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.decay import compose_decay
 from fedpara_plugins.heads import warn_without_counts
 from fedpara_plugins.layers.base import FactorisedLayer, Phase, layers_alive
-from fedpara_plugins.once import refuse_step
+from fedpara_plugins.once import before_step
 
 __all__ = ["Training", "attach", "shared_phase", "start_round", "training_of"]
 
@@ -115,7 +115,7 @@ _held = weakref.WeakKeyDictionary()
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     layers = _layers_held_by(optimizer)
-    refuse_step(layers)
+    before_step(layers)
     for training in {id(layer.progress): layer.progress for layer in layers}.values():
         of_model = [layer for layer in layers if layer.progress is training]
         if training.config.label_prior and training.steps == 0:

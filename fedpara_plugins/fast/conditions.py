@@ -15,12 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["FALLBACKS", "as_autocast_casts", "may_run", "rewritten", "without_autocast"]
+__all__ = [
+    "FALLBACKS",
+    "as_autocast_casts",
+    "differentiates",
+    "may_run",
+    "rewritten",
+    "without_autocast",
+]
 
 FALLBACKS = (
     "under torch.compile and torch.export, torch.func, forward-mode differentiation, torch.jit "
-    "tracing, with gradients enabled in inference mode and for tensor subclasses weights are "
-    "composed by torch's own operations"
+    "tracing, modes of dispatch (fake tensors, counters of operations), with gradients enabled in "
+    "inference mode and for tensor subclasses weights are composed by torch's own operations"
 )
 """For `fedpara doctor`."""
 
@@ -36,9 +43,21 @@ def rewritten() -> bool:
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+        # Fake tensors, counters of operations, selective checkpoints: they must see operations.
+        or torch._C._len_torch_dispatch_stack() > 0
         # torch's own operations record nothing then, whatever is enabled inside; a `Function` does.
         or (torch.is_inference_mode_enabled() and torch.is_grad_enabled())
     )
+
+
+def differentiates(gradient: Tensor) -> bool:
+    """Whether a backward pass with this gradient must itself be made of torch's own operations.
+
+    Somebody differentiates it again, rewrites it, or takes many gradients at once.
+    """
+    # By `autograd.grad(..., is_grads_batched=True)`, which is no transform of torch.func.
+    batched = torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return torch.is_grad_enabled() or rewritten() or batched
 
 
 def may_run(tensors: Sequence[Tensor | None]) -> bool:

@@ -52,7 +52,7 @@ def linear_from_factors(
         bias: b, shape (m,), or None.
     """
     form = plan.form
-    if form is None or inputs.shape[-1] != plan.shape[1]:
+    if form is None or not _fits(plan, inputs) or _frozen(factors, inputs, bias):
         return None
     if form.operands == 1 and not form.tanh:
         x = factors["x1"] * form.gains[0]
@@ -73,6 +73,20 @@ def linear_from_factors(
         output = way(form, rows, rest, plain=partial(_plainly, plan, None))
         return _plus(output.view(*inputs.shape[:-1], plan.shape[0]), bias)
     return None
+
+
+def _fits(plan: WeightPlan, inputs: Tensor) -> bool:
+    """Whether they are rows of as many features as the layer has; torch says what is wrong."""
+    if inputs.is_nested or inputs.layout is not torch.strided or not inputs.dim():
+        return False
+    return inputs.shape[-1] == plan.shape[1]
+
+
+def _frozen(factors: Mapping[str, Tensor], inputs: Tensor, bias: Tensor | None) -> bool:
+    """Whether gradients pass a layer that learns nothing: a dense one does not keep its inputs."""
+    if not torch.is_grad_enabled() or any(f.requires_grad for f in factors.values()):
+        return False
+    return inputs.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def _as_planned(plan: WeightPlan, factors: Mapping[str, Tensor], bias: Tensor | None) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedpara_plugins.fast.conditions import differentiates
 from fedpara_plugins.fast.form import Form
 from fedpara_plugins.fast.weight import (
     FactorGradients,
@@ -60,7 +61,7 @@ class _ByBlocks(torch.autograd.Function):
         form: Form = ctx.form
         inputs, *factors = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
+        if differentiates(gradient):
             return None, None, *differentiable(ctx.plain, (inputs, *factors), gradient, needed)
         operands = operands_of(form, factors)
         gradients = FactorGradients(form, operands, needed[1:])

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedpara_plugins.fast.conditions import differentiates
 from fedpara_plugins.fast.form import Form
 from fedpara_plugins.fast.weight import Plain, differentiable
 
@@ -62,7 +63,7 @@ class _ByFactors(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, *factors, inner = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
+        if differentiates(gradient):
             return None, None, *differentiable(ctx.plain, (inputs, *factors), gradient, needed)
         x1, y1, x2, y2 = own = _columns(ctx.form, factors)
         d_x1, d_y1, d_x2, d_y2 = (torch.zeros_like(factor) for factor in own)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedpara_plugins.fast import native
+from fedpara_plugins.fast.conditions import differentiates
 from fedpara_plugins.fast.form import Form
 from fedpara_plugins.fast.weight import Plain, differentiable
 
@@ -60,7 +61,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         given = ctx.saved_tensors  # once: a checkpoint gives them no second time
         needed = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
+        if differentiates(gradient):
             return None, None, *differentiable(ctx.plain, given, gradient, needed)
         inputs, _, *factors = given
         for_inputs, for_bias, *for_factors = needed
@@ -70,5 +71,7 @@ class _Fused(torch.autograd.Function):
                 ctx.form, factors, inputs, gradient, [for_inputs, *for_factors]
             )
             return None, None, d_inputs, d_bias, *found
+        if for_inputs:
+            factors = [factor.contiguous() for factor in factors]
         d_inputs = gradient @ native.compose(ctx.form, factors) if for_inputs else None
         return None, None, d_inputs, d_bias, *[None] * len(factors)

@@ -131,13 +131,18 @@ def gradients(
 ) -> list[Tensor | None]:
     """Of x1, y1, t1, ..., from that by the weight (m, n k); None for operands that need none."""
     gradient = gradient.contiguous()
-    matrices, cores = _as_matrices(factors)
+    matrices, cores = _as_matrices(_as_saved(factors))
     wanted = [True in own for own in by_operand(needed, 2)]
     by_matrices = _gradients(form, matrices, wanted, gradient.data_ptr(), (0,) * 6)
     if not cores:
         return by_matrices
     dx1, da1, dx2, da2 = by_matrices
     return [dx1, *cores[0].gradients(da1), dx2, *cores[1].gradients(da2)]
+
+
+def _as_saved(factors: Sequence[Tensor]) -> list[Tensor]:
+    """As `serves` has seen them: a hook on saved tensors may give them back in another layout."""
+    return [factor.contiguous() for factor in factors]
 
 
 def _as_matrices(factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Core]]:
@@ -200,6 +205,7 @@ def linear_gradients(
         d_inputs = inputs.new_empty(inputs.shape)
         at = d_inputs.data_ptr()
     inputs, d_output = inputs.contiguous(), d_output.contiguous()
+    factors = _as_saved(factors)
     batch = prod(inputs.shape[:-1])
     given = (batch, inputs.data_ptr(), 0, 0, d_output.data_ptr(), at)
     wanted = [True in own for own in by_operand(needed[1:], 2)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedpara_plugins.compose import core_product
 from fedpara_plugins.fast import buffers, native
+from fedpara_plugins.fast.conditions import differentiates
 from fedpara_plugins.fast.form import Form, by_operand
 
 __all__ = [
@@ -179,6 +180,7 @@ class _Compose(torch.autograd.Function):
         factors = [[*islice(saved, recipe.size)] for recipe in ctx.recipes]
         needs = iter(ctx.needs_input_grad[1:])
         found: list[Tensor | None] = []
+        by_hand = not any(g is not None and differentiates(g) for g in gradients)
         for recipe, own, held, gradient in zip(
             ctx.recipes, factors, ctx.held, gradients, strict=True
         ):
@@ -186,7 +188,7 @@ class _Compose(torch.autograd.Function):
             beside = [[*islice(saved, count)] for count in held or ()]
             if gradient is None:
                 found += [None] * len(own)
-            elif torch.is_grad_enabled():
+            elif not by_hand:
                 found += differentiable(recipe.plain, own, gradient, needed)
             elif held is None:
                 found += native.gradients(recipe.form, own, gradient, needed)
@@ -272,7 +274,12 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def differentiable(
     plain: Plain, inputs: Sequence[Tensor | None], gradient: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The same gradients as a graph of their own, for those who differentiate them again."""
-    wanted = [i for i, need in zip(inputs, needed, strict=True) if need and i is not None]
-    found = iter(torch.autograd.grad(plain(inputs), wanted, gradient, create_graph=True))
+    """The same gradients by torch's own operations: see `conditions.differentiates`."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Each by itself: one tensor in two places has a gradient in each.
+        given = [None if i is None else i.view_as(i) for i in inputs]
+        value = plain(given)
+    wanted = [i for i, need in zip(given, needed, strict=True) if need and i is not None]
+    found = iter(torch.autograd.grad(value, wanted, gradient, create_graph=again))
     return [next(found) if need else None for need in needed]

@@ -23,7 +23,7 @@ from fedpara_plugins.errors import ConversionError
 from fedpara_plugins.fast.conditions import without_autocast
 from fedpara_plugins.fit import fit_factors, relative_error
 from fedpara_plugins.initialise import initial_factors, seeded_shared
-from fedpara_plugins.once import holds, kept_weight
+from fedpara_plugins.once import forget, holds, kept_weight
 from fedpara_plugins.plan import WeightPlan, WeightSlot, compose_together, factor_key
 
 __all__ = ["FactorisedLayer", "Phase", "composed", "layers_alive"]
@@ -252,6 +252,11 @@ class FactorisedLayer(nn.Module):
         """Called for every copy and every unpickled layer: optimizers must find these as well."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         layers_alive.add(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # `model.to(dtype)` and the like write through `.data`, which nothing else would notice.
+        forget(self)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("plans", ()):

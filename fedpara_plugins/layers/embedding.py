@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedpara_plugins.fast.conditions import without_autocast
 from fedpara_plugins.layers.base import FactorisedLayer, composed
 from fedpara_plugins.plan import WeightPlan, WeightSlot
 
@@ -53,6 +54,11 @@ class EmbeddingMixin(FactorisedLayer):
         """Draw new factors; the padding row is zero, as in torch."""
         super().reset_parameters()
         self._zero_padding_row()
+
+    def composed_weight(self, weight: str) -> Tensor:
+        """As for every kind; autocast leaves a table as it is, and so its rows."""
+        with without_autocast(self.factors(weight)["x1"].device.type):
+            return super().composed_weight(weight)
 
     def _zero_padding_row(self) -> None:
         if self.padding_idx is None:
@@ -92,7 +98,8 @@ class FactorisedEmbedding(EmbeddingMixin, nn.Embedding):
             name: functional.embedding(tokens, factor) if name[0] == "x" else factor
             for name, factor in self.factors_now("weight").items()
         }
-        return self.plans["weight"].compose_rows(factors)
+        with without_autocast(tokens.device.type):
+            return self.plans["weight"].compose_rows(factors)
 
 
 class FactorisedEmbeddingBag(EmbeddingMixin, nn.EmbeddingBag):

@@ -1,12 +1,15 @@
 """`composed_once`: the same numbers as without, never a stale weight, no gradient lost."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import ConversionError, JacobianCorrection, composed_once
@@ -283,3 +286,87 @@ def test_a_model_without_factors():
     with composed_once(model):
         model(torch.ones(1, 3)).sum().backward()
     assert model.weight.grad is not None
+
+
+def linear():
+    torch.manual_seed(0)
+    return fedpara.convert(nn.Sequential(nn.Linear(40, 48)), method="fedpara", gamma=0.2)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_nothing_stays_behind(backward):
+    model, held = linear(), []
+    with composed_once(model):
+        output = model(torch.randn(300, 40)).sum()
+        held += [weakref.ref(model[0].weight)]
+        if backward:
+            output.backward()
+    del output
+    gc.collect()
+    assert held[0]() is None
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad])
+def test_a_fused_step_is_noticed(optimizer):
+    """It leaves the factors' versions as they were."""
+    model, x = linear(), torch.randn(3, 40)
+    step = optimizer(model.parameters(), lr=0.1, fused=True).step
+    model(x).square().sum().backward()
+    with composed_once(model), torch.no_grad():
+        before = model(x)
+        step()
+        after = model(x)
+        assert not torch.allclose(before, after)
+        same(model, x)
+
+
+def test_another_dtype_inside(model, batches):
+    with composed_once(model), torch.no_grad():
+        model(batches[0])
+        model.double()
+        assert model(batches[0]).dtype == torch.float64
+        same(model, batches[0])
+        model.bfloat16().float()  # rounds
+        same(model, batches[0])
+
+
+def test_unfrozen_inside():
+    model, x = linear(), torch.randn(3, 40)
+    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    model.requires_grad_(False)
+    model[0].bias.requires_grad_(True)
+    with composed_once(model):
+        model(x).sum().backward()
+        model.requires_grad_(True)
+        model[0].bias.grad = None
+        model(x).sum().backward()
+    got = [parameter.grad for parameter in model.parameters()]
+    torch.testing.assert_close(got, list(expected))
+
+
+def test_frozen_inside_while_gradients_wait():
+    model, x = linear(), torch.randn(3, 40)
+
+    def train():
+        with composed_once(model):
+            model(x).sum().backward()
+            model.requires_grad_(False)
+
+    with pytest.raises(ConversionError, match="changed or frozen"):
+        train()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_inside(reentrant):
+    model, x = linear(), torch.randn(3, 40, requires_grad=True)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    with composed_once(model):
+        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    got = [parameter.grad for parameter in model.parameters()]
+    torch.testing.assert_close(got, list(expected))
+
+
+def test_one_context_is_not_opened_twice():
+    model = linear()
+    with composed_once(model) as once, pytest.raises(ConversionError, match="open already"), once:
+        pass

@@ -163,3 +163,17 @@ def test_whoever_observes_the_composed_weight_sees_the_whole_table():
     model.on_composed = lambda name, value: seen.append((name, tuple(value.shape)))
     model(torch.tensor([3]))
     assert seen == [("weight", (120, 64))]
+
+
+@pytest.mark.parametrize("tokens", [7, 400])
+def test_autocast_leaves_rows_as_they_are(tokens):
+    """As it does with a dense table: embeddings are not among what it casts."""
+    indices = torch.randint(0, 200, (tokens,))
+    for build in (nn.Embedding, nn.EmbeddingBag):
+        layer = fedpara.convert(build(200, 64), method="fedpara")
+        given = indices if build is nn.Embedding else indices.unsqueeze(0)
+        expected = layer(given)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(layer(given), expected)
+            with torch.no_grad(), fedpara.composed_once(layer):
+                torch.testing.assert_close(layer(given), expected)
