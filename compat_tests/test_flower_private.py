@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message
+from flwr.app import ArrayRecord, Context, Message
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
 import fedpara_plugins.references.coded as coded
 import fedpara_plugins_flower.client as client_side
+from fedpara_plugins import FedParaError
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
 from fedpara_plugins.references.version_zero import base_from_header
 from harness.apps import (
@@ -157,6 +158,25 @@ def test_a_further_record_of_the_app_holds_nothing_private_either(name: str) -> 
     assert _found_privately(diary, wire) == 0
     if name == "fedpara.variate":  # there is no telling what it is: the whole reply is refused
         assert not [sent for sent in wire if sent.direction == "up" and sent.arrays]
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_the_state_of_a_wrapped_model_does_not_leave_the_client(prefix: str) -> None:
+    """As of `torch.compile` or `DataParallel`: under such names private factors would be sent."""
+
+    def wrapped(message: Message, context: Context, call_next: Any) -> Message:
+        reply: Message = call_next(message, context)
+        if "arrays" in reply.content:
+            found = reply.content.array_records["arrays"]
+            reply.content["arrays"] = ArrayRecord({prefix + n: a for n, a in found.items()})
+        return reply
+
+    diary, wire = Diary(), []
+    experiment = Experiment(TASK, "fedavg", {}, diary.hooks, mods=[wrapped])
+    with pytest.raises(FedParaError, match=f"model.{prefix}state_dict"):
+        federate(plugin_apps(experiment), _section(), tap=lambda sent, grid: wire.append(sent))
+    assert diary.private
+    assert _found_privately(diary, wire) == 0
 
 
 # What coded messages hold ------------------------------------------------------------------------

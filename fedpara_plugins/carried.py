@@ -87,6 +87,12 @@ def check_settings(model: nn.Module, settings: Settings) -> list[Finding]:
         return []
     probed = sorted(plans, key=lambda plan: -prod(plan.shape))[:PROBED]
     config = config_of(model)
+    if config.local == "dense":
+        text = (
+            "clients train dense weights: learning rate, weight decay and mu are those of the "
+            "dense model, and the options clip, speed and decay have nothing to act on"
+        )
+        return [Finding("note", 'local = "dense"', text)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         speed = sum(map(measured_speed, probed)) / len(probed)

@@ -143,7 +143,7 @@ def _say_all(findings: Iterable[Finding]) -> None:
 
 def _carried(parsed: argparse.Namespace) -> Settings:
     """The settings that the user has for the dense model."""
-    known = {kind.lower(): kind for kind in torch.optim.__all__ if kind != "Optimizer"}
+    known = {kind.lower(): kind for kind in torch.optim.__all__ if _is_optimizer(kind)}
     name = parsed.optimizer
     if name is not None and name.lower() not in known:
         raise ConfigError(f"--optimizer: expected one of {', '.join(known.values())}; got {name!r}")
@@ -152,6 +152,15 @@ def _carried(parsed: argparse.Namespace) -> Settings:
         lr=parsed.lr or 0.0,
         weight_decay=parsed.weight_decay or 0.0,
         mu=parsed.mu or 0.0,
+    )
+
+
+def _is_optimizer(name: str) -> bool:
+    kind = getattr(torch.optim, name)
+    return (
+        isinstance(kind, type)
+        and issubclass(kind, torch.optim.Optimizer)
+        and kind is not torch.optim.Optimizer
     )
 
 

@@ -96,7 +96,8 @@ def report(model: nn.Module) -> Report:
     """Rows for every layer that has parameters or buffers, in the model's order.
 
     For a model that was never converted every row says so. A tensor that several layers share is
-    counted where it first stands.
+    one of the model's parameters, counted where it first stands; its bytes are counted everywhere,
+    since a state, and so a message, holds it under each name.
     """
     seen: set[int] = set()
     rows: list[ReportRow] = []
@@ -150,16 +151,17 @@ def _remaining_row(decision: Decision, seen: set[int], kept: frozenset[str]) -> 
         factors = {id(f) for weight in layer.plans for f in layer.factors(weight).values()}
     apart = layer.added if isinstance(layer, PersonalLinear) else {}
     own = {k: p for k, p in layer._parameters.items() if p is not None and k not in apart}
-    rest = {k: p for k, p in own.items() if id(p) not in factors and id(p) not in seen}
+    own = {k: p for k, p in own.items() if id(p) not in factors}
+    rest = {k: p for k, p in own.items() if id(p) not in seen}
     seen.update(id(p) for p in rest.values())
     entries = sum(p.numel() for p in rest.values())
-    tensors = {**rest, **_buffers(layer)}
+    tensors = {**own, **_buffers(layer)}
     size = sum(map(_bytes, tensors.values()))
     if not rest and not size:
         return
     private = [key for key in tensors if _join(decision.name, key) in kept]
     yield ReportRow(
-        name=_join(decision.name, "+".join(rest)) if factors else decision.name,
+        name=_join(decision.name, "+".join(rest or own)) if factors else decision.name,
         kind=_kind(layer),
         shape=tuple(next(iter(rest.values())).shape) if len(rest) == 1 else (),
         rank=None,

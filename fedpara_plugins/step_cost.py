@@ -175,7 +175,11 @@ def _one_thread() -> Iterator[None]:
 
 def _on_device(model: nn.Module, x: Tensor) -> Tensor:
     first = next(model.parameters(), None)
-    return x if first is None else x.to(first.device)
+    if first is None:
+        return x
+    # Text cannot say a dtype: numbers are of the model's own.
+    floating = x.is_floating_point() and first.is_floating_point()
+    return x.to(first.device, first.dtype if floating else None)
 
 
 def _milliseconds(seconds: float) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -80,8 +80,16 @@ def training_step(model: nn.Module, inputs: Sequence[Tensor]) -> Call:
             if optimizer is not None:
                 optimizer.zero_grad()
             losses = [x.square().sum() for x in _floating(model(*inputs)) if x.requires_grad]
+            if trained and not losses:
+                raise ConfigError(
+                    "a training step of the model cannot be timed: its output holds no tensor with "
+                    "a gradient, in tuples, lists, dictionaries or dataclasses: let forward return "
+                    "what the loss is computed from"
+                )
             if losses:
                 torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+        except ConfigError:
+            raise
         except Exception as error:  # the user's own code may raise anything
             raise _refused(error, inputs) from error
         if optimizer is not None:
@@ -172,6 +180,8 @@ def _floating(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, (tuple, list)):
         for value in output:
             yield from _floating(value)
+    elif is_dataclass(output) and not isinstance(output, type):
+        yield from _floating(vars(output))
 
 
 def _refused(error: Exception, inputs: Sequence[Tensor]) -> ConfigError:

@@ -14,13 +14,14 @@ from fedpara_plugins.codecs import (
     decoders,
     encode_with_feedback,
 )
-from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.references import alike, shared_part
 from fedpara_plugins.spec import ModelSpec
 
 __all__ = [
     "blind_limit",
     "check_finite",
+    "check_names",
     "codecs_of",
     "decoders_of",
     "difference",
@@ -70,7 +71,11 @@ def encode(
 
     Returns:
         The payload, and the residual for the next one; empty without error feedback.
+
+    Raises:
+        MismatchError: names are those of a wrapped model (see `check_names`).
     """
+    check_names(spec, tensors, others=True)
     shared = shared_part(spec, tensors)
     usable = reference is not None and alike(shared, reference)
     return encode_with_feedback(
@@ -156,6 +161,42 @@ def spec_of(header: PayloadHeader, names: Iterable[str], *, limit: int) -> Model
     return ModelSpec.from_json(header.model, tuple(names), limit=limit)
 
 
+def check_names(spec: ModelSpec, tensors: Tensors, *, others: bool = False) -> None:
+    """Raise for names of which nobody can say whether they are private.
+
+    A model in a wrapper (`torch.compile`, `DataParallel`) puts its own prefix before every name.
+    What stays on the device is known by its name, and would leave it under such a one.
+
+    Args:
+        spec: of the model.
+        tensors: a state of it, or part of one.
+        others: allow tensors that have nothing to do with the model.
+
+    Raises:
+        MismatchError: names the first one.
+    """
+    known = {*spec.keys, *spec.weights}
+    for name in tensors:
+        if name in known:
+            continue
+        prefix, _, rest = name.partition(".")
+        while rest and rest not in known:
+            more, _, rest = rest.partition(".")
+            prefix = f"{prefix}.{more}"
+        if rest:
+            raise MismatchError(
+                f"fedpara: the answer holds {name!r}, where the model has {rest!r}: it is the "
+                f"state of a wrapped model (torch.compile, DataParallel), and nothing of it is "
+                f"sent. Answer with the state of the model inside: model.{prefix}.state_dict()"
+            )
+        if not others:
+            raise MismatchError(
+                f"fedpara: the answer holds {name!r}, which the model does not have: answer with "
+                f"the state of the model that was sent, and send other values in a record of "
+                f"their own"
+            )
+
+
 def check_finite(tensors: Tensors) -> None:
     """Raise for the first tensor that holds NaN or infinity.
 
@@ -167,5 +208,6 @@ def check_finite(tensors: Tensors) -> None:
             bad = int((~torch.isfinite(value)).sum())
             raise PayloadError(
                 f"fedpara: tensor {name!r} holds {bad} NaN or infinite values of {value.numel()}; "
-                f"training has diverged; set the fedpara option clip = 1.0, or lower the rate"
+                f"training has diverged; lower the rate, or set the fedpara option clip = 1.0 "
+                f"(with local='dense' clip gradients in your own training)"
             )

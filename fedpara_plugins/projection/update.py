@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedpara_plugins.fast.conditions import without_autocast
 from fedpara_plugins.plan import WeightPlan
 from fedpara_plugins.projection.least_squares import ITERATIONS, solve
 from fedpara_plugins.projection.tangent import Factors, Tangent
@@ -16,6 +17,22 @@ __all__ = ["Projected", "project", "scale_for"]
 
 LARGEST_SCALE = 50.0
 SMALLEST_SHARE = 1e-3
+
+OVERSHOOT = 1.05
+"""How far along V a weight may move, where training moved it by 1."""
+
+OF_WEIGHT, OF_UPDATE = 0.75, 0.5
+"""How far a weight may move in all: the larger of these shares of its own norm and of |V|.
+
+Beside V itself a rescaled step holds what factors cannot keep apart from it, 1 / kept share as
+large in the square, and what the Jacobian does not know, of second and higher order. Both do no
+harm while they are small beside the weight. Measured with the three methods on digits, for |V| of
+0.02 to 2 times |W|: the step of least loss moved weights by 0.5 to 0.8 |W| where |V| was 0.5 to 0.9
+|W|, and by about |V| / 2 where it was twice |W|; the whole step then ended in losses of 8 to 960.
+"""
+
+HALVINGS, REFINEMENTS = 60, 4
+"""Of a step that goes too far, until it does not; and of the interval in which it began to."""
 
 
 class Projected(NamedTuple):
@@ -44,7 +61,8 @@ def project(
     by all its factors, private ones included. Factors keep about the share of |V|² that they have
     of the dimensions, at every client alike: unscaled, the step would be that much too small. So d
     is multiplied with `scale_for` the kept share, which moves the weight along V as far as it was
-    moved.
+    moved, to first order. Where the composed weight says that this is too far (after many steps, or
+    large ones), the step is shortened: see `OVERSHOOT` and `OF_WEIGHT`.
 
     Args:
         plan: of the weight.
@@ -66,12 +84,39 @@ def project(
     wanted = (change / largest).flatten(1)
     tangent = Tangent(plan, {name: value.to(wide) for name, value in factors.items()})
     moves, kept = solve(tangent, wanted, iterations=iterations)
-    scale = scale_for(kept) * largest
+    step = {name: scale_for(kept) * largest * move for name, move in moves.items()}
+    start = {name: value.to(wide) for name, value in factors.items()}
+    length = _length(plan, start, step, change)
     moved = {
-        name: (value.to(wide) + scale * moves[name]).to(value.dtype)
-        for name, value in factors.items()
+        name: (start[name] + length * step[name]).to(value.dtype) for name, value in factors.items()
     }
     return Projected(moved, kept)
+
+
+def _length(plan: WeightPlan, start: Factors, step: Factors, change: Tensor) -> float:
+    """The share of a step that does not go too far: 1 unless the composed weight says otherwise."""
+    with without_autocast(change.device.type):
+        weight = plan.compose(start)
+        wanted = change.norm()
+        most = torch.maximum(OF_WEIGHT * weight.norm(), OF_UPDATE * wanted)
+
+        def fits(length: float) -> bool:
+            moved = plan.compose({n: v + length * step[n] for n, v in start.items()}) - weight
+            along = (moved * change).sum() / wanted.square()
+            return bool(0 <= along <= OVERSHOOT) and bool(moved.norm() <= most)
+
+        low = 1.0
+        for _ in range(HALVINGS):
+            if fits(low):
+                break
+            low /= 2
+        if low == 1:
+            return low
+        high = 2 * low
+        for _ in range(REFINEMENTS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
 
 
 def scale_for(kept: float) -> float:

@@ -48,6 +48,17 @@ def test_settings_of_the_dense_model_are_stated_with_what_they_do(command):
     assert wanted == pytest.approx(0.1 / 2, rel=0.1)  # K = 1/2 for fedpara
 
 
+def test_settings_where_clients_train_dense_weights(command):
+    code, out, err = command(
+        *("doctor", "user_models:Net", "--gamma", "0.2", "--optimizer", "sgd", "--local", "dense"),
+        *("--lr", "0.1", "--weight-decay", "5e-4", "--mu", "0.1"),
+    )
+    assert (code, err) == (0, "")
+    assert re.search(r'^note +local = "dense": .*are those of the dense model', out, re.M)
+    assert "set clip" not in out
+    assert "set mu" not in out
+
+
 def test_decay_on_each_factor_is_measured_and_needs_attention(command):
     code, out, _ = command(
         *("doctor", "user_models:Net", "--gamma", "0.2", "--decay", "factors"),
@@ -62,6 +73,8 @@ def test_decay_on_each_factor_is_measured_and_needs_attention(command):
     ("words", "says"),
     [
         (["--optimizer", "sgdd"], "--optimizer"),
+        (["--optimizer", "lr_scheduler"], "--optimizer"),
+        (["--optimizer", "Optimizer"], "--optimizer"),
         (["--lr", "-1", "--optimizer", "SGD"], "--lr"),
     ],
 )

@@ -1,6 +1,7 @@
 """``fedpara plan --input``: which times a predicted step is made of, and what a user reads."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -179,3 +180,37 @@ def test_timed_parts_are_those_of_the_real_layers():
     layer = fedpara.convert(nn.Conv1d(8, 8, 3), CONFIG)
     gradients = composition(layer, "weight")()
     assert [g.shape for g in gradients] == [f.shape for f in layer.factors("weight").values()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_numbers_are_of_the_models_dtype(times, dtype):
+    model = nn.Sequential(nn.Linear(24, 32)).to(dtype)
+    assert cost_of(model, torch.randn(5, 24)).dense == 1.0
+
+
+class Outputs(nn.Module):
+    """A linear layer with its output in a form of its own."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.linear, self.form = nn.Linear(24, 32), form
+
+    def forward(self, x):
+        return self.form(self.linear(x))
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+    text: str = "cat"
+
+
+def test_outputs_in_a_dataclass(times):
+    times |= {"": 10.0, "linear.weight with factors": 9.0, "linear.weight dense": 4.0}
+    assert cost_of(Outputs(Answer), torch.randn(5, 24)).added == {"linear.weight": 5.0}
+
+
+@pytest.mark.parametrize("form", [lambda y: None, lambda y: y.argmax(1), lambda y: y.detach()])
+def test_outputs_without_a_gradient_are_refused(times, form):
+    with pytest.raises(ConfigError, match="holds no tensor with a gradient"):
+        cost_of(Outputs(form), torch.randn(5, 24))

@@ -144,6 +144,17 @@ def test_tied_weights_stay_tied():
     assert "tied to 2" in reasons(model)["0"]
 
 
+def test_bytes_of_what_is_tied_are_those_of_a_state():
+    """A parameter of the model once, a tensor of its state, and so of a message, twice."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    model[2].weight = model[0].weight
+    dense = sum(value.numel() * 4 for value in model.state_dict().values())
+    found = fedpara.report(fedpara.convert(model, method="fedpara"))
+    assert found.dense_bytes == dense
+    assert found.shared_bytes == sum(v.numel() * 4 for v in model.state_dict().values())
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
 def test_what_is_tied_and_dense_stays_tied_on_the_way_back():
     model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
     model[1].bias = model[0].bias

@@ -6,8 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import fedpara_plugins as fedpara
 from fedpara_plugins import ConfigError, MismatchError, ModelSpec
+from fedpara_plugins.codecs import parse_codec
+from fedpara_plugins.exchange.coding import check_names, encode
 from fedpara_plugins.exchange.outbox import Outbox, cast
 from fedpara_plugins.exchange.plain_values import pack, unpack
 from fedpara_plugins.exchange.settings import ExchangeSettings, codecs_in_words
@@ -162,3 +166,22 @@ def test_sections_of_all_adapters_are_read_alike(tmp_path):
 def test_codecs_are_told_as_users_write_them(section, words):
     assert codecs_in_words(settings(**section).codec_names) == words
     assert codecs_in_words(["of a stranger"]) == "of a stranger"
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod", "module", "module._orig_mod"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_names_of_a_wrapped_model_are_refused_before_anything_is_sent(prefix, dense):
+    """What is private is known by its name, and would leave the device under another."""
+    model = fedpara.convert(nn.Sequential(nn.Linear(64, 48)), method="pfedpara", gamma=0.2)
+    spec = ModelSpec.of(model)
+    state = spec.dense_state(model.state_dict()) if dense else model.state_dict()
+    wrapped = {f"{prefix}.{name}": value for name, value in state.items()}
+    with pytest.raises(MismatchError, match=f"Answer with the state.*model.{prefix}.state_dict"):
+        encode(wrapped, spec=spec, codec=parse_codec("none"), reference=None)
+
+
+def test_tensors_that_the_model_does_not_have():
+    spec, tensors = plain("a.weight"), {"a.weight": torch.ones(1), "b": torch.ones(1)}
+    with pytest.raises(MismatchError, match="'b', which the model does not have"):
+        check_names(spec, tensors)
+    check_names(spec, tensors, others=True)

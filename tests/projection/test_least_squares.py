@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+import fedpara_plugins as fedpara
 from fedpara_plugins import convert
+from fedpara_plugins.exchange.dense_round import DenseRound
 from fedpara_plugins.layers import BUILTIN_LAYERS, LazyLayer
 from fedpara_plugins.methods import Method
 from fedpara_plugins.plan import WeightPlan
@@ -223,16 +226,58 @@ def test_neither_tiny_nor_huge_changes_leave_float32(size):
     factors = {name: value.float() for name, value in factors.items()}
     change = _wanted(plan).float().view(plan.shape)
     zero = torch.zeros_like(change)
-    one, kept = project(plan, factors, zero, change)
+    one, kept = project(plan, factors, zero, 1e-4 * change)
     other, also = project(plan, factors, zero, size * change)
     assert also == pytest.approx(kept, rel=1e-3)
+    assert torch.isfinite(plan.compose(other)).all()
     for name, value in factors.items():
         assert torch.isfinite(other[name]).all()
-        expected = size * (one[name] - value)
-        if size > 1e-6:  # below, the sum with the factor itself rounds it away
+        expected = size / 1e-4 * (one[name] - value)
+        if size == 1e-3:  # less is rounded away in the sum with the factor, more goes too far
             torch.testing.assert_close(
                 other[name] - value, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())
             )
+
+
+@pytest.mark.parametrize("times", [0.3, 1.0, 3.0, 1e6])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_a_weight_that_training_moved_far_does_not_overshoot(kind, method, times):
+    """Of a change as large as the weight, second and fourth order take over."""
+    for plan, factors in _cases(kind, method):
+        weight = plan.compose(factors)
+        change = _wanted(plan).view(plan.shape).to(weight.dtype)
+        change *= times * weight.norm() / change.norm()
+        new, _ = _project(plan, factors, change)
+        moved = plan.compose(new) - weight
+        along = float((moved * change).sum() / change.square().sum())
+        assert 0 < along <= 1.06
+        assert moved.norm() <= 1.01 * max(0.75 * weight.norm(), 0.5 * change.norm())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_long_round_keeps_what_training_has_learned(method):
+    """A round in which weights move further than they are long: the projection still learns."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 32)
+    y = (x @ torch.randn(32, 6)).argmax(1)
+    plain = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 6))
+    model = fedpara.convert(copy.deepcopy(plain), method=method, gamma=0.1, init="seeded")
+    spec = fedpara.ModelSpec.of(model)
+    begun = DenseRound(spec, model.state_dict())
+    plain.load_state_dict(begun.dense)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.3, momentum=0.9)
+    first = float(nn.functional.cross_entropy(plain(x), y).detach())
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    trained = {name: value.clone() for name, value in plain.state_dict().items()}
+    (weight,) = spec.weights
+    assert (trained[weight] - begun.dense[weight]).norm() > begun.dense[weight].norm()
+    plain.load_state_dict(spec.dense_state(begun.after(trained)))
+    with torch.no_grad():
+        assert nn.functional.cross_entropy(plain(x), y) < first
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])

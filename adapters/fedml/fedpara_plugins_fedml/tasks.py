@@ -11,6 +11,7 @@ from fedpara_plugins.exchange.client_state import ClientState
 from fedpara_plugins.exchange.coding import (
     blind_limit,
     check_finite,
+    check_names,
     codecs_of,
     decoders_of,
     difference,
@@ -115,6 +116,8 @@ def encoded(
     resolved = codec.resolved(decoders_of(task.received[MODEL].header))
     for name, tensors in records.items():
         check_finite(tensors)
+        if name == MODEL:
+            check_names(spec, tensors)
         chain = update_codec(resolved) if name in updates else resolved
         held = task.received.get(name)
         residual = kept.residual(name) if chain.feedback else None

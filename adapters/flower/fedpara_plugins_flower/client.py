@@ -20,6 +20,7 @@ from fedpara_plugins.exchange.client_state import ClientState, private_key
 from fedpara_plugins.exchange.coding import (
     blind_limit,
     check_finite,
+    check_names,
     codecs_of,
     decoders_of,
     difference,
@@ -273,11 +274,13 @@ def _encode_reply(
             _check_shared_only(name, tensors, models)
             spec = ModelSpec(weights={}, keys=tuple(tensors), seed=0)
         if name in received:
+            check_names(spec, tensors)
             own = {k: v for k, v in tensors.items() if k in spec.private_keys}
             _check_one_state(name, own, private.get(private_key(spec)))
             if own:
                 private[private_key(spec)] = name, spec, own
         if masked:
+            check_names(spec, tensors, others=True)
             in_clear[name] = shared_part(spec, tensors)
             continue
         held = received[name].held if name in received else None
@@ -336,6 +339,8 @@ def _built_spec(
     for spec in (built.get(frozenset(tensors)), *built.values()):
         if spec is not None and set(tensors) <= set(spec.keys):
             return spec
+    for spec in built.values():
+        check_names(spec, tensors, others=True)
     return ModelSpec(weights={}, keys=tuple(tensors), seed=0)
 
 
