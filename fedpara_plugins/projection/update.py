@@ -27,8 +27,9 @@ OF_WEIGHT, OF_UPDATE = 0.75, 0.5
 Beside V itself a rescaled step holds what factors cannot keep apart from it, 1 / kept share as
 large in the square, and what the Jacobian does not know, of second and higher order. Both do no
 harm while they are small beside the weight. Measured with the three methods on digits, for |V| of
-0.02 to 2 times |W|: the step of least loss moved weights by 0.5 to 0.8 |W| where |V| was 0.5 to 0.9
-|W|, and by about |V| / 2 where it was twice |W|; the whole step then ended in losses of 8 to 960.
+0.02 to 2 times |W| (`benchmarks/projection_length.py`): the step of least loss moved weights by 0.5
+to 0.8 |W| where |V| was 0.5 to 0.9 |W|, and by about |V| / 2 where it was twice |W|; the whole step
+then ended in losses of 8 to 960.
 """
 
 HALVINGS, REFINEMENTS = 60, 4
