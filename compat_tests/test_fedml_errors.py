@@ -232,6 +232,23 @@ def test_a_server_that_asks_for_what_only_another_optimizer_has_is_told_so() -> 
     assert head.fatal
 
 
+@pytest.mark.parametrize("prefix", ["module", "_orig_mod"])
+def test_the_state_of_a_wrapped_model_does_not_leave_the_client(prefix: str) -> None:
+    """As of `DataParallel` or `torch.compile`: under such names private factors would be sent."""
+    from fedpara_plugins_fedml import FedMLRunner
+
+    keys = {**ON, "fedpara_method": "pfedpara"}
+    inner = FedMLRunner(arguments(**keys), torch.device("cpu"), dataset(), model()).runner
+    trainer = inner.clients._trainer
+    plain = trainer.get_model_params
+    trainer.get_model_params = lambda: {f"{prefix}.{k}": v for k, v in plain().items()}
+    inner.server.begin(["1"])
+    own = [inner._dataset[place][1] for place in (5, 6, 4)]
+    envelope = unpack(inner.clients.train("1", inner.server.message("1"), *own))
+    assert f"model.{prefix}.state_dict()" in Head.from_json(envelope.head).error
+    assert not envelope.payloads
+
+
 def test_a_users_home_in_a_path_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     names = ("ledger.jsonl", "checkpoint", "state_dir", "client_checkpoints")
