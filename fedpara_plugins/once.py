@@ -171,8 +171,8 @@ def kept_weight(layer: FactorisedLayer, name: str) -> Tensor | None:
             for factor_name, factor, version, trained in factors:
                 if (
                     factor._version != version
-                    or factor.requires_grad is not trained
                     or parameters.get(factor_name) is not factor
+                    or (grad and factor.requires_grad is not trained)
                 ):
                     break
             else:
