@@ -29,7 +29,7 @@ def replace_layers(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
         for name, child in list(module._modules.items()):
             if id(child) in new:
                 setattr(module, name, new[id(child)])
-        for name, value in _own_attributes(module):
+        for name, value in _further_attributes(module):
             module.__dict__[name] = _replaced(value, new, set())
 
 
@@ -38,14 +38,14 @@ def copy_of(model: M) -> M:
     memo = {
         id(tensor): tensor.detach().clone()
         for module in model.modules()
-        for _, value in _own_attributes(module)
+        for _, value in _further_attributes(module)
         for tensor in _tensors(value, set())
         if not tensor.is_leaf
     }
     return copy.deepcopy(model, memo)
 
 
-def _own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _further_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What the module's author has put there, beside parameters, buffers and submodules."""
     return ((name, value) for name, value in list(vars(module).items()) if name not in _OF_TORCH)
 

@@ -71,7 +71,8 @@ class _Fused(torch.autograd.Function):
                 ctx.form, factors, inputs, gradient, [for_inputs, *for_factors]
             )
             return None, None, d_inputs, d_bias, *found
+        d_inputs = None
         if for_inputs:
             factors = [factor.contiguous() for factor in factors]
-        d_inputs = gradient @ native.compose(ctx.form, factors) if for_inputs else None
+            d_inputs = gradient @ native.compose(ctx.form, factors)
         return None, None, d_inputs, d_bias, *[None] * len(factors)

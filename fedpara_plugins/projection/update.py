@@ -32,6 +32,10 @@ to 0.8 |W| where |V| was 0.5 to 0.9 |W|, and by about |V| / 2 where it was twice
 then ended in losses of 8 to 960.
 """
 
+SMALL = 1e-3
+"""Of |W|: so short a V is followed as it is. Second order is nothing there, and the difference of
+two composed weights can be mostly rounding."""
+
 HALVINGS, REFINEMENTS = 60, 4
 """Of a step that goes too far, until it does not; and of the interval in which it began to."""
 
@@ -99,11 +103,13 @@ def _length(plan: WeightPlan, start: Factors, step: Factors, change: Tensor) -> 
     with without_autocast(change.device.type):
         weight = plan.compose(start)
         wanted = change.norm()
+        if wanted <= SMALL * weight.norm():
+            return 1.0
         most = torch.maximum(OF_WEIGHT * weight.norm(), OF_UPDATE * wanted)
 
         def fits(length: float) -> bool:
             moved = plan.compose({n: v + length * step[n] for n, v in start.items()}) - weight
-            along = (moved * change).sum() / wanted.square()
+            along = (moved / wanted * (change / wanted)).sum()
             return bool(0 <= along <= OVERSHOOT) and bool(moved.norm() <= most)
 
         low = 1.0

@@ -16,7 +16,7 @@ from fedpara_plugins.exchange.dense_round import DenseRound
 from fedpara_plugins.layers import BUILTIN_LAYERS, LazyLayer
 from fedpara_plugins.methods import Method
 from fedpara_plugins.plan import WeightPlan
-from fedpara_plugins.projection import Tangent, project, scale_for, solve
+from fedpara_plugins.projection import Tangent, project, scale_for, solve, update
 
 KINDS = {
     "linear": lambda: nn.Linear(14, 12),
@@ -253,6 +253,21 @@ def test_a_weight_that_training_moved_far_does_not_overshoot(kind, method, times
         along = float((moved * change).sum() / change.square().sum())
         assert 0 < along <= 1.06
         assert moved.norm() <= 1.01 * max(0.75 * weight.norm(), 0.5 * change.norm())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("times", [1e-30, 1e-9, 1e-8, 1e-7])
+def test_a_tiny_change_is_not_shortened(method, times, monkeypatch):
+    """Though the difference of two composed weights is rounding there, and points anywhere."""
+    lengths, length = [], update._length
+    monkeypatch.setattr(update, "_length", lambda *a: lengths.append(length(*a)) or lengths[-1])
+    ((plan, factors),) = _cases("linear", method)
+    factors = {name: value.float() for name, value in factors.items()}
+    for seed in range(10):
+        torch.manual_seed(seed)
+        change = times * torch.randn(plan.shape)
+        project(plan, factors, torch.zeros_like(change), change)
+    assert lengths == [1.0] * 10
 
 
 @pytest.mark.parametrize("method", METHODS)
