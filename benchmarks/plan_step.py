@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vgg16_update import vgg16
 
 from fedpara_plugins import FedParaConfig, convert
-from fedpara_plugins.step_cost import step_cost
+from fedpara_plugins.cli.step_cost import step_cost
 
 VGG16 = {"gamma": 0.1, "exclude": "0,45,47,49"}
 RESNET18 = {"gamma": 0.1, "exclude": "0,14"}

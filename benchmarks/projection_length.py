@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 import fedpara_plugins as fedpara
 from fedpara_plugins.exchange.dense_round import DenseRound
-from fedpara_plugins.projection import update
+from fedpara_plugins.factors.projection import update
 
 SHARES = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 ROUNDS = ((15, 0.0), (150, 0.0), (45, 0.9), (150, 0.9))

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from vgg16_update import vgg16, vgg16_factors
 
 from fedpara_plugins import composed_once
-from fedpara_plugins.fast import native
+from fedpara_plugins.factors.fast import native
 
 Step = Callable[[], object]
 PEERS = {"PEFT LoHa": peft_loha, "LyCORIS LoHa": lycoris_loha}

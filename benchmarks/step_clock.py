@@ -15,7 +15,7 @@ from statistics import median, quantiles
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fedpara_plugins.fast import buffers
+from fedpara_plugins.factors.fast import buffers
 
 __all__ = ["Ratio", "peak_memory", "ratios"]
 

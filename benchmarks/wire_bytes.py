@@ -30,8 +30,8 @@ sys.path[:0] = [str(HERE.parent / "compat_tests"), str(HERE.parent / "examples")
 import demo  # noqa: E402
 
 from fedpara_plugins import Ledger  # noqa: E402
-from harness.deployment import app_copy, deployment  # noqa: E402
-from harness.wiretap import Wiretap  # noqa: E402
+from harness.flower.deployment import app_copy, deployment  # noqa: E402
+from harness.processes.wiretap import Wiretap  # noqa: E402
 
 Row = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Makes the fixture and the hooks of `harness.results` known to pytest, and picks the framework.
+"""Makes the fixture and the hooks of `harness.matrix.results` known to pytest, and picks the framework.
 
 Flower and FedML cannot share an environment: each runs the tests of the one that is installed.
 """
@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
-from harness.results import pytest_configure, pytest_runtest_makereport, result
+from harness.matrix.results import pytest_configure, pytest_runtest_makereport, result
 
 __all__ = ["pytest_configure", "pytest_runtest_makereport", "result"]
 

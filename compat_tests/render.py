@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-from harness.cells import (
+from harness.cells.cells import (
     CODECS,
     ENVIRONMENTS,
     METHODS,
@@ -23,12 +23,12 @@ from harness.cells import (
     cells,
     drift_cells,
 )
-from harness.engine_cells import ENGINE_CELLS
-from harness.engine_page import engine_section, of_an_engine
-from harness.fedml_cells import FEDML, FEDML_ENVIRONMENT, fedml_cells
-from harness.page import Row, listed, results_of, table
-from harness.transport_cells import TRANSPORT_CELLS
-from harness.transport_page import of_a_transport, transport_section
+from harness.cells.engine_cells import ENGINE_CELLS
+from harness.cells.fedml_cells import FEDML, FEDML_ENVIRONMENT, fedml_cells
+from harness.matrix.engine_page import engine_section, of_an_engine
+from harness.matrix.page import Row, listed, results_of, table
+from harness.matrix.transport_cells import TRANSPORT_CELLS
+from harness.matrix.transport_page import of_a_transport, transport_section
 
 SPELLED = {"flower": "Flower", "fedml": "FedML"}
 
@@ -42,7 +42,7 @@ with GroupNorm or BatchNorm), on Flower through the Grid of
 assertions that can fail:
 
 - The strategy's own rule is written out in plain torch
-  ([`rules.py`](../compat_tests/harness/rules.py) and the modules it imports). With codec `none` or
+  ([`rules.py`](../compat_tests/harness/oracles/rules.py) and the modules it imports). With codec `none` or
   `lossless` the final weights equal that loop's to float tolerance; with `int8` or `balanced` they
   end within 5 % of the way that the loop has gone, at its accuracy (Bulyan: 10 %, since it chooses
   coordinate by coordinate). The clients' own models are as accurate as the loop's.
@@ -50,7 +50,7 @@ assertions that can fail:
   holds more or less than what the cell shares.
 - FedML's cells run with the plugin's engine on (`fedpara_mend: true` for method and codec `none`)
   and are held against the published algorithms
-  ([`fedml_rules.py`](../compat_tests/harness/fedml_rules.py)); where variates, duals or gradients
+  ([`fedml_rules.py`](../compat_tests/harness/oracles/fedml_rules.py)); where variates, duals or gradients
   are coded too, a lossy codec may end within 10 %. What FedML itself computes is in
   [its faults](fedml-faults.md).
 - One truth: FedAvg, FedProx, FedAdam and SCAFFOLD with `none`, `fedpara` and `pfedpara` come to the

@@ -14,13 +14,15 @@ from torch import Tensor
 from fedpara_plugins import Ledger
 from fedpara_plugins.codecs import parse_codec
 from fedpara_plugins.exchange.client_state import ClientState
-from fedpara_plugins_flower import accounting, client, grid, outbox
 from fedpara_plugins_flower import run as adapter_run
-from harness import apps, rules
-from harness.cell_runs import _plain_loop, plain_loop, run
-from harness.cells import Cell, installed_version
-from harness.checks import check_cell, check_refused
-from harness.refusals import refusal
+from fedpara_plugins_flower.client import mod as client
+from fedpara_plugins_flower.server import accounting, grid, outbox
+from harness.cells.cells import Cell, installed_version
+from harness.cells.refusals import refusal
+from harness.flower import apps
+from harness.matrix.cell_runs import _plain_loop, plain_loop, run
+from harness.matrix.checks import check_cell, check_refused
+from harness.oracles import rules
 
 Patch = pytest.MonkeyPatch
 State = dict[str, Tensor]

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError, Ledger, LedgerEntry, ModelSpec, convert, split
-from harness.cell import Cell
-from harness.cells import GAMMA, environment, part
-from harness.fedml_cells import FEDML, HIERARCHICAL, fedml_cells
-from harness.fedml_project import Outcome, run
-from harness.fedml_rules import ALGORITHMS, Loop
-from harness.fedml_task import task_dataset, task_keys
-from harness.results import CellResult
-from harness.strategies import RATE
-from harness.task import Task, evaluate
+from harness.cells.cell import Cell
+from harness.cells.cells import GAMMA, environment, part
+from harness.cells.fedml_cells import FEDML, HIERARCHICAL, fedml_cells
+from harness.cells.strategies import RATE
+from harness.fedml.project import Outcome, run
+from harness.fedml.task import task_dataset, task_keys
+from harness.matrix.results import CellResult
+from harness.oracles.fedml_rules import ALGORITHMS, Loop
+from harness.oracles.task import Task, evaluate
 
 TOLERANCE = 1e-5
 """Of a weight over two rounds; both compute in float32 and sum up in another order."""

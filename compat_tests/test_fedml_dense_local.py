@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from fedpara_plugins import ConfigError, ModelSpec, convert, to_dense
 from fedpara_plugins.codecs import decode_payload
 from fedpara_plugins.layers import FactorisedLayer
-from fedpara_plugins_fedml.envelope import unpack
-from harness.dense_reference import follow
-from harness.fedml_project import Outcome, dataset, forget_security, model, run
-from harness.fedml_reference import FedAvgLoop
+from fedpara_plugins_fedml.messages.envelope import unpack
+from harness.fedml.project import Outcome, dataset, forget_security, model, run
+from harness.fedml.reference import FedAvgLoop
+from harness.oracles.dense_reference import follow
 
 KEYS = {"fedpara_gamma": 0.5, "fedpara_local": "dense"}
 CONVERTING = ("lowrank", "fedpara", "pfedpara")

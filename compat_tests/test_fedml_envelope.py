@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from fedpara_plugins import FedParaError, MismatchError, PayloadError
 from fedpara_plugins.testing.hostile import check_refusal
-from fedpara_plugins_fedml.envelope import MAX_HEAD, MAX_PAYLOADS, Envelope, pack, unpack
-from fedpara_plugins_fedml.hostile import damaged
-from fedpara_plugins_fedml.replies import Head
-from harness.fedml_project import arguments, dataset, model
+from fedpara_plugins_fedml.messages.envelope import MAX_HEAD, MAX_PAYLOADS, Envelope, pack, unpack
+from fedpara_plugins_fedml.messages.head import Head
+from fedpara_plugins_fedml.messages.hostile import damaged
+from harness.fedml.project import arguments, dataset, model
 
 GOLDEN = (
     b"FPE1N\x00\x00\x00\x3c\xc1\xcb\x39"

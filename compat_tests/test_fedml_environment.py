@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import fedpara_plugins_fedml.environment as environment
-from fedpara_plugins import environment as core
-from fedpara_plugins.cli import main
+from fedpara_plugins.cli import environment as core
+from fedpara_plugins.cli.main import main
 from fedpara_plugins_fedml.plugin import ADAPTER
 
 HEALTHY = {

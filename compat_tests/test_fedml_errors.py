@@ -18,10 +18,10 @@ from fedpara_plugins import (
     ConfigError,
     ConversionError,
 )
-from fedpara_plugins_fedml.envelope import unpack
-from fedpara_plugins_fedml.replies import Head
+from fedpara_plugins_fedml.messages.envelope import unpack
+from fedpara_plugins_fedml.messages.head import Head
 from fedpara_plugins_fedml.settings import Settings
-from harness.fedml_project import arguments, dataset, model, run
+from harness.fedml.project import arguments, dataset, model, run
 
 ON = {"fedpara_method": "fedpara"}
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_written_is_told_before_the_first_round(
 
 
 def test_trying_leaves_nothing_behind(tmp_path: Path) -> None:
-    from fedpara_plugins_fedml.files import check_files
+    from fedpara_plugins_fedml.checks.files import check_files
 
     paths = {f"fedpara_{key}": str(tmp_path / key) for key in ("checkpoint", "state_dir")}
     check_files(Settings.from_args(arguments(**ON, **paths)), server=True, client=True)

@@ -16,8 +16,8 @@ from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 from safetensors.torch import load_file
 
 from fedpara_plugins import ModelSpec, convert
-from harness.fedml_project import dataset, model, run
-from harness.fedml_reference import FedAvgLoop
+from harness.fedml.project import dataset, model, run
+from harness.fedml.reference import FedAvgLoop
 
 METHODS = ("none", "lowrank", "fedpara", "pfedpara")
 

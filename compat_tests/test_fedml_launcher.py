@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from harness.fedml_project import DEFAULTS, run
+from harness.fedml.project import DEFAULTS, run
 
 HERE = Path(__file__).parent
 

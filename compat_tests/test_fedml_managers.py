@@ -24,14 +24,14 @@ from fedml.ml.aggregator.default_aggregator import DefaultServerAggregator
 from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 
 from fedpara_plugins import ConfigError, MismatchError
-from fedpara_plugins_fedml import server_manager
-from fedpara_plugins_fedml.distributed import is_distributed, lacks_optimizer
-from fedpara_plugins_fedml.ending import close_transport
-from fedpara_plugins_fedml.patience import PatientQueue, make_patient
-from fedpara_plugins_fedml.protocol import ANSWER, CHECK, FINISH, ONLINE, PULSE, TASK
-from fedpara_plugins_fedml.silos import Silos
-from harness.fedml_project import run as run_single
-from harness.fedml_threads import PATIENCE, Line, Parties
+from fedpara_plugins_fedml.modes import server_manager
+from fedpara_plugins_fedml.modes.distributed import is_distributed, lacks_optimizer
+from fedpara_plugins_fedml.modes.placement import Silos
+from fedpara_plugins_fedml.transport.blocking_queue import PatientQueue, make_patient
+from fedpara_plugins_fedml.transport.protocol import ANSWER, CHECK, FINISH, ONLINE, PULSE, TASK
+from fedpara_plugins_fedml.transport.shutdown import close_transport
+from harness.fedml.project import run as run_single
+from harness.fedml.threads import PATIENCE, Line, Parties
 
 KEYS: dict[str, Any] = {
     "fedpara_method": "fedpara",
@@ -220,7 +220,7 @@ def test_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_client_that_trains_on_after_the_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedpara_plugins_fedml import post
+    from fedpara_plugins_fedml.transport import peers as post
 
     monkeypatch.setattr(post, "UNHEEDED", 0.2)
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("fedml", reason="the FedML adapter; run in an environment that has fedml 0.9.6")
 
-from harness.fedml_optimizers import (
+from harness.fedml.optimizers import (
     A_ROUND,
     CASES,
     CLIENTS,
@@ -16,7 +16,7 @@ from harness.fedml_optimizers import (
     federated,
     loop,
 )
-from harness.fedml_project import dataset, model
+from harness.fedml.project import dataset, model
 
 
 @pytest.mark.parametrize("method", METHODS)

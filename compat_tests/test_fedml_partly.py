@@ -20,8 +20,8 @@ from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 from torch import nn
 
 from fedpara_plugins import ConversionError, ModelSpec, convert
-from fedpara_plugins.training import start_round, training_of
-from harness.fedml_optimizers import (
+from fedpara_plugins.training.step_hooks import start_round, training_of
+from harness.fedml.optimizers import (
     CASES,
     CLIENTS,
     GAMMA,
@@ -32,8 +32,8 @@ from harness.fedml_optimizers import (
     loop,
     with_keys,
 )
-from harness.fedml_project import dataset, model
-from harness.fedml_rules import Loop
+from harness.fedml.project import dataset, model
+from harness.oracles.fedml_rules import Loop
 
 SHORT = {"comm_round": 4, "epochs": 1}
 DRIFT = ("scaffold", "scaffold-one", "feddyn")

@@ -12,7 +12,7 @@ pytest.importorskip("fedml", reason="the FedML adapter; run in an environment th
 
 import torch
 
-from harness.fedml_project import arguments, dataset, model, run
+from harness.fedml.project import arguments, dataset, model, run
 
 KEYS: dict[str, dict[str, Any]] = {
     "FedAvg": {},

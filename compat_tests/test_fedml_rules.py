@@ -20,10 +20,10 @@ from torch import nn
 
 from fedpara_plugins import ConfigError, convert
 from fedpara_plugins.optimizers.kept_storage import OwnState
-from fedpara_plugins.storage import Part
+from fedpara_plugins.support.storage import Part
 from fedpara_plugins_fedml.rules import RULES, Answer, Rule, rule_for
 from fedpara_plugins_fedml.settings import Settings
-from harness.fedml_optimizers import (
+from harness.fedml.optimizers import (
     CASES,
     CLIENTS,
     GAMMA,
@@ -34,7 +34,7 @@ from harness.fedml_optimizers import (
     loop,
     with_keys,
 )
-from harness.fedml_project import arguments, dataset, model
+from harness.fedml.project import arguments, dataset, model
 
 SHORT = {"comm_round": 3, "epochs": 1}
 EVERY = ("fedavg", "fedprox", "fedopt-adam", "scaffold", "feddyn", "fednova", "mime", "mimelite")

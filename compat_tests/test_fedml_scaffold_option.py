@@ -19,10 +19,10 @@ from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 from torch import nn
 
 from fedpara_plugins import ConfigError
-from harness.fedml_optimizers import CASES, METHODS, assert_same, federated, loop, with_keys
-from harness.fedml_project import model
-from harness.fedml_project import run as run_single
-from harness.fedml_threads import Parties
+from harness.fedml.optimizers import CASES, METHODS, assert_same, federated, loop, with_keys
+from harness.fedml.project import model
+from harness.fedml.project import run as run_single
+from harness.fedml.threads import Parties
 
 SHORT = {"comm_round": 3, "epochs": 1}
 ONE = CASES["scaffold-one"]

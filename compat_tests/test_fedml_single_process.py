@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from fedpara_plugins import ConfigError, FedParaError, Ledger, ModelSpec, convert
 from fedpara_plugins.ledger import Evaluation, read_lines
-from fedpara_plugins_fedml.envelope import pack, unpack
-from harness.fedml_project import Outcome, Sent, dataset, forget_security, model, run
-from harness.fedml_reference import FedAvgLoop
+from fedpara_plugins_fedml.messages.envelope import pack, unpack
+from harness.fedml.project import Outcome, Sent, dataset, forget_security, model, run
+from harness.fedml.reference import FedAvgLoop
 
 PERSONAL = {"fedpara_method": "pfedpara", "fedpara_gamma": 0.5}
 

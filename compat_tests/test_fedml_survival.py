@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 from fedpara_plugins import ConfigError
+from fedpara_plugins_fedml.engine.server_state import CompletedRound, ServerFile
 from fedpara_plugins_fedml.rules import rule_for
-from fedpara_plugins_fedml.server_state import CompletedRound, ServerFile
 from fedpara_plugins_fedml.settings import Settings
-from harness.fedml_mortal import FedMLOrder
-from harness.fedml_project import arguments, run
-from harness.killing import Program, assert_equal, assert_little_repeated
+from harness.fedml.killed_run import FedMLOrder
+from harness.fedml.project import arguments, run
+from harness.processes.killing import Program, assert_equal, assert_little_repeated
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")
 
@@ -31,7 +31,7 @@ ROUNDS = 4
 
 @pytest.fixture(scope="module")
 def program() -> Iterator[Program]:
-    made = Program("harness.fedml_mortal")
+    made = Program("harness.fedml.killed_run")
     yield made
     made.end()
 

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from fedpara_plugins import Ledger, LedgerEntry
-from harness.apps import Experiment, Outcome, federate, plugin_apps
-from harness.cell_runs import build, plain_loop, private_names, run, section
-from harness.cells import Cell, cells, environment, installed_version, part
-from harness.checks import check_cell, check_close, check_refused, check_same_weights
-from harness.reference import RULES, Reference, federated
-from harness.refusals import refusal
-from harness.results import CellResult
-from harness.task import Task
+from harness.cells.cells import Cell, cells, environment, installed_version, part
+from harness.cells.refusals import refusal
+from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
+from harness.matrix.cell_runs import plain_loop, private_names, run, section
+from harness.matrix.checks import check_cell, check_close, check_refused, check_same_weights
+from harness.matrix.results import CellResult
+from harness.oracles.build import build
+from harness.oracles.reference import RULES, Reference, federated
+from harness.oracles.task import Task
 
 
 def _params() -> list[object]:

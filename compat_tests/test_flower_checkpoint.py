@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-from harness.apps import Experiment, Hooks, Outcome, federate, plugin_apps
-from harness.cells import CODECS, GAMMA, METHODS
-from harness.task import Task
+from harness.cells.cells import CODECS, GAMMA, METHODS
+from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
+from harness.oracles.task import Task
 
 TOLERANCE = 1e-4
 """On logits of some 5: float32, with W composed once or in each forward."""

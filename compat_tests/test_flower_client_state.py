@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-from harness.apps import Experiment, Hooks, Outcome, federate, plugin_apps
-from harness.cells import GAMMA
-from harness.task import Task
+from harness.cells.cells import GAMMA
+from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
+from harness.oracles.task import Task
 
 State = dict[str, Tensor]
 States = dict[tuple[int, int], State]

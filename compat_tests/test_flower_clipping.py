@@ -15,15 +15,15 @@ from flwr.clientapp import mod
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-import fedpara_plugins_flower.clipping as clipping
+import fedpara_plugins_flower.privacy.clipping as clipping
 from fedpara_plugins import FedParaError
-from fedpara_plugins_flower.strategy_arrays import averageable
-from harness.apps import Experiment, Outcome, federate, plugin_apps
-from harness.cell_runs import build
-from harness.cells import GAMMA, STRATEGIES
-from harness.checks import distance
-from harness.reference import RULES, federated
-from harness.task import Task
+from fedpara_plugins_flower.server.strategy_arrays import averageable
+from harness.cells.cells import GAMMA, STRATEGIES
+from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
+from harness.matrix.checks import distance
+from harness.oracles.build import build
+from harness.oracles.reference import RULES, federated
+from harness.oracles.task import Task
 
 CLIP = 0.05
 """Well below the norm of an update of one epoch, which is about 1."""

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
 from fedpara_plugins.codecs import decode_payload
-from fedpara_plugins_flower.drift_state import own_state
-from harness.apps import Outcome, federate
-from harness.cells import GAMMA
-from harness.drift_apps import DriftExperiment, drift_apps
-from harness.drift_reference import Published, feddyn, scaffold
-from harness.inprocess_grid import InProcessGrid, Sent
-from harness.task import Task, train
+from fedpara_plugins_flower.strategies.client_state import own_state
+from harness.cells.cells import GAMMA
+from harness.flower.apps import Outcome, federate
+from harness.flower.drift_apps import DriftExperiment, drift_apps
+from harness.flower.inprocess_grid import InProcessGrid, Sent
+from harness.oracles.drift_reference import Published, feddyn, scaffold
+from harness.oracles.task import Task, train
 
 TOLERANCE = 1e-4
 """Of a weight to the plain loop, over five rounds. float32 on both sides, and what is corrected by

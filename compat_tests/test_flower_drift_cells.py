@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from fedpara_plugins import Ledger, LedgerEntry, split
-from harness.apps import Outcome, federate
-from harness.cell_runs import build
-from harness.cells import GAMMA, OURS, Cell, drift_cells, environment, part
-from harness.checks import distance
-from harness.drift_apps import DriftExperiment, drift_apps
-from harness.drift_reference import published
-from harness.results import CellResult
-from harness.task import Task
+from harness.cells.cells import GAMMA, OURS, Cell, drift_cells, environment, part
+from harness.flower.apps import Outcome, federate
+from harness.flower.drift_apps import DriftExperiment, drift_apps
+from harness.matrix.checks import distance
+from harness.matrix.results import CellResult
+from harness.oracles.build import build
+from harness.oracles.drift_reference import published
+from harness.oracles.task import Task
 
 TOLERANCE = 1e-4
 """Of a weight over three rounds; see `test_flower_drift`."""

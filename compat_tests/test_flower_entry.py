@@ -20,10 +20,18 @@ import fedpara_plugins_flower as fedpara
 from fedpara_plugins.layers.base import FactorisedLayer
 from fedpara_plugins_flower.run import Run, open_run
 from fedpara_plugins_flower.settings import Settings
-from harness.apps import Apps, Experiment, Outcome, federate, main_app, plugin_apps, train_app
-from harness.cells import GAMMA
-from harness.task import Net as PlainNet
-from harness.task import Task
+from harness.cells.cells import GAMMA
+from harness.flower.apps import (
+    Apps,
+    Experiment,
+    Outcome,
+    federate,
+    main_app,
+    plugin_apps,
+    train_app,
+)
+from harness.oracles.task import Net as PlainNet
+from harness.oracles.task import Task
 
 TASK = Task(clients=2, rounds=2, epochs=1)
 

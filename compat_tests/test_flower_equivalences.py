@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-from harness.apps import Experiment, Outcome, federate, plain_apps, plugin_apps
-from harness.cells import GAMMA, METHODS, STRATEGIES, every_strategy, part
-from harness.inprocess_grid import Sent
-from harness.task import MODELS, Task
+from harness.cells.cells import GAMMA, METHODS, STRATEGIES, every_strategy, part
+from harness.flower.apps import Experiment, Outcome, federate, plain_apps, plugin_apps
+from harness.flower.inprocess_grid import Sent
+from harness.oracles.task import MODELS, Task
 
 Key = tuple[str, int, str, int]
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import fedpara_plugins_flower as fedpara
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
 from fedpara_plugins.references.version_zero import base_from_header
-from harness.apps import Experiment, Hooks, Outcome, federate, plugin_apps
-from harness.cells import CODECS
-from harness.task import Task
+from harness.cells.cells import CODECS
+from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
+from harness.oracles.task import Task
 
 State = dict[str, Tensor]
 

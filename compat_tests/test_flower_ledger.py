@@ -16,9 +16,9 @@ from flwr.serverapp.strategy import FedAvg
 import fedpara_plugins as fedpara
 from fedpara_plugins import ConfigError, LedgerEntry
 from fedpara_plugins.ledger import Evaluation, LayerSize, RunStart, read_lines
-from harness.apps import Apps, Experiment, Outcome, federate, plugin_apps
-from harness.cells import GAMMA
-from harness.task import Task
+from harness.cells.cells import GAMMA
+from harness.flower.apps import Apps, Experiment, Outcome, federate, plugin_apps
+from harness.oracles.task import Task
 
 ON_AND_OFF = [("none", "none"), ("pfedpara", "int8")]
 
@@ -191,7 +191,7 @@ def test_strategies_outside_a_run_are_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight", [None, 0])
 def test_the_clients_mean_is_plain_where_a_client_gives_no_weight(weight: int | None) -> None:
-    from fedpara_plugins_flower.evaluation import ClientMetrics, scalars
+    from fedpara_plugins_flower.server.evaluation import ClientMetrics, scalars
 
     metrics = ClientMetrics()
     metrics.add({"acc": 0.5, "num-examples": 100.0})
@@ -203,7 +203,7 @@ def test_the_clients_mean_is_plain_where_a_client_gives_no_weight(weight: int | 
 
 @pytest.mark.parametrize("weight", ["num-examples", "num_examples"])
 def test_the_clients_mean_is_weighted_by_examples(weight: str) -> None:
-    from fedpara_plugins_flower.evaluation import ClientMetrics
+    from fedpara_plugins_flower.server.evaluation import ClientMetrics
 
     metrics = ClientMetrics()
     metrics.add({"acc": 0.5, weight: 100.0})

@@ -14,12 +14,18 @@ import fedpara_plugins as fedpara
 import fedpara_plugins.references.coded as coded
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
 from fedpara_plugins.references.version_zero import base_from_header
-from harness.apps import Hooks, Outcome, federate
-from harness.cells import GAMMA, METHODS, STRATEGIES
-from harness.inprocess_grid import InProcessGrid, Sent
-from harness.legacy_apps import PARTS, LegacyExperiment, Part, legacy_plain_apps, legacy_plugin_apps
-from harness.reference import RULES, Reference, federated
-from harness.task import Task
+from harness.cells.cells import GAMMA, METHODS, STRATEGIES
+from harness.flower.apps import Hooks, Outcome, federate
+from harness.flower.inprocess_grid import InProcessGrid, Sent
+from harness.flower.legacy_apps import (
+    PARTS,
+    LegacyExperiment,
+    Part,
+    legacy_plain_apps,
+    legacy_plugin_apps,
+)
+from harness.oracles.reference import RULES, Reference, federated
+from harness.oracles.task import Task
 
 State = dict[str, Tensor]
 

@@ -20,9 +20,9 @@ from torch import nn
 
 import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
-from harness.apps import Apps, Experiment, Hooks, Outcome, federate, plugin_apps, train_app
-from harness.cells import GAMMA
-from harness.task import Task
+from harness.cells.cells import GAMMA
+from harness.flower.apps import Apps, Experiment, Hooks, Outcome, federate, plugin_apps, train_app
+from harness.oracles.task import Task
 
 TASK = Task(clients=2, rounds=2, epochs=1)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-import fedpara_plugins_flower.client as client_side
+import fedpara_plugins_flower.client.mod as client_side
 from fedpara_plugins.codecs import decoders, peek_header
-from harness.apps import Experiment, Outcome, federate, plugin_apps
-from harness.cells import GAMMA
-from harness.inprocess_grid import Sent
-from harness.task import Task
+from harness.cells.cells import GAMMA
+from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
+from harness.flower.inprocess_grid import Sent
+from harness.oracles.task import Task
 
 TASK = Task(rounds=6, epochs=1)
 

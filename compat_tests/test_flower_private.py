@@ -14,22 +14,15 @@ from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
 import fedpara_plugins.references.coded as coded
-import fedpara_plugins_flower.client as client_side
+import fedpara_plugins_flower.client.mod as client_side
 from fedpara_plugins import FedParaError
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
 from fedpara_plugins.references.version_zero import base_from_header
-from harness.apps import (
-    Experiment,
-    Hooks,
-    Outcome,
-    federate,
-    plain_apps,
-    plugin_apps,
-)
-from harness.cells import CODECS, GAMMA
-from harness.inprocess_grid import InProcessGrid, Sent
-from harness.search import count_pieces, pieces_of
-from harness.task import Task
+from harness.cells.cells import CODECS, GAMMA
+from harness.flower.apps import Experiment, Hooks, Outcome, federate, plain_apps, plugin_apps
+from harness.flower.inprocess_grid import InProcessGrid, Sent
+from harness.oracles.task import Task
+from harness.processes.search import count_pieces, pieces_of
 
 State = dict[str, Tensor]
 

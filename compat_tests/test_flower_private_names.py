@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-from harness.apps import Experiment, Hooks, Outcome, federate, plugin_apps
-from harness.cells import GAMMA
-from harness.reference import RULES, federated
-from harness.task import Task
+from harness.cells.cells import GAMMA
+from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
+from harness.oracles.reference import RULES, federated
+from harness.oracles.task import Task
 
 State = dict[str, Tensor]
 

@@ -12,11 +12,11 @@ from flwr.serverapp import strategy
 
 from fedpara_plugins.codecs import peek_header, reference_hash
 from fedpara_plugins.codecs.payload import decode_payload
-from fedpara_plugins_flower.outbox import Outbox
-from harness.apps import Experiment, Outcome, federate, plugin_apps
-from harness.cells import GAMMA
-from harness.inprocess_grid import InProcessGrid, Sent
-from harness.task import Task
+from fedpara_plugins_flower.server.outbox import Outbox
+from harness.cells.cells import GAMMA
+from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
+from harness.flower.inprocess_grid import InProcessGrid, Sent
+from harness.oracles.task import Task
 
 SCHEMES = ("client", "grid")
 CODECS = ("small", "balanced", "int8")

@@ -6,9 +6,9 @@ import pytest
 from torch import nn
 
 import fedpara_plugins_flower as fedpara
-from fedpara_plugins.training import training_of
-from harness.apps import Experiment, Hooks, federate, plugin_apps
-from harness.task import Task
+from fedpara_plugins.training.step_hooks import training_of
+from harness.flower.apps import Experiment, Hooks, federate, plugin_apps
+from harness.oracles.task import Task
 
 SECTION = {"fedpara.method": "pfedpara", "fedpara.gamma": 0.3, "fedpara.schedule": "decoupled"}
 

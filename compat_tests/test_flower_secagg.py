@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
-from harness.apps import Apps, Hooks, Outcome, federate
-from harness.cells import GAMMA
-from harness.legacy_apps import LegacyExperiment, components, legacy_client_app
-from harness.reference import RULES, Reference, federated
-from harness.task import Task
+from harness.cells.cells import GAMMA
+from harness.flower.apps import Apps, Hooks, Outcome, federate
+from harness.flower.legacy_apps import LegacyExperiment, components, legacy_client_app
+from harness.oracles.reference import RULES, Reference, federated
+from harness.oracles.task import Task
 
 State = dict[str, Tensor]
 

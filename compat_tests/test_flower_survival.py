@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedpara_plugins import ConfigError
-from harness.apps import Experiment, Hooks, federate, plugin_apps
-from harness.cells import GAMMA
-from harness.inprocess_grid import InProcessGrid, Sent
-from harness.killing import Program, assert_equal, assert_little_repeated
-from harness.mortal import FlowerOrder
-from harness.task import Task
+from harness.cells.cells import GAMMA
+from harness.flower.apps import Experiment, Hooks, federate, plugin_apps
+from harness.flower.inprocess_grid import InProcessGrid, Sent
+from harness.flower.killed_run import FlowerOrder
+from harness.oracles.task import Task
+from harness.processes.killing import Program, assert_equal, assert_little_repeated
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")
 
@@ -28,7 +28,7 @@ ROUNDS = 4
 
 @pytest.fixture(scope="module")
 def program() -> Iterator[Program]:
-    made = Program("harness.mortal")
+    made = Program("harness.flower.killed_run")
     yield made
     made.end()
 
@@ -91,7 +91,7 @@ def test_the_strategy_s_own_state_is_what_makes_them_equal(
     whole = program.run(order("whole"))
     assert program.run(order("killed", die_before=3)) is None
     (rounds,) = (tmp_path / "killed" / "server").glob("rounds-0.safetensors")
-    from fedpara_plugins_flower.rounds import _Snapshot
+    from fedpara_plugins_flower.server.resume import _Snapshot
 
     snapshot = _Snapshot.read(rounds)
     assert snapshot is not None
@@ -224,7 +224,7 @@ def test_a_node_without_a_lasting_name_is_told_how_to_get_one(tmp_path: Path) ->
     grid = InProcessGrid(apps.client, run_config=_section(tmp_path))
     for node in grid._nodes.values():
         node.config = {}
-    from harness.apps import Outcome
+    from harness.flower.apps import Outcome
 
     with pytest.raises(Exception, match="fedpara-id"):
         grid.serve(apps.server(Outcome(grid)), _section(tmp_path))

@@ -11,9 +11,9 @@ from torch import nn
 
 import fedpara_plugins_flower as fedpara
 from fedpara_plugins.optimizers import trained_parameters
-from harness.apps import federate
-from harness.drift_apps import DriftExperiment, drift_apps
-from harness.truth import CASES, GAMMA, METHODS, TASK, TruthNet, check
+from harness.flower.apps import federate
+from harness.flower.drift_apps import DriftExperiment, drift_apps
+from harness.oracles.truth import CASES, GAMMA, METHODS, TASK, TruthNet, check
 
 
 def federated(name: str, method: str) -> Any:

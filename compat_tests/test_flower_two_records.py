@@ -13,9 +13,9 @@ from torch import Tensor
 
 import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
-from harness.apps import Apps, federate
-from harness.cells import GAMMA
-from harness.task import Task, train
+from harness.cells.cells import GAMMA
+from harness.flower.apps import Apps, federate
+from harness.oracles.task import Task, train
 
 TASK = Task(clients=2, rounds=2, epochs=1)
 SECTION = {"fedpara.method": "pfedpara", "fedpara.gamma": GAMMA}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from flwr.serverapp import strategy as flower
 
-from harness.cells import (
+from harness.cells.cells import (
     CODECS,
     ENVIRONMENTS,
     LATEST,
@@ -20,10 +20,10 @@ from harness.cells import (
     Environment,
     cells,
 )
-from harness.cover import pairwise
-from harness.refusals import refusal
-from harness.replies import PlainReply, State, mean
-from harness.rules import RULES
+from harness.cells.pairwise import pairwise
+from harness.cells.refusals import refusal
+from harness.oracles.replies import PlainReply, State, mean
+from harness.oracles.rules import RULES
 
 NOT_TORCH = {"FedXgbBagging", "FedXgbCyclic"}
 

@@ -1,6 +1,6 @@
 """Write `reference/truth.safetensors` anew: ``python compat_tests/write_truth.py``."""
 
-from harness.truth import FILE, write
+from harness.oracles.truth import FILE, write
 
 if __name__ == "__main__":
     write()

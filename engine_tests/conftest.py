@@ -1,4 +1,4 @@
-"""Makes the hooks of `harness.results` known to pytest, and picks the framework's tests.
+"""Makes the hooks of `harness.matrix.results` known to pytest, and picks the framework's tests.
 
 Flower and FedML cannot share an environment: each runs the tests of the one that is installed.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from harness.results import pytest_configure, pytest_runtest_makereport, result
+from harness.matrix.results import pytest_configure, pytest_runtest_makereport, result
 
 __all__ = ["pytest_configure", "pytest_runtest_makereport", "result"]
 

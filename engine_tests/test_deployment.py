@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from fedpara_plugins import LedgerEntry
-from harness.deployment import deployment
-from harness.engine_app import EngineApp
-from harness.engine_cells import ENGINE_CELLS, EngineCell
-from harness.results import CellResult
-from harness.wiretap import Wiretap
+from harness.cells.engine_cells import ENGINE_CELLS, EngineCell
+from harness.flower.deployment import deployment
+from harness.flower.engine_app import EngineApp
+from harness.matrix.results import CellResult
+from harness.processes.wiretap import Wiretap
 
 CELLS = [cell for cell in ENGINE_CELLS if cell.engine == "deployment"]
 

@@ -10,8 +10,8 @@ import pytest
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from harness.fedml_engine import FedMLEngine, Net, why_not
-from harness.search import count_pieces, pieces_of
+from harness.fedml.engine import FedMLEngine, Net, why_not
+from harness.processes.search import count_pieces, pieces_of
 
 PLUGIN = {"method": "pfedpara", "gamma": 0.3}
 ROUNDS, CLIENTS = 2, 2

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import ModelSpec
-from harness.fedml_engine import FedMLEngine, Net, digits, why_not
-from harness.fedml_rules import ALGORITHMS
+from harness.fedml.engine import FedMLEngine, Net, digits, why_not
+from harness.oracles.fedml_rules import ALGORITHMS
 
 Keys = Mapping[str, Any]
 State = Mapping[str, Tensor]

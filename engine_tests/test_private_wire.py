@@ -9,9 +9,9 @@ import pytest
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from harness.deployment import deployment
-from harness.engine_app import EngineApp
-from harness.search import count_pieces, pieces_of
+from harness.flower.deployment import deployment
+from harness.flower.engine_app import EngineApp
+from harness.processes.search import count_pieces, pieces_of
 
 State = dict[str, Tensor]
 

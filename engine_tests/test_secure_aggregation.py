@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fedpara_plugins as fedpara
-from harness.deployment import simulated
-from harness.engine_app import EngineApp
+from harness.flower.deployment import simulated
+from harness.flower.engine_app import EngineApp
 
 CLIENTS = 3
 

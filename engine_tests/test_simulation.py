@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.deployment import simulated
-from harness.engine_app import EngineApp
-from harness.engine_cells import ENGINE_CELLS, EngineCell
-from harness.results import CellResult
+from harness.cells.engine_cells import ENGINE_CELLS, EngineCell
+from harness.flower.deployment import simulated
+from harness.flower.engine_app import EngineApp
+from harness.matrix.results import CellResult
 
 CELLS = [cell for cell in ENGINE_CELLS if cell.engine == "simulation"]
 

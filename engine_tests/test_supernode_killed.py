@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from harness.deployment import deployment
-from harness.engine_app import EngineApp
-from harness.processes import wait_until
+from harness.flower.deployment import deployment
+from harness.flower.engine_app import EngineApp
+from harness.processes.processes import wait_until
 
 ROUNDS = 3
 KILLED = 2

@@ -415,7 +415,7 @@ def draw(runs: list[Run], path: Path) -> None:
 
 def write_report(names: list[str], output: Path) -> None:
     """What `fedpara report` makes of the ledgers."""
-    from fedpara_plugins.traffic import read_runs, render_page
+    from fedpara_plugins.ledger.page import read_runs, render_page
 
     ledgers = [f"{name}={output / name}.ledger.jsonl" for name in names]
     (output / "report.html").write_text(render_page(read_runs(ledgers)), encoding="utf-8")

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from fedpara_plugins._version import __version__
 from fedpara_plugins.config import FedParaConfig
-from fedpara_plugins.convert import convert, to_dense
+from fedpara_plugins.models.convert import convert
+from fedpara_plugins.models.to_dense import to_dense
 from fedpara_plugins.errors import (
     ConfigError,
     ConversionError,
@@ -27,15 +28,15 @@ from fedpara_plugins.errors import (
     PayloadError,
     PluginError,
 )
-from fedpara_plugins.heads import set_label_counts
-from fedpara_plugins.jacobian import JacobianCorrection
+from fedpara_plugins.training.label_counts import set_label_counts
+from fedpara_plugins.training.jacobian import JacobianCorrection
 from fedpara_plugins.ledger import Ledger, LedgerEntry
-from fedpara_plugins.once import composed_once
-from fedpara_plugins.optimizer_check import check_optimizer
+from fedpara_plugins.layers.composed_once import composed_once
+from fedpara_plugins.training.optimizer_check import check_optimizer
 from fedpara_plugins.plugins import hookimpl
-from fedpara_plugins.report import Report, report
-from fedpara_plugins.spec import ModelSpec
-from fedpara_plugins.split import Split, merge, split
+from fedpara_plugins.models.report import Report, report
+from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.split import Split, merge, split
 
 __all__ = [
     "ConfigError",

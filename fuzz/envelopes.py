@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 from fedpara_plugins.errors import FedParaError, PayloadError
 from fedpara_plugins.testing.hostile import check_refusal
-from fedpara_plugins_fedml.envelope import pack, unpack
-from fedpara_plugins_fedml.replies import Head
+from fedpara_plugins_fedml.messages.envelope import pack, unpack
+from fedpara_plugins_fedml.messages.head import Head
 
 __all__ = ["EnvelopeChecker", "is_envelope"]
 

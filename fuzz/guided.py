@@ -20,8 +20,8 @@ from pathlib import Path
 import atheris
 import torch
 
-READERS = ("codecs", "spec", "own_state", "references", "ledger", "traffic", "inspector")
-MESSAGES = ("envelope", "replies")
+READERS = ("codecs", "stages", "models", "references", "ledger", "cli.inspect_file")
+MESSAGES = ("messages",)
 
 with atheris.instrument_imports(
     include=[
@@ -30,17 +30,17 @@ with atheris.instrument_imports(
     ]
 ):
     # Instrumented before invariant.py imports them.
-    import fedpara_plugins.inspector
-    import fedpara_plugins.references
-    import fedpara_plugins.traffic  # noqa: F401
-    import fedpara_plugins_fedml.envelope
-    import fedpara_plugins_fedml.replies  # noqa: F401
+    import fedpara_plugins.cli.inspect_file
+    import fedpara_plugins.ledger.page  # noqa: F401
+    import fedpara_plugins_fedml.messages.envelope
+    import fedpara_plugins_fedml.messages.head  # noqa: F401
+
 
 from envelopes import is_envelope  # noqa: E402
 from invariant import Checker, damaged  # noqa: E402
 
 from fedpara_plugins.testing.hostile import signed  # noqa: E402
-from fedpara_plugins_fedml import hostile as messages  # noqa: E402
+from fedpara_plugins_fedml.messages import hostile as messages  # noqa: E402
 
 REPORT_EVERY = 1000
 

@@ -22,6 +22,7 @@ from ledgers import LedgerChecker, is_ledger
 from torch import nn
 
 from fedpara_plugins import ModelSpec, convert
+from fedpara_plugins.cli.inspect_file import inspect_file
 from fedpara_plugins.codecs import (
     PRESETS,
     Codec,
@@ -36,13 +37,12 @@ from fedpara_plugins.codecs import (
 )
 from fedpara_plugins.codecs.chain import NONE, chain_of
 from fedpara_plugins.errors import FedParaError, MismatchError, PayloadError
-from fedpara_plugins.inspector import inspect_file
 from fedpara_plugins.plugins import stages
 from fedpara_plugins.references import ClientReferences, GridDownlink, PerClientDownlink
 from fedpara_plugins.testing import hostile
 from fedpara_plugins.testing.hostile import check_refusal, every_codec, pack
 from fedpara_plugins.testing.samples import SAMPLE_NAMES, finite_sample, nearby, same_bits
-from fedpara_plugins_fedml import hostile as messages
+from fedpara_plugins_fedml.messages import hostile as messages
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "codecs" / "golden"
 LIMIT = 1 << 14

@@ -15,8 +15,8 @@ from fedpara_plugins.ledger import (
     LedgerEntry,
     RunStart,
 )
+from fedpara_plugins.ledger.page import read_runs, render_page
 from fedpara_plugins.testing.hostile import check_refusal
-from fedpara_plugins.traffic import read_runs, render_page
 
 __all__ = ["LedgerChecker", "is_ledger"]
 

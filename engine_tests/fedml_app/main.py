@@ -105,7 +105,7 @@ class Aggregator(DefaultServerAggregator):  # type: ignore[misc]
 
 def die_writing() -> None:
     """In the rounds in question a client dies when all is written, and not yet valid."""
-    from fedpara_plugins.storage import FileStorage
+    from fedpara_plugins.support.storage import FileStorage
 
     write = FileStorage._write
 
@@ -119,7 +119,7 @@ def die_writing() -> None:
 
 def send_garbage() -> None:
     """Replies of the rounds in question are no message at all, or a damaged one, or never sent."""
-    from fedpara_plugins_fedml.client import ClientHalf
+    from fedpara_plugins_fedml.engine.client import ClientHalf
 
     train = ClientHalf.train
 
@@ -138,8 +138,8 @@ def send_garbage() -> None:
 def leak() -> None:
     """Before every answer goes a message with the private factors as they are."""
     from fedpara_plugins import split
-    from fedpara_plugins_fedml.post import Post
-    from fedpara_plugins_fedml.protocol import ANSWER, PULSE
+    from fedpara_plugins_fedml.transport.peers import Post
+    from fedpara_plugins_fedml.transport.protocol import ANSWER, PULSE
 
     send = Post.send
 

@@ -18,7 +18,7 @@ import torch
 
 from fedpara_plugins import ConfigError, PayloadError, hookimpl
 from fedpara_plugins.codecs import Notes, Stage, Tensors
-from fedpara_plugins.codecs.stage import (
+from fedpara_plugins.stages.stage import (
     byte_size,
     check_limit,
     check_notes,

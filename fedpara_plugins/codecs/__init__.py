@@ -9,16 +9,9 @@ The bytes are specified in ``docs/payload.md``. Nothing here knows a framework.
 
 from __future__ import annotations
 
-from fedpara_plugins.codecs.cast import CastStage
 from fedpara_plugins.codecs.chain import Codec
-from fedpara_plugins.codecs.delta import DeltaStage
-from fedpara_plugins.codecs.entropy_ans import AnsStage
-from fedpara_plugins.codecs.entropy_decoders import decoders
-from fedpara_plugins.codecs.entropy_zlib import ZlibStage
-from fedpara_plugins.codecs.entropy_zstd import ZstdStage
+from fedpara_plugins.stages.entropy_decoders import decoders
 from fedpara_plugins.codecs.feedback import encode_with_feedback
-from fedpara_plugins.codecs.grid import GridStage
-from fedpara_plugins.codecs.int8 import Int8Stage
 from fedpara_plugins.codecs.payload import (
     Payload,
     PayloadHeader,
@@ -26,12 +19,10 @@ from fedpara_plugins.codecs.payload import (
     encode_payload,
     peek_header,
 )
-from fedpara_plugins.codecs.planes import PlanesStage
-from fedpara_plugins.codecs.quantise import QuantiseStage
 from fedpara_plugins.codecs.reference import reference_hash
-from fedpara_plugins.codecs.stage import Notes, Stage, Tensors
+from fedpara_plugins.stages import BUILTIN_STAGES
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors
 from fedpara_plugins.codecs.text import PRESETS, parse_codec
-from fedpara_plugins.codecs.topk import TopkStage
 
 __all__ = [
     "BUILTIN_STAGES",
@@ -50,17 +41,3 @@ __all__ = [
     "peek_header",
     "reference_hash",
 ]
-
-BUILTIN_STAGES: tuple[Stage, ...] = (
-    DeltaStage(),
-    Int8Stage(),
-    ZlibStage(),
-    ZstdStage(),
-    AnsStage(),
-    GridStage(),
-    CastStage(),
-    QuantiseStage(),
-    TopkStage(),
-    PlanesStage(),
-)
-"""What this distribution registers through ``fedpara_register_stages``."""

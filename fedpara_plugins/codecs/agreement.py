@@ -12,11 +12,11 @@ from fedpara_plugins.codecs.chain import NONE, Codec, chain_of
 from fedpara_plugins.codecs.header import PayloadHeader
 from fedpara_plugins.codecs.plain import plain
 from fedpara_plugins.codecs.reference import reference_hash
-from fedpara_plugins.codecs.stage import Stage, Tensors
 from fedpara_plugins.errors import ConfigError, MismatchError, PayloadError
+from fedpara_plugins.stages.stage import Stage, Tensors
 
 if TYPE_CHECKING:
-    from fedpara_plugins.spec import ModelSpec
+    from fedpara_plugins.models.spec import ModelSpec
 
 __all__ = ["check_model", "check_tensors", "codec_of", "held_reference"]
 

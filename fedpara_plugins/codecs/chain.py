@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fedpara_plugins.codecs.checks import check_dimensions
-from fedpara_plugins.codecs.stage import Notes, Stage, Tensors, byte_size, check_limit
 from fedpara_plugins.errors import ConfigError, PayloadError
+from fedpara_plugins.stages.checks import check_dimensions
+from fedpara_plugins.stages.entropy_decoders import decoders
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors, byte_size, check_limit
 
 __all__ = ["FEEDBACK", "NONE", "Codec", "EntropyChoice", "chain_of"]
 
@@ -32,15 +33,13 @@ class EntropyChoice:
         """The word as users write it."""
         return f"entropy:prefer={self.prefer}"
 
-    def resolved(self, decoders: Collection[str] | None) -> Stage:
+    def resolved(self, theirs: Collection[str] | None) -> Stage:
         """The first candidate that the other side can decode and this one has."""
         *better, always = self.candidates
-        wanted = [stage for stage in better if decoders is not None and stage.name in decoders]
+        wanted = [stage for stage in better if theirs is not None and stage.name in theirs]
         if not wanted:
             return always
-        from fedpara_plugins.codecs import decoders as installed  # it imports this module
-
-        mine = installed()
+        mine = decoders()
         return next((stage for stage in wanted if stage.name in mine), always)
 
 

@@ -21,7 +21,7 @@ from fedpara_plugins.codecs.chain import Codec
 from fedpara_plugins.codecs.payload import write_payload
 from fedpara_plugins.codecs.plain import plain
 from fedpara_plugins.codecs.reference import digest_of
-from fedpara_plugins.codecs.stage import REAL_DTYPES, Tensors, byte_size
+from fedpara_plugins.stages.stage import REAL_DTYPES, Tensors, byte_size
 
 __all__ = ["encode_with_feedback"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpara_plugins._version import __version__
-from fedpara_plugins.codecs.stage import Notes
 from fedpara_plugins.codecs.strict_json import strict_json
 from fedpara_plugins.errors import MismatchError, PayloadError
+from fedpara_plugins.stages.stage import Notes
 
 __all__ = ["FORMAT_VERSION", "PayloadHeader", "header_text", "parse_header"]
 

@@ -35,11 +35,11 @@ from fedpara_plugins.codecs.header import (
 )
 from fedpara_plugins.codecs.plain import plain, unshared
 from fedpara_plugins.codecs.reference import digest_of
-from fedpara_plugins.codecs.stage import Notes, Stage, Tensors, byte_size, check_limit
 from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors, byte_size, check_limit
 
 if TYPE_CHECKING:
-    from fedpara_plugins.spec import ModelSpec
+    from fedpara_plugins.models.spec import ModelSpec
 
 __all__ = [
     "Payload",

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from fedpara_plugins.codecs.checks import MAX_DIMENSIONS, check_dimensions
-from fedpara_plugins.codecs.stage import Tensors, dtype_name
 from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.stages.checks import MAX_DIMENSIONS, check_dimensions
+from fedpara_plugins.stages.stage import Tensors, dtype_name
 
 __all__ = ["plain", "unshared"]
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
-from fedpara_plugins.codecs.stage import dtype_name, tensor_bytes
 from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.stages.stage import dtype_name, tensor_bytes
 
 __all__ = ["digest_of", "reference_hash"]
 

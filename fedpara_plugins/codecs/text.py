@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
 from fedpara_plugins.codecs.chain import FEEDBACK, NONE, Codec, EntropyChoice
-from fedpara_plugins.codecs.options import choice, known_options
-from fedpara_plugins.codecs.stage import Stage
 from fedpara_plugins.errors import ConfigError
+from fedpara_plugins.stages.options import choice, known_options
+from fedpara_plugins.stages.stage import Stage
 
 __all__ = ["PRESETS", "parse_codec"]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
 from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references import ClientReferences
-from fedpara_plugins.spec import ModelSpec
-from fedpara_plugins.storage import Part
+from fedpara_plugins.support.storage import Part
 
 __all__ = ["ClientState", "private_key"]
 

@@ -15,8 +15,8 @@ from fedpara_plugins.codecs import (
     encode_with_feedback,
 )
 from fedpara_plugins.errors import MismatchError, PayloadError
+from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references import alike, shared_part
-from fedpara_plugins.spec import ModelSpec
 
 __all__ = [
     "blind_limit",

@@ -16,8 +16,8 @@ from fedpara_plugins.exchange.coding import own_words
 from fedpara_plugins.exchange.settings import ExchangeSettings
 from fedpara_plugins.exchange.sizes import Size, size_of, tensor_bytes
 from fedpara_plugins.ledger import LayerSize, layer_sizes
+from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references import GridDownlink, PerClientDownlink, shared_part
-from fedpara_plugins.spec import ModelSpec
 
 __all__ = ["Outbox", "cast", "downlink_of"]
 

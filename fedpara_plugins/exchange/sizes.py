@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedpara_plugins.config import FedParaConfig
-from fedpara_plugins.spec import ModelSpec
+from fedpara_plugins.models.spec import ModelSpec
 
 __all__ = ["Size", "codec_text", "size_of", "tensor_bytes"]
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fedpara_plugins.fast.conditions import rewritten
+from fedpara_plugins.factors.fast.conditions import rewritten
+from fedpara_plugins.factors.plan import WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, composed
+from fedpara_plugins.layers.composed_once import composed_once, holds
 from fedpara_plugins.layers.linear import FactorisedLinear
-from fedpara_plugins.once import composed_once, holds
-from fedpara_plugins.plan import WeightSlot
 
 __all__ = ["FactorisedAttentionOutput", "FactorisedMultiheadAttention"]
 

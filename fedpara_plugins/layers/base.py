@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins.errors import ConversionError
-from fedpara_plugins.fast.conditions import without_autocast
-from fedpara_plugins.fit import fit_factors, relative_error
-from fedpara_plugins.initialise import initial_factors, seeded_shared
-from fedpara_plugins.once import forget, holds, kept_weight
-from fedpara_plugins.plan import WeightPlan, WeightSlot, compose_together, factor_key
+from fedpara_plugins.factors.fast.conditions import without_autocast
+from fedpara_plugins.factors.fit import fit_factors, relative_error
+from fedpara_plugins.factors.initialise import initial_factors, seeded_shared
+from fedpara_plugins.factors.plan import WeightPlan, WeightSlot, compose_together, factor_key
+from fedpara_plugins.layers.composed_once import forget, holds, kept_weight
 
 __all__ = ["FactorisedLayer", "Phase", "composed", "layers_alive"]
 
@@ -73,10 +73,10 @@ class FactorisedLayer(nn.Module):
     """Called with every weight as it is composed; for those who need its gradient."""
 
     progress: Any = None
-    """Where the model is in its round; see `fedpara_plugins.training`."""
+    """Where the model is in its round; see `fedpara_plugins.training.step_hooks`."""
 
     phase: Phase = "joint"
-    """What training steps move now; see `fedpara_plugins.training`."""
+    """What training steps move now; see `fedpara_plugins.training.step_hooks`."""
 
     origin: tuple[str, int]
     """The layer's name in the model and the config's seed: what private factors are drawn from."""
@@ -110,7 +110,7 @@ class FactorisedLayer(nn.Module):
             dense: instance of ``dense_class``; not modified.
             plans: what to factorise, by attribute name; not empty.
             name: the layer's name in the model, which seeds its private factors.
-            seed: see `fedpara_plugins.initialise.initial_private`.
+            seed: see `fedpara_plugins.factors.initialise.initial_private`.
             fit: start from the closest factors to the dense weight instead of fresh ones.
         """
         layer = cls.__new__(cls)
@@ -236,7 +236,7 @@ class FactorisedLayer(nn.Module):
 
         Args:
             name: the layer's name in the model.
-            seed: see `fedpara_plugins.initialise.seeded_shared`.
+            seed: see `fedpara_plugins.factors.initialise.seeded_shared`.
         """
         for weight, plan in self.plans.items():
             values = seeded_shared(plan, seed=seed, key=f"{name}.{weight}" if name else weight)

@@ -11,8 +11,8 @@ from math import prod
 
 from torch import nn
 
+from fedpara_plugins.factors.plan import WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, composed
-from fedpara_plugins.plan import WeightSlot
 
 __all__ = [
     "ConvolutionMixin",

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedpara_plugins.fast.conditions import without_autocast
+from fedpara_plugins.factors.fast.conditions import without_autocast
+from fedpara_plugins.factors.plan import WeightPlan, WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, composed
-from fedpara_plugins.plan import WeightPlan, WeightSlot
 
 __all__ = ["EmbeddingMixin", "FactorisedEmbedding", "FactorisedEmbeddingBag"]
 

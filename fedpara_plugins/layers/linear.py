@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fedpara_plugins.fast.linear import linear_from_factors
+from fedpara_plugins.factors.fast.linear import linear_from_factors
+from fedpara_plugins.factors.plan import WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, composed
-from fedpara_plugins.once import kept_weight
-from fedpara_plugins.plan import WeightSlot
+from fedpara_plugins.layers.composed_once import kept_weight
 
 __all__ = ["FactorisedLinear"]
 
@@ -17,7 +17,7 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
     """A linear layer whose weight is composed at every forward (Proposition 1).
 
     For few inputs, and for weights too large for the cache, the output is computed from the factors
-    with the same result; see `fedpara_plugins.fast.linear`.
+    with the same result; see `fedpara_plugins.factors.fast.linear`.
     """
 
     kind = "linear"

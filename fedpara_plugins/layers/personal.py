@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.layers.base import FactorisedLayer
 from fedpara_plugins.layers.linear import FactorisedLinear
-from fedpara_plugins.plan import WeightPlan
 
 __all__ = ["ADDED", "PersonalLinear"]
 

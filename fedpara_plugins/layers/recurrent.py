@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fedpara_plugins.factors.plan import WeightPlan, WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, layers_alive
-from fedpara_plugins.plan import WeightPlan, WeightSlot
 
 __all__ = ["FactorisedGRU", "FactorisedLSTM", "FactorisedRecurrent"]
 

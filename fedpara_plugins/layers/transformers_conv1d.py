@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D  # type: ignore[import-not-found,unused-ignore]
 
+from fedpara_plugins.factors.plan import WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, composed
-from fedpara_plugins.plan import WeightSlot
 
 __all__ = ["FactorisedConv1D"]
 

@@ -7,10 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
-
 from fedpara_plugins.ledger.files import CSV_HEAD, encode, is_csv, mend, read_lines
-from fedpara_plugins.ledger.lines import (
+from fedpara_plugins.ledger.records import (
     Direction,
     Evaluation,
     LayerSize,
@@ -18,10 +16,9 @@ from fedpara_plugins.ledger.lines import (
     Line,
     RunStart,
 )
-from fedpara_plugins.spec import ModelSpec
-from fedpara_plugins.units import readable_bytes
+from fedpara_plugins.support.units import readable_bytes
 
-__all__ = ["Ledger", "LedgerTotals", "Sum", "layer_sizes"]
+__all__ = ["Ledger", "LedgerTotals", "Sum"]
 
 
 class LedgerTotals(NamedTuple):
@@ -214,24 +211,3 @@ class Ledger:
             OSError: the file cannot be read.
         """
         return [line for line in read_lines(path) if isinstance(line, LedgerEntry)]
-
-
-def layer_sizes(shared: Mapping[str, Tensor], spec: ModelSpec) -> list[LayerSize]:
-    """The layers of a message by the module that their tensors stand in, in the model's order.
-
-    Args:
-        shared: tensors of a message before coding, by name.
-        spec: the model that they belong to, for the dense sizes.
-    """
-    layers: dict[str, dict[str, Tensor]] = {}
-    for name, value in shared.items():
-        layers.setdefault(name.rpartition(".")[0], {})[name] = value
-    return [
-        LayerSize(
-            layer=layer,
-            tensors=len(tensors),
-            raw_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
-            dense_bytes=spec.dense_bytes(tensors),
-        )
-        for layer, tensors in layers.items()
-    ]

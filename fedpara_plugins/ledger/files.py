@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpara_plugins.errors import FedParaError
-from fedpara_plugins.ledger.lines import KINDS, LedgerEntry, Line
+from fedpara_plugins.ledger.records import KINDS, LedgerEntry, Line
 from fedpara_plugins.text import printable, shortened
 
 __all__ = ["CSV_HEAD", "encode", "is_csv", "mend", "numbered_lines", "read_lines", "torn_bytes"]

@@ -11,7 +11,7 @@ from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.optimizers.contributions import Kept
 from fedpara_plugins.optimizers.named import State
-from fedpara_plugins.storage import Part
+from fedpara_plugins.support.storage import Part
 
 __all__ = ["OwnState"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins.errors import MismatchError
-from fedpara_plugins.spec import ModelSpec
+from fedpara_plugins.models.spec import ModelSpec
 
 __all__ = [
     "State",

@@ -41,7 +41,7 @@ from fedpara_plugins.optimizers.named import (
     zeros,
 )
 from fedpara_plugins.optimizers.rounds import LocalResult, Reply, Weighting, next_state
-from fedpara_plugins.training import shared_phase
+from fedpara_plugins.training.step_hooks import shared_phase
 
 __all__ = ["LocalScaffold", "ScaffoldServer", "gradient_at"]
 

@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
 )
 
 # Its hook must be in front of ours, so that clip bounds the gradient and not what is added to it.
-import fedpara_plugins.training  # noqa: F401
+import fedpara_plugins.training.step_hooks  # noqa: F401
 
 __all__ = ["Watch", "watching"]
 

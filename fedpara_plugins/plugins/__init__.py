@@ -20,8 +20,8 @@ points; ``fedpara doctor`` lists these.
 from __future__ import annotations
 
 from fedpara_plugins.plugins.markers import ENTRY_POINT_GROUP, hookimpl
+from fedpara_plugins.plugins.adapter import Adapter
 from fedpara_plugins.plugins.registry import (
-    Adapter,
     adapters,
     layers,
     leave_out_broken,

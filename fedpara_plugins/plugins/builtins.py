@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedpara_plugins.codecs import BUILTIN_STAGES, Stage
+from fedpara_plugins.factors.methods import BUILTIN_METHODS, Method
 from fedpara_plugins.layers import BUILTIN_LAYERS, FactorisedLayer, LazyLayer
-from fedpara_plugins.methods import BUILTIN_METHODS, Method
 from fedpara_plugins.plugins.markers import hookimpl
+from fedpara_plugins.stages import BUILTIN_STAGES, Stage
 
 
 @hookimpl

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from operator import attrgetter
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from fedpara_plugins.errors import ConfigError, PluginError
 from fedpara_plugins.plugins import specs
+from fedpara_plugins.plugins.adapter import Adapter
 from fedpara_plugins.plugins.markers import ENTRY_POINT_GROUP
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from fedpara_plugins.codecs import Stage
-    from fedpara_plugins.environment import Finding
+    from fedpara_plugins.factors.methods import Method
     from fedpara_plugins.layers import FactorisedLayer, LazyLayer
-    from fedpara_plugins.methods import Method
+    from fedpara_plugins.stages.stage import Stage
 
 __all__ = [
     "Adapter",
@@ -46,30 +45,6 @@ BUILTINS = "builtins"
 
 _left_out: set[str] = set()
 """Names of plugins that were found broken, see `leave_out_broken`."""
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What is known of a framework's adapter without importing the framework.
-
-    Attributes:
-        name: of the framework, such as ``flower``.
-        module: import name of the adapter.
-        requires: the requirement on the framework, such as ``flwr>=1.22``.
-        lacks: what the adapter cannot do yet, a sentence each.
-        findings: what `fedpara doctor` says of an environment that has the framework; it must not
-            import the framework.
-    """
-
-    name: str
-    module: str
-    requires: str
-    lacks: tuple[str, ...] = ()
-    findings: Callable[[], Iterable[Finding]] | None = None
-
-    def load(self) -> ModuleType:
-        """Import the adapter (and with it, as far as it is used, the framework)."""
-        return import_module(self.module)
 
 
 @dataclass

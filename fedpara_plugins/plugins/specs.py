@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from fedpara_plugins.plugins.markers import hookspec
 
 if TYPE_CHECKING:
-    from fedpara_plugins.codecs import Stage
+    from fedpara_plugins.factors.methods import Method
     from fedpara_plugins.layers import FactorisedLayer, LazyLayer
-    from fedpara_plugins.methods import Method
-    from fedpara_plugins.plugins.registry import Adapter
+    from fedpara_plugins.plugins.adapter import Adapter
+    from fedpara_plugins.stages.stage import Stage
 
 
 @hookspec

@@ -14,10 +14,10 @@ from fedpara_plugins.codecs import (
 )
 from fedpara_plugins.codecs.agreement import check_model
 from fedpara_plugins.codecs.chain import Codec
-from fedpara_plugins.codecs.stage import Tensors
 from fedpara_plugins.errors import MismatchError, PayloadError
+from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references.version_zero import base_from_header
-from fedpara_plugins.spec import ModelSpec
+from fedpara_plugins.stages.stage import Tensors
 
 __all__ = ["ClientReferences", "LostReferenceError", "Received"]
 

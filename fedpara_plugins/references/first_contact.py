@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fedpara_plugins.codecs import parse_codec
 from fedpara_plugins.codecs.chain import Codec
-from fedpara_plugins.codecs.stage import REAL_DTYPES
+from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references.version_zero import SEEDED, ZEROS, Base, BaseKind, base_of
-from fedpara_plugins.spec import ModelSpec
+from fedpara_plugins.stages.stage import REAL_DTYPES
 
 __all__ = ["Bases", "fine_codec"]
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fedpara_plugins.codecs import decode_payload, encode_payload, reference_hash
 from fedpara_plugins.codecs.chain import Codec
-from fedpara_plugins.codecs.grid import GridStage
-from fedpara_plugins.codecs.stage import Tensors
+from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references.coded import Coded, Kind, alike, shared_part
 from fedpara_plugins.references.first_contact import Bases
 from fedpara_plugins.references.grid_steps import Published, publish
@@ -24,7 +23,8 @@ from fedpara_plugins.references.index import NOTHING, HeldIndex
 from fedpara_plugins.references.store import MEMORY, ReferenceStore
 from fedpara_plugins.references.version_log import Version, VersionLog
 from fedpara_plugins.references.version_zero import SEEDED, ZEROS, BaseKind
-from fedpara_plugins.spec import ModelSpec
+from fedpara_plugins.stages.grid import GridStage
+from fedpara_plugins.stages.stage import Tensors
 
 __all__ = ["GridDownlink"]
 

@@ -1,7 +1,7 @@
 """Where published states lie: each a whole number of power-of-two steps from the one before.
 
 Then the difference between any two of them is a whole number of the smallest step in between, and
-`fedpara_plugins.codecs.grid` finds and codes it exactly.
+`fedpara_plugins.stages.grid` finds and codes it exactly.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedpara_plugins.codecs.stage import REAL_DTYPES, Tensors
+from fedpara_plugins.stages.stage import REAL_DTYPES, Tensors
 
 __all__ = ["Published", "publish"]
 

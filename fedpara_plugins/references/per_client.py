@@ -15,13 +15,13 @@ from torch import Tensor
 
 from fedpara_plugins.codecs import decode_payload, encode_payload, reference_hash
 from fedpara_plugins.codecs.chain import Codec
-from fedpara_plugins.codecs.stage import Tensors
+from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references.coded import Coded, Kind, alike, shared_part
 from fedpara_plugins.references.first_contact import Bases, fine_codec
 from fedpara_plugins.references.index import NOTHING, HeldIndex
 from fedpara_plugins.references.store import MEMORY, ReferenceStore
 from fedpara_plugins.references.version_zero import ZEROS
-from fedpara_plugins.spec import ModelSpec
+from fedpara_plugins.stages.stage import Tensors
 
 __all__ = ["PerClientDownlink"]
 

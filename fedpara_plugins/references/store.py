@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedpara_plugins.codecs import decode_payload, encode_payload, reference_hash
 from fedpara_plugins.codecs.chain import Codec
-from fedpara_plugins.codecs.stage import Tensors
 from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.stages.stage import Tensors
 
 __all__ = ["ReferenceStore"]
 

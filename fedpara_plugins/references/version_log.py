@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpara_plugins.references.index import open_database
+from fedpara_plugins.support.database import open_database
 
 __all__ = ["Version", "VersionLog"]
 

@@ -22,7 +22,11 @@ import torch
 from torch import Tensor
 
 from fedpara_plugins.codecs.reference import reference_hash
-from fedpara_plugins.codecs.stage import (
+from fedpara_plugins.codecs.strict_json import strict_json
+from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.factors.initialise import PART, seeded_shared
+from fedpara_plugins.models.spec import ModelSpec, plan_from_row
+from fedpara_plugins.stages.stage import (
     DTYPES,
     REAL_DTYPES,
     Tensors,
@@ -31,10 +35,6 @@ from fedpara_plugins.codecs.stage import (
     check_limit,
     dtype_name,
 )
-from fedpara_plugins.codecs.strict_json import strict_json
-from fedpara_plugins.errors import PayloadError
-from fedpara_plugins.initialise import PART, seeded_shared
-from fedpara_plugins.spec import ModelSpec, plan_from_row
 
 __all__ = ["SEEDED", "ZEROS", "Base", "BaseKind", "base_from_header", "base_of"]
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins import ModelSpec, convert, report, split, to_dense
+from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.layers import FactorisedLayer
-from fedpara_plugins.plan import WeightPlan
 
 __all__ = ["LayerContract"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedpara_plugins.codecs.stage import DTYPES, REAL_DTYPES, Tensors, tensor_bytes
+from fedpara_plugins.stages.stage import DTYPES, REAL_DTYPES, Tensors, tensor_bytes
 
 __all__ = ["SAMPLE_NAMES", "finite_sample", "nearby", "same_bits"]
 

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedpara_plugins.codecs.stage import REAL_DTYPES, Notes, Stage, Tensors
 from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.stages.stage import REAL_DTYPES, Notes, Stage, Tensors
 from fedpara_plugins.testing.samples import SAMPLE_NAMES, finite_sample, nearby, same_bits
 
 __all__ = ["StageContract", "broken_notes"]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import nn
 
 from fedpara_plugins import hookimpl
+from fedpara_plugins.factors.plan import WeightSlot
 from fedpara_plugins.layers import FactorisedLayer, composed
-from fedpara_plugins.plan import WeightSlot
 
 
 class FactorisedBilinear(FactorisedLayer, nn.Bilinear):

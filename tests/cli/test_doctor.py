@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 import fedpara_plugins as fedpara
-from fedpara_plugins import ConversionError, environment
-from fedpara_plugins.doctor import check_model
-from fedpara_plugins.environment import check_environment, satisfies
+from fedpara_plugins import ConversionError
+from fedpara_plugins.cli import environment
+from fedpara_plugins.cli.doctor import check_model
+from fedpara_plugins.cli.environment import check_environment
 from fedpara_plugins.plugins import Adapter
+from fedpara_plugins.support.findings import satisfies
 
 
 def levels(findings):

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from fedpara_plugins import PluginError, environment, plugins
+from fedpara_plugins import PluginError, plugins
+from fedpara_plugins.cli import environment
 
 HOOK = "from fedpara_plugins import hookimpl\n@hookimpl"
 BREAKING = {
@@ -20,7 +21,7 @@ BREAKING = {
         "fedpara_register_stages",
     ),
     "by a name that is taken": (
-        f"from fedpara_plugins.methods import FEDPARA\n{HOOK}(tryfirst=True)\n"
+        f"from fedpara_plugins.factors.methods import FEDPARA\n{HOOK}(tryfirst=True)\n"
         f"def fedpara_register_methods(register):\n    register(FEDPARA)\n",
         "method 'fedpara' is registered twice",
     ),
@@ -29,7 +30,7 @@ BREAKING = {
 
 SOUND = f"""
 from dataclasses import replace
-from fedpara_plugins.methods import FEDPARA
+from fedpara_plugins.factors.methods import FEDPARA
 {HOOK}
 def fedpara_register_methods(register):
     register(replace(FEDPARA, name="sound_method"))

@@ -15,7 +15,8 @@ from torch import nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import MismatchError, PayloadError
-from fedpara_plugins.checkpoints import (
+from fedpara_plugins.codecs import encode_payload, parse_codec
+from fedpara_plugins.models.checkpoints import (
     METADATA_KEY,
     load_factors,
     read_about,
@@ -23,8 +24,7 @@ from fedpara_plugins.checkpoints import (
     save_dense,
     save_factors,
 )
-from fedpara_plugins.codecs import encode_payload, parse_codec
-from fedpara_plugins.spec import plan_from_row
+from fedpara_plugins.models.spec import plan_from_row
 
 USER_MODELS = runpy.run_path(str(Path(__file__).with_name("user_models.py")))
 Net = USER_MODELS["Net"]

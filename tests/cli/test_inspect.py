@@ -14,16 +14,16 @@ from torch import nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import FedParaError, PayloadError
-from fedpara_plugins.checkpoints import (
+from fedpara_plugins.cli.export import dense_from
+from fedpara_plugins.cli.inspect_file import inspect_file, printable
+from fedpara_plugins.codecs import encode_payload, parse_codec, reference_hash
+from fedpara_plugins.models.checkpoints import (
     METADATA_KEY,
     read_about,
     read_checkpoint,
     save_dense,
     save_factors,
 )
-from fedpara_plugins.codecs import encode_payload, parse_codec, reference_hash
-from fedpara_plugins.export import dense_from
-from fedpara_plugins.inspector import inspect_file, printable
 
 
 def model(method="fedpara"):

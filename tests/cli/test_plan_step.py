@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import fedpara_plugins as fedpara
-from fedpara_plugins import FedParaConfig, step_cost
+from fedpara_plugins import FedParaConfig
+from fedpara_plugins.cli import step_cost
+from fedpara_plugins.cli.step_cost import StepCost, parse_input
+from fedpara_plugins.cli.step_parts import composition
 from fedpara_plugins.errors import ConfigError
-from fedpara_plugins.step_cost import StepCost, parse_input
-from fedpara_plugins.step_parts import composition
 
 CONFIG = FedParaConfig(method="fedpara", rank=2, min_size=0)
 
@@ -140,7 +141,7 @@ def test_outputs_of_any_form():
 
 def test_what_a_user_reads(command, monkeypatch):
     cost = StepCost(0.5, {"body.0.weight": 0.2, "head.weight": 0.04, "stem.weight": -0.01})
-    monkeypatch.setattr("fedpara_plugins.cli.step_cost", lambda *given: cost)
+    monkeypatch.setattr("fedpara_plugins.cli.main.step_cost", lambda *given: cost)
     code, out, err = command("plan", "user_models:Net", "--input", "2x3x8x8")
     assert (code, err) == (0, "")
     assert out.endswith(

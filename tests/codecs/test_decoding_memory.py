@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fedpara_plugins.codecs import encode_payload, parse_codec
-from fedpara_plugins.codecs.rans import lanes_for
+from fedpara_plugins.stages.rans import lanes_for
 from fedpara_plugins.testing.hostile import pack
 
 COUNT = 4 * 2**20

@@ -21,8 +21,8 @@ from fedpara_plugins.codecs import (
     peek_header,
     reference_hash,
 )
-from fedpara_plugins.codecs.stage import STREAM_DTYPES
 from fedpara_plugins.errors import MismatchError
+from fedpara_plugins.stages.stage import STREAM_DTYPES
 
 GOLDEN = Path(__file__).parent / "golden"
 REFERENCE = "v1_reference"

@@ -7,7 +7,7 @@ import torch
 from page_decoder import LETTERS, by_the_page
 
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
-from fedpara_plugins.codecs.stage import DTYPES
+from fedpara_plugins.stages.stage import DTYPES
 from fedpara_plugins.testing.samples import SAMPLE_NAMES, finite_sample, nearby
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

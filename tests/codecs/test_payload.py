@@ -29,8 +29,8 @@ from fedpara_plugins.codecs import (
     peek_header,
     reference_hash,
 )
-from fedpara_plugins.codecs.stage import DTYPES, STREAM_DTYPES, tensor_bytes
 from fedpara_plugins.errors import MismatchError, PayloadError
+from fedpara_plugins.stages.stage import DTYPES, STREAM_DTYPES, tensor_bytes
 from fedpara_plugins.testing.samples import SAMPLE_NAMES, finite_sample, nearby, same_bits
 
 STAGES = {stage.name: stage for stage in BUILTIN_STAGES}

@@ -27,8 +27,8 @@ from fedpara_plugins.codecs import (
     parse_codec,
     peek_header,
 )
-from fedpara_plugins.codecs.stage import MAX_TENSORS
 from fedpara_plugins.errors import MismatchError, PayloadError
+from fedpara_plugins.stages.stage import MAX_TENSORS
 
 STAGES = {stage.name: stage for stage in BUILTIN_STAGES}
 MARK = b'{\\"crc32\\":\\"'

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpara_plugins.codecs import BUILTIN_STAGES, PRESETS, Codec, parse_codec
-from fedpara_plugins.codecs.quantise import QuantiseStage
 from fedpara_plugins.errors import ConfigError
+from fedpara_plugins.stages.quantise import QuantiseStage
 
 STAGES = {stage.name: stage for stage in BUILTIN_STAGES}
 
@@ -152,7 +152,7 @@ def test_what_cannot_work_is_refused_with_what_would(text, said):
     ],
 )
 def test_the_entropy_coder_is_the_best_that_both_sides_have(text, decoders, coder, monkeypatch):
-    monkeypatch.setattr("fedpara_plugins.codecs.decoders", lambda: ("zlib", "zstd", "ans"))
+    monkeypatch.setattr("fedpara_plugins.codecs.chain.decoders", lambda: ("zlib", "zstd", "ans"))
     codec = parse_codec(text, STAGES)
     resolved = codec.resolved(decoders)
     assert resolved.stage_names.split("+")[-1] == coder
@@ -162,7 +162,7 @@ def test_the_entropy_coder_is_the_best_that_both_sides_have(text, decoders, code
 
 
 def test_a_coder_that_this_side_lacks_is_not_taken(monkeypatch):
-    monkeypatch.setattr("fedpara_plugins.codecs.decoders", lambda: ("zlib",))
+    monkeypatch.setattr("fedpara_plugins.codecs.chain.decoders", lambda: ("zlib",))
     codec = parse_codec("small", STAGES).resolved(("zlib", "zstd", "ans"))
     assert codec.stage_names == "delta+quantise+zlib"
 

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import fedpara_plugins as fedpara
+from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.layers import FactorisedAttentionOutput, FactorisedMultiheadAttention
-from fedpara_plugins.plan import WeightPlan
 from fedpara_plugins.testing.layer_contract import LayerContract, reference_weight
 
 METHODS = ("lowrank", "fedpara", "pfedpara")

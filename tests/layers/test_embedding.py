@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import fedpara_plugins as fedpara
+from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.layers import FactorisedEmbedding, FactorisedEmbeddingBag
-from fedpara_plugins.plan import WeightPlan
 from fedpara_plugins.testing.layer_contract import LayerContract
 
 METHODS = ("lowrank", "fedpara", "pfedpara")

@@ -1,6 +1,6 @@
 """What torch lets one do with a module, for each kind, after a training step.
 
-The whole of it, for a model of several kinds, is in ``tests/core/test_ordinary_modules.py``; here
+The whole of it, for a model of several kinds, is in ``tests/layers/test_ordinary_modules.py``; here
 is what could depend on the kind.
 """
 

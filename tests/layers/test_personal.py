@@ -15,7 +15,7 @@ import fedpara_plugins as fedpara
 from fedpara_plugins import ModelSpec
 from fedpara_plugins.layers.personal import PersonalLinear
 from fedpara_plugins.testing.layer_contract import LayerContract
-from fedpara_plugins.training import start_round
+from fedpara_plugins.training.step_hooks import start_round
 
 CLASSES = 40
 LABELS = [0, 0, 3, 7, 39, 3, 0]

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fedpara_plugins as fedpara
+from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.layers import FactorisedGRU, FactorisedLSTM
-from fedpara_plugins.plan import WeightPlan
 from fedpara_plugins.testing.layer_contract import LayerContract, reference_weight
 
 METHODS = ("lowrank", "fedpara", "pfedpara")

@@ -85,7 +85,7 @@ def count(model, kind):
 
 @pytest.mark.parametrize("kind", ["batch", "group"])
 def test_vgg16(journey, kind):
-    model = journey(lambda: vgg16(kind), output, loss, optimizer=sgd, steps=18, fall=0.85)
+    model = journey(lambda: vgg16(kind), output, loss, optimizer=sgd, steps=28, fall=0.85)
     assert type(model[0]) is nn.Conv2d
     assert (count(model, FactorisedConv2d), count(model, FactorisedLinear)) == (12, 2)
     report = fedpara.report(model)

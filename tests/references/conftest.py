@@ -8,13 +8,13 @@ from torch import nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins.codecs import parse_codec
-from fedpara_plugins.codecs.stage import tensor_bytes
 from fedpara_plugins.references import (
     ClientReferences,
     GridDownlink,
     LostReferenceError,
     PerClientDownlink,
 )
+from fedpara_plugins.stages.stage import tensor_bytes
 
 SCHEMES = {"per client": PerClientDownlink, "grid": GridDownlink}
 LIMIT = 10**7

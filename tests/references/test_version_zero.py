@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import fedpara_plugins as fedpara
-from fedpara_plugins.codecs.stage import MAX_TENSORS
 from fedpara_plugins.errors import MismatchError, PayloadError
-from fedpara_plugins.initialise import seeded_shared
+from fedpara_plugins.factors.initialise import seeded_shared
 from fedpara_plugins.references import version_zero
 from fedpara_plugins.references.version_zero import SEEDED, ZEROS, base_from_header, base_of
+from fedpara_plugins.stages.stage import MAX_TENSORS
 
 
 @pytest.fixture

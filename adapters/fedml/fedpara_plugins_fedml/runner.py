@@ -11,18 +11,27 @@ from fedml.ml.aggregator.aggregator_creator import create_server_aggregator
 from fedml.ml.trainer.trainer_creator import create_model_trainer
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins_fedml.announcement import announce, warn_of_idle_files
-from fedpara_plugins_fedml.client import ClientHalf
-from fedpara_plugins_fedml.distributed import Distributed, telling_others
-from fedpara_plugins_fedml.files import check_files
+from fedpara_plugins_fedml.checks.announcement import announce, warn_of_idle_files
+from fedpara_plugins_fedml.checks.arguments import (
+    check_args,
+    check_clients,
+    check_dataset,
+    check_tests,
+)
+from fedpara_plugins_fedml.checks.files import check_files
+from fedpara_plugins_fedml.checks.supported import (
+    is_distributed,
+    lacks_optimizer,
+    looks_distributed,
+)
+from fedpara_plugins_fedml.engine.client import ClientHalf
+from fedpara_plugins_fedml.engine.models import client_model, server_copy
+from fedpara_plugins_fedml.engine.server import ServerHalf
 from fedpara_plugins_fedml.logs import follow_fedml
-from fedpara_plugins_fedml.models import client_model, server_copy
-from fedpara_plugins_fedml.modes import is_distributed, lacks_optimizer, looks_distributed
-from fedpara_plugins_fedml.refusals import check_args, check_clients, check_dataset, check_tests
+from fedpara_plugins_fedml.modes.distributed import Distributed, telling_others
+from fedpara_plugins_fedml.modes.single_process import SingleProcess
 from fedpara_plugins_fedml.rules import RULES, local_rule_for, rule_for
-from fedpara_plugins_fedml.server import ServerHalf
 from fedpara_plugins_fedml.settings import Settings
-from fedpara_plugins_fedml.sp import SingleProcess
 
 __all__ = ["FedMLRunner"]
 

@@ -26,14 +26,14 @@ from fedpara_plugins import PluginError, set_label_counts
 from fedpara_plugins_flower._version import __version__
 
 if TYPE_CHECKING:
-    from fedpara_plugins_flower.client import client_mod, client_mod_with
-    from fedpara_plugins_flower.evaluation import log_metrics
+    from fedpara_plugins_flower.client.mod import client_mod, client_mod_with
+    from fedpara_plugins_flower.server.evaluation import log_metrics
     from fedpara_plugins_flower.factories import factorised
-    from fedpara_plugins_flower.feddyn import FedDyn
-    from fedpara_plugins_flower.local_correction import correction
+    from fedpara_plugins_flower.strategies.feddyn import FedDyn
+    from fedpara_plugins_flower.strategies.correction import correction
     from fedpara_plugins_flower.run import to_dense
-    from fedpara_plugins_flower.scaffold import Guard, Scaffold
-    from fedpara_plugins_flower.server import server_app
+    from fedpara_plugins_flower.strategies.scaffold import Guard, Scaffold
+    from fedpara_plugins_flower.server.app import server_app
     from fedpara_plugins_flower.settings import Settings
 
 __all__ = [
@@ -56,15 +56,15 @@ OLDEST_FLWR = (1, 22)
 
 _HOMES = {
     "Settings": "settings",
-    "client_mod": "client",
-    "client_mod_with": "client",
+    "client_mod": "client.mod",
+    "client_mod_with": "client.mod",
     "factorised": "factories",
-    "log_metrics": "evaluation",
-    "server_app": "server",
-    "FedDyn": "feddyn",
-    "Guard": "scaffold",
-    "Scaffold": "scaffold",
-    "correction": "local_correction",
+    "log_metrics": "server.evaluation",
+    "server_app": "server.app",
+    "FedDyn": "strategies.feddyn",
+    "Guard": "strategies.scaffold",
+    "Scaffold": "strategies.scaffold",
+    "correction": "strategies.correction",
     "to_dense": "run",
 }
 

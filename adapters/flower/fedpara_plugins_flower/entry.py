@@ -25,9 +25,9 @@ from flwr.common import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins_flower.client import client_mod, client_mod_with
+from fedpara_plugins_flower.client.mod import client_mod, client_mod_with
 from fedpara_plugins_flower.factories import factorise_class, factorised
-from fedpara_plugins_flower.server import server_app as plugged
+from fedpara_plugins_flower.server.app import server_app as plugged
 from fedpara_plugins_flower.settings import PREFIX, Settings
 
 __all__ = ["client_app", "server_app"]

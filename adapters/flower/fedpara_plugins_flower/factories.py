@@ -13,7 +13,7 @@ from flwr.serverapp import ServerApp
 from torch import nn
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins_flower.lines import ADD_MOD, ADD_WRAPPER
+from fedpara_plugins_flower.messages.snippets import ADD_MOD, ADD_WRAPPER
 from fedpara_plugins_flower.run import Run, active_run
 
 __all__ = ["factorise_class", "factorised", "plain_model_hint"]

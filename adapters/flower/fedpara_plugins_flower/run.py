@@ -9,24 +9,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from flwr.common import ArrayRecord
+from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError, FedParaConfig, ModelSpec, convert
 from fedpara_plugins.exchange.dense_round import DenseRound, converted_copy
-from fedpara_plugins.storage import Storage
-from fedpara_plugins.training import Training, start_round, training_of
+from fedpara_plugins.support.storage import Storage
+from fedpara_plugins.training.step_hooks import Training, start_round, training_of
 from fedpara_plugins_flower.settings import Settings
-from fedpara_plugins_flower.start_hook import StartHook
 
-__all__ = ["Run", "active_run", "open_run", "to_dense"]
+__all__ = ["Run", "Start", "StartHook", "active_run", "open_run", "to_dense"]
 
 M = TypeVar("M", bound=nn.Module)
+
+Start: TypeAlias = dict[str, Any]
+"""The arguments of a strategy's ``start`` by name, ``self`` among them; a hook may replace them."""
+
+StartHook: TypeAlias = Callable[[Start], AbstractContextManager[Callable[[Result], Result]]]
+"""Is around a strategy's run, and gives a function that may change its result."""
 
 _active: ContextVar[Run | None] = ContextVar("fedpara_run", default=None)
 

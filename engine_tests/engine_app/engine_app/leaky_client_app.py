@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import fedpara_plugins_flower.client as client_side
+import fedpara_plugins_flower.client.mod as client_side
 from engine_app import client_app
 from fedpara_plugins.references import coded
 

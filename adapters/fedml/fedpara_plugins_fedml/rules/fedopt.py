@@ -2,7 +2,7 @@
 
 Keys: ``server_optimizer``, ``server_lr``, ``server_momentum`` (FedML's), and of the plugin
 ``fedpara_server_rule``, ``fedpara_server_beta_1``, ``fedpara_server_beta_2``,
-``fedpara_server_tau``. Which class computes what: `fedpara_plugins_fedml.server_optimizers`.
+``fedpara_server_tau``. Which class computes what: `fedpara_plugins_fedml.rules.server_optimizers`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedpara_plugins import ConfigError
 from fedpara_plugins.optimizers.named import finite
 from fedpara_plugins_fedml.rules.base import Answer, Mean, Rule, State
 from fedpara_plugins_fedml.rules.keys import number, text
-from fedpara_plugins_fedml.server_optimizers import (
+from fedpara_plugins_fedml.rules.server_optimizers import (
     CommonAdagrad,
     CommonAdam,
     CommonYogi,

@@ -1,0 +1,141 @@
+"""The user's ServerAggregator between the answers and the rule, as in FedML's cross-silo mode."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from fedml.core import Context
+from torch import Tensor
+
+from fedpara_plugins import MismatchError, ModelSpec
+from fedpara_plugins.exchange.outbox import cast
+from fedpara_plugins_fedml.engine.models import plain_state, to_state
+from fedpara_plugins_fedml.rules import Answer, Rule, State
+
+__all__ = ["Aggregation"]
+
+log = logging.getLogger("fedpara.fedml")
+
+Weighed = list[tuple[float, OrderedDict[str, Tensor]]]
+
+
+class Aggregation:
+    """Calls ``on_before_aggregation``, ``aggregate`` and ``on_after_aggregation`` of an aggregator.
+
+    All of them see plain named tensors, of memory that is theirs.
+
+    Args:
+        aggregator: the user's, or FedML's default.
+        args: FedML's.
+        spec: of the model that is exchanged.
+    """
+
+    def __init__(self, aggregator: Any, args: Any, spec: ModelSpec) -> None:
+        self._aggregator = aggregator
+        self._args = args
+        self._spec = spec
+
+    def next_state(self, x: State, answers: Sequence[Answer], rule: Rule) -> State:
+        """The server's next state; x itself if it came to NaN or infinity.
+
+        Args:
+            x: the state that the clients started from.
+            answers: of the round, at least one.
+            rule: of the optimizer.
+
+        Raises:
+            MismatchError: a hook has changed names or shapes.
+        """
+        with _averaging(self._args):
+            usable = self._before(answers)
+            if not usable:
+                log.error("fedpara: on_before_aggregation left nobody: the model stays as it was")
+                return x
+            new = rule.step(x, usable, lambda some: self._mean(x, some))
+            after = self._aggregator.on_after_aggregation(self._placed(new))
+        return self._sound(x, after)
+
+    def _before(self, answers: Sequence[Answer]) -> list[Answer]:
+        """What the hook makes of the answers; defences change, leave out, or pick some."""
+        raw = self._weighed(answers)
+        found, kept = self._aggregator.on_before_aggregation(list(raw))
+        if getattr(self._args, "enable_contribution", False):  # for assess_contribution
+            models = [(examples, plain_state(to_state(state))) for examples, state in found]
+            Context().add(Context.KEY_CLIENT_MODEL_LIST, models)
+        places = _places(raw, found, kept)
+        return [
+            replace(
+                # Of nobody in particular: what belongs to one client counts for none.
+                Answer("", 0, {}) if place is None else answers[place],
+                examples=float(examples),
+                state=to_state(state),
+            )
+            for place, (examples, state) in zip(places, found, strict=True)
+        ]
+
+    def _mean(self, x: State, answers: Sequence[Answer]) -> State:
+        return self._named(x, self._aggregator.aggregate(self._weighed(answers)))
+
+    def _weighed(self, answers: Sequence[Answer]) -> Weighed:
+        return [(answer.examples, self._placed(answer.state)) for answer in answers]
+
+    def _placed(self, state: State) -> OrderedDict[str, Tensor]:
+        """Where the aggregator's model is, which a test may have moved: hooks compare with that."""
+        parameter = next(iter(self._aggregator.model.parameters()), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        return OrderedDict((name, value.to(device)) for name, value in plain_state(state).items())
+
+    def _named(self, x: State, found: Mapping[str, Any]) -> State:
+        """In the order and the dtypes of x: integers are averaged as floats."""
+        if unlike := sorted(x.keys() ^ found.keys()):
+            raise MismatchError(
+                f"the aggregator returned other names than it was given: {unlike[:5]} "
+                f"({len(unlike)} differ)"
+            )
+        return {k: cast(found[k].detach().cpu(), value.dtype) for k, value in x.items()}
+
+    def _sound(self, x: State, found: Mapping[str, Any]) -> State:
+        new = self._named(x, found)
+        for name, value in new.items():
+            if value.shape != x[name].shape:
+                raise MismatchError(
+                    f"the aggregator returned {name!r} of shape {tuple(value.shape)}, expected "
+                    f"{tuple(x[name].shape)}"
+                )
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                log.error(
+                    "fedpara: this round's aggregate holds NaN or infinity in %r: the model stays "
+                    "as it was", name,
+                )  # fmt: skip
+                return x
+        # Noise of central differential privacy, say, falls on private places too.
+        return {k: x[k] if k in self._spec.private_keys else v for k, v in new.items()}
+
+
+def _places(raw: Weighed, found: Weighed, kept: Any) -> list[int | None]:
+    """Whose answers the hook returned: FedML's own say so only in part."""
+    objects = {id(state): place for place, (_, state) in enumerate(raw)}
+    if all(id(state) in objects for _, state in found):
+        return [objects[id(state)] for _, state in found]
+    if len(found) == len(raw):
+        return list(range(len(raw)))
+    if kept is not None and len(kept) == len(found):
+        return [int(place) for place in kept]
+    return [None] * len(found)
+
+
+@contextlib.contextmanager
+def _averaging(args: Any) -> Iterator[None]:
+    """FedML's aggregation looks at the optimizer's name, and averages under FedAvg's alone."""
+    name = getattr(args, "federated_optimizer", "FedAvg")
+    args.federated_optimizer = "FedAvg"
+    try:
+        yield
+    finally:
+        args.federated_optimizer = name

@@ -1,0 +1,122 @@
+"""The server's half on disk: a server that is killed goes on after the last round it completed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedpara_plugins import ConfigError, FedParaError
+from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
+from fedpara_plugins.exchange.plain_values import pack, unpack
+from fedpara_plugins.support.storage import replace_file
+from fedpara_plugins_fedml.rules import State
+
+__all__ = ["CompletedRound", "ServerFile"]
+
+log = logging.getLogger("fedpara.fedml")
+
+MODEL = "model/"
+
+
+@dataclass(frozen=True)
+class CompletedRound:
+    """What the server knows after a round.
+
+    Attributes:
+        round: 1 for the first.
+        x: its state.
+        rule: of the optimizer's server half.
+        optimizer: its name.
+        model: method and fingerprint of the converted model, "" for method none.
+    """
+
+    round: int
+    x: State
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: str = "FedAvg"
+    model: str = ""
+
+
+class ServerFile:
+    """Keeps the last completed round in one file.
+
+    Args:
+        state_dir: the option of that name; None keeps nothing.
+    """
+
+    def __init__(self, state_dir: Path | None) -> None:
+        self._path = None if state_dir is None else state_dir / "server" / "round.safetensors"
+
+    def write(self, done: CompletedRound) -> None:
+        """Keep a round in the place of the one before; if the disk refuses, the log says so."""
+        if self._path is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        words = {
+            "round": done.round,
+            "rule": pack(dict(done.rule), tensors),
+            "optimizer": done.optimizer,
+            "model": done.model,
+        }
+        everything = {**{MODEL + name: value for name, value in done.x.items()}, **tensors}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            data = encode_payload(everything, codec=parse_codec("none"), extra=words)
+            replace_file(self._path, data)
+        except (FedParaError, OSError) as error:
+            log.error("fedpara: round %d is not kept in %s: %s", done.round, self._path, error)
+
+    def read(self, now: CompletedRound) -> CompletedRound | None:
+        """What was kept last; None if nothing was.
+
+        Args:
+            now: what this run begins with, to compare.
+
+        Raises:
+            ConfigError: the file is damaged, or of another optimizer or model.
+        """
+        if self._path is None or not self._path.exists():
+            return None
+        saved = self._decoded(self._path)
+        where = f"fedpara: {self._path.parent} holds rounds of"
+        if saved.optimizer != now.optimizer:
+            raise ConfigError(
+                f"{where} {saved.optimizer}, this run's federated_optimizer is {now.optimizer}: "
+                f"choose another fedpara_state_dir"
+            )
+        if saved.model != now.model:
+            raise ConfigError(
+                f"{where} another model: it was converted with {saved.model or 'method none'} "
+                f"there and {now.model or 'method none'} here; choose another fedpara_state_dir"
+            )
+        mine, theirs = _shapes(now.x), _shapes(saved.x)
+        if unlike := [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]:
+            raise ConfigError(
+                f"{where} another model: {unlike[0]!r} is {theirs.get(unlike[0], 'not in it')} "
+                f"there and {mine.get(unlike[0], 'not in it')} here; choose another "
+                f"fedpara_state_dir"
+            )
+        return saved
+
+    def _decoded(self, path: Path) -> CompletedRound:
+        try:
+            data = path.read_bytes()
+            payload = decode_payload(data, limit=len(data))
+            words = dict(payload.header.extra or {})
+            x = {n[len(MODEL) :]: v for n, v in payload.tensors.items() if n.startswith(MODEL)}
+            words["rule"] = unpack(words["rule"], payload.tensors)
+            return CompletedRound(x=x, **words)
+        except (FedParaError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"fedpara: {path} is damaged ({error}): remove it to begin at round 1 with what "
+                f"clients hold, or choose another fedpara_state_dir"
+            ) from error
+
+
+def _shapes(x: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in x.items()}

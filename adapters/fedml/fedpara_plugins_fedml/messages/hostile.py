@@ -1,0 +1,79 @@
+"""Messages as an attacker makes them: taken apart, damaged, and signed again.
+
+The checksum stops accidents and nobody else. Used by this project's tests and fuzzer; nothing here
+imports FedML.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from typing import Any
+
+from fedpara_plugins.testing import hostile
+from fedpara_plugins_fedml.messages.envelope import FIXED, MAGIC
+
+__all__ = ["damaged", "signed"]
+
+
+def signed(data: bytes, *, sizes: bool = False) -> bytes:
+    """The same message with a head whose length and checksum are right.
+
+    Args:
+        data: begins like a message; the length in it says where its head ends, if it can.
+        sizes: whether the last payload's size is made right too.
+    """
+    if len(data) < FIXED.size:
+        return data
+    _, size, _ = FIXED.unpack_from(data)
+    text, body = data[FIXED.size : FIXED.size + size], data[FIXED.size + size :]
+    if sizes:
+        text = _with_sizes(text, body)
+    return _joined(text, body)
+
+
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """A message near ``data``: its head changed, one of its payloads, or simply its bytes."""
+    kind = draw.random()
+    try:
+        words, payloads = _parts(data)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return signed(hostile.damaged(data, draw))
+    if kind < 0.2 or (kind >= 0.65 and not payloads):
+        whole = hostile.damaged(data, draw)
+        return whole if draw.random() < 0.2 else signed(whole)
+    if kind < 0.65:
+        text = hostile.damaged(json.dumps(words).encode(), draw)
+        body = b"".join(payloads)
+        return _joined(_with_sizes(text, body) if draw.random() < 0.5 else text, body)
+    place = draw.randrange(len(payloads))
+    payloads[place] = hostile.damaged(payloads[place], draw)
+    words["payloads"][place][1] = len(payloads[place])
+    return _joined(json.dumps(words).encode(), b"".join(payloads))
+
+
+def _joined(text: bytes, body: bytes) -> bytes:
+    return FIXED.pack(MAGIC, len(text), zlib.crc32(text)) + text + body
+
+
+def _parts(data: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    if len(data) < FIXED.size:
+        raise ValueError("no whole message")
+    _, size, _ = FIXED.unpack_from(data)
+    words, place = json.loads(data[FIXED.size : FIXED.size + size]), FIXED.size + size
+    payloads = []
+    for _, count in words["payloads"]:
+        payloads.append(data[place : place + count])
+        place += count
+    return words, payloads
+
+
+def _with_sizes(text: bytes, body: bytes) -> bytes:
+    try:
+        words = json.loads(text)
+        *others, last = words["payloads"]
+        last[1] = len(body) - sum(count for _, count in others)
+        return json.dumps(words).encode()
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError, AttributeError):
+        return text

@@ -1,0 +1,89 @@
+"""Where a client keeps what must last between rounds: a file of its own, or Flower's context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from flwr.common import ArrayRecord, Context, RecordDict
+
+from fedpara_plugins import ConfigError
+from fedpara_plugins.exchange.client_state import ClientState
+from fedpara_plugins.support.storage import FileStorage, Storage
+from fedpara_plugins_flower.messages.records import carried_payload, payload_record
+
+__all__ = ["client_name", "client_state", "client_storage", "lasting_name"]
+
+PREFIX = "fedpara."
+"""Of the names in ``Context.state``, where the app has its own."""
+
+NAMES = ("fedpara-id", "partition-id")
+"""Entries of a node's config that name it in the same way after a restart, the first one first."""
+
+
+def client_name(context: Context) -> str:
+    """What this client is called after a restart too.
+
+    Raises:
+        ConfigError: the node's config names it in no way that lasts.
+    """
+    name = next((context.node_config[key] for key in NAMES if key in context.node_config), None)
+    text = str(name if name is not None else "")
+    if not text or not all(c.isalnum() or c in "-_." for c in text) or text.startswith("."):
+        raise ConfigError(
+            f"fedpara: the option state-dir keeps files by the client's name, and this node's "
+            f"config has none of letters, digits, '-', '_' and '.' (fedpara-id or partition-id, "
+            f"got {text!r}). Start the node with flower-supernode --node-config "
+            f"'fedpara-id=\"hospital-3\"'"
+        )
+    return text
+
+
+def client_storage(context: Context, state_dir: Path | None) -> Storage:
+    """Where this client keeps what must last: a file of its own, or Flower's ``Context.state``.
+
+    Raises:
+        ConfigError: see `client_name`.
+    """
+    if state_dir is None:
+        return _ContextStorage(context.state)
+    return FileStorage(_file(context, state_dir))
+
+
+def client_state(context: Context, state_dir: Path | None, storage: Storage) -> ClientState:
+    """What a client keeps, with the words that name it in the log."""
+    if state_dir is None:
+        return ClientState(storage, lasting_name(context) or context.node_id, "its Context.state")
+    return ClientState(storage, client_name(context), _file(context, state_dir))
+
+
+def _file(context: Context, state_dir: Path) -> Path:
+    return state_dir / "clients" / f"{client_name(context)}.sqlite"
+
+
+def lasting_name(context: Context) -> str | None:
+    """What this client is called after a restart too; None if its node's config does not say."""
+    found = (str(context.node_config[key]) for key in NAMES if key in context.node_config)
+    return next(found, None)
+
+
+class _ContextStorage(Storage):
+    """A `Storage` in the records that Flower keeps for a node."""
+
+    def __init__(self, state: RecordDict) -> None:
+        super().__init__()
+        self._state = state
+
+    def _stored(self) -> dict[str, None]:
+        return {key[len(PREFIX) :]: None for key in self._state if key.startswith(PREFIX)}
+
+    def _read(self, key: str) -> bytes | None:
+        record = self._state.get(PREFIX + key)
+        return carried_payload(record) if isinstance(record, ArrayRecord) else None
+
+    def _write(self, changes: Mapping[str, bytes | None]) -> None:
+        for key, value in changes.items():
+            if value is None:
+                self._state.pop(PREFIX + key, None)
+            else:
+                self._state[PREFIX + key] = payload_record(value)

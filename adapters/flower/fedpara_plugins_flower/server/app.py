@@ -1,0 +1,148 @@
+"""The server side's one line: a ServerApp whose Grid encodes and decodes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from flwr.common import Context
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
+
+from fedpara_plugins import ConfigError, FedParaError
+from fedpara_plugins.models.checkpoints import save_dense
+from fedpara_plugins_flower.factories import plain_model_hint
+from fedpara_plugins_flower.logs import show_core_logs
+from fedpara_plugins_flower.messages.legacy_lists import named_state
+from fedpara_plugins_flower.privacy.secagg import complete_sums
+from fedpara_plugins_flower.run import Run, open_run
+from fedpara_plugins_flower.server.accounting import Accounting
+from fedpara_plugins_flower.server.evaluation import noting_evaluations
+from fedpara_plugins_flower.server.final_state import FinalState
+from fedpara_plugins_flower.server.grid import CodecGrid, ObservingGrid
+from fedpara_plugins_flower.server.paths import tell_relative_paths
+from fedpara_plugins_flower.server.resume import Rounds
+from fedpara_plugins_flower.server.strategy_arrays import explained, noting_strategy
+from fedpara_plugins_flower.server.strategy_hooks import follow_strategies
+from fedpara_plugins_flower.settings import Settings
+
+__all__ = ["server_app"]
+
+log = logging.getLogger("flwr.fedpara")
+
+A = TypeVar("A", bound=ServerApp)
+
+
+def server_app(app: A, **options: Any) -> A:
+    """Let a ServerApp run with the plugin, as its run's config says.
+
+    The same object comes back, still a ServerApp of its class: ``@app.main()`` and everything else
+    work on it as before.
+
+    Args:
+        app: of the Message API, or of the legacy one with a ``server_fn``.
+        options: those of the section ``[tool.flwr.app.config.fedpara]``, for ``run_simulation``,
+            whose config is empty. Where the run's config has the same option, that one wins. Give
+            the clients the same ones: ``fedpara.client_mod_with(...)``.
+
+    Raises:
+        ConfigError: an option is unknown or out of range; one of the section, when the app runs.
+    """
+    Settings.from_run_config({}, options)
+    if not hasattr(app, "_fedpara_plugged"):
+        app.__class__ = _wrapped_class(type(app), options)
+    return app
+
+
+def _wrapped_class(base: type[Any], options: Mapping[str, Any]) -> type[Any]:
+    class PluggedServerApp(base):  # type: ignore[misc]
+        _fedpara_plugged = True
+
+        def __call__(self, grid: Grid, context: Context) -> None:
+            settings = Settings.from_run_config(context.run_config, options)
+            show_core_logs()
+            tell_relative_paths(settings)
+            final = FinalState()
+            run = Run(settings, side="server", on_loaded=final.seen)
+            accounting = Accounting(settings.ledger, settings.config)
+            follow_strategies()
+            if settings.active:
+                run.on_start.append(noting_strategy(run))
+            if settings.ledger is not None:
+                run.on_evaluated = accounting.ledger.log
+                run.on_start.append(noting_evaluations(run.on_evaluated))
+            if settings.state_dir is not None:  # last: it counts the rounds for all others
+                run.on_start.append(Rounds(settings.state_dir / "server").follow)
+            wrapped = (
+                CodecGrid(grid, run, accounting, final)  # type: ignore[abstract]
+                if settings.active
+                else ObservingGrid(grid, accounting, final)  # type: ignore[abstract]
+            )
+            with open_run(run):
+                try:
+                    _serve(super().__call__, wrapped, context, run)
+                except Exception as error:
+                    if settings.active and (better := explained(error)) is not error:
+                        raise better from error
+                    raise
+                finally:
+                    accounting.log_run()
+                    if isinstance(wrapped, CodecGrid):
+                        wrapped.close()
+            _write_final(run, final)
+
+    PluggedServerApp.__name__ = base.__name__
+    PluggedServerApp.__qualname__ = base.__qualname__
+    return PluggedServerApp
+
+
+def _serve(
+    app: Callable[[Grid, Context], None],
+    grid: CodecGrid | ObservingGrid,
+    context: Context,
+    run: Run,
+) -> None:
+    """Run the app, and raise the Grid's own error in the place of what followed from it."""
+    if isinstance(grid, ObservingGrid):
+        app(grid, context)
+        return
+    complete_sums()
+    try:
+        app(grid, context)
+    except Exception as error:
+        if grid.fatal is not None and error is not grid.fatal:
+            raise grid.fatal from error
+        own = isinstance(error, FedParaError)
+        if not own and (hint := plain_model_hint(error, run)) is not None:
+            raise ConfigError(hint) from error
+        raise
+    grid.finish()
+
+
+def _write_final(run: Run, final: FinalState) -> None:
+    path = run.settings.checkpoint
+    if path is None:
+        return
+    state: dict[str, Tensor] | None = named_state(final.state(), run.specs)
+    if state is None:
+        log.warning(
+            "fedpara: no checkpoint written: after the last training round the global model was "
+            "neither sent to clients for evaluation nor loaded on the server. Save "
+            "fedpara.to_dense(result.arrays) in the app instead."
+        )
+        return
+    spec = run.specs.get(frozenset(state))
+    method = run.settings.config.method
+    private = spec is not None and bool(spec.private_factors)
+    save_dense(
+        path,
+        spec.dense_state({k: v for k, v in state.items() if k not in spec.private_factors})
+        if spec is not None
+        else state,
+        model="the server's model: W1, the shared part (private part zero)"
+        if private
+        else "the server's model",
+        method=method,
+    )
+    log.info("fedpara: dense checkpoint of the server's model written to %s", path.absolute())

@@ -1,0 +1,106 @@
+"""Ends a run in its first round if no client of it can work with the plugin, and says why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from flwr.common import Message
+from flwr.common.constant import ErrorCode
+
+from fedpara_plugins import ConfigError, FedParaError
+from fedpara_plugins_flower.messages.records import carried_payload
+from fedpara_plugins_flower.messages.reply_marker import has_marker
+from fedpara_plugins_flower.messages.snippets import ADD_MOD
+from fedpara_plugins_flower.privacy.secagg import is_secagg
+
+__all__ = ["FirstContact"]
+
+WITHOUT_MOD = ("fedpara.payload", "fitins.parameters")
+"""Names in the error of an app that has to read an encoded message by itself."""
+
+OWN = "fedpara: "
+"""How the plugin's own errors begin, wherever an engine puts them in its text."""
+
+
+class FirstContact:
+    """Watches replies until one can be used.
+
+    An app of its own accord goes on for all its rounds when every client fails, so a set-up that
+    cannot work would show itself at the very end.
+    """
+
+    def __init__(self) -> None:
+        self._met = False
+        self._failed: dict[int, tuple[int, str]] = {}
+        self._left_out: dict[int, str] = {}
+        self._lengths: set[str] = set()
+
+    def sent(self, message: Message) -> None:
+        """Note the lengths of what goes out: whoever stumbles over it may name them."""
+        if not self._met:
+            payloads = map(carried_payload, message.content.array_records.values())
+            self._lengths |= {str(len(payload)) for payload in payloads if payload is not None}
+
+    def replied(self, replies: Sequence[Message]) -> None:
+        """Take in some replies.
+
+        Raises:
+            ConfigError: clients answer without the plugin.
+        """
+        if self._met:
+            return
+        for reply in replies:
+            if reply.has_error():
+                found = reply.error.code, reply.error.reason or ""
+                self._failed[reply.metadata.src_node_id] = found
+        sound = [r for r in replies if not r.has_error() and not is_secagg(r.content)]
+        if sound and not any(has_marker(reply.content) for reply in sound):
+            raise ConfigError(
+                f"fedpara: the client of node {sound[0].metadata.src_node_id} answers without the "
+                f"plugin, and so do all others. Add to the client: {ADD_MOD}. This run's config "
+                f"turns the plugin on"
+            )
+
+    def used(self) -> None:
+        """A reply has been decoded: from now on, failures are one client's own."""
+        self._met = True
+
+    def left_out(self, node: int, reason: str) -> None:
+        """A reply could not be decoded."""
+        self._left_out[node] = reason.removeprefix(OWN)
+
+    def check(self) -> None:
+        """All replies to the first messages are in: raise if they show that none can be used.
+
+        Clients that fail for reasons of their own are the app's business.
+
+        Raises:
+            FedParaError: with the words of the first client that speaks of the plugin.
+        """
+        if self._met:
+            return
+        all_failed = f"all {len(self._failed)} clients failed at the first message"
+        for node, (code, reason) in self._failed.items():
+            if OWN in reason:
+                said = reason[reason.index(OWN) :].removesuffix("'>")
+                raise FedParaError(f"fedpara: {all_failed}. Node {node} said: {said}")
+            if any(name in reason for name in WITHOUT_MOD):
+                raise ConfigError(
+                    f"fedpara: the client of node {node} reads encoded messages without the "
+                    f"plugin. Add to the client: {ADD_MOD}. {all_failed.capitalize()}; this one "
+                    f"said: {reason}"
+                )
+            stumbled = not self._lengths.isdisjoint(re.findall(r"\d+", reason))
+            if stumbled or code == ErrorCode.MOD_FAILED_PRECONDITION:
+                raise ConfigError(
+                    f"fedpara: {all_failed}, in their app or in a mod that reads encoded messages. "
+                    f"What stands before fedpara.client_mod in the client's list sees those. "
+                    f"Change in the client: {ADD_MOD}, before clipping or noise. Node {node} said: "
+                    f"{reason}"
+                )
+        for node, reason in self._left_out.items():
+            raise FedParaError(
+                f"fedpara: all {len(self._left_out)} replies to the first message had to be left "
+                f"out. Node {node}: {reason}"
+            )

@@ -1,0 +1,97 @@
+"""What is done so that Flower's strategies can compute with a model's integers and scalars."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+
+from flwr.serverapp.strategy import Result
+from torch import Tensor
+
+from fedpara_plugins import ConfigError
+from fedpara_plugins_flower.run import Run, Start, StartHook
+
+__all__ = ["averageable", "explained", "noting_strategy", "tell_integers"]
+
+log = logging.getLogger("flwr.fedpara")
+
+EXACT = 2**53
+"""Integers up to here are float64 values."""
+
+NORMS = ("QFedAvg", "MultiKrum", "Bulyan", "DifferentialPrivacy")
+"""Beginnings of the names of Flower's classes whose rule takes a norm over all tensors."""
+
+SCALAR_ERROR = "Invalid arguments for Array"
+
+
+def averageable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values with integers and booleans as float64, as every average of them is anyway.
+
+    QFedAvg and the clipping strategies multiply a client's arrays in place, which NumPy refuses for
+    integers. What the server sends next is cast back to its first dtype. Integers beyond 2^53 are
+    left as they are.
+    """
+    return {
+        name: value.double() if _convertible(value) else value for name, value in tensors.items()
+    }
+
+
+def noting_strategy(run: Run) -> StartHook:
+    """Let a run know which strategy it is started with."""
+
+    @contextlib.contextmanager
+    def noted(start: Start) -> Iterator[Callable[[Result], Result]]:
+        run.strategy = start["self"]
+        yield lambda result: result
+
+    return noted
+
+
+def tell_integers(tensors: Mapping[str, Tensor], strategy: object | None) -> None:
+    """Warn of integers among the clients' tensors where the strategy takes norms.
+
+    Args:
+        tensors: of the first reply.
+        strategy: Flower's, possibly a wrapper; None if it is not known.
+    """
+    names = [name for name, value in tensors.items() if _integer(value)]
+    if names and (strategy is None or _takes_norms(strategy)):
+        log.warning(
+            "fedpara: %d integer tensors (%s%s) go to the strategy as numbers like the weights. A "
+            "rule that takes a norm over all tensors (QFedAvg, Krum, Bulyan, clipping) counts "
+            'them: keep them on the clients there, with the option private = "*%s"',
+            len(names),
+            names[0],
+            ", ..." if len(names) > 1 else "",
+            names[0].rpartition(".")[2],
+        )
+
+
+def _takes_norms(strategy: object) -> bool:
+    return any(
+        base.__name__.startswith(NORMS) and "ClientSide" not in base.__name__
+        for base in type(strategy).__mro__
+    )
+
+
+def explained(error: Exception) -> Exception:
+    """The error that a ServerApp ended with, or one that says what to do about it."""
+    if SCALAR_ERROR not in str(error):
+        return error
+    return ConfigError(
+        f"fedpara: this strategy of this version of Flower cannot handle arrays without dimensions "
+        f"(BatchNorm's num_batches_tracked, for one; {error}). Upgrade to flwr>=1.28, use "
+        f"GroupNorm, or take FedAvg, FedProx, QFedAvg, Krum or MultiKrum, which can"
+    )
+
+
+def _convertible(value: Tensor) -> bool:
+    if not _integer(value):
+        return False
+    numbers = value.cpu().numpy()  # torch has no maximum of its larger unsigned integers
+    return not numbers.size or max(abs(int(numbers.max())), abs(int(numbers.min()))) <= EXACT
+
+
+def _integer(value: Tensor) -> bool:
+    return not value.is_floating_point() and not value.is_complex()

@@ -1,0 +1,71 @@
+"""SCAFFOLD as a Flower strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from fedpara_plugins import ConfigError
+from fedpara_plugins.optimizers import Guard, ScaffoldServer, State
+from fedpara_plugins.optimizers.rounds import Weighting
+from fedpara_plugins_flower.messages.drift_records import Task
+from fedpara_plugins_flower.strategies.base import Answer, DriftStrategy
+
+__all__ = ["Guard", "Scaffold"]
+
+
+class Scaffold(DriftStrategy):
+    """SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1).
+
+    The clients' train function needs ``fedpara.correction``, see there.
+
+    Args:
+        option: ``II``, the mean gradient of the client's steps, or ``I``, the gradient at the
+            server's model, which costs a pass over the client's data.
+        server_rate: of the step from the model to the clients' mean; 1 takes the mean.
+        weighting: ``uniform``, as published: every client counts the same, in the model and in
+            c; ``examples``: by its ``num-examples``, as FedAvg does it.
+        guard: bounds updates and variates, and collects variates before they are used; None for
+            the published algorithm.
+        clients: N, how many there are in all; None for those that are connected or have ever
+            answered.
+        remember: keep every client's variate on the server too, so that a lost one is taken out
+            of c exactly.
+        options: of FedAvg: ``fraction_train``, ``min_train_nodes``, ``weighted_by_key``, ...
+    """
+
+    algorithm = "scaffold"
+    needs_change = True
+
+    def __init__(
+        self,
+        *,
+        option: Literal["I", "II"] = "II",
+        server_rate: float = 1.0,
+        weighting: Weighting = "uniform",
+        guard: Guard | None = Guard(),  # noqa: B008  (frozen)
+        clients: int | None = None,
+        remember: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            weighting=weighting, guard=guard, clients=clients, remember=remember, **options
+        )
+        if option not in ("I", "II"):
+            raise ConfigError(f"Scaffold: option must be 'I' or 'II', got {option!r}")
+        self.option = option
+        self.server = ScaffoldServer(rate=server_rate, weighting=weighting, sums=self.sums)
+
+    def task(self, **common: Any) -> Task:
+        """Option, bound, and whether to correct."""
+        return Task(self.algorithm, option=self.option, **common)
+
+    def variate(self) -> State:
+        """c; nothing before any client answered, when it is zero."""
+        return self.server.variate(self.clients, self._x)
+
+    def next_x(self, answers: Sequence[Answer], server_round: int) -> State:
+        """One step towards the clients' mean; c is the mean of all variates."""
+        for answer in answers:
+            self.take(answer, answer.change, server_round)
+        return self.server.step(self._x, [answer.reply for answer in answers])

@@ -1,0 +1,44 @@
+"""FedML's runs in the single process that are killed (`harness.processes.killing`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from safetensors.torch import save_file
+
+from harness.fedml.project import Sent, arguments
+from harness.fedml.project import run as run_project
+from harness.processes.killing import Killer, Order, serve
+
+__all__ = ["FedMLOrder"]
+
+
+@dataclass(frozen=True)
+class FedMLOrder(Order):
+    """One run.
+
+    Attributes:
+        keys: of the YAML.
+    """
+
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run(order: FedMLOrder) -> None:
+    """Do what an order says."""
+    logging.basicConfig(filename=order.log, level=logging.INFO, force=True)
+    killer = Killer(order)
+
+    def tap(sent: Sent) -> bytes:
+        killer.passes(trains_in=sent.round if sent.direction == "down" else 0)
+        return sent.data
+
+    save_file(run_project(tap=tap, **order.keys).state, order.output)
+
+
+if __name__ == "__main__":
+    arguments()  # once, before any fork
+    serve(FedMLOrder, run)

@@ -1,0 +1,78 @@
+"""A cell's federated run, and the plain loop that it is held against."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import fedpara_plugins as fedpara
+from harness.cells.cells import GAMMA, STRATEGIES, Cell
+from harness.cells.strategies import RATE
+from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
+from harness.oracles.build import build
+from harness.oracles.reference import RULES, Reference, federated
+from harness.oracles.task import Task
+
+__all__ = ["plain_loop", "private_names", "run", "section", "shared", "task_of"]
+
+COUNTERS = "num_batches_tracked"
+
+
+def task_of(cell: Cell) -> Task:
+    """The cell's training problem: short, and yet every strategy uses its memory once."""
+    clients = STRATEGIES[cell.strategy].clients
+    return Task(model=cell.model, clients=clients, rounds=2, epochs=1, batch_size=40, lr=RATE)
+
+
+def section(cell: Cell, **more: str) -> dict[str, Any]:
+    """The cell's config as Flower flattens it, with ``more`` options."""
+    options = {"method": cell.method, "codec": cell.codec, **more}
+    if _keeps_counters(cell):
+        options["private"] = f"*{COUNTERS}"
+    return {"fedpara.gamma": GAMMA, **{f"fedpara.{key}": text for key, text in options.items()}}
+
+
+def _keeps_counters(cell: Cell) -> bool:
+    """BatchNorm's counters would outweigh the model in a norm: they stay on the clients."""
+    return STRATEGIES[cell.strategy].norms and cell.model == "batchnorm" and not cell.plain
+
+
+def run(cell: Cell, ledger: Path, *, raises: bool = True) -> Outcome:
+    """The federated run, with its ledger in a file."""
+    experiment = Experiment(task_of(cell), cell.strategy)
+    return federate(plugin_apps(experiment), section(cell, ledger=str(ledger)), raises=raises)
+
+
+def plain_loop(cell: Cell) -> Reference:
+    """What the run must come to; codecs do not change it."""
+    private = frozenset(private_names(cell))
+    return _plain_loop(cell.strategy, cell.method, task_of(cell), private)
+
+
+@cache
+def _plain_loop(strategy: str, method: str, task: Task, private: frozenset[str]) -> Reference:
+    spec = STRATEGIES[strategy]
+    return federated(
+        task,
+        partial(build, method, task.model),
+        RULES[spec.rule](**spec.rule_options),
+        proximal_mu=spec.proximal_mu,
+        private_names=private,
+    )
+
+
+def private_names(cell: Cell) -> set[str]:
+    """What never leaves the clients."""
+    model = build(cell.method, cell.model)
+    kept = {name for name in model.state_dict() if name.endswith(COUNTERS)}
+    return set(fedpara.split(model).private) | (kept if _keeps_counters(cell) else set())
+
+
+def shared(cell: Cell) -> dict[str, Tensor]:
+    """What travels, at its first values."""
+    state = build(cell.method, cell.model).state_dict()
+    hidden = private_names(cell)
+    return {name: value for name, value in state.items() if name not in hidden}

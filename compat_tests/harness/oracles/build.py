@@ -1,0 +1,15 @@
+"""The model of a cell."""
+
+from __future__ import annotations
+
+from torch import nn
+
+import fedpara_plugins as fedpara
+from harness.cells.cells import GAMMA
+from harness.oracles.task import Task
+
+
+def build(method: str, model: str) -> nn.Module:
+    """The cell's model, as `fedpara_plugins.convert` makes it."""
+    net = Task(model=model).net()
+    return net if method == "none" else fedpara.convert(net, method=method, gamma=GAMMA)

@@ -1,0 +1,141 @@
+"""What `fedpara doctor` checks: the environment, and every layer of a model before conversion.
+
+Every finding says what was found and, where something should be done, what.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+
+from torch import nn
+from torch.jit import ScriptModule
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim import Optimizer
+
+from fedpara_plugins.cli.environment import check_environment
+from fedpara_plugins.config import FedParaConfig
+from fedpara_plugins.errors import ConversionError
+from fedpara_plugins.factors.fast.conditions import FALLBACKS
+from fedpara_plugins.factors.fast.form import is_known
+from fedpara_plugins.layers import FactorisedLayer
+from fedpara_plugins.models.convert import convert
+from fedpara_plugins.models.decisions import Decision, decisions
+from fedpara_plugins.plugins import layers
+from fedpara_plugins.support.findings import Finding
+from fedpara_plugins.training.optimizer_check import check_optimizer
+
+__all__ = ["Finding", "check_environment", "check_model", "check_optimizer", "check_training"]
+
+SLOWER = (
+    "composed by torch's own operations, which take longer: its combine function is not one that "
+    "has a hand-written gradient"
+)
+
+
+def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
+    """Every layer: what becomes of it, or why nothing does and what to do.
+
+    Args:
+        model: it is converted in place at the end, to see whether it can be.
+        config: as for training. A fit to the present weights is left out.
+
+    Raises:
+        ConfigError: an option that no model allows, or a pattern that matches no layer.
+    """
+    refused: dict[str, ConversionError] = {}
+    found = decisions(model, config, refused=refused)
+    lines = [line for decision in found for line in _about_layer(decision, config)]
+    lines += [Finding("attention", name or "(model)", str(e)) for name, e in refused.items()]
+    lines += _shared(model, {id(decision.layer) for decision in found if decision.plans})
+    if any(is_known(p.method) for decision in found for p in decision.plans.values()):
+        text = f"gradients written by hand; {FALLBACKS}, which take longer"
+        lines.append(Finding("ok", "speed", text))
+    if not any(line.level == "attention" for line in lines):
+        lines += _converting(model, config)
+    return lines
+
+
+def _about_layer(decision: Decision, config: FedParaConfig) -> Iterator[Finding]:
+    for weight, plan in decision.plans.items():
+        saved = f"{plan.shared_parameters:,} of {prod(plan.shape):,} entries travel"
+        text = f"{plan.method.name} of rank {plan.rank}: {saved}"
+        if not is_known(plan.method):
+            text += f"; {SLOWER}"
+        yield Finding("ok", _join(decision.name, weight), text)
+    for weight, reason in decision.reasons.items():
+        advice = _advice(decision, config)
+        text = f"stays dense: {reason}" + (f"; {advice}" if advice else "")
+        yield Finding("note", _join(decision.name, weight) or "(model)", text)
+
+
+def _advice(decision: Decision, config: FedParaConfig) -> str:
+    """What to do about a layer that stays dense; "" where there is nothing to gain."""
+    layer = decision.layer
+    if isinstance(layer, (ParametrizationList, ScriptModule)) or ".qat." in type(layer).__module__:
+        return ""
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) and type(layer) not in layers():
+        return "nn.LSTM and nn.GRU have a kind; for this one a plugin can register its own"
+    if type(layer) in layers() or config.for_layer(decision.name).method == "none":
+        return ""
+    dense = next((kind for kind in layers() if isinstance(layer, kind)), None)
+    if dense is not None:
+        return (
+            f"it is a subclass of {dense.__name__} and may compute something else: if it does "
+            f"not, register a kind for it in a plugin"
+        )
+    sizes = [p.numel() for p in layer._parameters.values() if p is not None and p.ndim >= 2]
+    if sum(sizes) >= config.min_size:
+        return f"a plugin can register a kind for its {sum(sizes):,} matrix entries"
+    return ""
+
+
+def _shared(model: nn.Module, factorised: set[int]) -> Iterator[Finding]:
+    names: dict[int, list[str]] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if type(layer) in layers() and id(layer) in factorised:
+            names.setdefault(id(layer), []).append(name)
+    for shared in names.values():
+        if len(shared) > 1:
+            yield Finding(
+                "attention",
+                shared[0],
+                f"the same module stands at {', '.join(shared[1:])} too: give each place a module "
+                f"of its own (copy.deepcopy), or exclude {', '.join(shared)}",
+            )
+
+
+def _converting(model: nn.Module, config: FedParaConfig) -> Iterator[Finding]:
+    """Whatever `convert` itself has to say; it refuses more than single layers."""
+    if any(isinstance(layer, FactorisedLayer) for layer in model.modules()):
+        yield Finding("ok", "(model)", "is converted already")
+        return
+    if config.init == "fit":
+        config = replace(config, init="random")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            convert(model, config)
+        except ConversionError as error:
+            yield Finding("attention", "(model)", str(error).partition("\n")[0])
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            yield Finding("note", "(model)", str(warning.message))
+
+
+def check_training(model: nn.Module, optimizer: Optimizer) -> list[Finding]:
+    """Whether an optimizer trains the converted model; see `check_optimizer`."""
+    if not any(isinstance(layer, FactorisedLayer) for layer in model.modules()):
+        text = "the model beside it is not converted: call fedpara_plugins.convert() before it"
+        return [Finding("attention", "optimizer", text)]
+    try:
+        check_optimizer(model, optimizer)
+    except ConversionError as error:
+        return [Finding("attention", "optimizer", str(error))]
+    return [Finding("ok", "optimizer", f"{type(optimizer).__name__} holds the model's factors")]
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

@@ -1,0 +1,86 @@
+"""From factors in a file to the dense state that the unconverted model loads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fedpara_plugins.config import FedParaConfig
+from fedpara_plugins.errors import ConfigError, PayloadError
+from fedpara_plugins.models.checkpoints import Checkpoint, check_same_shapes, factor_shapes
+from fedpara_plugins.models.convert import convert
+from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.support.units import readable_bytes
+
+__all__ = ["dense_from"]
+
+
+def dense_from(
+    found: Checkpoint, model: nn.Module | None = None, config: FedParaConfig | None = None
+) -> tuple[dict[str, Tensor], ModelSpec]:
+    """The dense state behind a checkpoint of factors.
+
+    Args:
+        found: what `read_checkpoint` returned.
+        model: the unconverted model, converted by this where ``config`` is given or the file does
+            not say how it was; otherwise the result is only checked against it. Not needed where
+            the file describes its model.
+        config: options of the conversion; they win over the file's, which they must agree with.
+
+    Returns:
+        The dense state in the model's order, and the spec of the converted model. Without private
+        factors in the file the state is W1.
+
+    Raises:
+        ConfigError: neither the file nor the arguments say how the model was converted.
+        MismatchError: the file is of another model or was trained with other options; names the
+            first tensor that differs, and both shapes.
+        PayloadError: the weights hold NaN or infinity, or would not fit this machine's memory.
+    """
+    if found.about.get("format") == "dense":
+        raise PayloadError("the file holds a dense model already: there is nothing to export")
+    spec = found.spec
+    if spec is None or config is not None:
+        if model is None or config is None:
+            raise ConfigError(
+                "the file does not describe its model: give the model's factory, and method and "
+                "gamma (or what else was used) as in training"
+            )
+        spec = _spec_for(found, model, config)
+    elif model is not None:
+        composed = {weight: torch.Size(plan.shape) for weight, plan in spec.weights.items()}
+        factors = factor_shapes(spec)
+        rest = {k: v.shape for k, v in found.tensors.items() if k not in factors}
+        check_same_shapes({**rest, **composed}, model.state_dict(), there="the unconverted model")
+    size, memory = spec.dense_bytes(found.tensors), _memory()
+    if memory is not None and size > memory:  # small factors can stand for a weight of any size
+        raise PayloadError(
+            f"the dense model would take {readable_bytes(size)}, this machine has "
+            f"{readable_bytes(memory)} of memory: export it on a larger one, or the file is forged"
+        )
+    dense = spec.dense_state(found.tensors)
+    for name, value in dense.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise PayloadError(f"{name!r} holds NaN or infinite values: training has diverged")
+    return dense, spec
+
+
+def _memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _spec_for(found: Checkpoint, model: nn.Module, config: FedParaConfig) -> ModelSpec:
+    # The weights are about to be read: fitting factors to what the model has now would be in vain.
+    converted = convert(model, replace(config, init="random"))
+    spec = ModelSpec.of(converted)
+    if found.spec is not None:
+        found.spec.check_equal(spec, here="the file", there="the model with the options given")
+    check_same_shapes(found.tensors, converted.state_dict(), optional=spec.private_keys)
+    return spec

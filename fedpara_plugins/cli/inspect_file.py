@@ -1,0 +1,222 @@
+"""What `fedpara inspect` says of a file, whoever wrote it; nothing is unpickled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from fedpara_plugins.codecs import Notes, Stage, Tensors, decode_payload, peek_header
+from fedpara_plugins.errors import FedParaError, PayloadError
+from fedpara_plugins.ledger import CSV_HEAD, Direction, Ledger, LedgerEntry
+from fedpara_plugins.models.checkpoints import METADATA_KEY, read_about
+from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.plugins import stages
+from fedpara_plugins.stages.stage import DTYPES, byte_size, dtype_name
+from fedpara_plugins.support.units import readable_bytes
+from fedpara_plugins.text import printable
+
+__all__ = ["inspect_file", "printable"]
+
+EXPANSION = 64
+"""A payload may decode to this many times its size here; real ones stay well below."""
+
+Row = tuple[str, str, str, str]
+
+
+def inspect_file(path: Path | str) -> str:
+    """Describe a payload, a checkpoint of factors or of a dense model, or a ledger, in lines.
+
+    Raises:
+        PayloadError: none of these, or damaged.
+        FedParaError: a ledger with a line that is none.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    try:
+        if start[:1] == b"{" or start == CSV_HEAD[:9].encode():
+            lines = list(_ledger_lines(path))
+        elif start[8:9] == b"{":
+            lines = list(_safetensors_lines(path))
+        else:
+            raise PayloadError(_neither(path, start))
+    except PayloadError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise type(error)(f"{path}: {error}") from error
+    except (FedParaError, OSError):
+        raise
+    except (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as e:
+        # What a description may hold is checked where it is read; this is for what that missed.
+        raise PayloadError(f"{path}: unsound content: {e!r}") from e
+    return "\n".join(lines)
+
+
+def _neither(path: Path, start: bytes) -> str:
+    text = f"{path}: neither a safetensors file nor a ledger"
+    if start[:2] in (b"PK", b"\x80\x02"):
+        text += "; it looks like a file of torch.save, which `fedpara export` reads"
+    return text
+
+
+# safetensors files
+
+
+def _safetensors_lines(path: Path) -> Iterator[str]:
+    about = read_about(path)
+    if "crc32" in about:
+        yield from _payload_lines(path)
+        return
+    kind = {"factors": "factor checkpoint", "dense": "dense checkpoint"}.get(
+        str(about.get("format")), f"safetensors file without a {METADATA_KEY} description"
+    )
+    rows = _stored_rows(path)
+    yield f"{printable(path.name)}: {kind}, {readable_bytes(path.stat().st_size)}"
+    for key in ("model", "method", "version", "config"):
+        if isinstance(value := about.get(key), str | dict) and (key, kind[0]) != ("model", "f"):
+            yield f"  {key}: {printable(str(value))}"
+    if about.get("format") == "factors":
+        keys = tuple(map(str, about["keys"]))
+        spec = ModelSpec.from_json(about["model"], keys)
+        yield from _model_lines(spec)
+        held = {row[0] for row in rows}
+        if spec.private_keys:
+            both = held & set(map(printable, spec.private_keys))
+            yield f"  private factors: {len(both)} of {len(spec.private_keys)} in the file"
+    yield from _table(rows)
+
+
+def _stored_rows(path: Path) -> list[Row]:
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return [
+            _row(name, part.get_dtype(), tuple(part.get_shape()), _stored_size(part))
+            for name, part in slices.items()
+        ]
+
+
+def _stored_size(part: Any) -> int | None:
+    dtype = DTYPES.get(part.get_dtype())
+    return None if dtype is None else byte_size(dtype, tuple(part.get_shape()))
+
+
+def _payload_lines(path: Path) -> Iterator[str]:
+    data = path.read_bytes()
+    header = peek_header(data)
+    payload = decode_payload(
+        data, limit=EXPANSION * len(data) + 2**20, stages=_without_references(stages())
+    )
+    tensors = payload.tensors
+    size = sum(byte_size(t.dtype, t.shape) for t in tensors.values())
+    version = f"payload of format version {header.version}"
+    yield f"{printable(path.name)}: {version}, {len(data):,} bytes"
+    yield f"  sender: fedpara-plugins {printable(header.plugin_version)}"
+    yield f"  codec: {printable(header.codec)}, for tensors of {size:,} bytes"
+    yield f"  reference: {printable(header.reference or 'none')}"
+    if header.extra is not None:
+        yield f"  extra: {printable(str(dict(header.extra)))}"
+    if header.model is not None:
+        yield from _model_lines(ModelSpec.from_json(header.model, tuple(tensors)))
+    else:
+        yield "  model: not described"
+    if header.reference is not None:
+        yield "  The tensors are differences from the reference."
+    yield from _table(_row_of(name, tensor) for name, tensor in tensors.items())
+
+
+class _Blank(Stage):
+    """Stands for a stage whose reference is not at hand: leaves the coded tensors as they are."""
+
+    lossless = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
+        """Nothing."""
+        return tensors, {}
+
+    def decode(
+        self, tensors: Tensors, notes: Notes, *, reference: Tensors | None, limit: int
+    ) -> Tensors:
+        """Nothing: such stages stand first and keep names, shapes and dtypes."""
+        return tensors
+
+
+def _without_references(known: Mapping[str, Stage]) -> dict[str, Stage]:
+    return {name: _Blank(name) if stage.needs_reference else stage for name, stage in known.items()}
+
+
+# What both have
+
+
+def _model_lines(spec: ModelSpec) -> Iterator[str]:
+    yield (
+        f"  model: {len(spec.keys)} names, {len(spec.weights)} factorised weights, "
+        f"{len(spec.private_keys)} private factors; "
+        f"fingerprint {spec.fingerprint}, seed {spec.seed}"
+    )
+    for weight, plan in spec.weights.items():
+        shape = "x".join(map(str, plan.shape))
+        text = f"{plan.method.name} rank {plan.rank}" + (", tanh" if plan.tanh else "")
+        yield f"    {printable(weight)}: {shape}, {text}, scale {plan.scale:.6g}"
+
+
+def _row_of(name: str, tensor: Tensor) -> Row:
+    size = byte_size(tensor.dtype, tensor.shape)
+    return _row(name, dtype_name(tensor.dtype), tuple(tensor.shape), size)
+
+
+def _row(name: str, dtype: str, shape: tuple[int, ...], size: int | None) -> Row:
+    counted = "?" if size is None else f"{size:,}"
+    return (printable(name), dtype, "x".join(map(str, shape)) or "scalar", counted)
+
+
+def _table(rows: Iterable[Row]) -> Iterator[str]:
+    every: list[Row] = [("tensor", "dtype", "shape", "bytes"), *rows]
+    widths = [max(len(row[i]) for row in every) for i in range(4)]
+    for name, dtype, shape, size in every:
+        yield (
+            f"  {name.ljust(widths[0])}  {dtype.ljust(widths[1])}  {shape.ljust(widths[2])}  "
+            f"{size.rjust(widths[3])}"
+        )
+    yield f"  {len(every) - 1} tensors"
+
+
+# Ledgers
+
+
+def _ledger_lines(path: Path) -> Iterator[str]:
+    entries = Ledger.read(path)
+    rounds: dict[int, list[LedgerEntry]] = {}
+    for entry in entries:
+        rounds.setdefault(entry.round, []).append(entry)
+    clients = len({entry.client for entry in entries})
+    yield (
+        f"{printable(path.name)}: ledger of {len(entries):,} messages, {len(rounds):,} rounds, "
+        f"{clients:,} clients"
+    )
+    yield "  round  direction  messages       bytes  uncoded bytes  dense bytes"
+    groups = [(str(number), chosen) for number, chosen in sorted(rounds.items())]
+    for label, chosen in [*groups, ("all", entries)]:
+        yield from _ledger_row(label, "down", chosen)
+        yield from _ledger_row(label, "up", chosen)
+
+
+def _ledger_row(label: str, direction: Direction, entries: list[LedgerEntry]) -> Iterator[str]:
+    chosen = [entry for entry in entries if entry.direction == direction]
+    if not chosen:
+        return
+    sent = sum(entry.encoded_bytes for entry in chosen)
+    raw = sum(entry.raw_bytes for entry in chosen)
+    dense = sum(entry.dense_bytes for entry in chosen)
+    fewer = f"  ({dense / sent:.1f} times fewer than dense)" if sent and dense else ""
+    yield (
+        f"  {label:>5}  {direction:<9}  {len(chosen):>8,}  {sent:>10,}  {raw:>13,}  {dense:>11,}"
+        f"{fewer}"
+    )

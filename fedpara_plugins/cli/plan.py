@@ -1,0 +1,241 @@
+"""What `fedpara plan` computes: bytes and seconds of a run before there is one.
+
+Uncoded bytes follow from shapes. Coded bytes are those of a synthetic update that is really
+encoded, so they are an estimate; the ledger measures the real ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fedpara_plugins.codecs import Codec, encode_payload, parse_codec
+from fedpara_plugins.config import FedParaConfig
+from fedpara_plugins.errors import ConfigError
+from fedpara_plugins.models.convert import convert
+from fedpara_plugins.models.report import Report, report
+from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.split import split
+from fedpara_plugins.support.units import readable_bytes, readable_seconds
+
+__all__ = ["Link", "Message", "TrafficPlan", "choose_gamma", "plan_traffic"]
+
+GAMMA_STEPS = 1000
+"""gamma is chosen among multiples of 1/1000; a rank seldom changes within one."""
+
+UPDATE_SIZE = 0.01
+"""Standard deviation of the synthetic update, as a share of each tensor's own."""
+
+ESTIMATE = (
+    "Coded bytes are an estimate: one synthetic update (normal values of 1 % of each tensor's "
+    "spread) was really encoded, header included. The ledger of a run measures real ones."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """A client's connection; bits per second, None where unknown."""
+
+    up: float | None = None
+    down: float | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message in one direction: what it carries, in words, and its bytes."""
+
+    label: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrafficPlan:
+    """The answer of `plan_traffic`; ``str(plan)`` is what the command prints.
+
+    Attributes:
+        config: with the gamma that was chosen.
+        report: a row per layer.
+        messages: the alternatives, the dense model's uncoded message first and the configured
+            one last.
+        first_contact: bytes that each client receives once, before updates can be coded; 0 where
+            the codec needs no reference.
+        link: speeds that seconds are computed for.
+        clients: that take part in a round.
+        rounds: of the run.
+    """
+
+    config: FedParaConfig
+    report: Report
+    messages: tuple[Message, ...]
+    first_contact: int
+    link: Link
+    clients: int
+    rounds: int
+
+    def __str__(self) -> str:
+        parts = [str(self.report), "", *self._table()]
+        if self.first_contact:
+            parts.append(
+                f"First contact, once per client and not in the table: "
+                f"{readable_bytes(self.first_contact)} down."
+            )
+        if self.config.codec != "none":
+            parts.append(ESTIMATE)
+        return "\n".join(parts)
+
+    def _table(self) -> list[str]:
+        dense = self.messages[0].size
+        many = self.clients * self.rounds
+        head = ["one message", "bytes", "fewer"]
+        head += ["up / round"] if self.link.up else []
+        head += ["down / round"] if self.link.down else []
+        head += [f"{_count(self.rounds, 'round')}, {_count(self.clients, 'client')}"]
+        rows = [head]
+        for message in self.messages:
+            fewer = dense / message.size if message.size else 1.0
+            row = [message.label, readable_bytes(message.size), f"{fewer:.1f}x"]
+            row += [readable_seconds(8 * message.size / v) for v in self._speeds()]
+            rows.append([*row, f"{readable_bytes(2 * many * message.size)} up and down"])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return [
+            "  ".join(
+                text.rjust(width) if place else text.ljust(width)
+                for place, (text, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+
+    def _speeds(self) -> list[float]:
+        return [speed for speed in (self.link.up, self.link.down) if speed]
+
+
+def plan_traffic(
+    model: nn.Module,
+    config: FedParaConfig,
+    *,
+    link: Link | None = None,
+    clients: int = 1,
+    rounds: int = 1,
+) -> TrafficPlan:
+    """What a run with this model and config would send.
+
+    Args:
+        model: the unconverted model; not modified.
+        config: the options of the run.
+        link: a client's connection.
+        clients: that take part in a round.
+        rounds: of the run.
+
+    Raises:
+        ConfigError: an option, or clients or rounds, out of range.
+        ConversionError: the model cannot be converted.
+    """
+    for name, number in (("clients", clients), ("rounds", rounds)):
+        if number < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {number}")
+    codec = parse_codec(config.codec)
+    converted = _converted(model, config)
+    found = report(converted)
+    messages = [Message("dense", found.dense_bytes)]
+    if codec.stages and config.method != "none":
+        messages.append(Message(f"dense, {codec.name}", _coded_bytes(model, codec)))
+    if config.method != "none":
+        messages.append(Message(config.method, found.shared_bytes))
+    if codec.stages:
+        coded = _coded_bytes(converted, codec)
+        messages.append(Message(f"{config.method}, {codec.name}".replace("none,", "dense,"), coded))
+    return TrafficPlan(
+        config=config,
+        report=found,
+        messages=tuple(messages),
+        first_contact=_first_contact(converted, codec) if codec.needs_reference else 0,
+        link=link or Link(),
+        clients=clients,
+        rounds=rounds,
+    )
+
+
+def choose_gamma(model: nn.Module, config: FedParaConfig, *, target: int) -> FedParaConfig:
+    """The config with the largest gamma whose messages have at most ``target`` bytes.
+
+    Messages grow with gamma, so that bisection finds it, among multiples of 0.001. Without codec
+    the tensors' bytes count, with one the bytes of an encoded synthetic update.
+
+    Args:
+        model: the unconverted model; not modified.
+        config: all other options; ``gamma`` is ignored.
+        target: bytes of one message.
+
+    Raises:
+        ConfigError: another rank rule is given, or the target cannot be met; the message says
+            what can.
+        ConversionError: the model cannot be converted.
+    """
+    if config.ratio is not None or config.rank is not None or config.method == "none":
+        raise ConfigError(
+            "a target size chooses gamma: give a method, and neither ratio nor rank, with it"
+        )
+    smallest = message_bytes(model, replace(config, gamma=0.0))
+    if smallest > target:
+        raise ConfigError(
+            f"a message of {target:,} bytes cannot be had: the smallest, with gamma 0, has "
+            f"{smallest:,} bytes ({config.method}, codec {config.codec}). Raise the target, choose "
+            f"a stronger codec, or give smaller ranks with rank or overrides."
+        )
+    fits, exceeds = 0, GAMMA_STEPS + 1
+    while exceeds - fits > 1:
+        middle = (fits + exceeds) // 2
+        if message_bytes(model, replace(config, gamma=middle / GAMMA_STEPS)) <= target:
+            fits = middle
+        else:
+            exceeds = middle
+    return replace(config, gamma=fits / GAMMA_STEPS)
+
+
+def message_bytes(model: nn.Module, config: FedParaConfig) -> int:
+    """Bytes of one message: of the tensors without a codec, of an encoded update with one."""
+    codec = parse_codec(config.codec)
+    converted = _converted(model, config)
+    return _coded_bytes(converted, codec) if codec.stages else report(converted).shared_bytes
+
+
+def _converted(model: nn.Module, config: FedParaConfig) -> nn.Module:
+    # Bytes do not depend on the weights' values: whatever they are, fresh factors will do.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return convert(copy.deepcopy(model), replace(config, init="random"))
+
+
+def _coded_bytes(model: nn.Module, codec: Codec) -> int:
+    reference = split(model).shared
+    update = _updated(reference)
+    spec = ModelSpec.of(model).to_json()
+    return len(encode_payload(update, codec=codec, reference=reference, model=spec))
+
+
+def _first_contact(model: nn.Module, codec: Codec) -> int:
+    spec = ModelSpec.of(model).to_json()
+    return len(encode_payload(split(model).shared, codec=codec.first_contact(), model=spec))
+
+
+def _updated(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state after a synthetic training round; integers stay as they are."""
+    generator = torch.Generator().manual_seed(0)
+    updated = {}
+    for name, value in state.items():
+        value = value.detach().cpu()
+        if value.is_floating_point() and value.numel():
+            spread = float(value.float().std(unbiased=False)) or 1.0
+            noise = torch.randn(value.shape, generator=generator)
+            value = value + (UPDATE_SIZE * spread * noise).to(value.dtype)
+        updated[name] = value
+    return updated
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,72 @@
+"""The forms of weight that have a hand-written way to be computed.
+
+All of this project's methods are W = s W1 or W = s W1 * (W2 + c), c being 0 or 1, with or without
+tanh around each operand. A method with another ``combine`` function has no form: its weights are
+composed by torch's own operations, with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from fedpara_plugins.factors.compose import combine_fedpara, combine_lowrank, combine_pfedpara
+
+if TYPE_CHECKING:
+    from fedpara_plugins.factors.methods import Method
+
+__all__ = ["Form", "by_operand", "form_of", "is_known"]
+
+T = TypeVar("T")
+
+
+class Form(NamedTuple):
+    """How operands make a weight.
+
+    Attributes:
+        operands: 1 or 2.
+        plus_one: whether 1 is added to the second operand.
+        gains: what each operand is multiplied with; without tanh the first carries s.
+        tanh: whether each operand then goes through tanh.
+        bound: what multiplies the result; 1 without tanh.
+    """
+
+    operands: int
+    plus_one: bool
+    gains: tuple[float, ...]
+    tanh: bool
+    bound: float
+
+
+_KNOWN: dict[Callable[..., object], tuple[int, bool]] = {
+    combine_lowrank: (1, False),
+    combine_fedpara: (2, False),
+    combine_pfedpara: (2, True),
+}
+"""By the function itself: a third party's of the same name may compute something else."""
+
+
+def by_operand(factors: Sequence[T], operands: int) -> list[Sequence[T]]:
+    """What belongs to each operand: of x1, y1, x2, ... (x, y), of a kernel's factors (x, y, t)."""
+    size = len(factors) // operands
+    return [factors[at : at + size] for at in range(0, len(factors), size)]
+
+
+def is_known(method: Method) -> bool:
+    """Whether weights of this method have a form."""
+    return _KNOWN.get(method.combine, (0, False))[0] == method.operands
+
+
+def form_of(method: Method, gains: tuple[float, ...], *, tanh: bool, bound: float) -> Form | None:
+    """Return the form of a method's weights; None if the method is none of those known here.
+
+    Args:
+        method: combines the operands.
+        gains: what each operand is multiplied with.
+        tanh: whether each operand then goes through tanh.
+        bound: what multiplies the result.
+    """
+    if not is_known(method):
+        return None
+    operands, plus_one = _KNOWN[method.combine]
+    return Form(operands, plus_one, gains, tanh, bound)

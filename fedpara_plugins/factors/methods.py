@@ -1,0 +1,56 @@
+"""The methods: how many operands a weight has, how they combine, and which of them stay private.
+
+A method is data. Third parties register their own through ``fedpara_register_methods``; whatever
+can be said as "operands, combined elementwise, some of them private" needs no further code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedpara_plugins.factors.compose import combine_fedpara, combine_lowrank, combine_pfedpara
+
+__all__ = ["BUILTIN_METHODS", "FEDPARA", "LOWRANK", "PFEDPARA", "Method"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to write a weight as operands.
+
+    Attributes:
+        name: what the user writes in the config.
+        operands: number of inner weights X Yᵀ (or T x1 X x2 Y).
+        private: indices of the operands that never leave the device. They start at zero value, so
+            a client without private state computes exactly the shared model.
+        combine: inner weights in, the (unscaled) weight out; all of the weight's shape. It must be
+            elementwise, and of order ``operands - len(private)`` in the shared operands.
+        speed: default of K, how far the composed weight moves per step, dense = 1.
+    """
+
+    name: str
+    operands: int
+    combine: Callable[[Sequence[Tensor]], Tensor]
+    speed: float
+    private: frozenset[int] = frozenset()
+
+    def factor_names(self, *, kernel: bool) -> list[str]:
+        """The factors' names in order: x1, y1 (and t1 for a kernel), x2, y2, ..."""
+        parts = ("x", "y", "t") if kernel else ("x", "y")
+        return [f"{part}{i + 1}" for i in range(self.operands) for part in parts]
+
+    def private_names(self, *, kernel: bool) -> list[str]:
+        """The names among `factor_names` that belong to private operands."""
+        names = self.factor_names(kernel=kernel)
+        return [name for name in names if int(name[1:]) - 1 in self.private]
+
+
+LOWRANK = Method(name="lowrank", operands=1, combine=combine_lowrank, speed=0.25)
+FEDPARA = Method(name="fedpara", operands=2, combine=combine_fedpara, speed=0.5)
+PFEDPARA = Method(
+    name="pfedpara", operands=2, combine=combine_pfedpara, speed=0.25, private=frozenset({1})
+)
+
+BUILTIN_METHODS = (LOWRANK, FEDPARA, PFEDPARA)

@@ -1,0 +1,173 @@
+"""Layers in a state that cannot be factorised: named, with what to do about it.
+
+Whatever stands here would otherwise end in an error of torch's from the middle of a conversion, or
+in factors in place of a weight that was something else than it seemed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fedpara_plugins.errors import ConversionError
+
+__all__ = [
+    "check_model",
+    "holds_nan",
+    "is_quantised",
+    "refuse_unsound",
+    "refuse_unusable_weight",
+    "why_no_kind",
+]
+
+_REMOVERS = {
+    "WeightNorm": "torch.nn.utils.remove_weight_norm",
+    "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
+}
+"""What undoes torch's older wrappers, which compute a weight in a hook before each forward."""
+
+
+def check_model(model: Any) -> None:
+    """Raise ConversionError for what is no module."""
+    if not isinstance(model, nn.Module):
+        what = "the class" if isinstance(model, type) else f"a {type(model).__name__}"
+        hint = f"call it: {model.__name__}()" if isinstance(model, type) else "give the model"
+        raise ConversionError(f"model: expected a torch.nn.Module, got {what}; {hint}")
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer is one of torch's quantised ones, whose weight is no parameter."""
+    kind = type(layer)
+    owns_weight = hasattr(kind, "weight") or hasattr(layer, "weight") or "RNN" in str(kind.__mro__)
+    return ".quantized." in f"{kind.__module__}." and owns_weight
+
+
+def holds_nan(tensor: Tensor) -> bool:
+    """Whether a tensor holds NaN; infinities are ordinary in masks."""
+    return _is_plain(tensor) and bool(tensor.isnan().any())
+
+
+def why_no_kind(layer: nn.Module, kinds: Iterable[type[nn.Module]]) -> str:
+    """The reason in the report for a layer that no kind is registered for."""
+    name = type(layer).__name__
+    if isinstance(layer, parametrize.ParametrizationList):
+        return "it holds the original weight of a parametrised layer"
+    if ".qat." in f"{type(layer).__module__}.":
+        return f"{name} trains for quantisation: convert the float model, then prepare it"
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "it is scripted: convert the model first, then trace it (torch.jit.trace)"
+    own = [p for p in layer._parameters.values() if p is not None and p.dim() >= 2]
+    if own and not any(isinstance(layer, kind) for kind in kinds):
+        return f"no factorised kind is registered for {name}"
+    return f"{name} is no kind of layer that can be factorised"
+
+
+def refuse_unsound(name: str, layer: nn.Module, kinds: Iterable[type[nn.Module]]) -> None:
+    """Raise if a layer is lazy, quantised, parametrised or holds values that are not finite.
+
+    Args:
+        name: of the layer in the model.
+        layer: one that neither include nor exclude leaves out.
+        kinds: dense classes that can be factorised.
+
+    Raises:
+        ConversionError: it names the layer, what was found, and the remedy.
+    """
+    if is_quantised(layer):
+        raise ConversionError(
+            f"{_layer(name)} is quantised ({type(layer).__name__}): convert the float model and "
+            f"quantise what to_dense() or fedpara export gives, or exclude the layer"
+        )
+    of_a_kind = any(isinstance(layer, kind) for kind in kinds)
+    if of_a_kind and parametrize.is_parametrized(layer):
+        names = ", ".join(layer.parametrizations)  # type: ignore[arg-type]
+        raise ConversionError(
+            f"{_layer(name)} is parametrised by torch.nn.utils.parametrize (its {names}): remove "
+            f"that first (torch.nn.utils.parametrize.remove_parametrizations), or exclude the layer"
+        )
+    if of_a_kind:
+        _refuse_hooked(name, layer)
+    for attribute, parameter in layer._parameters.items():
+        if parameter is not None:
+            _refuse_values(name, attribute, parameter)
+    for attribute, buffer in layer._buffers.items():
+        if buffer is not None and holds_nan(buffer):
+            raise ConversionError(_not_finite(name, attribute))
+
+
+def refuse_unusable_weight(name: str, attribute: str, weight: Tensor | None) -> None:
+    """Raise if what should be factorised is not an ordinary dense floating-point parameter.
+
+    Args:
+        name: of the layer.
+        attribute: of the layer, such as ``weight``.
+        weight: what it has there.
+
+    Raises:
+        ConversionError: it names layer and attribute, what was found, and the remedy.
+    """
+    if weight is None:
+        raise ConversionError(
+            f"{_layer(name)} has no parameter {attribute!r}: it was removed, or is a buffer or an "
+            f"attribute now. Make it a parameter again, or exclude the layer"
+        )
+    found = ""
+    if type(weight) not in (nn.Parameter, Tensor):
+        found = f"a {type(weight).__name__}, which may be quantised or sharded"
+    elif weight.layout != torch.strided:
+        found = f"stored as {weight.layout}"
+    elif not weight.is_floating_point() or weight.element_size() < 2:
+        found = f"of {weight.dtype}"
+    if found:
+        raise ConversionError(
+            f"{_layer(name)}: {attribute} is {found}; expected an ordinary dense floating-point "
+            f"parameter of at least 16 bits. Convert before changing it, or exclude the layer"
+        )
+
+
+def _refuse_hooked(name: str, layer: nn.Module) -> None:
+    for hook in layer._forward_pre_hooks.values():
+        kind = type(hook)
+        if not kind.__module__.startswith("torch.nn.utils."):
+            continue
+        remover = _REMOVERS.get(kind.__name__, "torch.nn.utils.prune.remove")
+        raise ConversionError(
+            f"{_layer(name)} computes its weight in a hook ({kind.__module__}, {kind.__name__}): "
+            f"undo that first ({remover}), or exclude the layer"
+        )
+
+
+def _refuse_values(name: str, attribute: str, parameter: Tensor) -> None:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ConversionError(
+            f"{_layer(name)} is lazy, its {attribute} has no shape yet: run one forward pass "
+            f"with sample data before converting"
+        )
+    if parameter.is_meta:
+        raise ConversionError(
+            f"{_layer(name)}: {attribute} is on the meta device and has no values: build the model "
+            f"on a real device, or load its weights, before converting"
+        )
+    if _is_plain(parameter) and not torch.isfinite(parameter).all():
+        raise ConversionError(_not_finite(name, attribute))
+
+
+def _layer(name: str) -> str:
+    return f"layer {name!r}" if name else "the model (a single layer)"
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether torch can be asked about the values: dense, floating, and not of one byte."""
+    wide = tensor.is_floating_point() and tensor.element_size() >= 2
+    return wide and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _not_finite(name: str, attribute: str) -> str:
+    return (
+        f"{_layer(name)}: {attribute} holds NaN or infinite values; load sound weights before "
+        f"converting"
+    )

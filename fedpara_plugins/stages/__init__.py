@@ -1,0 +1,35 @@
+"""Stages of a codec: one file a stage or entropy coder, tensors in, tensors and notes out.
+
+May import ``support``, ``text`` and ``errors``. Offers `BUILTIN_STAGES`; the contract of a stage,
+`Stage`, stands in ``stages.stage``.
+"""
+
+from __future__ import annotations
+
+from fedpara_plugins.stages.cast import CastStage
+from fedpara_plugins.stages.delta import DeltaStage
+from fedpara_plugins.stages.entropy_ans import AnsStage
+from fedpara_plugins.stages.entropy_zlib import ZlibStage
+from fedpara_plugins.stages.entropy_zstd import ZstdStage
+from fedpara_plugins.stages.grid import GridStage
+from fedpara_plugins.stages.int8 import Int8Stage
+from fedpara_plugins.stages.planes import PlanesStage
+from fedpara_plugins.stages.quantise import QuantiseStage
+from fedpara_plugins.stages.topk import TopkStage
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors
+
+__all__ = ["BUILTIN_STAGES", "Notes", "Stage", "Tensors"]
+
+BUILTIN_STAGES: tuple[Stage, ...] = (
+    DeltaStage(),
+    Int8Stage(),
+    ZlibStage(),
+    ZstdStage(),
+    AnsStage(),
+    GridStage(),
+    CastStage(),
+    QuantiseStage(),
+    TopkStage(),
+    PlanesStage(),
+)
+"""What this distribution registers through ``fedpara_register_stages``."""

@@ -1,0 +1,109 @@
+"""Stage ``cast``: float32 and float64 values as float16 or bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.stages.options import choice, known_options
+from fedpara_plugins.stages.stage import (
+    Notes,
+    Stage,
+    Tensors,
+    byte_size,
+    check_limit,
+    check_notes,
+    dtype_name,
+    pack_dtypes,
+    unpack_dtypes,
+)
+
+__all__ = ["CastStage"]
+
+KINDS: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_WIDE = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class CastStage(Stage):
+    """Round to the narrower type on the way out, widen on arrival.
+
+    Acts on float32 and float64 tensors of at least one dimension. NaN and infinity stay what they
+    are; a finite value that the narrower type cannot hold is refused.
+
+    Args:
+        to: ``bf16`` (any float32 value, 8 significant bits) or ``fp16`` (11 significant bits for
+            values from 6e-5 to 65504, fewer below; updates are often smaller).
+
+    Notes: ``dtypes`` and ``each`` (see `pack_dtypes`): what the tensors were before.
+    """
+
+    name = "cast"
+    lossless = False
+    shortens = True
+
+    to: str = "bf16"
+
+    @property
+    def options(self) -> Mapping[str, str]:
+        """As in the codec's text."""
+        return {"to": self.to}
+
+    def with_options(self, options: Mapping[str, str]) -> CastStage:
+        """Option ``to``.
+
+        Raises:
+            ConfigError: unknown option, or another type.
+        """
+        known_options(self.name, options, ("to",))
+        return CastStage(choice(self.name, "to", options.get("to", "bf16"), tuple(KINDS)))
+
+    def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
+        """Round.
+
+        Raises:
+            PayloadError: a finite value overflows the narrower type.
+        """
+        acts = {name: x.dtype in _WIDE and x.ndim > 0 for name, x in tensors.items()}
+        coded = {name: self._cast(name, x) if acts[name] else x for name, x in tensors.items()}
+        return coded, pack_dtypes([x.dtype if acts[name] else None for name, x in tensors.items()])
+
+    def decode(
+        self, tensors: Tensors, notes: Notes, *, reference: Tensors | None, limit: int
+    ) -> Tensors:
+        """Widen.
+
+        Raises:
+            PayloadError: the notes do not fit the tensors, or the values exceed the limit.
+        """
+        check_notes(self.name, notes, {"dtypes": list, "each": str})
+        dtypes = unpack_dtypes(notes, len(tensors))
+        pairs = list(zip(tensors.values(), dtypes, strict=True))
+        size = sum(byte_size(dtype or tensor.dtype, tensor.shape) for tensor, dtype in pairs)
+        check_limit(size, limit, "the values behind the cast")
+        for name, (tensor, dtype) in zip(tensors, pairs, strict=True):
+            narrow = tensor.dtype in KINDS.values() and tensor.ndim > 0
+            if dtype is not None and not (narrow and dtype in _WIDE):
+                raise PayloadError(
+                    f"tensor {name!r}: expected F16 or BF16 for F32 or F64, got "
+                    f"{tuple(tensor.shape)} {tensor.dtype} for {dtype_name(dtype)}"
+                )
+        return {
+            name: tensor if dtype is None else tensor.to(dtype)
+            for name, (tensor, dtype) in zip(tensors, pairs, strict=True)
+        }
+
+    def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        narrow = tensor.detach().to(KINDS[self.to])
+        lost = torch.isinf(narrow) & torch.isfinite(tensor)
+        if bool(lost.any()):
+            remedy = "use cast:to=bf16" if self.to == "fp16" else "use quantise, or 'lossless'"
+            raise PayloadError(
+                f"tensor {name!r}: {int(lost.sum())} of {tensor.numel()} values, up to "
+                f"{float(tensor[lost].abs().max()):.3g}, exceed {self.to}'s largest number "
+                f"{torch.finfo(narrow.dtype).max:.6g}; {remedy}"
+            )
+        return narrow

@@ -1,0 +1,121 @@
+"""Stage ``delta``: the difference from a reference that both sides hold."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fedpara_plugins.errors import MismatchError, PayloadError
+from fedpara_plugins.stages.stage import (
+    REAL_DTYPES,
+    Notes,
+    Stage,
+    Tensors,
+    byte_size,
+    check_limit,
+    check_notes,
+    tensor_bytes,
+)
+
+__all__ = ["DeltaStage", "counterpart"]
+
+
+class DeltaStage(Stage):
+    """d = x - r on the way out, x = r + d on arrival; r is the reference's tensor of that name.
+
+    Both are rounded once, to the tensor's own dtype, float16 and bfloat16 included: a wider
+    difference would double the bytes of a half-precision model where no quantiser follows. A value
+    comes back within eps * (|x| + |r|), exactly where x and r are within a factor 2 of each other
+    (Sterbenz), so the stage is not lossless. A zero-dimensional tensor that would not come back
+    exactly travels whole, and its place stands in the notes, ``whole``. Tensors that are not
+    float16, bfloat16, float32 or float64 pass unchanged.
+    """
+
+    name = "delta"
+    lossless = False
+    needs_reference = True
+
+    def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
+        """Subtract the reference.
+
+        Raises:
+            MismatchError: the reference lacks a tensor or has it in another shape or dtype.
+            PayloadError: a difference of finite values overflows the dtype.
+        """
+        coded: Tensors = {}
+        whole: list[int] = []
+        for place, (name, tensor) in enumerate(tensors.items()):
+            coded[name] = tensor
+            if tensor.dtype not in REAL_DTYPES:
+                continue
+            other = counterpart(name, tensor, reference)
+            delta = tensor - other
+            if tensor.ndim == 0 and tensor_bytes(other + delta) != tensor_bytes(tensor):
+                whole.append(place)
+                continue
+            _check_overflow(name, tensor, delta)
+            coded[name] = delta
+        return coded, {"whole": whole} if whole else {}
+
+    def decode(
+        self, tensors: Tensors, notes: Notes, *, reference: Tensors | None, limit: int
+    ) -> Tensors:
+        """Add the reference.
+
+        Raises:
+            MismatchError: the reference lacks a tensor or has it in another shape or dtype.
+            PayloadError: the tensors exceed the limit.
+        """
+        check_notes(self.name, notes, {"whole": list} if notes else {})
+        whole = notes.get("whole", [])
+        known = all(type(place) is int and 0 <= place < len(tensors) for place in whole)
+        if not known or len(set(whole)) != len(whole):
+            raise PayloadError(f"stage 'delta': no places of {len(tensors)} tensors: {whole[:5]}")
+        size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in tensors.values())
+        check_limit(size, limit, "the sum of reference and delta")
+        exact = set(whole)
+        return {
+            name: tensor
+            if tensor.dtype not in REAL_DTYPES or place in exact
+            else counterpart(name, tensor, reference) + tensor
+            for place, (name, tensor) in enumerate(tensors.items())
+        }
+
+
+def counterpart(name: str, tensor: torch.Tensor, reference: Tensors | None) -> torch.Tensor:
+    """The reference's tensor of that name.
+
+    Raises:
+        MismatchError: the reference is missing, lacks it, or has another shape or dtype.
+    """
+    if reference is None:
+        raise MismatchError(
+            f"tensor {name!r} is coded against a reference and this side gave none; "
+            "pass the tensors that the other side coded against"
+        )
+    if name not in reference:
+        raise MismatchError(
+            f"tensor {name!r} is not in the reference, which holds {len(reference)} tensors: "
+            "sender and receiver convert different models, or with different options"
+        )
+    other = reference[name]
+    if (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
+        raise MismatchError(
+            f"tensor {name!r} is {tuple(tensor.shape)} {tensor.dtype}, in the reference "
+            f"{tuple(other.shape)} {other.dtype}: both sides need the same method and rank"
+        )
+    return other
+
+
+def _check_overflow(name: str, tensor: torch.Tensor, delta: torch.Tensor) -> None:
+    # One pass and no temporary; NaN and infinity both show in the ends.
+    if delta.numel() == 0 or all(map(math.isfinite, torch.aminmax(delta))):
+        return
+    lost = ~torch.isfinite(delta)
+    count = int((lost & torch.isfinite(tensor)).sum())
+    if count:
+        raise PayloadError(
+            f"tensor {name!r}: {count} of {tensor.numel()} finite values have no finite difference "
+            f"from the reference in {tensor.dtype}; check the reference, or use codec 'lossless'"
+        )

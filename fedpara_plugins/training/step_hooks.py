@@ -1,0 +1,181 @@
+"""What happens around a user's optimizer steps, without an edit in the training loop.
+
+Three options act there: ``decay`` keeps the meaning of the optimizer's weight decay, ``clip``
+bounds the gradient's norm, and ``schedule="decoupled"`` makes the first steps of a round private
+and the others shared. All hang on a hook that torch calls before every optimizer's step; it touches
+only optimizers that hold factors.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from fedpara_plugins.config import FedParaConfig
+from fedpara_plugins.layers.base import FactorisedLayer, Phase, layers_alive
+from fedpara_plugins.layers.composed_once import before_step
+from fedpara_plugins.training.decay import compose_decay
+from fedpara_plugins.training.label_counts import warn_without_counts
+
+__all__ = ["Training", "attach", "shared_phase", "start_round", "training_of"]
+
+
+@dataclass
+class Training:
+    """Where a model is in its round. One object for all its layers; copies of it have their own.
+
+    Attributes:
+        config: the options that the model was converted with.
+        decoupled: whether private and shared steps are apart.
+        private_steps: number of steps at the start of this round that are private.
+        steps: steps made in this round so far.
+        counts_given: whether `fedpara_plugins.set_label_counts` was called on the model.
+    """
+
+    config: FedParaConfig
+    decoupled: bool
+    private_steps: int
+    steps: int = 0
+    counts_given: bool = False
+
+    @property
+    def phase(self) -> Phase:
+        """What the next step trains."""
+        if not self.decoupled:
+            return "joint"
+        return "private" if self.steps < self.private_steps else "shared"
+
+
+def attach(model: nn.Module, config: FedParaConfig) -> None:
+    """Give the layers of a freshly converted model their common `Training`."""
+    layers = _layers_of(model)
+    private = any(plan.private_names for layer in layers for plan in layer.plans.values())
+    decoupled = config.schedule == "decoupled" and private
+    training = Training(config, decoupled, config.first_private_steps)
+    for layer in layers:
+        layer.__dict__["progress"] = training
+        layers_alive.add(layer)
+    start_round(model)
+
+
+def training_of(model: nn.Module) -> Training | None:
+    """A converted model's `Training`; None if it has no factorised layer."""
+    found = next((layer.progress for layer in _layers_of(model)), None)
+    return found if isinstance(found, Training) else None
+
+
+def start_round(model: nn.Module, *, previous_steps: int | None = None) -> None:
+    """Begin a round: under ``schedule="decoupled"`` the next steps are private ones again.
+
+    Args:
+        model: any module; without factorised layers there is nothing to do.
+        previous_steps: steps of the round before, of which the option ``private_steps`` may be a
+            share; without them ``first_private_steps`` counts.
+    """
+    training = training_of(model)
+    if training is None:
+        return
+    wanted = training.config.private_steps
+    if wanted >= 1:
+        training.private_steps = int(wanted)
+    elif previous_steps:
+        training.private_steps = max(1, round(wanted * previous_steps))
+    else:
+        training.private_steps = training.config.first_private_steps
+    training.steps = 0
+    _set_phase(_layers_of(model), training.phase)
+
+
+@contextmanager
+def shared_phase(model: nn.Module) -> Iterator[None]:
+    """Within this context a model is as its shared steps see it, wherever in a round it stands."""
+    training = training_of(model)
+    if training is None or not training.decoupled:
+        yield
+        return
+    layers = _layers_of(model)
+    _set_phase(layers, "shared")
+    try:
+        yield
+    finally:
+        _set_phase(layers, training.phase)
+
+
+_held: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, list[Any]]]
+_held = weakref.WeakKeyDictionary()
+"""For each optimizer the layers whose factors it holds, and how many layers were alive then."""
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    layers = _layers_held_by(optimizer)
+    before_step(layers)
+    for training in {id(layer.progress): layer.progress for layer in layers}.values():
+        of_model = [layer for layer in layers if layer.progress is training]
+        if training.config.label_prior and training.steps == 0:
+            warn_without_counts(of_model, given=training.counts_given)
+        if training.decoupled:
+            _drop_other_gradients(optimizer, of_model, training.phase)
+        if training.config.decay == "composed":
+            compose_decay(optimizer, _factor_counts(of_model))
+        if training.config.clip is not None:
+            nn.utils.clip_grad_norm_(_parameters(optimizer), training.config.clip)
+        training.steps += 1
+        _set_phase(of_model, training.phase)
+
+
+register_optimizer_step_pre_hook(_before_step)
+
+
+def _layers_held_by(optimizer: torch.optim.Optimizer) -> list[FactorisedLayer]:
+    size = len(_parameters(optimizer))
+    if optimizer not in _held or _held[optimizer][0] != size:
+        held = {id(parameter) for parameter in _parameters(optimizer)}
+        found = [
+            weakref.ref(layer)
+            for layer in list(layers_alive)
+            if any(id(parameter) in held for parameter in layer.parameters(recurse=False))
+        ]
+        _held[optimizer] = (size, found)
+    return [layer for ref in _held[optimizer][1] if (layer := ref()) is not None]
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _drop_other_gradients(
+    optimizer: torch.optim.Optimizer, layers: Iterable[FactorisedLayer], phase: Phase
+) -> None:
+    """A parameter without a gradient is left alone by every optimizer, momentum and decay too."""
+    private = {id(parameter) for layer in layers for parameter in layer.private_parameters()}
+    for parameter in _parameters(optimizer):
+        if (id(parameter) in private) != (phase == "private"):
+            parameter.grad = None
+
+
+def _factor_counts(layers: Iterable[FactorisedLayer]) -> dict[int, int]:
+    """For each factor (by id), how many factors shrink its part of the weight together."""
+    counts: dict[int, int] = {}
+    for layer in layers:
+        for weight, plan in layer.plans.items():
+            private = set(plan.private_names)
+            for name, factor in layer.factors(weight).items():
+                together = [n for n in plan.factor_names if (n in private) == (name in private)]
+                counts[id(factor)] = len(together)
+    return counts
+
+
+def _set_phase(layers: Iterable[FactorisedLayer], phase: Phase) -> None:
+    for layer in layers:
+        layer.__dict__["phase"] = phase
+
+
+def _layers_of(model: nn.Module) -> list[FactorisedLayer]:
+    return [layer for layer in model.modules() if isinstance(layer, FactorisedLayer)]
