@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fedpara_plugins as fedpara
-from fedpara_plugins.training.step_hooks import start_round
+from fedpara_plugins.training import start_round
 
 CLIENTS, CLASSES = 10, 10
 TRAIN, TEST = 60, 100

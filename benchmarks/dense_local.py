@@ -29,7 +29,7 @@ from vgg16_update import vgg16
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import ModelSpec
-from fedpara_plugins.exchange.dense_round import DenseRound
+from fedpara_plugins.exchange import DenseRound
 from fedpara_plugins.factors.projection import project
 
 RATE = 0.01

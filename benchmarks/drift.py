@@ -32,10 +32,12 @@ from fedpara_plugins.optimizers import (
     Reply,
     ScaffoldServer,
     State,
+    difference,
+    finite,
     next_state,
+    norm,
     trained_parameters,
 )
-from fedpara_plugins.optimizers.named import difference, finite, norm
 
 CLIENTS, A_ROUND, EPOCHS, BATCH, TEST = 20, 5, 3, 10, 397
 

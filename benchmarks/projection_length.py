@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fedpara_plugins as fedpara
-from fedpara_plugins.exchange.dense_round import DenseRound
+from fedpara_plugins.exchange import DenseRound
 from fedpara_plugins.factors.projection import update
 
 SHARES = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fedpara_plugins as fedpara
-from fedpara_plugins.layers import FactorisedLayer
+from fedpara_plugins.plugins import FactorisedLayer
 
 __all__ = ["bound", "flower_models", "lycoris_loha", "peft_loha", "ranks", "resnet18"]
 

@@ -1,4 +1,4 @@
-"""Makes the fixture and the hooks of `harness.matrix.results` known to pytest, and picks the framework.
+"""Make the fixture and the hooks of `harness.matrix.results` known, and pick the framework.
 
 Flower and FedML cannot share an environment: each runs the tests of the one that is installed.
 """

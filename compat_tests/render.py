@@ -42,16 +42,16 @@ with GroupNorm or BatchNorm), on Flower through the Grid of
 assertions that can fail:
 
 - The strategy's own rule is written out in plain torch
-  ([`rules.py`](../compat_tests/harness/oracles/rules.py) and the modules it imports). With codec `none` or
-  `lossless` the final weights equal that loop's to float tolerance; with `int8` or `balanced` they
+  ([`rules.py`](../compat_tests/harness/oracles/rules.py) and the modules it imports). With codec
+  `none` or `lossless` the final weights equal that loop's to float tolerance; with `int8` or `balanced` they
   end within 5 % of the way that the loop has gone, at its accuracy (Bulyan: 10 %, since it chooses
   coordinate by coordinate). The clients' own models are as accurate as the loop's.
 - The ledger's bytes equal those counted on the wire, in every round and direction, and no message
   holds more or less than what the cell shares.
 - FedML's cells run with the plugin's engine on (`fedpara_mend: true` for method and codec `none`)
   and are held against the published algorithms
-  ([`fedml_rules.py`](../compat_tests/harness/oracles/fedml_rules.py)); where variates, duals or gradients
-  are coded too, a lossy codec may end within 10 %. What FedML itself computes is in
+  ([`fedml_rules.py`](../compat_tests/harness/oracles/fedml_rules.py)); where variates, duals or
+  gradients are coded too, a lossy codec may end within 10 %. What FedML itself computes is in
   [its faults](fedml-faults.md).
 - One truth: FedAvg, FedProx, FedAdam and SCAFFOLD with `none`, `fedpara` and `pfedpara` come to the
   same weights on Flower, on FedML and in a plain loop, which is

@@ -14,7 +14,7 @@ import pytest
 
 import fedpara_plugins_fedml.environment as environment
 from fedpara_plugins.cli import environment as core
-from fedpara_plugins.cli.main import main
+from fedpara_plugins.cli.command import main
 from fedpara_plugins_fedml.plugin import ADAPTER
 
 HEALTHY = {

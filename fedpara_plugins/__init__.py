@@ -16,10 +16,13 @@ distributions of their own (``fedpara-plugins[flower]``, ``[fedml]``).
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from types import ModuleType
+
+from fedpara_plugins._moved import new_path, serve_old_paths
 from fedpara_plugins._version import __version__
 from fedpara_plugins.config import FedParaConfig
-from fedpara_plugins.models.convert import convert
-from fedpara_plugins.models.to_dense import to_dense
 from fedpara_plugins.errors import (
     ConfigError,
     ConversionError,
@@ -28,15 +31,20 @@ from fedpara_plugins.errors import (
     PayloadError,
     PluginError,
 )
-from fedpara_plugins.training.label_counts import set_label_counts
-from fedpara_plugins.training.jacobian import JacobianCorrection
+from fedpara_plugins.layers import composed_once
 from fedpara_plugins.ledger import Ledger, LedgerEntry
-from fedpara_plugins.layers.composed_once import composed_once
-from fedpara_plugins.training.optimizer_check import check_optimizer
+from fedpara_plugins.models import (
+    ModelSpec,
+    Report,
+    Split,
+    convert,
+    merge,
+    report,
+    split,
+    to_dense,
+)
 from fedpara_plugins.plugins import hookimpl
-from fedpara_plugins.models.report import Report, report
-from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.models.split import Split, merge, split
+from fedpara_plugins.training import JacobianCorrection, check_optimizer, set_label_counts
 
 __all__ = [
     "ConfigError",
@@ -63,3 +71,20 @@ __all__ = [
     "split",
     "to_dense",
 ]
+
+
+class _Face(ModuleType):
+    """Keeps the functions that old module paths bear the names of (``convert``, ``report``)."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and callable(self.__dict__.get(name))):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> ModuleType:
+        if new_path(f"{self.__name__}.{name}") is None:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return import_module(f"{self.__name__}.{name}")
+
+
+serve_old_paths()
+sys.modules[__name__].__class__ = _Face

@@ -67,7 +67,7 @@ class FedParaConfig:
         private_speed: the same for the private half of pfedpara.
         local: what a client trains in its round: ``factors``, or an ordinary ``dense`` model that
             is never converted, and whose update the plugin projects onto the factors at the end
-            (`fedpara_plugins.factors.projection`). Messages are the same; `convert` takes no notice.
+            (`factors.projection`). Messages are the same; `convert` takes no notice.
         recompute: whether backward computes the two products behind a weight again, which takes
             longer, instead of holding them since forward, which takes twice the weight's memory;
             None does so for weights of 4 MiB and more, where it costs little. With

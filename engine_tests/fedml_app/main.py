@@ -105,7 +105,7 @@ class Aggregator(DefaultServerAggregator):  # type: ignore[misc]
 
 def die_writing() -> None:
     """In the rounds in question a client dies when all is written, and not yet valid."""
-    from fedpara_plugins.support.storage import FileStorage
+    from fedpara_plugins.support import FileStorage
 
     write = FileStorage._write
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedpara_plugins import ConfigError
+from fedpara_plugins import ConfigError, MismatchError
 from fedpara_plugins.codecs import decode_payload, parse_codec, peek_header
-from fedpara_plugins.errors import MismatchError
 
 GOLDEN = Path(__file__).with_name("golden.safetensors")
 

@@ -17,8 +17,10 @@ from collections.abc import Callable, Mapping
 import torch
 
 from fedpara_plugins import ConfigError, PayloadError, hookimpl
-from fedpara_plugins.codecs import Notes, Stage, Tensors
-from fedpara_plugins.stages.stage import (
+from fedpara_plugins.codecs import (
+    Notes,
+    Stage,
+    Tensors,
     byte_size,
     check_limit,
     check_notes,

@@ -21,7 +21,7 @@ from fedpara_plugins.errors import ConversionError
 from fedpara_plugins.factors.fast.conditions import FALLBACKS
 from fedpara_plugins.factors.fast.form import is_known
 from fedpara_plugins.layers import FactorisedLayer
-from fedpara_plugins.models.convert import convert
+from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.decisions import Decision, decisions
 from fedpara_plugins.plugins import layers
 from fedpara_plugins.support.findings import Finding

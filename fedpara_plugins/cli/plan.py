@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from fedpara_plugins.codecs import Codec, encode_payload, parse_codec
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError
-from fedpara_plugins.models.convert import convert
-from fedpara_plugins.models.report import Report, report
+from fedpara_plugins.models.conversion import convert
+from fedpara_plugins.models.model_report import Report, report
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.models.split import split
+from fedpara_plugins.models.state_split import split
 from fedpara_plugins.support.units import readable_bytes, readable_seconds
 
 __all__ = ["Link", "Message", "TrafficPlan", "choose_gamma", "plan_traffic"]

@@ -22,7 +22,7 @@ from fedpara_plugins.cli.step_parts import Call, parts_of, training_step, uses_o
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.layers.base import FactorisedLayer
-from fedpara_plugins.models.convert import convert
+from fedpara_plugins.models.conversion import convert
 
 __all__ = ["StepCost", "parse_input", "step_cost"]
 

@@ -10,8 +10,8 @@ The bytes are specified in ``docs/payload.md``. Nothing here knows a framework.
 from __future__ import annotations
 
 from fedpara_plugins.codecs.chain import Codec
-from fedpara_plugins.stages.entropy_decoders import decoders
 from fedpara_plugins.codecs.feedback import encode_with_feedback
+from fedpara_plugins.codecs.json_reader import strict_json
 from fedpara_plugins.codecs.payload import (
     Payload,
     PayloadHeader,
@@ -20,9 +20,19 @@ from fedpara_plugins.codecs.payload import (
     peek_header,
 )
 from fedpara_plugins.codecs.reference import reference_hash
-from fedpara_plugins.stages import BUILTIN_STAGES
-from fedpara_plugins.stages.stage import Notes, Stage, Tensors
 from fedpara_plugins.codecs.text import PRESETS, parse_codec
+from fedpara_plugins.stages import BUILTIN_STAGES
+from fedpara_plugins.stages.entropy_decoders import decoders
+from fedpara_plugins.stages.stage import (
+    Notes,
+    Stage,
+    Tensors,
+    byte_size,
+    check_limit,
+    check_notes,
+    pack_dtypes,
+    unpack_dtypes,
+)
 
 __all__ = [
     "BUILTIN_STAGES",
@@ -33,11 +43,17 @@ __all__ = [
     "PayloadHeader",
     "Stage",
     "Tensors",
+    "byte_size",
+    "check_limit",
+    "check_notes",
     "decode_payload",
     "decoders",
     "encode_payload",
     "encode_with_feedback",
+    "pack_dtypes",
     "parse_codec",
     "peek_header",
     "reference_hash",
+    "strict_json",
+    "unpack_dtypes",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import safetensors.torch
 
-from fedpara_plugins.codecs.strict_json import strict_json
+from fedpara_plugins.codecs.json_reader import strict_json
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.stages.checks import check_dimensions
 from fedpara_plugins.stages.stage import DTYPES, Tensors, check_booleans, check_count, check_limit

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpara_plugins._version import __version__
-from fedpara_plugins.codecs.strict_json import strict_json
+from fedpara_plugins.codecs.json_reader import strict_json
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.stages.stage import Notes
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, MismatchError
 from fedpara_plugins.factors.projection import project
-from fedpara_plugins.models.convert import convert
+from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.spec import ModelSpec
 
 __all__ = ["DenseRound", "check_agreement", "converted_copy", "refuse_in_factor_space", "tell_idle"]
@@ -53,7 +53,7 @@ class DenseRound:
     def after(self, trained: Mapping[str, Tensor]) -> State:
         """The state of factors that a dense state stands for after training.
 
-        Composed weights are projected (`fedpara_plugins.factors.projection.project`), private factors
+        Composed weights are projected (`factors.projection.project`), private factors
         moving with the shared ones; everything else (biases, norms, dense layers, buffers) is taken
         as it is. Without any change the very state that the round began with comes back.
 

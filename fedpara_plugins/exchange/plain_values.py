@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Others", "pack", "unpack"]
+__all__ = ["Others", "pack_plain", "unpack_plain"]
 
 Tensors = dict[str, Tensor]
 
@@ -21,7 +21,7 @@ that it does not know."""
 _SCALARS = (bool, int, float, str, type(None))
 
 
-def pack(value: Any, tensors: Tensors, others: Others = lambda value: None) -> Any:
+def pack_plain(value: Any, tensors: Tensors, others: Others = lambda value: None) -> Any:
     """A value as plain JSON; arrays and tensors go to ``tensors``.
 
     Args:
@@ -37,12 +37,15 @@ def pack(value: Any, tensors: Tensors, others: Others = lambda value: None) -> A
             return {"float": repr(value)}
         return value
     if isinstance(value, list | tuple):
-        return {type(value).__name__: [pack(item, tensors, others) for item in value]}
+        return {type(value).__name__: [pack_plain(item, tensors, others) for item in value]}
     if (found := others(value)) is not None:
         kind, inner = found
-        return {kind: pack(inner, tensors, others)}
+        return {kind: pack_plain(inner, tensors, others)}
     if isinstance(value, dict):
-        rows = [[pack(k, tensors, others), pack(v, tensors, others)] for k, v in value.items()]
+        rows = [
+            [pack_plain(k, tensors, others), pack_plain(v, tensors, others)]
+            for k, v in value.items()
+        ]
         return {"dict": rows}
     if isinstance(value, np.ndarray | np.generic | torch.Tensor):
         name = str(len(tensors))
@@ -58,10 +61,10 @@ def _array_kind(value: object) -> str:
     return "ndarray" if isinstance(value, np.ndarray) else "Tensor"
 
 
-def unpack(
+def unpack_plain(
     value: Any, tensors: Mapping[str, Tensor], others: Mapping[str, Callable[[Any], Any]] = {}
 ) -> Any:
-    """Undo `pack`.
+    """Undo `pack_plain`.
 
     Args:
         value: what it returned.
@@ -77,12 +80,14 @@ def unpack(
     if kind == "float":
         return float(content)
     if kind in ("list", "tuple"):
-        items = [unpack(item, tensors, others) for item in content]
+        items = [unpack_plain(item, tensors, others) for item in content]
         return items if kind == "list" else tuple(items)
     if kind == "dict":
-        return {unpack(k, tensors, others): unpack(v, tensors, others) for k, v in content}
+        return {
+            unpack_plain(k, tensors, others): unpack_plain(v, tensors, others) for k, v in content
+        }
     if kind in others:
-        return others[kind](unpack(content, tensors, others))
+        return others[kind](unpack_plain(content, tensors, others))
     tensor = tensors[content]
     if kind == "Tensor":
         return tensor

@@ -2,7 +2,7 @@
 
 Shapes: X (m, R), Y (n, R), T (R, R, k1, ...); the result is (m, n) or (m, n, k1, ...).
 No parameters, no state: what a layer, an export, a projection and a test all call. With torch's own
-operations only; what a training step runs is in `fedpara_plugins.factors.fast`, with the same results.
+operations only; what a training step runs is in `factors.fast`, with the same results.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from fedpara_plugins.layers.conv import (
     FactorisedConvTranspose3d,
 )
 from fedpara_plugins.layers.embedding import FactorisedEmbedding, FactorisedEmbeddingBag
+from fedpara_plugins.layers.kept_weights import composed_once
 from fedpara_plugins.layers.lazy import LazyLayer
 from fedpara_plugins.layers.linear import FactorisedLinear
 from fedpara_plugins.layers.personal import PersonalLinear
@@ -40,6 +41,7 @@ __all__ = [
     "LazyLayer",
     "PersonalLinear",
     "composed",
+    "composed_once",
 ]
 
 BUILTIN_LAYERS: tuple[type[FactorisedLayer] | LazyLayer, ...] = (

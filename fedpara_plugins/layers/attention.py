@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fedpara_plugins.factors.fast.conditions import rewritten
 from fedpara_plugins.factors.plan import WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, composed
-from fedpara_plugins.layers.composed_once import composed_once, holds
+from fedpara_plugins.layers.kept_weights import composed_once, holds
 from fedpara_plugins.layers.linear import FactorisedLinear
 
 __all__ = ["FactorisedAttentionOutput", "FactorisedMultiheadAttention"]

@@ -24,7 +24,7 @@ from fedpara_plugins.factors.fast.conditions import without_autocast
 from fedpara_plugins.factors.fit import fit_factors, relative_error
 from fedpara_plugins.factors.initialise import initial_factors, seeded_shared
 from fedpara_plugins.factors.plan import WeightPlan, WeightSlot, compose_together, factor_key
-from fedpara_plugins.layers.composed_once import forget, holds, kept_weight
+from fedpara_plugins.layers.kept_weights import forget, holds, kept_weight
 
 __all__ = ["FactorisedLayer", "Phase", "composed", "layers_alive"]
 

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 from fedpara_plugins.factors.fast.linear import linear_from_factors
 from fedpara_plugins.factors.plan import WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, composed
-from fedpara_plugins.layers.composed_once import kept_weight
+from fedpara_plugins.layers.kept_weights import kept_weight
 
 __all__ = ["FactorisedLinear"]
 

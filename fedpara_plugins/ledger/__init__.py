@@ -7,7 +7,6 @@ what the run was set to, the sizes of the layers, and how good the model was aft
 from __future__ import annotations
 
 from fedpara_plugins.ledger.book import Ledger, LedgerTotals, Sum
-from fedpara_plugins.ledger.layer_sizes import layer_sizes
 from fedpara_plugins.ledger.files import CSV_HEAD, read_lines, torn_bytes
 from fedpara_plugins.ledger.records import (
     Direction,
@@ -17,6 +16,7 @@ from fedpara_plugins.ledger.records import (
     Line,
     RunStart,
 )
+from fedpara_plugins.ledger.sizes import layer_sizes
 
 __all__ = [
     "CSV_HEAD",

@@ -1,1 +1,30 @@
-"""."""
+"""A model in, a model out: convert, back to dense, describe, split, report, save.
+
+May import ``plugins``, ``training`` and what stands below them.
+"""
+
+from __future__ import annotations
+
+from fedpara_plugins.models.attached_config import config_of
+from fedpara_plugins.models.checkpoints import load_factors, save_dense, save_factors
+from fedpara_plugins.models.conversion import convert
+from fedpara_plugins.models.dense_copy import to_dense
+from fedpara_plugins.models.model_report import Report, report
+from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.state_split import Split, merge, shared_names, split
+
+__all__ = [
+    "ModelSpec",
+    "Report",
+    "Split",
+    "config_of",
+    "convert",
+    "load_factors",
+    "merge",
+    "report",
+    "save_dense",
+    "save_factors",
+    "shared_names",
+    "split",
+    "to_dense",
+]

@@ -19,8 +19,11 @@ points; ``fedpara doctor`` lists these.
 
 from __future__ import annotations
 
-from fedpara_plugins.plugins.markers import ENTRY_POINT_GROUP, hookimpl
+from fedpara_plugins.factors.methods import Method
+from fedpara_plugins.factors.plan import WeightSlot
+from fedpara_plugins.layers import FactorisedLayer, LazyLayer, composed
 from fedpara_plugins.plugins.adapter import Adapter
+from fedpara_plugins.plugins.markers import ENTRY_POINT_GROUP, hookimpl
 from fedpara_plugins.plugins.registry import (
     adapters,
     layers,
@@ -34,7 +37,12 @@ from fedpara_plugins.plugins.registry import (
 __all__ = [
     "ENTRY_POINT_GROUP",
     "Adapter",
+    "FactorisedLayer",
+    "LazyLayer",
+    "Method",
+    "WeightSlot",
     "adapters",
+    "composed",
     "hookimpl",
     "layers",
     "leave_out_broken",

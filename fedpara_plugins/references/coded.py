@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedpara_plugins.codecs.chain import Codec
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.models.split import shared_names
+from fedpara_plugins.models.state_split import shared_names
 from fedpara_plugins.stages.stage import Tensors
 
 __all__ = ["Coded", "Downlink", "Kind", "alike", "shared_part"]

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedpara_plugins.codecs.json_reader import strict_json
 from fedpara_plugins.codecs.reference import reference_hash
-from fedpara_plugins.codecs.strict_json import strict_json
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.factors.initialise import PART, seeded_shared
 from fedpara_plugins.models.spec import ModelSpec, plan_from_row

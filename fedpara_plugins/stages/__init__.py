@@ -15,8 +15,8 @@ from fedpara_plugins.stages.grid import GridStage
 from fedpara_plugins.stages.int8 import Int8Stage
 from fedpara_plugins.stages.planes import PlanesStage
 from fedpara_plugins.stages.quantise import QuantiseStage
-from fedpara_plugins.stages.topk import TopkStage
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors
+from fedpara_plugins.stages.topk import TopkStage
 
 __all__ = ["BUILTIN_STAGES", "Notes", "Stage", "Tensors"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.layers.personal import PersonalLinear
 
-__all__ = ["set_label_counts", "warn_without_counts"]
+__all__ = ["lacks_label_counts", "set_label_counts", "warn_without_counts"]
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,19 @@ def set_label_counts(
                 layer.added["label_prior"].copy_(prior)
             if layer.progress is not None:
                 layer.progress.counts_given = True
+
+
+def lacks_label_counts(model: nn.Module) -> bool:
+    """Return whether the model's head adds label counts to its logits and has none yet.
+
+    Counts give exactly zero for no class, so zeros throughout mean that none were given.
+    """
+    priors = [
+        layer.added["label_prior"]
+        for layer in model.modules()
+        if isinstance(layer, PersonalLinear) and "label_prior" in layer.added
+    ]
+    return any(not bool(prior.any()) for prior in priors)
 
 
 def warn_without_counts(layers: Iterable[nn.Module], *, given: bool) -> None:

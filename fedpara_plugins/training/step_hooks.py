@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.layers.base import FactorisedLayer, Phase, layers_alive
-from fedpara_plugins.layers.composed_once import before_step
+from fedpara_plugins.layers.kept_weights import before_step
 from fedpara_plugins.training.decay import compose_decay
 from fedpara_plugins.training.label_counts import warn_without_counts
 

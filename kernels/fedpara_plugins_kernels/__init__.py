@@ -1,7 +1,7 @@
 """Composes FedPara weights and their gradients in C++, on memory that the caller owns.
 
-`fedpara_plugins.factors.fast.native` calls this; nothing here knows torch. See ``kernels.cpp`` for what is
-computed and for the meaning of the structures' fields.
+`fedpara_plugins.factors.fast.native` calls this; nothing here knows torch. See ``kernels.cpp`` for
+what is computed and for the meaning of the structures' fields.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from fedpara_plugins import hookimpl
-from fedpara_plugins.factors.plan import WeightSlot
-from fedpara_plugins.layers import FactorisedLayer, composed
+from fedpara_plugins.plugins import FactorisedLayer, WeightSlot, composed
 
 
 class FactorisedBilinear(FactorisedLayer, nn.Bilinear):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpara_plugins.cli.main import main
+from fedpara_plugins.cli.command import main
 
 MODELS = Path(__file__).with_name("user_models.py")
 

@@ -234,7 +234,7 @@ def test_how_figures_read():
 
 
 def test_help_has_every_option_of_the_config(capsys):
-    from fedpara_plugins.cli.main import main
+    from fedpara_plugins.cli.command import main
 
     with pytest.raises(SystemExit) as end:
         main(["plan", "--help"])

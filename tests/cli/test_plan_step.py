@@ -141,7 +141,7 @@ def test_outputs_of_any_form():
 
 def test_what_a_user_reads(command, monkeypatch):
     cost = StepCost(0.5, {"body.0.weight": 0.2, "head.weight": 0.04, "stem.weight": -0.01})
-    monkeypatch.setattr("fedpara_plugins.cli.main.step_cost", lambda *given: cost)
+    monkeypatch.setattr("fedpara_plugins.cli.command.step_cost", lambda *given: cost)
     code, out, err = command("plan", "user_models:Net", "--input", "2x3x8x8")
     assert (code, err) == (0, "")
     assert out.endswith(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from fedpara_plugins.support.findings import Finding, satisfies
+from fedpara_plugins.support import Finding, satisfies
 
 __all__ = ["BACKENDS", "PINS", "Pin", "findings", "missing_for"]
 

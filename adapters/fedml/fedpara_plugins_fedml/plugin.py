@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fedpara_plugins.plugins import Adapter, hookimpl
 
 if TYPE_CHECKING:
-    from fedpara_plugins.support.findings import Finding
+    from fedpara_plugins.support import Finding
 
 
 def _findings() -> Iterable[Finding]:

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from fedpara_plugins import ConfigError, ConversionError, FedParaConfig
-from fedpara_plugins.exchange.settings import ExchangeSettings, to_number
+from fedpara_plugins.exchange import ExchangeSettings, to_number
 from fedpara_plugins.optimizers import Guard
 
 __all__ = ["PREFIX", "Settings", "naming_keys"]

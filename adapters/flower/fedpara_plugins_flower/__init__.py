@@ -27,14 +27,14 @@ from fedpara_plugins_flower._version import __version__
 
 if TYPE_CHECKING:
     from fedpara_plugins_flower.client.mod import client_mod, client_mod_with
-    from fedpara_plugins_flower.server.evaluation import log_metrics
     from fedpara_plugins_flower.factories import factorised
-    from fedpara_plugins_flower.strategies.feddyn import FedDyn
-    from fedpara_plugins_flower.strategies.correction import correction
     from fedpara_plugins_flower.run import to_dense
-    from fedpara_plugins_flower.strategies.scaffold import Guard, Scaffold
     from fedpara_plugins_flower.server.app import server_app
+    from fedpara_plugins_flower.server.evaluation import log_metrics
     from fedpara_plugins_flower.settings import Settings
+    from fedpara_plugins_flower.strategies.correction import correction
+    from fedpara_plugins_flower.strategies.feddyn import FedDyn
+    from fedpara_plugins_flower.strategies.scaffold import Guard, Scaffold
 
 __all__ = [
     "FedDyn",

@@ -20,9 +20,9 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError, FedParaConfig, ModelSpec, convert
-from fedpara_plugins.exchange.dense_round import DenseRound, converted_copy
-from fedpara_plugins.support.storage import Storage
-from fedpara_plugins.training.step_hooks import Training, start_round, training_of
+from fedpara_plugins.exchange import DenseRound, converted_copy
+from fedpara_plugins.support import Storage
+from fedpara_plugins.training import Training, start_round, training_of
 from fedpara_plugins_flower.settings import Settings
 
 __all__ = ["Run", "Start", "StartHook", "active_run", "open_run", "to_dense"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedpara_plugins.exchange.settings import ExchangeSettings
+from fedpara_plugins.exchange import ExchangeSettings
 
 __all__ = ["PREFIX", "Settings"]
 

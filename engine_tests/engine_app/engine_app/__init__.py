@@ -1,1 +1,1 @@
-"""A Flower app for the engine tests; `harness.flower.deployment` copies the matrix's ``task.py`` in."""
+"""A Flower app for the engine tests; `harness.flower.deployment` adds the matrix's ``task.py``."""

@@ -56,7 +56,7 @@ def found() -> Found:
 def serves(form: Form, factors: Sequence[Tensor]) -> bool:
     """Whether `compose` and `gradients` can be called with these factors (x1, y1, t1, x2, ...).
 
-    They are of one dtype and on one device, as `fedpara_plugins.factors.fast.conditions.may_run` has found.
+    They are of one dtype and on one device, as `conditions.may_run` has found.
     """
     first = factors[0]
     if first.dtype is not torch.float32 or not first.is_cpu:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from fedpara_plugins.exchange.settings import codecs_in_words
+from fedpara_plugins.exchange import codecs_in_words
 from fedpara_plugins_fedml.rules import Rule
 from fedpara_plugins_fedml.settings import Settings
 

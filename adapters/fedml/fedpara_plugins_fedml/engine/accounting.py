@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fedpara_plugins import FedParaConfig, Ledger, LedgerEntry, __version__
-from fedpara_plugins.exchange.sizes import Size, codec_text
+from fedpara_plugins.exchange import Size, codec_text
 from fedpara_plugins.ledger import Direction, LayerSize, RunStart
 
 __all__ = ["Accounting"]

@@ -14,7 +14,7 @@ from fedml.core import Context
 from torch import Tensor
 
 from fedpara_plugins import MismatchError, ModelSpec
-from fedpara_plugins.exchange.outbox import cast
+from fedpara_plugins.exchange import cast
 from fedpara_plugins_fedml.engine.models import plain_state, to_state
 from fedpara_plugins_fedml.rules import Answer, Rule, State
 

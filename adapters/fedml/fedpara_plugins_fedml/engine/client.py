@@ -16,12 +16,10 @@ from torch import nn
 
 from fedpara_plugins import ConfigError, ConversionError, FedParaError, MismatchError
 from fedpara_plugins.codecs import decoders
-from fedpara_plugins.exchange.client_state import ClientState
-from fedpara_plugins.exchange.coding import check_finite
-from fedpara_plugins.exchange.dense_round import DenseRound
+from fedpara_plugins.exchange import ClientState, DenseRound, check_finite
 from fedpara_plugins.references import LostReferenceError
-from fedpara_plugins.support.storage import Part, Storage
-from fedpara_plugins.training.step_hooks import start_round, training_of
+from fedpara_plugins.support import Part, Storage
+from fedpara_plugins.training import start_round, training_of
 from fedpara_plugins_fedml.engine.client_models import ClientModels
 from fedpara_plugins_fedml.engine.labels import count_once
 from fedpara_plugins_fedml.engine.models import plain_state, to_state

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins import merge
-from fedpara_plugins.exchange.client_state import ClientState
-from fedpara_plugins.models.checkpoints import save_dense
+from fedpara_plugins.exchange import ClientState
+from fedpara_plugins.models import save_dense
 from fedpara_plugins_fedml.engine.client_storage import ClientStorages
 from fedpara_plugins_fedml.engine.models import dense_of, exchanged, plain_state, spec_for, to_state
 from fedpara_plugins_fedml.engine.tasks import Task, read_task

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedpara_plugins.support.storage import FileStorage, Storage
+from fedpara_plugins.support import FileStorage, Storage
 
 __all__ = ["ClientStorages", "MemoryStorage"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError, set_label_counts
-from fedpara_plugins.layers.personal import PersonalLinear
+from fedpara_plugins.training import lacks_label_counts
 
 __all__ = ["count_once"]
 
@@ -30,7 +30,7 @@ def count_once(model: nn.Module, train_data: Any) -> None:
     Raises:
         ConfigError: the batches are no such pairs.
     """
-    if not any(_waits(layer) for layer in model.modules()):
+    if not lacks_label_counts(model):
         return
     with _random_states_kept():
         try:
@@ -42,13 +42,6 @@ def count_once(model: nn.Module, train_data: Any) -> None:
                 f"ClientTrainer's on_before_local_training, or leave the option out"
             ) from error
     set_label_counts(model, labels)
-
-
-def _waits(layer: nn.Module) -> bool:
-    """Whether it is a head without counts: they give exactly zero for no class."""
-    if not isinstance(layer, PersonalLinear) or "label_prior" not in layer.added:
-        return False
-    return not bool(layer.added["label_prior"].any())
 
 
 def _labels(batch: Any) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins import ConversionError, ModelSpec, convert
-from fedpara_plugins.exchange.dense_round import converted_copy, tell_idle
+from fedpara_plugins.exchange import converted_copy, tell_idle
 from fedpara_plugins_fedml.settings import Settings, naming_keys
 
 __all__ = [

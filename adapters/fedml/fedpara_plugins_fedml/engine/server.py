@@ -10,10 +10,8 @@ import torch
 
 from fedpara_plugins import MismatchError, ModelSpec, PayloadError
 from fedpara_plugins.codecs import decode_payload
-from fedpara_plugins.exchange.coding import check_finite
-from fedpara_plugins.exchange.outbox import Outbox
-from fedpara_plugins.exchange.sizes import Size, size_of
-from fedpara_plugins.models.checkpoints import save_dense
+from fedpara_plugins.exchange import Outbox, Size, check_finite, size_of
+from fedpara_plugins.models import save_dense
 from fedpara_plugins.optimizers import trained_parameters
 from fedpara_plugins_fedml.engine.accounting import Accounting
 from fedpara_plugins_fedml.engine.aggregation import Aggregation

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
-from fedpara_plugins.exchange.plain_values import pack, unpack
-from fedpara_plugins.support.storage import replace_file
+from fedpara_plugins.exchange import pack_plain, unpack_plain
+from fedpara_plugins.support import replace_file
 from fedpara_plugins_fedml.rules import State
 
 __all__ = ["CompletedRound", "ServerFile"]
@@ -59,7 +59,7 @@ class ServerFile:
         tensors: dict[str, Tensor] = {}
         words = {
             "round": done.round,
-            "rule": pack(dict(done.rule), tensors),
+            "rule": pack_plain(dict(done.rule), tensors),
             "optimizer": done.optimizer,
             "model": done.model,
         }
@@ -109,7 +109,7 @@ class ServerFile:
             payload = decode_payload(data, limit=len(data))
             words = dict(payload.header.extra or {})
             x = {n[len(MODEL) :]: v for n, v in payload.tensors.items() if n.startswith(MODEL)}
-            words["rule"] = unpack(words["rule"], payload.tensors)
+            words["rule"] = unpack_plain(words["rule"], payload.tensors)
             return CompletedRound(x=x, **words)
         except (FedParaError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(

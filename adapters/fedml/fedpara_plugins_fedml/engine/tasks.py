@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from fedpara_plugins import ConfigError, MismatchError, ModelSpec, merge
 from fedpara_plugins.codecs import Codec
-from fedpara_plugins.exchange.client_state import ClientState
-from fedpara_plugins.exchange.coding import (
+from fedpara_plugins.exchange import (
+    ClientState,
     blind_limit,
     check_finite,
     check_names,
+    codecs_in_words,
     codecs_of,
     decoders_of,
     difference,
@@ -21,7 +22,6 @@ from fedpara_plugins.exchange.coding import (
     spec_of,
     update_codec,
 )
-from fedpara_plugins.exchange.settings import codecs_in_words
 from fedpara_plugins.references import Received
 from fedpara_plugins_fedml.engine.models import no_model
 from fedpara_plugins_fedml.messages.envelope import Envelope

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedpara_plugins import MismatchError, PayloadError
-from fedpara_plugins.codecs.strict_json import strict_json
+from fedpara_plugins.codecs import strict_json
 
 __all__ = ["Envelope", "pack", "unpack"]
 

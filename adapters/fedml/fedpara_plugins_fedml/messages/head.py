@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from fedpara_plugins import ConfigError, FedParaError, PayloadError
-from fedpara_plugins.text import printable, shortened
+from fedpara_plugins.support import printable, shortened
 
 __all__ = ["MODEL", "Head", "Purpose"]
 

@@ -11,7 +11,7 @@ import random
 import zlib
 from typing import Any
 
-from fedpara_plugins.testing import hostile
+from fedpara_plugins.testing import damaged as damaged_bytes
 from fedpara_plugins_fedml.messages.envelope import FIXED, MAGIC
 
 __all__ = ["damaged", "signed"]
@@ -39,16 +39,16 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
     try:
         words, payloads = _parts(data)
     except (ValueError, KeyError, TypeError, RecursionError):
-        return signed(hostile.damaged(data, draw))
+        return signed(damaged_bytes(data, draw))
     if kind < 0.2 or (kind >= 0.65 and not payloads):
-        whole = hostile.damaged(data, draw)
+        whole = damaged_bytes(data, draw)
         return whole if draw.random() < 0.2 else signed(whole)
     if kind < 0.65:
-        text = hostile.damaged(json.dumps(words).encode(), draw)
+        text = damaged_bytes(json.dumps(words).encode(), draw)
         body = b"".join(payloads)
         return _joined(_with_sizes(text, body) if draw.random() < 0.5 else text, body)
     place = draw.randrange(len(payloads))
-    payloads[place] = hostile.damaged(payloads[place], draw)
+    payloads[place] = damaged_bytes(payloads[place], draw)
     words["payloads"][place][1] = len(payloads[place])
     return _joined(json.dumps(words).encode(), b"".join(payloads))
 

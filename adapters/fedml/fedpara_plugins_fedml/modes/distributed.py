@@ -12,7 +12,7 @@ from fedml.ml.engine import ml_engine_adapter
 from fedml.ml.trainer.trainer_creator import create_model_trainer
 
 from fedpara_plugins import ConfigError, FedParaError
-from fedpara_plugins.exchange.settings import codecs_in_words
+from fedpara_plugins.exchange import codecs_in_words
 from fedpara_plugins_fedml.checks.arguments import check_contribution
 from fedpara_plugins_fedml.checks.supported import is_distributed, lacks_optimizer
 from fedpara_plugins_fedml.engine.client import ClientHalf

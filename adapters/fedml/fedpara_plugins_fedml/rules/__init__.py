@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins.exchange.dense_round import refuse_in_factor_space
-from fedpara_plugins.optimizers.rounds import Weighting
+from fedpara_plugins.exchange import refuse_in_factor_space
+from fedpara_plugins.optimizers import Weighting
 from fedpara_plugins_fedml.rules.base import Answer, LocalRule, LocalWork, Mean, Rule, State, Visit
 from fedpara_plugins_fedml.rules.fedavg import FedAvg
 from fedpara_plugins_fedml.rules.feddyn import FedDyn, LocalFedDynRule

@@ -19,10 +19,12 @@ from fedpara_plugins.optimizers import (
     GuardedRounds,
     Reply,
     State,
+    Weighting,
+    difference,
+    finite,
+    norm,
     tell_verdict,
 )
-from fedpara_plugins.optimizers.named import difference, finite, norm
-from fedpara_plugins.optimizers.rounds import Weighting
 from fedpara_plugins_fedml.rules.base import Answer, Mean, Rule
 
 __all__ = ["CHANGE", "DriftRule", "Usable"]

@@ -7,9 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from fedpara_plugins.optimizers import FedDynServer, LocalFedDyn, LocalResult, State
-from fedpara_plugins.optimizers.feddyn import check_alpha
-from fedpara_plugins.optimizers.kept_storage import OwnState
+from fedpara_plugins.optimizers import (
+    FedDynServer,
+    LocalFedDyn,
+    LocalResult,
+    OwnState,
+    State,
+    check_alpha,
+)
 from fedpara_plugins_fedml.rules.base import Visit
 from fedpara_plugins_fedml.rules.drift import DriftRule, Usable
 from fedpara_plugins_fedml.rules.local_drift import LocalDrift

@@ -24,9 +24,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins.optimizers import AddedGradient, trained_parameters
-from fedpara_plugins.optimizers.named import copied, difference, finite
-from fedpara_plugins.optimizers.watch import watching
+from fedpara_plugins.optimizers import (
+    AddedGradient,
+    copied,
+    difference,
+    finite,
+    trained_parameters,
+    watching,
+)
 from fedpara_plugins_fedml.rules.base import Answer, LocalRule, LocalWork, Mean, Rule, State, Visit
 from fedpara_plugins_fedml.rules.keys import flag, number
 from fedpara_plugins_fedml.rules.own_trainer import OwnTrainer

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins.optimizers.named import finite
+from fedpara_plugins.optimizers import finite
 from fedpara_plugins_fedml.rules.base import Answer, Mean, Rule, State
 from fedpara_plugins_fedml.rules.keys import number, text
 from fedpara_plugins_fedml.rules.server_optimizers import (

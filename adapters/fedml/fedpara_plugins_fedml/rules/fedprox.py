@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from fedpara_plugins.optimizers import AddedGradient, trained_parameters
-from fedpara_plugins.optimizers.named import copied, difference
+from fedpara_plugins.optimizers import AddedGradient, copied, difference, trained_parameters
 from fedpara_plugins_fedml.rules.base import LocalRule, LocalWork, Visit
 from fedpara_plugins_fedml.rules.fedavg import FedAvg
 

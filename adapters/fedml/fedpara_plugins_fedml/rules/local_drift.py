@@ -9,8 +9,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from fedpara_plugins.optimizers import LocalFedDyn, LocalResult, LocalScaffold
-from fedpara_plugins.optimizers.kept_storage import OwnState
+from fedpara_plugins.optimizers import LocalFedDyn, LocalResult, LocalScaffold, OwnState
 from fedpara_plugins_fedml.rules.base import LocalRule, LocalWork, State, Visit
 
 __all__ = ["LocalDrift"]

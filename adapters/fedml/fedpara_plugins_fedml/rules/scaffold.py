@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fedpara_plugins.optimizers import LocalResult, LocalScaffold, ScaffoldServer, State
-from fedpara_plugins.optimizers.kept_storage import OwnState
+from fedpara_plugins.optimizers import LocalResult, LocalScaffold, OwnState, ScaffoldServer, State
 from fedpara_plugins_fedml.rules.base import Visit
 from fedpara_plugins_fedml.rules.drift import CHANGE, DriftRule, Usable
 from fedpara_plugins_fedml.rules.local_drift import LocalDrift

@@ -15,25 +15,28 @@ from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError, ModelSpec, PayloadError, merge
 from fedpara_plugins.codecs import decoders
-from fedpara_plugins.exchange.client_state import ClientState, private_key
-from fedpara_plugins.exchange.coding import (
+from fedpara_plugins.exchange import (
+    ClientState,
+    DenseRound,
     blind_limit,
+    check_agreement,
     check_finite,
     check_names,
+    codecs_in_words,
     codecs_of,
     decoders_of,
     difference,
     encode,
     fitting,
     loss_known,
+    private_key,
     spec_of,
+    tell_idle,
     update_codec,
 )
-from fedpara_plugins.exchange.dense_round import DenseRound, check_agreement, tell_idle
-from fedpara_plugins.exchange.settings import codecs_in_words
-from fedpara_plugins.models.checkpoints import save_dense
+from fedpara_plugins.models import save_dense
 from fedpara_plugins.references import LostReferenceError, Received, shared_part
-from fedpara_plugins.support.storage import Storage
+from fedpara_plugins.support import Storage
 from fedpara_plugins_flower.client.storage import client_state, client_storage
 from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.logs import show_core_logs

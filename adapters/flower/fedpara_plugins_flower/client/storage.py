@@ -8,8 +8,8 @@ from pathlib import Path
 from flwr.common import ArrayRecord, Context, RecordDict
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins.exchange.client_state import ClientState
-from fedpara_plugins.support.storage import FileStorage, Storage
+from fedpara_plugins.exchange import ClientState
+from fedpara_plugins.support import FileStorage, Storage
 from fedpara_plugins_flower.messages.records import carried_payload, payload_record
 
 __all__ = ["client_name", "client_state", "client_storage", "lasting_name"]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from flwr.common import ArrayRecord, Message
 
 from fedpara_plugins import FedParaConfig, Ledger, LedgerEntry, __version__
-from fedpara_plugins.exchange.sizes import Size, codec_text
+from fedpara_plugins.exchange import Size, codec_text
 from fedpara_plugins.ledger import LayerSize, RunStart
 from fedpara_plugins_flower.messages.records import array_bytes, raw_bytes, value_bytes
 from fedpara_plugins_flower.privacy.secagg import masked_bytes

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError
-from fedpara_plugins.models.checkpoints import save_dense
+from fedpara_plugins.models import save_dense
 from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.logs import show_core_logs
 from fedpara_plugins_flower.messages.legacy_lists import named_state

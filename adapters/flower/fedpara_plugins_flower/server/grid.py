@@ -18,8 +18,7 @@ from torch import Tensor
 
 from fedpara_plugins import FedParaError, PayloadError, merge
 from fedpara_plugins.codecs import Payload, decode_payload
-from fedpara_plugins.exchange.coding import blind_limit, check_finite, spec_of
-from fedpara_plugins.exchange.sizes import Size
+from fedpara_plugins.exchange import Size, blind_limit, check_finite, spec_of
 from fedpara_plugins_flower.messages import legacy_lists as positional
 from fedpara_plugins_flower.messages.records import carried_payload, is_side, to_record, to_tensors
 from fedpara_plugins_flower.messages.reply_marker import Marker

@@ -9,9 +9,8 @@ from flwr.common import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, ModelSpec
-from fedpara_plugins.exchange.outbox import Outbox as CoreOutbox
-from fedpara_plugins.exchange.outbox import cast
-from fedpara_plugins.exchange.sizes import Size, size_of
+from fedpara_plugins.exchange import Outbox as CoreOutbox
+from fedpara_plugins.exchange import Size, cast, size_of
 from fedpara_plugins.ledger import LayerSize
 from fedpara_plugins.references import shared_part
 from fedpara_plugins_flower.messages.records import (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
-from fedpara_plugins.support.storage import replace_file
+from fedpara_plugins.support import replace_file
 from fedpara_plugins_flower.messages.records import to_record, to_tensors
 from fedpara_plugins_flower.run import Start, active_run
 from fedpara_plugins_flower.server.strategy_state import captured, pack, restore, unpack

@@ -14,7 +14,7 @@ from flwr.common import Array, ArrayRecord
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedpara_plugins.exchange import plain_values
+from fedpara_plugins.exchange import pack_plain, unpack_plain
 
 __all__ = ["captured", "pack", "restore", "unpack"]
 
@@ -87,7 +87,7 @@ def pack(value: Any, tensors: Tensors) -> Any:
     Raises:
         TypeError: it is of a kind that cannot be kept.
     """
-    return plain_values.pack(value, tensors, _flowers_own)
+    return pack_plain(value, tensors, _flowers_own)
 
 
 def _flowers_own(value: Any) -> tuple[str, Any] | None:
@@ -100,7 +100,7 @@ def _flowers_own(value: Any) -> tuple[str, Any] | None:
 
 def unpack(value: Any, tensors: Tensors) -> Any:
     """Undo `pack`."""
-    return plain_values.unpack(value, tensors, {"Array": Array, "ArrayRecord": _record})
+    return unpack_plain(value, tensors, {"Array": Array, "ArrayRecord": _record})
 
 
 def _record(rows: list[list[Any]]) -> ArrayRecord:

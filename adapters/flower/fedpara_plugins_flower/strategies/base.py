@@ -14,17 +14,19 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError
-from fedpara_plugins.exchange.dense_round import refuse_in_factor_space
+from fedpara_plugins.exchange import refuse_in_factor_space
 from fedpara_plugins.optimizers import (
     Contributions,
     Guard,
     GuardedRounds,
     Reply,
     State,
+    Weighting,
+    difference,
+    finite,
+    norm,
     tell_verdict,
 )
-from fedpara_plugins.optimizers.named import difference, finite, norm
-from fedpara_plugins.optimizers.rounds import Weighting
 from fedpara_plugins_flower.messages.drift_records import TASK, VARIATE, Report, Task, names_of
 from fedpara_plugins_flower.messages.records import to_record, to_tensors
 from fedpara_plugins_flower.run import active_run

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from flwr.common import Context
 
-from fedpara_plugins.optimizers.kept_storage import OwnState
+from fedpara_plugins.optimizers import OwnState
 from fedpara_plugins_flower.client.storage import client_storage, lasting_name
 from fedpara_plugins_flower.run import Run
 from fedpara_plugins_flower.settings import Settings

@@ -10,7 +10,7 @@ from flwr.common import ArrayRecord, Context, Message, RecordDict
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins.exchange.dense_round import refuse_in_factor_space
+from fedpara_plugins.exchange import refuse_in_factor_space
 from fedpara_plugins.optimizers import LocalFedDyn, LocalResult, LocalScaffold
 from fedpara_plugins_flower.messages.drift_records import (
     CHANGE,

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedpara_plugins.optimizers import FedDynServer, Guard, State
-from fedpara_plugins.optimizers.feddyn import check_alpha
-from fedpara_plugins.optimizers.rounds import Weighting
+from fedpara_plugins.optimizers import FedDynServer, Guard, State, Weighting, check_alpha
 from fedpara_plugins_flower.messages.drift_records import Task
 from fedpara_plugins_flower.strategies.base import Answer, DriftStrategy
 

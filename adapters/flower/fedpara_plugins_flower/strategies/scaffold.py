@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins.optimizers import Guard, ScaffoldServer, State
-from fedpara_plugins.optimizers.rounds import Weighting
+from fedpara_plugins.optimizers import Guard, ScaffoldServer, State, Weighting
 from fedpara_plugins_flower.messages.drift_records import Task
 from fedpara_plugins_flower.strategies.base import Answer, DriftStrategy
 
