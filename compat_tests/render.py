@@ -43,8 +43,9 @@ assertions that can fail:
 
 - The strategy's own rule is written out in plain torch
   ([`rules.py`](../compat_tests/harness/oracles/rules.py) and the modules it imports). With codec
-  `none` or `lossless` the final weights equal that loop's to float tolerance; with `int8` or `balanced` they
-  end within 5 % of the way that the loop has gone, at its accuracy (Bulyan: 10 %, since it chooses
+  `none` or `lossless` the final weights equal that loop's to float tolerance; with `int8` or
+  `balanced` they end within 5 % of the way that the loop has gone, at its accuracy (Bulyan: 10 %,
+  since it chooses
   coordinate by coordinate). The clients' own models are as accurate as the loop's.
 - The ledger's bytes equal those counted on the wire, in every round and direction, and no message
   holds more or less than what the cell shares.

@@ -22,9 +22,9 @@ HERE = Path(__file__).parent
 LOADERS = """
 import fedml, sys
 sys.path.insert(0, {harness!r})
-from harness import fedml_project
-fedml.data.load = lambda args: (fedml_project.dataset(), 4)
-fedml.model.create = lambda args, output_dim: fedml_project.model()
+from harness.fedml import project
+fedml.data.load = lambda args: (project.dataset(), 4)
+fedml.model.create = lambda args, output_dim: project.model()
 fedml.device.get_device = lambda args: __import__("torch").device("cpu")
 init = fedml.init
 fedml.init = lambda *a, **k: init(*a, **{{**k, "check_env": False, "should_init_logs": False}})

@@ -57,7 +57,7 @@ def test_the_stage_that_docs_codecs_shows_works_and_refuses_what_is_forged():
 
 def test_docstring_examples():
     attempted = 0
-    for name in ("models.convert", "layers.composed_once", "training.label_counts"):
+    for name in ("models.conversion", "layers.kept_weights", "training.label_counts"):
         module = import_module(f"fedpara_plugins.{name}")
         results = doctest.testmod(module, extraglobs={"nn": nn, "torch": torch, "convert": convert})
         attempted += results.attempted

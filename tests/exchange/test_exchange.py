@@ -13,7 +13,7 @@ from fedpara_plugins import ConfigError, MismatchError, ModelSpec
 from fedpara_plugins.codecs import parse_codec
 from fedpara_plugins.exchange.coding import check_names, encode
 from fedpara_plugins.exchange.outbox import Outbox, cast
-from fedpara_plugins.exchange.plain_values import pack, unpack
+from fedpara_plugins.exchange.plain_values import pack_plain, unpack_plain
 from fedpara_plugins.exchange.settings import ExchangeSettings, codecs_in_words
 from fedpara_plugins.references import ClientReferences
 from fedpara_plugins.support.storage import replace_file
@@ -46,14 +46,14 @@ VALUE = {
 
 def test_nested_values_come_back_as_they_were():
     tensors = {}
-    packed = pack(VALUE, tensors)
-    assert same(unpack(packed, tensors), VALUE)
+    packed = pack_plain(VALUE, tensors)
+    assert same(unpack_plain(packed, tensors), VALUE)
     assert all(type(value) is torch.Tensor for value in tensors.values())
 
 
 def test_a_kind_that_cannot_be_kept_is_named():
     with pytest.raises(TypeError, match="cannot keep a set"):
-        pack({"names": [{1, 2}]}, {})
+        pack_plain({"names": [{1, 2}]}, {})
 
 
 def test_other_kinds_are_kept_by_whoever_knows_them():
@@ -62,8 +62,10 @@ def test_other_kinds_are_kept_by_whoever_knows_them():
     def others(value):
         return ("complex", [value.real, value.imag]) if isinstance(value, complex) else None
 
-    packed = pack({"z": [1 + 2j]}, tensors, others)
-    assert unpack(packed, tensors, {"complex": lambda pair: complex(*pair)}) == {"z": [1 + 2j]}
+    packed = pack_plain({"z": [1 + 2j]}, tensors, others)
+    assert unpack_plain(packed, tensors, {"complex": lambda pair: complex(*pair)}) == {
+        "z": [1 + 2j]
+    }
 
 
 def test_a_file_is_written_whole(tmp_path, monkeypatch):
