@@ -57,7 +57,7 @@ from torch.nn.functional import cross_entropy
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from no_edit_app.task import {name}
-from harness.task import Task, train
+from harness.oracles.task import Task, train
 
 app = ClientApp()
 data = Task(clients=2)
