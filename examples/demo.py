@@ -2,11 +2,11 @@
 
     python examples/demo.py [--output build/demo] [--runs none fedpara pfedpara] [--update-readme]
 
-A copy of the app gets `flower_digits.diff`, then `flwr run` trains it once per method in Flower's
-simulation engine; everything but the method and the codec is the same. Out come a table, a picture,
-the figures behind them (results.json), the page that `fedpara report` makes (report.html), and from
-each training its log, its ledger and a dense checkpoint, which is loaded into the unmodified model
-and tested.
+The demo applies `flower_digits.diff` to a copy of the app. Then `flwr run` trains the copy once per
+method in Flower's simulation engine; only the method and the codec differ between runs. The demo
+writes a table, a picture, the figures behind them (results.json) and the page that `fedpara report`
+makes (report.html). Each training leaves its log, its ledger and a dense checkpoint. The demo loads
+the checkpoint into the unmodified model and tests it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DIFF = EXAMPLES / "flower_digits.diff"
 README = EXAMPLES.parent / "README.md"
 PICTURE = EXAMPLES.parent / "docs" / "demo.png"
 
-# By name: method, codec, colour in the picture. `none-small` tells what the codec does by itself.
+# By name: method, codec, colour in the picture. `none-small` shows what the codec does by itself.
 RUNS = {
     "none": ("none", "none", "#444444"),
     "none-small": ("none", "small", "#009e73"),
@@ -50,7 +50,7 @@ Run = dict[str, Any]
 
 
 class DemoError(Exception):
-    """Something that ends the demo, with a message for the user."""
+    """An error that ends the demo, with a message for the user."""
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def patched_app(folder: Path) -> Path:
-    """A copy of the app with the diff applied, as a user would."""
+    """Return a copy of the app with the diff applied, as a user would apply it."""
     if shutil.which("git") is None:
         raise DemoError("git was not found: it applies flower_digits.diff. Install git.")
     app = folder / "examples" / APP.name
@@ -110,7 +110,7 @@ def patched_app(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def flower(folder: Path) -> Iterator[dict[str, str]]:
-    """The environment of `flwr run`; ends the SuperLink that it leaves running."""
+    """Yield the environment of `flwr run`, and end the SuperLink that it leaves running."""
     home = folder / "flwr-home"
     for needed in (home, folder / "empty"):
         needed.mkdir()
@@ -156,7 +156,7 @@ def end_processes(mark: str) -> None:
 
 
 def marked_processes(mark: str) -> set[int]:
-    """Ids of the processes with ``mark``, and of their descendants."""
+    """Return the ids of the processes with ``mark``, and of their descendants."""
     parents: dict[int, int] = {}
     found: set[int] = set()
     for pid, parent, text in processes():
@@ -173,7 +173,7 @@ def marked_processes(mark: str) -> set[int]:
 
 
 def processes() -> Iterator[tuple[int, int, str]]:
-    """Id, parent's id, and command line (on Linux with the environment) of all processes."""
+    """Yield id, parent's id and command line (on Linux with the environment) of all processes."""
     proc = Path("/proc")
     if not (proc / "self" / "stat").exists():
         listing = subprocess.run(["ps", "-Ao", "pid=,ppid=,command="], capture_output=True)
@@ -197,7 +197,7 @@ def processes() -> Iterator[tuple[int, int, str]]:
 
 
 def train(app: Path, name: str, output: Path, rounds: int | None, env: dict[str, str]) -> Run:
-    """Train once; the figures, round by round."""
+    """Train once and return the figures of every round."""
     method, codec, _ = RUNS[name]
     files = {
         "results": output / f"{name}.rounds.json",
@@ -241,7 +241,7 @@ def train(app: Path, name: str, output: Path, rounds: int | None, env: dict[str,
 
 
 def flwr_run(app: Path, config: dict[str, Any], name: str, log: Path, env: dict[str, str]) -> None:
-    """`flwr run`, with one line for every round."""
+    """Run `flwr run`, and print one line for every round."""
     flwr = shutil.which("flwr", path=env["PATH"])
     if flwr is None:
         raise DemoError("flwr was not found next to this Python: pip install 'flwr[simulation]'")
@@ -282,7 +282,7 @@ def flwr_run(app: Path, config: dict[str, Any], name: str, log: Path, env: dict[
 
 
 def progress(lines: Iterable[str], copy: TextIO) -> Iterator[str]:
-    """Copy Flower's output, and say at the end of each round how it went."""
+    """Copy Flower's output, and yield a line with the accuracies after each round."""
     current, clients = "", ""
     for coloured in lines:
         line = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
@@ -298,7 +298,7 @@ def progress(lines: Iterable[str], copy: TextIO) -> Iterator[str]:
 
 
 def tail(log: Path, lines: int = 40) -> str:
-    """The last lines of a log, and where it is."""
+    """Return the last lines of a log and the path of its file."""
     text = log.read_text(encoding="utf-8")
     return "\n".join([*text.splitlines()[-lines:], f"(end of {log})"])
 
@@ -307,7 +307,7 @@ def tail(log: Path, lines: int = 40) -> str:
 
 
 def with_bytes(rounds: list[Run], ledger: str) -> list[Run]:
-    """The app's own figures of every round, with the bytes that the plugin's ledger counted."""
+    """Add to the app's figures of every round the bytes that the plugin's ledger counted."""
     sums: dict[tuple[int, str], int] = defaultdict(int)
     for line in ledger.splitlines():
         entry = json.loads(line)
@@ -322,7 +322,7 @@ def with_bytes(rounds: list[Run], ledger: str) -> list[Run]:
 
 
 def checkpoint_accuracy(path: Path) -> float:
-    """Accuracy of the unmodified model with a dense checkpoint, on all test data."""
+    """Return the accuracy of the unmodified model with a dense checkpoint, on all test data."""
     from safetensors.torch import load_file
 
     if str(APP) not in sys.path:
@@ -335,7 +335,7 @@ def checkpoint_accuracy(path: Path) -> float:
 
 
 def app_seed() -> int:
-    """The seed in the app's own config, which splits the data."""
+    """Return the seed in the app's own config, which determines how the data are split."""
     found = re.search(r"^seed = (\d+)", (APP / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     if found is None:
         raise DemoError("the app's pyproject.toml has no seed")
@@ -343,17 +343,17 @@ def app_seed() -> int:
 
 
 def is_plain(run: Run) -> bool:
-    """Whether the plugin left everything as it was."""
+    """Return whether the plugin left everything as it was."""
     return bool(run["method"] == run["codec"] == "none")
 
 
 def total(run: Run, way: str) -> int:
-    """Bytes of a whole run in one direction."""
+    """Return the bytes of a whole run in one direction."""
     return sum(row[f"bytes_{way}"] for row in run["rounds"])
 
 
 def render_table(runs: list[Run]) -> str:
-    """The comparison as a Markdown table, with what its columns mean."""
+    """Return the comparison as a Markdown table, with an explanation of its columns before it."""
     dense = next((total(r, "up") + total(r, "down") for r in runs if is_plain(r)), None)
     head = ["method", "codec", "server's model, all test data"]
     head += ["clients' own models, own held-out data", "MB up", "MB down", "ratio to dense", "s"]
@@ -374,18 +374,22 @@ def render_table(runs: list[Run]) -> str:
             ]
         )
     lines = ["| " + " | ".join(row) + " |" for row in rows]
+    rounds = runs[0]["rounds"][-1]["round"]
     note = (
-        f"\n{runs[0]['rounds'][-1]['round']} rounds, {NUM_CLIENTS} clients with two to four labels "
-        "each, accuracy after the last round, one seed. Bytes are those of the encoded messages, "
-        "for training and evaluation, 1 MB = 10^6 bytes; ratio to dense: bytes of `none` over "
-        "bytes of this run. Seconds are those of the whole `flwr run`. The server's model of "
-        "pFedPara is W1, the shared half, which no client uses alone."
+        f"Each run has {rounds} rounds and {NUM_CLIENTS} clients with two to four labels each. "
+        "Accuracies are those after the last round, with one seed.\n\n"
+        "With pFedPara, the server's model is W1, the shared half of each weight. No client uses "
+        "it alone, so its accuracy on all test data says little: read the column of the clients' "
+        "own models.\n\n"
+        "Bytes are those of the encoded messages, for training and evaluation; 1 MB = 10^6 bytes. "
+        "The ratio to dense is the bytes of `none` divided by the bytes of this run. Seconds are "
+        "those of the whole `flwr run`.\n\n"
     )
-    return "\n".join(lines) + "\n" + note + "\n"
+    return note + "\n".join(lines) + "\n"
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """Accuracy over the bytes sent so far, in both directions."""
+    """Draw accuracy over the bytes sent so far, in both directions."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -414,7 +418,7 @@ def draw(runs: list[Run], path: Path) -> None:
 
 
 def write_report(names: list[str], output: Path) -> None:
-    """What `fedpara report` makes of the ledgers."""
+    """Write the page that `fedpara report` makes of the ledgers."""
     from fedpara_plugins.ledger.page import read_runs, render_page
 
     ledgers = [f"{name}={output / name}.ledger.jsonl" for name in names]
@@ -422,11 +426,11 @@ def write_report(names: list[str], output: Path) -> None:
 
 
 def update_readme(table: str, picture: Path) -> None:
-    """Put the table, the command and the picture between the README's marks."""
+    """Write the command, the table and the picture between the README's marks."""
     begin, end = "<!-- demo:begin -->", "<!-- demo:end -->"
     text = README.read_text(encoding="utf-8")
     if begin not in text or end not in text.partition(begin)[2]:
-        raise DemoError(f"{README} lacks the lines {begin} and {end}, between which results go")
+        raise DemoError(f"{README} lacks the lines {begin} and {end}, which enclose the results")
     PICTURE.parent.mkdir(exist_ok=True)
     shutil.copyfile(picture, PICTURE)
     before, rest = text.split(begin, 1)
