@@ -1,7 +1,7 @@
 """Sizes, errors and speeds of codecs on an update of trained factors of VGG16 at gamma 0.1.
 
     python benchmarks/vgg16_update.py --data FOLDER --output update.pt
-    python benchmarks/codecs.py --update update.pt [--plot docs/codecs.png]
+    python benchmarks/codecs.py --update update.pt [--plot docs/records/codecs.png]
 
 Prints Markdown. Without ``--update``, ``--synthetic`` takes normal noise for the update, whose
 sizes are near the real ones and whose errors in composed weights mean nothing.
@@ -224,9 +224,9 @@ def table(
     yield f"{raw / hashed / 1e6:.0f} MB/s."
     yield ""
     yield (
-        "| | codec | MB | bits a value | entropy of symbols | table and header | error, factors | "
-        "error, composed | encode, MB/s (copies, zlib 6) | decode, MB/s (copies, zlib 6) | "
-        "hash known |"
+        "| name | codec | MB | bits a value | entropy of symbols | share of table and header | "
+        "error, factors | error, composed | encode, MB/s (copies, zlib 6) | "
+        "decode, MB/s (copies, zlib 6) | encode, decode with known hash, MB/s |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for name, chains in results.items():
@@ -269,7 +269,7 @@ def links(
         elif chain in found:
             result = found[chain]
             rungs.append((name, f"`{chain}`", result.size, result.spent))
-    yield "| | codec | seconds at 100 Mbit/s | shorter than the one above | shorter than raw |"
+    yield "| name | codec | seconds at 100 Mbit/s | faster than the row above | faster than raw |"
     yield "|---|---|---|---|---|"
     for place, (name, chain, size, spent) in enumerate(rungs):
         words = ["", ""]
@@ -284,7 +284,7 @@ def two_layers() -> Iterable[str]:
     model = fedpara.convert(model, method="fedpara", gamma=0.1)
     described, reference = fedpara.ModelSpec.of(model).to_json(), model.state_dict()
     trained = {name: t + 0.01 * torch.randn_like(t) for name, t in reference.items()}
-    yield "| | bytes | of them table and header |"
+    yield "| codec | bytes | bytes of table and header |"
     yield "|---|---|---|"
     for name, chain in LADDER.items():
         if chain is not None and ("zstd" not in chain or "zstd" in decoders()):

@@ -162,7 +162,7 @@ def main() -> None:
     early = max(1, options.rounds // 4)
     skews = ("two classes", "mild skew")
     heads = [f"{skew}, round {number}" for skew in skews for number in (early, options.rounds)]
-    print(f"| | {' | '.join(heads)} |\n| --- |{' ---: |' * len(heads)}")
+    print(f"| method | {' | '.join(heads)} |\n| --- |{' ---: |' * len(heads)}")
     for name, how in ROWS.items():
         cells = []
         for skew in skews:

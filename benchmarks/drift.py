@@ -254,7 +254,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for method in options.methods:
         print(f"\n{method}, {options.rounds} rounds, seeds {options.seeds}: last 5 / best, %\n")
-        print("| | " + " | ".join(f"lr {rate:g}" for rate in options.rates) + " |")
+        print("| algorithm | " + " | ".join(f"lr {rate:g}" for rate in options.rates) + " |")
         print("| --- |" + " ---: |" * len(options.rates))
         for algorithm in ALGORITHMS:
             if options.only and algorithm.label not in options.only:

@@ -106,7 +106,7 @@ def table(rows: list[Row]) -> str:
     dense = next((row for row in rows if row["name"] == "dense"), None)
     head = (
         "method", "codec", "start", "rounds", "MB up", "MB down", "times below dense",
-        "of it our messages",
+        "share of the plugin's messages",
     )  # fmt: skip
     lines = [head, ("---", "---", "---", *["---:"] * 5)]
     for row in rows:

@@ -143,10 +143,10 @@ def table(rows: list[Row]) -> str:
         "MB down",
         "times below dense",
         "by Flower's count",
-        "of it payloads",
-        "Flower's framing",
-        "HTTP heads",
-        "polls, heartbeats, app",
+        "share of payloads",
+        "share of Flower's framing",
+        "share of HTTP headers",
+        "share of polls, heartbeats, app",
     )
     lines = [head, ("---", "---", "---", *["---:"] * (len(head) - 3))]
     for row in rows:
