@@ -2,7 +2,8 @@
 
 `get_model_params()` of the trainers in `fedml/ml/trainer` returns `self.model.cpu().state_dict()`.
 On a CPU these are the model's own tensors, so that what is kept as "the global model" changes while
-a client trains. Cure: return `{k: v.clone() for k, v in ...}`, or `copy.deepcopy` it in `train()`.
+a client trains. Repair: return `{k: v.clone() for k, v in ...}`, or `copy.deepcopy` it in
+`train()`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from small import CPU, Fault, arguments, dataset, one_weight, report, weight
 
 
 def adding(trainer: Any, numbers: list[float]) -> None:
-    """Let the trainer's next trainings add these numbers to the weights."""
+    """Make the trainer's next trainings add these numbers to the weights."""
     left = iter(numbers)
 
     def train(data: Any, device: Any, args: Any, *more: Any) -> int:
@@ -26,7 +27,10 @@ def adding(trainer: Any, numbers: list[float]) -> None:
 
 
 def fedavg_first_round() -> Fault:
-    """Round 0 of `simulation/sp/fedavg/fedavg_api.py`; later rounds are right. FedProx likewise."""
+    """Run round 0 of `simulation/sp/fedavg/fedavg_api.py`; later rounds are right.
+
+    FedProx has the same fault.
+    """
     from fedml.simulation.sp.fedavg import FedAvgAPI
 
     model = one_weight()
@@ -42,7 +46,7 @@ def fedavg_first_round() -> Fault:
 
 
 def fedprox_first_round() -> Fault:
-    """The same in `simulation/sp/fedprox/fedprox_trainer.py`."""
+    """Run the same round of `simulation/sp/fedprox/fedprox_trainer.py`."""
     from fedml.simulation.sp.fedprox.fedprox_trainer import FedProxTrainer
 
     model = one_weight()
@@ -54,7 +58,7 @@ def fedprox_first_round() -> Fault:
 
 
 def fedopt_every_round() -> Fault:
-    """Every round of `simulation/sp/fedopt/fedopt_api.py`."""
+    """Run a round of `simulation/sp/fedopt/fedopt_api.py`; every round has the fault."""
     from fedml.simulation.sp.fedopt.fedopt_api import FedOptAPI
 
     model = one_weight()
@@ -73,8 +77,11 @@ def fedopt_every_round() -> Fault:
 
 
 def feddyn_every_round() -> Fault:
-    """The server of `simulation/sp/feddyn/feddyn_trainer.py` takes the last client's weights for
-    the round's first ones (`old_w_global`), and the first round is sequential too."""
+    """Run the server of `simulation/sp/feddyn/feddyn_trainer.py`.
+
+    It takes the last client's weights for the round's first ones (`old_w_global`), and the first
+    round is sequential too.
+    """
     from fedml.simulation.sp.feddyn.feddyn_trainer import FedDynTrainer
 
     model = one_weight()
@@ -98,8 +105,10 @@ def feddyn_every_round() -> Fault:
 
 
 def scaffold_first_round() -> Fault:
-    """Round 0 of `simulation/sp/scaffold/scaffold_trainer.py`: the global model that the clients'
-    changes are added to has already been trained."""
+    """Run round 0 of `simulation/sp/scaffold/scaffold_trainer.py`.
+
+    The global model to which the clients' changes are added has already been trained.
+    """
     from fedml.simulation.sp.scaffold.scaffold_trainer import ScaffoldTrainer
 
     model = one_weight()
@@ -115,7 +124,7 @@ def scaffold_first_round() -> Fault:
 
 
 def mime_every_round() -> Fault:
-    """Every round of `simulation/sp/mime/mime_trainer.py`."""
+    """Run a round of `simulation/sp/mime/mime_trainer.py`; every round has the fault."""
     from fedml.simulation.sp.mime.mime_trainer import MimeTrainer
 
     keys = {"server_optimizer": "sgd", "server_momentum": 0.0, "momentum": 0.0, "mimelite": True}

@@ -1,4 +1,4 @@
-"""The cross-silo server, made without a transport."""
+"""Faults of the cross-silo mode; the server is created without a transport."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from small import CPU, Fault, arguments, dataset, one_weight, report
 
 
 class _Online:
-    """A client's message that says that it is there."""
+    """A client's message that says that it is online."""
 
     def __init__(self, sender: int) -> None:
         self.sender = sender
@@ -20,8 +20,11 @@ class _Online:
 
 
 def first_model_is_sent_again() -> Fault:
-    """`process_online_status` in `cross_silo/server/fedml_server_manager.py` sends the first model
-    whenever it hears that a client is online and all are, though it has sent it before."""
+    """Count how often the server sends its first model.
+
+    `process_online_status` in `cross_silo/server/fedml_server_manager.py` sends it whenever a
+    client reports that it is online and all are, even if it has been sent before.
+    """
     from fedml.cross_silo.server.fedml_server_manager import FedMLServerManager
 
     arguments("FedAvg", training_type="cross_silo")
@@ -41,9 +44,12 @@ def first_model_is_sent_again() -> Fault:
 
 
 def one_client_that_stops_stops_all() -> Fault:
-    """`check_whether_all_receive` in `cross_silo/server/fedml_aggregator.py` waits for every client
-    of the round; nothing in the server has a deadline. A training that raises, or a process that
-    dies, therefore leaves the server and all others waiting for ever."""
+    """Give the server one of two answers.
+
+    `check_whether_all_receive` in `cross_silo/server/fedml_aggregator.py` waits for every client of
+    the round, and nothing in the server has a deadline. A training that raises, or a process that
+    dies, therefore leaves the server and all others waiting for ever.
+    """
     import inspect
 
     from fedml.cross_silo.server import fedml_server_manager
@@ -69,8 +75,11 @@ def one_client_that_stops_stops_all() -> Fault:
 
 
 def raising_client_is_not_reported() -> Fault:
-    """`__train` of `cross_silo/client/fedml_client_master_manager.py` has no handler: what the
-    user's trainer raises ends the client, and the server is not told."""
+    """Let a client's training raise an error.
+
+    `__train` of `cross_silo/client/fedml_client_master_manager.py` has no handler: what the user's
+    trainer raises ends the client, and the server is not told.
+    """
     from fedml.cross_silo.client.fedml_client_master_manager import ClientMasterManager
 
     manager = ClientMasterManager.__new__(ClientMasterManager)
@@ -96,8 +105,11 @@ def raising_client_is_not_reported() -> Fault:
 
 
 def assessments_end_in_an_error() -> Fault:
-    """`core/contribution` gives `test` a model where that expects data (LOO, GTG), and
-    `FedMLAggOperator.agg` a dict where that expects a list (MR)."""
+    """Run FedML's assessments of contributions.
+
+    `core/contribution` gives `test` a model where that expects data (LOO, GTG), and gives
+    `FedMLAggOperator.agg` a dict where that expects a list (MR).
+    """
     from fedml.core import Context
     from fedml.cross_silo.server.fedml_aggregator import FedMLAggregator
     from fedml.ml.aggregator.aggregator_creator import create_server_aggregator

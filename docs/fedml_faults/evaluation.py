@@ -1,4 +1,4 @@
-"""Which client, which buffers, which optimizer: what else is wrong for any model."""
+"""Further faults, for any model: wrong client ids, averages of buffers, and keys."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch import nn
 
 
 def evaluation_of_everybody_is_client_0() -> Fault:
-    """`_local_test_on_all_clients` in `simulation/sp/fedavg/fedavg_api.py` (FedProx, SCAFFOLD,
-    FedDyn likewise) tells the trainer id 0 for every client that it tests."""
+    """Record the trainer's id during the clients' tests.
+
+    `_local_test_on_all_clients` in `simulation/sp/fedavg/fedavg_api.py` gives the trainer id 0 for
+    every client that it tests. FedProx, SCAFFOLD and FedDyn do the same.
+    """
     from fedml.simulation.sp.fedavg import FedAvgAPI
 
     data = dataset()
@@ -33,7 +36,7 @@ def evaluation_of_everybody_is_client_0() -> Fault:
 
 
 def training_ids_are_missing() -> Fault:
-    """`simulation/sp/fedopt/client.py` never calls `set_id`."""
+    """Record the trainer's id in trainings: `simulation/sp/fedopt/client.py` never sets it."""
     from fedml.simulation.sp.fedopt.fedopt_api import FedOptAPI
 
     args = arguments("FedOpt", server_optimizer="sgd")
@@ -45,7 +48,7 @@ def training_ids_are_missing() -> Fault:
 
 
 def integer_buffers_are_cut_off() -> Fault:
-    """FedAvg averages BatchNorm's counters as floats and loads them back without rounding."""
+    """Average BatchNorm's counters: FedAvg does it as floats and loads them without rounding."""
     from fedml.simulation.sp.fedavg import FedAvgAPI
 
     api = FedAvgAPI(arguments("FedAvg"), CPU, dataset(), nn.Sequential(nn.BatchNorm1d(2)))
@@ -58,7 +61,7 @@ def integer_buffers_are_cut_off() -> Fault:
 
 
 def feddyn_refuses_buffers() -> Fault:
-    """`simulation/sp/feddyn/feddyn_trainer.py` asserts that a model has none."""
+    """Train with buffers: `simulation/sp/feddyn/feddyn_trainer.py` asserts that there are none."""
     from fedml.simulation.sp.feddyn.feddyn_trainer import FedDynTrainer
 
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
@@ -70,9 +73,12 @@ def feddyn_refuses_buffers() -> Fault:
 
 
 def hierarchical_reads_other_keys() -> Fault:
-    """`simulation/sp/hierarchical_fl/client.py` reads `args.lr` and `args.wd` where all others
-    read `learning_rate` and `weight_decay`; FedML's example of it gives both, and 0.03 for the one
-    that is not read."""
+    """Train with `learning_rate` alone.
+
+    `simulation/sp/hierarchical_fl/client.py` reads `args.lr` and `args.wd` where all others read
+    `learning_rate` and `weight_decay`. FedML's example of it sets both, and sets the one that is
+    not read to 0.03.
+    """
     from fedml.simulation.sp.hierarchical_fl.trainer import HierarchicalTrainer
 
     keys = {"group_method": "random", "group_num": 1, "group_comm_round": 1}
@@ -85,8 +91,11 @@ def hierarchical_reads_other_keys() -> Fault:
 
 
 def aggregating_fails_under_other_optimizers() -> Fault:
-    """`torch_aggregator` in `ml/aggregator/agg_operator.py` has `pass` for FedOpt and FedNova, so
-    that `ServerAggregator.aggregate` of the public interface cannot be called under them."""
+    """Call `ServerAggregator.aggregate` of the public interface under FedOpt.
+
+    `torch_aggregator` in `ml/aggregator/agg_operator.py` has `pass` for FedOpt and FedNova, so that
+    the call fails under both.
+    """
     from fedml.ml.aggregator.aggregator_creator import create_server_aggregator
 
     args = arguments("FedOpt", server_optimizer="sgd")

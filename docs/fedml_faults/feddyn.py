@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def _trained(alpha: float, dual: float, steps: int = 3) -> Tensor:
-    """A client's weights after some steps of rate 0.1, from ones."""
+    """Return a client's weights after some steps of rate 0.1, from ones."""
     from fedml.ml.trainer.feddyn_trainer import FedDynModelTrainer
 
     args = arguments("FedDyn", feddyn_alpha=alpha, learning_rate=0.1)
@@ -22,8 +22,11 @@ def _trained(alpha: float, dual: float, steps: int = 3) -> Tensor:
 
 
 def penalties_have_no_gradient() -> Fault:
-    """`ml/trainer/feddyn_trainer.py` makes both penalties from `param.data`, which autograd does
-    not see: the clients do plain FedAvg. Cure: `param` in place of `param.data`."""
+    """Compare trainings with different alphas and duals.
+
+    `ml/trainer/feddyn_trainer.py` computes both penalties from `param.data`, which autograd does
+    not see: the clients do plain FedAvg. Repair: `param` in place of `param.data`.
+    """
     plain = _trained(alpha=1e-9, dual=0.0)
     pulled = _trained(alpha=5.0, dual=0.0)
     pushed = _trained(alpha=5.0, dual=10.0)
@@ -36,8 +39,10 @@ def penalties_have_no_gradient() -> Fault:
 
 
 def linear_penalty_is_scaled() -> Fault:
-    """The same file weighs the linear term <dual, y> by alpha / 2; the paper has no factor there.
-    The value is read from the loss that the trainer reports, since it has no gradient."""
+    """Read the linear term from the loss that the trainer logs, since it has no gradient.
+
+    The same file weights the linear term <dual, y> by alpha / 2; the paper has no factor there.
+    """
     import logging
 
     from fedml.ml.trainer.feddyn_trainer import FedDynModelTrainer
@@ -72,8 +77,11 @@ def linear_penalty_is_scaled() -> Fault:
 
 
 def server_does_not_divide_by_alpha() -> Fault:
-    """`simulation/sp/feddyn/feddyn_trainer.py` subtracts h where the paper subtracts h / alpha;
-    the right line is there as a comment."""
+    """Run the server's step with copies of the weights.
+
+    `simulation/sp/feddyn/feddyn_trainer.py` subtracts h where the paper subtracts h / alpha. The
+    right line is there as a comment.
+    """
     from fedml.simulation.sp.feddyn.feddyn_trainer import FedDynTrainer
 
     model = one_weight()
@@ -88,12 +96,12 @@ def server_does_not_divide_by_alpha() -> Fault:
         return dual
 
     api.model_trainer.train = train
-    # So that the live tensors of aliasing.py are out of the way:
+    # Copies exclude the live tensors of aliasing.py.
     own = api.model_trainer.get_model_params
     calls = iter(range(100))
 
     def get() -> OrderedDict[str, Tensor]:
-        # The server asks first, each client after its training, and the server last, for x.
+        # The server calls this first, each client after its training, and the server last, for x.
         values = start if next(calls) == 3 else own()
         return OrderedDict((k, v.clone()) for k, v in values.items())
 
@@ -109,8 +117,11 @@ def server_does_not_divide_by_alpha() -> Fault:
 
 
 def duals_belong_to_places() -> Fault:
-    """With `initialize_all_clients: false` a dual (SCAFFOLD: a variate) belongs to a place in the
-    round, not to a client: whoever is drawn into that place gets it."""
+    """Record which dual each client finds with `initialize_all_clients: false`.
+
+    A dual (SCAFFOLD: a variate) then belongs to a place in the round and not to a client: the
+    client that is drawn into that place gets it.
+    """
     from fedml.simulation.sp.feddyn.feddyn_trainer import FedDynTrainer
 
     args = arguments(
@@ -142,7 +153,7 @@ def duals_belong_to_places() -> Fault:
 
 
 def frozen_parameters_are_unfrozen() -> Fault:
-    """The same trainer sets `requires_grad = True` on every parameter of the user's model."""
+    """Train a frozen weight: the trainer sets `requires_grad = True` on every parameter."""
     from fedml.ml.trainer.feddyn_trainer import FedDynModelTrainer
 
     args = arguments("FedDyn", feddyn_alpha=1.0)

@@ -10,8 +10,11 @@ KEYS = {"gmf": 0.0, "mu": 0.0, "momentum": 0.0, "dampening": 0.0, "wd": 0.0, "ne
 
 
 def global_momentum_is_forgotten() -> Fault:
-    """`train()` in `simulation/sp/fednova/fednova_trainer.py` makes `global_momentum_buffer` anew
-    in every round, so `gmf` has no effect. Cure: make it in `__init__`."""
+    """Compare trainings with and without `gmf`.
+
+    `train()` in `simulation/sp/fednova/fednova_trainer.py` creates `global_momentum_buffer` again
+    in every round, so `gmf` has no effect. Repair: create it in `__init__`.
+    """
     from fedml.simulation.sp.fednova.fednova_trainer import FedNovaTrainer
 
     ends = []
@@ -30,8 +33,11 @@ def global_momentum_is_forgotten() -> Fault:
 
 
 def normalising_vector_with_both() -> Fault:
-    """With momentum and mu together `fednova.py` adds the two recursions of |a| up, which is the
-    length of neither kind of step, nor of the steps that it takes."""
+    """Compare the normaliser with the length of the steps, with momentum and mu together.
+
+    `fednova.py` adds up the two recursions of |a|. The sum is the length of neither kind of step,
+    nor of the steps that it takes.
+    """
     from fedml.simulation.sp.fednova.fednova import FedNova
 
     p = nn.Parameter(torch.zeros(1))
@@ -49,8 +55,11 @@ def normalising_vector_with_both() -> Fault:
 
 
 def integer_buffers_raise() -> Fault:
-    """`get_local_norm_grad` in `simulation/sp/fednova/client.py` scales every entry of the state in
-    place, BatchNorm's counters among them."""
+    """Train a model with BatchNorm.
+
+    `get_local_norm_grad` in `simulation/sp/fednova/client.py` scales every entry of the state in
+    place, including BatchNorm's counters.
+    """
     from fedml.simulation.sp.fednova.fednova_trainer import FedNovaTrainer
 
     class Net(nn.Module):

@@ -1,7 +1,7 @@
-"""A training that raises leaves others waiting for ever: three real processes over TRPC.
+"""A training that raises, which leaves others waiting for ever: three real processes over TRPC.
 
-``python hang.py`` starts them on loopback, waits for the error of client 1, and looks 20 seconds
-later who is still there. About a minute; every process is ended.
+``python hang.py`` starts the processes on loopback, waits for the error of client 1, and checks 20
+seconds later which are still running. It takes about a minute and ends every process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PORT = 29581
 
 
 def one_exception_hangs_all() -> Fault:
-    """FedML's managers catch nothing and have no deadline, see `cross_silo.py`."""
+    """Let client 1 raise: FedML's managers catch nothing and have no deadline (`cross_silo.py`)."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "trpc.csv").write_text(f"address,port\n127.0.0.1,{PORT}\n")
@@ -72,7 +72,7 @@ def _within(seconds: float, what: Any) -> bool:
 
 
 def _party() -> None:
-    """One of the three processes."""
+    """Run one of the three processes."""
     import fedml
     from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 

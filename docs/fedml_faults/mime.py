@@ -12,7 +12,7 @@ KEYS = {"server_optimizer": "sgd", "server_momentum": 0.9, "momentum": 0.9, "mim
 
 
 def _gradient_at(values: Tensor, data: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Of the mean loss over the data."""
+    """Return the gradient of the mean loss over the data."""
     w = values.clone().requires_grad_()
     losses = [nn.functional.cross_entropy(x @ w.T, y) for x, y in data]  # equally large batches
     (gradient,) = torch.autograd.grad(sum(losses) / len(losses), [w])
@@ -20,8 +20,11 @@ def _gradient_at(values: Tensor, data: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def full_gradient_is_taken_too_late() -> Fault:
-    """`train()` in `ml/trainer/mime_trainer.py` computes the client's full gradient after its
-    steps, at the client's own model."""
+    """Compare the client's full gradient with the gradients at x and at y.
+
+    `train()` in `ml/trainer/mime_trainer.py` computes it after the client's steps, at the client's
+    own model y.
+    """
     from fedml.ml.trainer.mime_trainer import MimeModelTrainer
 
     args = arguments("Mime", **{**KEYS, "momentum": 0.0})
@@ -31,16 +34,19 @@ def full_gradient_is_taken_too_late() -> Fault:
     at_y = _gradient_at(model.weight.detach(), data)
     off = float((told - at_x).abs().max())
     return Fault(
-        f"the gradient told is off that at the server's x by {off:.3f}, and off that at the "
-        f"client's y by {float((told - at_y).abs().max()):.0e}",
+        f"the reported gradient differs from that at the server's x by {off:.3f}, and from that at "
+        f"the client's y by {float((told - at_y).abs().max()):.0e}",
         "the gradient at x",
         off > 1e-4,
     )
 
 
 def full_gradient_is_a_sum_and_clipped() -> Fault:
-    """The same function adds the batches' mean gradients up without dividing by their number, and
-    then clips the whole to a norm of 1, which the paper does not."""
+    """Compare the full gradient over 20 batches with their mean gradient.
+
+    The same function adds up the batches' mean gradients without dividing by their number, and then
+    clips the sum to a norm of 1, which the paper does not.
+    """
     from fedml.ml.trainer.mime_trainer import MimeModelTrainer
 
     args = arguments("Mime", **{**KEYS, "momentum": 0.0}, learning_rate=0.0)
@@ -49,16 +55,19 @@ def full_gradient_is_a_sum_and_clipped() -> Fault:
     right = _gradient_at(torch.zeros(2, 2), data)
     ratio = float(told["weight"].norm() / right.norm())
     return Fault(
-        f"over 20 batches, at rate 0, the gradient told is {ratio:.1f} times the mean gradient, "
-        f"and its norm {float(told['weight'].norm()):.3f}",
+        f"over 20 batches, at rate 0, the reported gradient is {ratio:.1f} times the mean "
+        f"gradient, and its norm {float(told['weight'].norm()):.3f}",
         "the mean gradient",
         abs(ratio - 1) > 1e-3,
     )
 
 
 def correction_is_a_round_old() -> Fault:
-    """`simulation/sp/mime/mime_trainer.py` corrects by the gradients that the last round's clients
-    told: zeros in the first round, where every corrected step then is exactly 0 at first."""
+    """Measure how far the model moves in the first round.
+
+    `simulation/sp/mime/mime_trainer.py` corrects by the gradients that the last round's clients
+    reported. They are zeros in the first round, so every corrected step is exactly 0 at first.
+    """
     from fedml.simulation.sp.mime.mime_trainer import MimeTrainer
 
     args = arguments("Mime", **{**KEYS, "mimelite": False, "momentum": 0.0}, server_lr=0.0)
@@ -75,8 +84,11 @@ def correction_is_a_round_old() -> Fault:
 
 
 def server_takes_a_step_of_its_own() -> Fault:
-    """After averaging, the server of the same file steps its optimizer on the averaged model; the
-    paper's server only updates the statistics."""
+    """Run the server with clients of rate 0.
+
+    After averaging, the server of the same file steps its optimizer on the averaged model. The
+    paper's server only updates the statistics.
+    """
     from fedml.simulation.sp.mime.mime_trainer import MimeTrainer
 
     model = one_weight()
@@ -91,7 +103,7 @@ def server_takes_a_step_of_its_own() -> Fault:
 
 
 def adaptive_server_raises() -> Fault:
-    """Any `server_optimizer` without a momentum, Adam say, cannot be constructed."""
+    """Set `server_optimizer` to Adam: no optimizer without a momentum can be constructed."""
     from fedml.simulation.sp.mime.mime_trainer import MimeTrainer
 
     args = arguments("Mime", **{**KEYS, "server_optimizer": "adam"})
@@ -103,7 +115,7 @@ def adaptive_server_raises() -> Fault:
 
 
 def buffers_raise() -> Fault:
-    """A model with BatchNorm: the averaging asks the gradients for the buffers' names."""
+    """Train a model with BatchNorm: the averaging looks up buffers by name in the gradients."""
     from fedml.simulation.sp.mime.mime_trainer import MimeTrainer
 
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
@@ -115,7 +127,7 @@ def buffers_raise() -> Fault:
 
 
 def only_client_0_is_tested() -> Fault:
-    """`_local_test_on_all_clients` of the same file tests client 0; the loop is commented out."""
+    """Record which clients are tested: `_local_test_on_all_clients` has its loop commented out."""
     from fedml.simulation.sp.mime.mime_trainer import MimeTrainer
 
     data = dataset()

@@ -1,4 +1,4 @@
-"""The MPI simulation's server objects, made without MPI."""
+"""Faults of the MPI simulation; its server objects are created without MPI."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from small import CPU, Fault, arguments, dataset, one_weight, report
 
 
 def _made(kind: type, optimizer: str, **keys: Any) -> Any:
-    """The aggregator as the MPI simulation makes it, with FedML's default ServerAggregator."""
+    """Return the aggregator of the MPI simulation, with FedML's default ServerAggregator."""
     from fedml.ml.aggregator.aggregator_creator import create_server_aggregator
 
     args = arguments(optimizer, backend="MPI", round_idx=0, **keys)
@@ -18,8 +18,11 @@ def _made(kind: type, optimizer: str, **keys: Any) -> Any:
 
 
 def fedopt_has_no_adam() -> Fault:
-    """`simulation/mpi/fedopt/FedOptAggregator.py` passes a momentum to whatever class
-    `server_optimizer` names."""
+    """Set `server_optimizer` to Adam.
+
+    `simulation/mpi/fedopt/FedOptAggregator.py` passes a momentum to whatever class
+    `server_optimizer` names.
+    """
     from fedml.simulation.mpi.fedopt.FedOptAggregator import FedOptAggregator
 
     try:
@@ -30,8 +33,11 @@ def fedopt_has_no_adam() -> Fault:
 
 
 def fedopt_test_raises() -> Fault:
-    """`test_on_server_for_all_clients` of the same file indexes the tuple that the default
-    aggregator's `test` returns. The run ends at its first test."""
+    """Run the server's test.
+
+    `test_on_server_for_all_clients` of the same file indexes the tuple that the default
+    aggregator's `test` returns. The run ends at its first test.
+    """
     from fedml.simulation.mpi.fedopt.FedOptAggregator import FedOptAggregator
 
     made = _made(FedOptAggregator, "FedOpt", server_optimizer="sgd", server_momentum=0.9)
@@ -39,7 +45,7 @@ def fedopt_test_raises() -> Fault:
 
 
 def fedprox_test_raises() -> Fault:
-    """The same in `simulation/mpi/fedprox/FedProxAggregator.py`."""
+    """Run the same test in `simulation/mpi/fedprox/FedProxAggregator.py`."""
     from fedml.simulation.mpi.fedprox.FedProxAggregator import FedProxAggregator
 
     return _tested(_made(FedProxAggregator, "FedProx", fedprox_mu=0.1))
@@ -54,8 +60,11 @@ def _tested(made: Any) -> Fault:
 
 
 def async_fedavg_log_raises() -> Fault:
-    """`simulation/mpi/async_fedavg/AsyncFedAvgClientManager.py` formats the client's index, a
-    string on the wire, by `%d`."""
+    """Run a client's first training.
+
+    `simulation/mpi/async_fedavg/AsyncFedAvgClientManager.py` formats the client's index, a string
+    on the wire, by `%d`.
+    """
     from fedml.simulation.mpi.async_fedavg import AsyncFedAvgClientManager
 
     kind = next(

@@ -1,4 +1,4 @@
-"""SCAFFOLD, single process, on any device: two faults beside the live tensors of `aliasing.py`."""
+"""SCAFFOLD, single process, on any device: two faults in addition to those of `aliasing.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from small import CPU, Fault, arguments, dataset, one_weight, report
 
 
 def variates_stay_zero() -> Fault:
-    """`simulation/sp/scaffold/client.py` puts the new variate into the dict that `state_dict()`
-    made, not into the model, so that c_i is what it was. Cure: `copy_` into the tensors."""
+    """Compare a client's variate with the distance it has moved.
+
+    `simulation/sp/scaffold/client.py` puts the new variate into the dict that `state_dict()` made,
+    and not into the model, so that c_i stays as it was. Repair: `copy_` into the tensors.
+    """
     from fedml.simulation.sp.scaffold.client import Client
     from fedml.simulation.sp.scaffold.scaffold_trainer import ScaffoldTrainer
 
@@ -26,8 +29,11 @@ def variates_stay_zero() -> Fault:
 
 
 def last_client_replaces_all() -> Fault:
-    """`torch_aggregator` in `ml/aggregator/agg_operator.py` writes the last client's change over
-    the sums, for the weights and for c. Cure: drop the two lines after the loop."""
+    """Aggregate the changes of two clients.
+
+    `torch_aggregator` in `ml/aggregator/agg_operator.py` overwrites the sums by the last client's
+    change, for the weights and for c. Repair: drop the two lines after the loop.
+    """
     from fedml.ml.aggregator.agg_operator import FedMLAggOperator
 
     def one(number: float) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -1,7 +1,7 @@
-"""What the reproductions share: a project of FedML with two clients and one weight to look at.
+"""Shared parts of the reproductions: a project of FedML with two clients and one weight.
 
-Nothing but FedML and torch. A client's "training" adds a number to the weight, so that the right
-result can be computed in the head; whatever FedML does around the training is FedML's own.
+They need FedML and torch alone. A client's "training" adds a number to the weight, so that you can
+compute the right result in your head. Everything around the training is FedML's own code.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Loader = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Fault:
-    """What a reproduction found.
+    """The result of a reproduction.
 
     Attributes:
         found: what FedML does.
         right: what it should do.
-        present: whether the two differ; False the day that it is repaired.
+        present: whether the two differ; False once the fault is repaired.
     """
 
     found: str
@@ -38,7 +38,7 @@ class Fault:
 
 
 def arguments(optimizer: str, **keys: Any) -> SimpleNamespace:
-    """The arguments of a FedML run of one round with both clients."""
+    """Return the arguments of a FedML run of one round with both clients."""
     common: dict[str, Any] = {
         "training_type": "simulation",
         "backend": "sp",
@@ -60,12 +60,12 @@ def arguments(optimizer: str, **keys: Any) -> SimpleNamespace:
         "ci": 0,
     }
     args = SimpleNamespace(**{**common, **keys})
-    mlops.pre_setup(args)  # as fedml.init() does; else FedML loads a config with tracking on
+    mlops.pre_setup(args)  # as fedml.init() does; otherwise FedML loads a config with tracking on
     return args
 
 
 def loader(seed: int, batches: int = 1) -> Loader:
-    """Batches of four examples with two features and two classes."""
+    """Return batches of four examples with two features and two classes."""
     source = torch.Generator().manual_seed(seed)
     return [
         (torch.randn(4, 2, generator=source), torch.randint(2, (4,), generator=source))
@@ -74,7 +74,7 @@ def loader(seed: int, batches: int = 1) -> Loader:
 
 
 def dataset(batches: int = 1) -> list[Any]:
-    """FedML's tuple of eight for two clients with equally many examples."""
+    """Return FedML's tuple of eight for two clients with equally many examples."""
     train = {client: loader(client, batches) for client in range(2)}
     test = {client: loader(client + 10) for client in range(2)}
     sizes = dict.fromkeys(range(2), 4 * batches)
@@ -82,19 +82,19 @@ def dataset(batches: int = 1) -> list[Any]:
 
 
 def one_weight() -> nn.Module:
-    """A linear layer of two features and two classes, all weights zero."""
+    """Return a linear layer of two features and two classes, with all weights zero."""
     model = nn.Linear(2, 2, bias=False)
     nn.init.zeros_(model.weight)
     return model
 
 
 def weight(model: nn.Module) -> float:
-    """The first entry of the model's first parameter."""
+    """Return the first entry of the model's first parameter."""
     return round(float(next(model.parameters()).detach().flatten()[0]), 6)
 
 
 def report(*reproductions: Callable[[], Fault]) -> None:
-    """Run them and print what they found."""
+    """Run the reproductions and print what they found."""
     logging.disable(logging.INFO)
     for reproduce in reproductions:
         fault = reproduce()
