@@ -1,6 +1,6 @@
 """Render the cells' results as a Markdown page. Standard library only.
 
-``python compat_tests/render.py --input build/matrix --output docs/compatibility.md``
+``python compat_tests/render.py --input build/matrix --output docs/records/compatibility.md``
 """
 
 from __future__ import annotations
@@ -34,45 +34,54 @@ SPELLED = {"flower": "Flower", "fedml": "FedML"}
 
 Results = Mapping[tuple[str, str], Row]
 
-HEAD = """# What is verified
+HEAD = """# Record of the compatibility matrix
+
+This page lists every cell of the matrix and its result. For what works with which versions, see
+[compatibility](../compatibility.md).
 
 Every cell is a real federated run (4 or 7 clients, 2 rounds, scikit-learn's digits, a small CNN
-with GroupNorm or BatchNorm), on Flower through the Grid of
-[`compat_tests/harness`](../compat_tests/harness), on FedML in its single-process simulation, with
-assertions that can fail:
+with GroupNorm or BatchNorm). On Flower, cells run through the Grid of
+[`compat_tests/harness`](../../compat_tests/harness); on FedML, they run in its single-process
+simulation. Each cell has assertions that can fail:
 
-- The strategy's own rule is written out in plain torch
-  ([`rules.py`](../compat_tests/harness/oracles/rules.py) and the modules it imports). With codec
-  `none` or `lossless` the final weights equal that loop's to float tolerance; with `int8` or
-  `balanced` they end within 5 % of the way that the loop has gone, at its accuracy (Bulyan: 10 %,
-  since it chooses
-  coordinate by coordinate). The clients' own models are as accurate as the loop's.
-- The ledger's bytes equal those counted on the wire, in every round and direction, and no message
-  holds more or less than what the cell shares.
-- FedML's cells run with the plugin's engine on (`fedpara_mend: true` for method and codec `none`)
-  and are held against the published algorithms
-  ([`fedml_rules.py`](../compat_tests/harness/oracles/fedml_rules.py)); where variates, duals or
-  gradients are coded too, a lossy codec may end within 10 %. What FedML itself computes is in
-  [its faults](fedml-faults.md).
-- One truth: FedAvg, FedProx, FedAdam and SCAFFOLD with `none`, `fedpara` and `pfedpara` come to the
-  same weights on Flower, on FedML and in a plain loop, which is
-  [a file](../compat_tests/reference/truth.safetensors) (`compat_tests/test_flower_truth.py`,
+- **The strategy's own rule** is implemented in plain torch
+  ([`rules.py`](../../compat_tests/harness/oracles/rules.py) and the modules it imports). With
+  codec `none` or `lossless`, the final weights equal those of that plain loop to float tolerance.
+  With `int8` or `balanced`, they end within 5 % of the distance that the plain loop has moved, at
+  its accuracy (Bulyan: 10 %, since it chooses coordinate by coordinate). The clients' own models
+  are as accurate as those of the plain loop.
+- **The ledger's bytes** equal those counted on the wire, in every round and direction, and no
+  message holds more or less than what the cell shares.
+- **FedML's cells** run with the plugin's engine on (`fedpara_mend: true` for method and codec
+  `none`) and are compared with the published algorithms
+  ([`fedml_rules.py`](../../compat_tests/harness/oracles/fedml_rules.py)). If variates, duals or
+  gradients are coded too, a lossy codec may end within 10 %. [Faults of
+  FedML](../fedml-faults.md) describes what FedML itself computes.
+- **One truth:** FedAvg, FedProx, FedAdam and SCAFFOLD with `none`, `fedpara` and `pfedpara` reach
+  the same weights on Flower, on FedML and in a plain loop. The weights are stored in [a
+  file](../../compat_tests/reference/truth.safetensors) (`compat_tests/test_flower_truth.py`,
   `compat_tests/test_fedml_truth.py`).
-- The DP wrappers run without noise here; noise and bound have
-  [tests of their own](../compat_tests/test_flower_clipping.py).
+- **The DP wrappers** run without noise here. Noise and bound have [tests of their
+  own](../../compat_tests/test_flower_clipping.py).
 
-The latest version runs every strategy with every method and two codecs, the others every pair of
-(strategy, method, codec, normalisation). `tox run` runs a smoke part of the latest and the oldest
-version of Flower and of FedML, `tox run -m matrix` all of it, `tox run -e flower-latest -- -m
-fedadam` one strategy.
+The latest version runs every strategy with every method and two codecs. The other versions run
+every pair of (strategy, method, codec, normalisation). `tox run` runs a smoke part of the latest
+and the oldest version of Flower and of FedML, `tox run -m matrix` runs all cells, and
+`tox run -e flower-latest -- -m fedadam` runs one strategy.
 
-How to read a cell: codec, accuracy of the server's model on its test data (the plain loop's in
-brackets), and how many times fewer bytes than the dense model both directions took together, first
-contact and evaluation included (FedML evaluates without messages). For `pfedpara` the server's
-model is W1, and "own" is the mean accuracy of the clients' own models on their held-out images.
-*refused*: the plugin ends the run with the reason, as the cell asserts. *Flower's error*, *FedML's
-error*: the plugin does nothing, and the framework itself cannot compute with this model or these
-keys; asserted too, so that the table notices when that changes.
+A cell shows:
+
+- the codec;
+- the accuracy of the server's model on its test data, with the plain loop's accuracy in brackets;
+- how many times fewer bytes than the dense model both directions took together, including first
+  contact and evaluation (FedML evaluates without messages);
+- for `pfedpara`, whose server model is W1, "own": the mean accuracy of the clients' own models on
+  their held-out images.
+
+*refused* means that the plugin ends the run with the reason, as the cell asserts. *Flower's
+error* and *FedML's error* mean that the plugin does nothing, and that the framework itself cannot
+compute with this model or these keys. These cells are asserted too, so that a change shows in the
+table.
 """
 
 
@@ -80,7 +89,7 @@ def main() -> None:
     """Read the command line and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", type=Path, default=Path("build/matrix"), help="folder of JSON")
-    parser.add_argument("--output", type=Path, default=Path("docs/compatibility.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/records/compatibility.md"))
     parser.add_argument("--print", action="store_true", help="write the page to the terminal too")
     options = parser.parse_args()
     folder = options.input
@@ -93,7 +102,7 @@ def main() -> None:
 
 
 def read(folder: Path) -> dict[tuple[str, str], Row]:
-    """All results of a folder by environment and cell."""
+    """Return all results of a folder by environment and cell."""
     found: dict[tuple[str, str], Row] = {}
     for path in sorted(folder.glob("*.json")):
         row = json.loads(path.read_text(encoding="utf-8"))
@@ -109,12 +118,12 @@ def render(
     engines: Mapping[str, Row] | None = None,
     transports: Mapping[str, Row] | None = None,
 ) -> str:
-    """The page: an overview, a table for each environment that ran, what did not run and why.
+    """Return the page: an overview, a table per environment that ran, what did not run and why.
 
     Args:
-        results: of the cells without engine.
-        engines: of those with one, by cell.
-        transports: of those over FedML's transports, by cell.
+        results: results of the cells without an engine.
+        engines: results of the cells on Flower's engines, by cell.
+        transports: results of the cells over FedML's transports, by cell.
     """
     names = [*(known.name for known in ENVIRONMENTS), FEDML_ENVIRONMENT]
     ran = {environment for environment, _ in results}
@@ -133,13 +142,13 @@ def _summary(results: Results) -> str:
     upstream = sum(row["refused_by"] in ("Flower", "FedML") for row in passed)
     return (
         f"{len(results)} cells ran: {len(passed)} passed, {len(results) - len(passed)} failed. Of "
-        f"those that passed {refused} are refusals and {upstream} are errors of the "
-        f"framework's own.\n"
+        f"the cells that passed, {refused} are refusals by the plugin and {upstream} are errors of "
+        f"the framework itself.\n"
     )
 
 
 def _overview(names: Sequence[str], results: Results) -> str:
-    """Strategies by versions: how many cells passed of how many that there are."""
+    """Return a table of strategies by versions: how many of all cells passed."""
     versions = {name: _of(name, results) for name in names}
     head = ["strategy", "marker"]
     head += [
@@ -154,7 +163,7 @@ def _overview(names: Sequence[str], results: Results) -> str:
 
 
 def _labels(framework: str = "") -> dict[str, str]:
-    """All optimizers by marker, named as the framework does, Flower's names first."""
+    """Return all optimizers by marker, named as the framework does, Flower's names first."""
     flower = {name: spec.label for name, spec in {**STRATEGIES, **OURS}.items()}
     fedml = {name: spec.label for name, spec in FEDML.items()}
     return {**flower, **fedml} if framework == "fedml" else {**fedml, **flower}

@@ -11,11 +11,12 @@ __all__ = ["engine_section", "of_an_engine"]
 
 HEAD = """## Runs on Flower's engines
 
-FedAvg, two rounds, through `flwr run`: in deployment as real processes on loopback (SuperLink,
-SuperNodes), in simulation on Ray; the model of the other cells. With codec `none` the final weights
-equal the plain loop's to float tolerance, with `balanced` they end within 5 % of its way. Bytes are
-those that a proxy counted between SuperNodes and SuperLink, HTTP included; what the ledger says has
-passed there, and no more than 3 kB a message beside it and HTTP's heads.
+Each run is FedAvg with two rounds through `flwr run`: in deployment as real processes on loopback
+(SuperLink, SuperNodes), in simulation on Ray, with the model of the other cells. With codec
+`none`, the final weights equal those of the plain loop to float tolerance. With `balanced`, they
+end within 5 % of the distance that the plain loop has moved. A proxy between SuperNodes and
+SuperLink counts the bytes, including HTTP. They contain what the ledger states and, beside that
+and the HTTP headers, at most 3 kB per message.
 """
 
 EMPTY = "Not run: `tox run -e flower-engines`.\n"

@@ -11,12 +11,12 @@ __all__ = ["of_a_transport", "transport_section"]
 
 HEAD = """## Runs over FedML's transports
 
-FedAvg, four rounds, a server and two client processes on loopback: cross-silo over each transport,
-with mosquitto and an S3-compatible store for `MQTT_S3`, and MPI simulation under `mpirun` with five
-data silos, of which two take part in a round; the project of
-[`examples/fedml_cross_silo`](../examples/fedml_cross_silo). The server's final weights equal those
-of the same run in one process, bit for bit. The accuracy is that of the server's model on held-out
-images (for `pfedpara` that model is W1 alone).
+Each run is FedAvg with four rounds, with a server and two client processes on loopback.
+Cross-silo runs use each transport, with mosquitto and an S3-compatible store for `MQTT_S3`. MPI
+simulation runs under `mpirun` with five data silos, of which two take part in a round. The
+project is [`examples/fedml_cross_silo`](../../examples/fedml_cross_silo). The server's final
+weights equal those of the same run in one process, bit for bit. The accuracy is that of the
+server's model on held-out images (for `pfedpara`, this model is W1 alone).
 """
 
 EMPTY = "Not run: `tox run -e fedml-engines`.\n"
