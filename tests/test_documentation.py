@@ -17,7 +17,10 @@ from fedpara_plugins.plugins import stages
 from fedpara_plugins.testing.hostile import check_refusal, damaged
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+# What `exchange` offers to the adapters is described as a whole.
+FACES = ["", "codecs", "ledger", "models", "training", "support"]
+FACES += ["optimizers", "references", "plugins", "testing"]
 
 
 def test_the_readme_s_plain_pytorch_example_runs():
@@ -65,10 +68,27 @@ def test_docstring_examples():
     assert attempted >= 9
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+        found = page.parent / target if target else page
+        assert found.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(found), f"{page.name} links to {target}#{anchor}"
+
+
+def anchors(page):
+    """Return the anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_every_public_name_is_documented(face):
+    module = import_module(f"fedpara_plugins.{face}".rstrip("."))
+    text = (ROOT / "docs" / "api.md").read_text()
+    section = text.split(f"\n## `{module.__name__}`\n")[1].split("\n## ")[0]
+    assert [name for name in module.__all__ if f"`{name}`" not in section] == []
 
 
 def test_every_option_is_documented():
