@@ -1,7 +1,8 @@
 """An ordinary FedML project, dense: a small network on digits.
 
-`start.py` in this folder starts a server and its clients over one of FedML's transports; by hand it
-is ``python main.py --cf fedml_config.yaml --rank 0 --role server``, and a client for each rank.
+`start.py` in this folder starts a server and its clients over one of FedML's transports. To start
+them by hand, run ``python main.py --cf fedml_config.yaml --rank 0 --role server``, and a client for
+each further rank.
 """
 
 import logging

@@ -6,10 +6,11 @@
     python examples/fedml_cross_silo/start.py MQTT_S3
     python examples/fedml_cross_silo/start.py GRPC --plugin fedpara_method=fedpara fedpara_gamma=0.3
 
-The last one switches the plugin on, without an edit of ``main.py``. Everything listens on loopback
-and ends by itself; what does not end in time is ended by its id. MPI needs ``mpirun``
-(openmpi-bin) and mpi4py, GRPC grpcio, MQTT_S3 ``mosquitto`` and ``moto_server`` (of ``pip install
-"moto[s3,server]"``, best in an environment of its own; name it with ``MOTO_SERVER``).
+The last command switches the plugin on, without an edit of ``main.py``. All processes listen on
+loopback and end by themselves; the script ends those that do not end in time, by their ids. MPI
+needs ``mpirun`` (openmpi-bin) and mpi4py, GRPC needs grpcio, and MQTT_S3 needs ``mosquitto`` and
+``moto_server`` (from ``pip install "moto[s3,server]"``, best in an environment of its own; name it
+with ``MOTO_SERVER``).
 """
 
 from __future__ import annotations
@@ -35,14 +36,18 @@ BUCKET = "fedml"
 
 
 def main() -> int:
-    """Read the command line, run everything, print how each process ended."""
+    """Read the command line, run all processes and print how each ended."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("backend", choices=BACKENDS)
     parser.add_argument("--plugin", nargs="*", metavar="KEY=VALUE", help="keys of fedpara_args")
-    parser.add_argument("--args", nargs="*", default=[], metavar="KEY=VALUE", help="of train_args")
+    parser.add_argument(
+        "--args", nargs="*", default=[], metavar="KEY=VALUE", help="keys of train_args"
+    )
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=300, help="time limit")
-    parser.add_argument("--folder", type=Path, help="for logs and configuration; a fresh one")
+    parser.add_argument(
+        "--folder", type=Path, help="for logs and configuration; default: a new one"
+    )
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="fedml-cross-silo-"))
     plugin = None if options.plugin is None else _values(options.plugin)
@@ -72,7 +77,7 @@ def write_config(
     train: Mapping[str, Any],
     plugin: Mapping[str, Any] | None,
 ) -> Path:
-    """The project's configuration with some sections changed."""
+    """Write the project's configuration with some sections changed, and return its path."""
     content = yaml.safe_load((HERE / "fedml_config.yaml").read_text(encoding="utf-8"))
     numbers = {"client_num_in_total": clients, "client_num_per_round": clients}
     content["train_args"] |= numbers | dict(train)
@@ -87,7 +92,7 @@ def write_config(
 
 
 def comm_sections(backend: str, folder: Path, clients: int) -> dict[str, dict[str, Any]]:
-    """What a transport needs in the configuration; writes its files into the folder."""
+    """Return a transport's sections of the configuration, and write its files into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     comm: dict[str, Any] = {"backend": backend}
     if backend == "TRPC":
@@ -121,7 +126,7 @@ def comm_sections(backend: str, folder: Path, clients: int) -> dict[str, dict[st
 
 
 def program(config: Path, plugin: bool) -> list[str]:
-    """The command of one process, without its rank."""
+    """Return the command of one process, without its rank."""
     launcher = ["-m", "fedpara_plugins_fedml"] if plugin else []
     return [sys.executable, *launcher, str(HERE / "main.py"), "--cf", str(config)]
 
@@ -129,7 +134,7 @@ def program(config: Path, plugin: bool) -> list[str]:
 def run(
     backend: str, config: Path, clients: int, seconds: float, plugin: bool
 ) -> dict[str, int | None]:
-    """Start all processes, wait for their ends; exit codes by name, None for one that went on."""
+    """Run all processes and return exit codes by name; None stands for one that went on."""
     folder, command = config.parent, program(config, plugin)
     processes: dict[str, subprocess.Popen[bytes]] = {}
     with ExitStack() as stack:
@@ -148,7 +153,7 @@ def run(
 
 
 def mpirun(processes: int) -> list[str]:
-    """Open MPI's launcher on this machine alone, with more processes than cores if need be."""
+    """Return the command of Open MPI's launcher, for this machine alone and any number of cores."""
     words = ["mpirun", "--oversubscribe", "--mca", "btl", "self,vader", "-np", str(processes)]
     return [*words, *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
 
@@ -156,7 +161,7 @@ def mpirun(processes: int) -> list[str]:
 def start(
     name: str, command: Sequence[str], folder: Path, stack: ExitStack
 ) -> subprocess.Popen[bytes]:
-    """One process, its output in a log; ended by its id when the stack unwinds."""
+    """Start a process that logs to a file, and end it by its id when the stack unwinds."""
     home = folder / "home"
     home.mkdir(parents=True, exist_ok=True)
     quiet = {"HOME": str(home), "FEDML_ENV_VERSION": "local", "OMP_NUM_THREADS": "1"}
@@ -174,7 +179,7 @@ def start(
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Wait until a process listens: a gRPC client that is earlier than its server ends at once."""
+    """Wait until a process listens: a gRPC client that starts before its server ends at once."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         with socket.socket() as each:
@@ -184,13 +189,13 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float) -
 
 
 def grpc_port(folder: Path, rank: int) -> int:
-    """The port of a rank in the table that `comm_sections` wrote."""
+    """Return the port of a rank in the table that `comm_sections` wrote."""
     rows = (folder / "grpc.csv").read_text("utf-8").split()
     return int(rows[1 + rank].rpartition(",")[2])
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface on which nobody listens."""
+    """Return free ports of the loopback interface."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -199,7 +204,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def broker_and_store(comm: Mapping[str, Any], folder: Path) -> ExitStack:
-    """mosquitto, and moto with the bucket in it, on the ports of the configuration."""
+    """Run mosquitto, and moto with the bucket, on the ports of the configuration."""
     import boto3  # FedML's own dependency
 
     mqtt, s3 = comm["customized_training_mqtt_config"], comm["customized_training_s3_config"]
@@ -242,7 +247,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _values(words: Sequence[str]) -> dict[str, Any]:
-    """``a=1 b=text`` as a mapping; values as YAML reads them."""
+    """Return ``a=1 b=text`` as a mapping, with values as YAML reads them."""
     return {key: yaml.safe_load(value) for key, _, value in (w.partition("=") for w in words)}
 
 

@@ -1,4 +1,4 @@
-"""Run by tox when the stage is uninstalled again: what its users see then."""
+"""What users see after the stage is uninstalled; tox runs this file."""
 
 from __future__ import annotations
 

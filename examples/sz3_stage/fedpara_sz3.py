@@ -1,11 +1,11 @@
 """Stage ``sz3``: every value within a stated distance, by the compressor SZ3.
 
-What a third party writes to add a codec stage: a subclass of `Stage`, a hook that registers it, and
-in ``pyproject.toml`` the entry point that names this module. Users then write it into their codec::
+A third party adds a codec stage by writing a subclass of `Stage`, a hook that registers it, and in
+``pyproject.toml`` the entry point that names this module. Users then write it into their codec::
 
     codec = "delta+sz3:error=1e-3"
 
-The library is imported at the first use, so that an installation without it still starts.
+The library SZ3 is imported at the first use, so that an installation without it still starts.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class Sz3Stage(Stage):
 
     @property
     def options(self) -> Mapping[str, str]:
-        """The error, as in the codec's text."""
+        """Return the error bound, as in the codec's text."""
         return {"error": repr(self.error)}
 
     def with_options(self, options: Mapping[str, str]) -> Stage:
-        """A stage with ``error``.
+        """Return a stage with ``error``.
 
         Raises:
             ConfigError: another option, or no positive number.
@@ -140,7 +140,7 @@ class Sz3Stage(Stage):
 
 
 def _sound(shape: object) -> bool:
-    """Whether a shape from the network is a list of sizes, none of them zero."""
+    """Return whether a shape from the network is a list of sizes, none of them zero."""
     return isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
 
 
