@@ -79,7 +79,7 @@ def held_reference(
             return mine
     raise MismatchError(
         f"payload coded against reference {header.reference[:64]}, this side holds "
-        f"{', '.join(held[-3:]) or 'none'}; code without a reference (first contact) instead"
+        f"{', '.join(held[-3:]) or 'none'}; encode without a reference (first contact) instead"
     )
 
 
@@ -93,7 +93,7 @@ def check_model(header: PayloadHeader, expect: ModelSpec) -> None:
     """
     if header.model is None:
         raise MismatchError(
-            f"the payload does not say of which model it is, this side expects the one of "
+            f"the payload does not describe its model, this side expects the model of "
             f"fingerprint {expect.fingerprint}; encode with model=ModelSpec.of(model).to_json()"
         )
     expect.check_described(header.model, here=HERE, there=THERE)

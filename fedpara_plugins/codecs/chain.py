@@ -90,7 +90,7 @@ class Codec:
         """Raise if the stage is repeated, or must be the first or the last one and is not."""
         stage, before, after = self.stages[place], self.stages[:place], self.stages[place + 1 :]
         if any(other.name == stage.name for other in before):
-            raise self._wrong(f"stage {stage.name!r} stands there twice")
+            raise self._wrong(f"stage {stage.name!r} occurs twice")
         if stage.entropy and (after or self.entropy is not None):
             follows = after[0].name if after else "entropy"
             raise self._wrong(
@@ -101,7 +101,7 @@ class Codec:
         if stage.needs_reference and before:
             both = "; keep one of them" if before[0].needs_reference else ""
             raise self._wrong(
-                f"{stage.name!r} needs the plain tensors and must stand before "
+                f"{stage.name!r} needs the plain tensors and must come before "
                 f"{before[0].name!r}{both}"
             )
 
@@ -110,7 +110,7 @@ class Codec:
         stage, before = self.stages[place], self.stages[:place]
         if before and before[-1].sorts and not stage.entropy:
             raise self._wrong(
-                f"{before[-1].name!r} makes bytes of values and must stand right before the "
+                f"{before[-1].name!r} turns values into bytes and must come right before the "
                 f"entropy coder, but {stage.name!r} follows"
             )
         shorter = [other.name for other in before if other.shortens]
@@ -121,7 +121,7 @@ class Codec:
             )
         if shorter and stage.selects:
             raise self._wrong(
-                f"{stage.name!r} compares exact values and must stand before {shorter[0]!r}"
+                f"{stage.name!r} compares exact values and must come before {shorter[0]!r}"
             )
 
     def _wrong(self, why: str) -> ConfigError:

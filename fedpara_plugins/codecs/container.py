@@ -46,7 +46,7 @@ def write_container(tensors: Tensors, header: str) -> bytes:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise PayloadError(
-                f"tensor {name!r}: dtype {tensor.dtype} cannot travel in a safetensors file by "
+                f"tensor {name!r}: dtype {tensor.dtype} cannot be stored in a safetensors file by "
                 "itself; use codec 'lossless', whose stream can hold it"
             )
     try:

@@ -59,7 +59,7 @@ def parse_codec(text: str, stages: Mapping[str, Stage] | None = None) -> Codec:
     names = [name for name, _ in items]
     for word in (FEEDBACK, ENTROPY):
         if names.count(word) > 1:
-            raise ConfigError(f"codec {whole!r}: {word!r} stands there twice")
+            raise ConfigError(f"codec {whole!r}: {word!r} occurs twice")
     if ENTROPY in names[:-1]:
         follows = names[names.index(ENTROPY) + 1]
         raise ConfigError(
@@ -116,12 +116,12 @@ def _check_feedback(items: Sequence[Item], codec: Codec, whole: str) -> None:
     first = sum(stage.needs_reference for stage in codec.stages)
     if place < first:
         raise ConfigError(
-            f"codec {whole!r}: 'feedback' must stand after {codec.stages[first - 1].name!r}: it "
+            f"codec {whole!r}: 'feedback' must come after {codec.stages[first - 1].name!r}: it "
             "keeps what the stages that follow it lose"
         )
     if place > first:
         raise ConfigError(
-            f"codec {whole!r}: 'feedback' must stand before {names[first]!r}: it keeps what the "
+            f"codec {whole!r}: 'feedback' must come before {names[first]!r}: it keeps what the "
             "stages that follow it lose"
         )
 

@@ -30,7 +30,7 @@ def check_dimensions(name: str, count: int, most: int = MAX_DIMENSIONS) -> None:
         PayloadError: it has.
     """
     if count > most:
-        raise PayloadError(f"tensor {name!r} has {count} dimensions, at most {most} can travel")
+        raise PayloadError(f"tensor {name!r} has {count} dimensions, at most {most} are allowed")
 
 
 def unused_name(name: str, used: Container[str]) -> str:

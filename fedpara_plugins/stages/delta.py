@@ -62,7 +62,10 @@ class DeltaStage(Stage):
         whole = notes.get("whole", [])
         known = all(type(place) is int and 0 <= place < len(tensors) for place in whole)
         if not known or len(set(whole)) != len(whole):
-            raise PayloadError(f"stage 'delta': no places of {len(tensors)} tensors: {whole[:5]}")
+            raise PayloadError(
+                f"stage 'delta': expected different places among {len(tensors)} tensors, got "
+                f"{whole[:5]}"
+            )
         size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in tensors.values())
         check_limit(size, limit, "the sum of reference and delta")
         exact = set(whole)

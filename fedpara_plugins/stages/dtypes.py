@@ -68,7 +68,7 @@ def dtype_name(dtype: torch.dtype) -> str:
         PayloadError: the dtype is not among them.
     """
     if dtype not in _NAMES:
-        raise PayloadError(f"dtype {dtype} cannot travel; these can: {', '.join(STREAM_DTYPES)}")
+        raise PayloadError(f"dtype {dtype} cannot be sent; these can: {', '.join(STREAM_DTYPES)}")
     return _NAMES[dtype]
 
 

@@ -136,7 +136,7 @@ def _partition(layout: Layout, coded: str) -> tuple[Layout, Layout]:
         parts[letter].append(entry)
     wrong = [name for name, dtype, _ in parts["s"] if dtype not in SYMBOL_DTYPES]
     if wrong:
-        raise PayloadError(f"stage 'ans': tensor {wrong[0]!r} cannot be of symbols")
+        raise PayloadError(f"stage 'ans': tensor {wrong[0]!r} cannot hold symbols")
     return parts["s"], parts["-"]
 
 

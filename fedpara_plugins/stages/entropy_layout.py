@@ -60,7 +60,7 @@ def read_layout(stage: str, notes: Notes, more: Mapping[str, type] | None = None
     names, shapes = notes["names"], notes["shapes"]
     check_count(len(names), f"the layout of stage {stage!r}")
     if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-        raise PayloadError(f"stage {stage!r}: the names are not text, or one stands there twice")
+        raise PayloadError(f"stage {stage!r}: the names are not text, or one is repeated")
     if len(shapes) != len(names) or not all(is_shape(shape) for shape in shapes):
         raise PayloadError(f"stage {stage!r}: expected {len(names)} shapes, lists of sizes")
     dtypes = [dtype for dtype in unpack_dtypes(notes, len(names)) if dtype is not None]

@@ -215,6 +215,7 @@ def _values(name: str, quantised: QuantisedTensor, block: int) -> torch.Tensor:
     values = dequantise(quantised, block).to(quantised.dtype)
     if not all_finite(values):
         raise PayloadError(
-            f"tensor {name!r}: a symbol times its step is no {dtype_name(quantised.dtype)}: forged"
+            f"tensor {name!r}: a symbol times its step exceeds {dtype_name(quantised.dtype)}; the "
+            "payload is forged"
         )
     return values

@@ -256,7 +256,7 @@ class TestHostileStreams:
 
     @pytest.mark.parametrize("dtype", ["F32", "U8", "I64", "BOOL"])
     def test_other_dtypes_are_never_symbols(self, dtype):
-        with pytest.raises(PayloadError, match="cannot be of symbols"):
+        with pytest.raises(PayloadError, match="cannot hold symbols"):
             decode(forged(), {**symbol_notes(4), "dtypes": [dtype]})
 
     @settings(deadline=None, max_examples=200)
