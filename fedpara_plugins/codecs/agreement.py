@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from fedpara_plugins._version import __version__
-from fedpara_plugins.codecs.chain import NONE, Codec, chain_of
+from fedpara_plugins.codecs.chain import NONE, Codec, codec_from_names
 from fedpara_plugins.codecs.header import PayloadHeader
 from fedpara_plugins.codecs.plain import plain_tensors
 from fedpara_plugins.codecs.reference import reference_hash
@@ -16,12 +16,12 @@ from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.plugins import stages as registered_stages
 from fedpara_plugins.stages.stage import Stage, Tensors
 
-__all__ = ["check_model", "check_tensors", "codec_of", "held_reference"]
+__all__ = ["check_model", "check_tensors", "codec_from_header", "held_reference"]
 
 HERE, THERE = "this side", "the payload's sender"
 
 
-def codec_of(header: PayloadHeader, stages: Mapping[str, Stage] | None) -> Codec:
+def codec_from_header(header: PayloadHeader, stages: Mapping[str, Stage] | None) -> Codec:
     """Return the codec that the header names.
 
     Args:
@@ -34,7 +34,7 @@ def codec_of(header: PayloadHeader, stages: Mapping[str, Stage] | None) -> Codec
     if stages is None:
         stages = registered_stages()
     try:
-        return chain_of([] if header.codec == NONE else header.codec.split("+"), stages)
+        return codec_from_names([] if header.codec == NONE else header.codec.split("+"), stages)
     except ConfigError as error:
         missing = [name[:40] for name in header.codec.split("+") if name not in stages]
         raise MismatchError(

@@ -10,7 +10,7 @@ from fedpara_plugins.stages.checks import check_dimensions
 from fedpara_plugins.stages.entropy_decoders import decoders
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, byte_size, check_limit
 
-__all__ = ["FEEDBACK", "NONE", "Codec", "EntropyChoice", "chain_of"]
+__all__ = ["FEEDBACK", "NONE", "Codec", "EntropyChoice", "codec_from_names"]
 
 NONE = "none"
 FEEDBACK = "feedback"
@@ -223,7 +223,7 @@ class Codec:
         return tensors
 
 
-def chain_of(names: Iterable[str], stages: Mapping[str, Stage]) -> Codec:
+def codec_from_names(names: Iterable[str], stages: Mapping[str, Stage]) -> Codec:
     """Return the codec of exactly these stages, without options, as a payload's header names them.
 
     Args:

@@ -16,7 +16,7 @@ from fedpara_plugins._version import __version__
 from fedpara_plugins.codecs.agreement import (
     check_model,
     check_tensors,
-    codec_of,
+    codec_from_header,
     held_reference,
 )
 from fedpara_plugins.codecs.chain import Codec
@@ -202,7 +202,7 @@ def decode_payload(
     header = parse_header(text)
     if expect is not None:
         check_model(header, expect)
-    codec = codec_of(header, stages)
+    codec = codec_from_header(header, stages)
     against = held_reference(header, codec, reference, references)
     coded = load_tensors(raw, header.order)
     try:
