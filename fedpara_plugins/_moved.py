@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__all__ = ["new_path", "serve_old_paths"]
+__all__ = ["new_path", "serve_old_names", "serve_old_paths"]
 
 _ROOT = "fedpara_plugins."
 
@@ -115,3 +115,22 @@ class _OldPaths(MetaPathFinder, Loader):
             stacklevel=2,
         )
         sys.modules[old] = import_module(new)
+
+
+def serve_old_names(module: str, renamed: Mapping[str, str]) -> Callable[[str], object]:
+    """Return a ``__getattr__`` that lets old names of a module's contents find the new ones.
+
+    Args:
+        module: the module's name.
+        renamed: old names to new ones.
+    """
+
+    def old_name(name: str) -> object:
+        if name not in renamed:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} has been renamed {renamed[name]}", DeprecationWarning, stacklevel=2
+        )
+        return getattr(sys.modules[module], renamed[name])
+
+    return old_name

@@ -35,7 +35,7 @@ from fedpara_plugins.codecs import (
     peek_header,
     reference_hash,
 )
-from fedpara_plugins.codecs.chain import NONE, chain_of
+from fedpara_plugins.codecs.chain import NONE, codec_from_names
 from fedpara_plugins.errors import FedParaError, MismatchError, PayloadError
 from fedpara_plugins.plugins import stages
 from fedpara_plugins.references import ClientReferences, GridDownlink, PerClientDownlink
@@ -126,8 +126,10 @@ class Checker:
             return True
         # An entropy coder's stream can hold complex128; a safetensors file cannot.
         if not any(tensor.dtype == torch.complex128 for tensor in tensors.values()):
-            self._again(tensors, chain_of([], self.stages))
-        self._again(tensors, chain_of([] if names == NONE else names.split("+"), self.stages))
+            self._again(tensors, codec_from_names([], self.stages))
+        self._again(
+            tensors, codec_from_names([] if names == NONE else names.split("+"), self.stages)
+        )
         return True
 
     def _describe(self, model: Mapping[str, Any]) -> None:

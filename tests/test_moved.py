@@ -54,6 +54,23 @@ def test_what_was_pickled_by_an_old_path_loads(fresh):
         assert pickle.loads(old) == slot
 
 
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("codecs", "Payload", "DecodedPayload"),
+        ("ledger", "Line", "LedgerLine"),
+        ("ledger", "Sum", "RunningTotals"),
+        ("support.storage", "Part", "PrefixView"),
+    ],
+)
+def test_an_old_name_gives_the_new_one_and_says_so(module, old, new):
+    found = importlib.import_module(f"fedpara_plugins.{module}")
+    with pytest.warns(DeprecationWarning, match=f"{old} has been renamed {new}"):
+        assert getattr(found, old) is getattr(found, new)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = found.nothing
+
+
 def test_other_names_are_not_there():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fedpara_plugins.nothing

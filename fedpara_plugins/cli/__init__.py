@@ -1,6 +1,7 @@
-"""The command `fedpara`: one module a sub-command.
+"""The command `fedpara`, with a module for each sub-command.
 
-May import everything; nothing of the core imports it.
+``command`` runs the sub-commands, ``arguments`` parses the command line; `fedpara report` itself is
+in ``ledger.page``. May import every room but ``testing``, and no room imports it. Offers `main`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What `fedpara doctor` checks: the environment, and every layer of a model before conversion.
+"""`fedpara doctor`: checks of every layer of a model before conversion, and of an optimizer.
 
-Every finding says what was found and, where something should be done, what.
+Every finding says what was found and, if something should be done, what to do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch.jit import ScriptModule
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
-from fedpara_plugins.cli.environment import check_environment
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConversionError
 from fedpara_plugins.factors.fast.conditions import FALLBACKS
@@ -27,23 +26,23 @@ from fedpara_plugins.plugins import layers
 from fedpara_plugins.support.findings import Finding
 from fedpara_plugins.training.optimizer_check import check_optimizer
 
-__all__ = ["Finding", "check_environment", "check_model", "check_optimizer", "check_training"]
+__all__ = ["check_model", "check_training"]
 
 SLOWER = (
-    "composed by torch's own operations, which take longer: its combine function is not one that "
-    "has a hand-written gradient"
+    "composed by torch's own operations, which are slower: its combine function has no "
+    "hand-written gradient"
 )
 
 
 def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
-    """Every layer: what becomes of it, or why nothing does and what to do.
+    """Check every layer: how it is converted, or why it stays dense and what to do about that.
 
     Args:
-        model: it is converted in place at the end, to see whether it can be.
-        config: as for training. A fit to the present weights is left out.
+        model: converted in place at the end, to find out whether it can be.
+        config: as for training. Factors are not fitted to the present weights.
 
     Raises:
-        ConfigError: an option that no model allows, or a pattern that matches no layer.
+        ConfigError: no model allows an option, or a pattern matches no layer.
     """
     refused: dict[str, ConversionError] = {}
     found = decisions(model, config, refused=refused)
@@ -51,7 +50,7 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
     lines += [Finding("attention", name or "(model)", str(e)) for name, e in refused.items()]
     lines += _shared(model, {id(decision.layer) for decision in found if decision.plans})
     if any(is_known(p.method) for decision in found for p in decision.plans.values()):
-        text = f"gradients written by hand; {FALLBACKS}, which take longer"
+        text = f"gradients written by hand; {FALLBACKS}, which are slower"
         lines.append(Finding("ok", "speed", text))
     if not any(line.level == "attention" for line in lines):
         lines += _converting(model, config)
@@ -72,7 +71,7 @@ def _about_layer(decision: Decision, config: FedParaConfig) -> Iterator[Finding]
 
 
 def _advice(decision: Decision, config: FedParaConfig) -> str:
-    """What to do about a layer that stays dense; "" where there is nothing to gain."""
+    """Return what to do about a layer that stays dense; empty if there is nothing to gain."""
     layer = decision.layer
     if isinstance(layer, (ParametrizationList, ScriptModule)) or ".qat." in type(layer).__module__:
         return ""
@@ -108,9 +107,9 @@ def _shared(model: nn.Module, factorised: set[int]) -> Iterator[Finding]:
 
 
 def _converting(model: nn.Module, config: FedParaConfig) -> Iterator[Finding]:
-    """Whatever `convert` itself has to say; it refuses more than single layers."""
+    """Yield the errors and warnings of `convert`, which checks more than single layers."""
     if any(isinstance(layer, FactorisedLayer) for layer in model.modules()):
-        yield Finding("ok", "(model)", "is converted already")
+        yield Finding("ok", "(model)", "is already converted")
         return
     if config.init == "fit":
         config = replace(config, init="random")
@@ -126,9 +125,9 @@ def _converting(model: nn.Module, config: FedParaConfig) -> Iterator[Finding]:
 
 
 def check_training(model: nn.Module, optimizer: Optimizer) -> list[Finding]:
-    """Whether an optimizer trains the converted model; see `check_optimizer`."""
+    """Check whether an optimizer trains a converted model; see `check_optimizer`."""
     if not any(isinstance(layer, FactorisedLayer) for layer in model.modules()):
-        text = "the model beside it is not converted: call fedpara_plugins.convert() before it"
+        text = "its model is not converted: call fedpara_plugins.convert() before you create it"
         return [Finding("attention", "optimizer", text)]
     try:
         check_optimizer(model, optimizer)

@@ -1,6 +1,7 @@
-"""The installation: versions against requirements, plugins, adapters with their frameworks.
+"""`fedpara doctor`: checks of the installation, its plugins and adapters.
 
-Nothing is imported that the user has not: frameworks are looked up, never loaded.
+It reads the versions of frameworks and optional packages from their metadata and never imports
+them.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ __all__ = ["check_environment"]
 
 DISTRIBUTION = "fedpara-plugins"
 OPTIONAL = {"transformers": "its Conv1D layers (GPT-2) can be factorised"}
-"""Packages that this one can make use of and never requires."""
+"""Packages that are used if they are installed, and what for."""
 
 
 def check_environment() -> list[Finding]:
-    """Versions against requirements, plugins, adapters with their frameworks, optional packages.
+    """Check versions, plugins, adapters with their frameworks, and optional packages.
 
-    A plugin that cannot be loaded is a finding, and is left out in this process from here on.
+    A plugin that cannot be loaded is a finding; this process then works without it.
     """
     return [*_own_requirements(), *_plugins(), *_optional()]
 
@@ -48,16 +49,16 @@ def _own_requirements() -> Iterator[Finding]:
         yield Finding(
             "note",
             DISTRIBUTION,
-            f"{__version__}, run from a folder and not installed: requirements are not known",
+            f"{__version__}, not installed but run from a folder: its requirements are unknown",
         )
         needed, python = ["torch", "numpy", "safetensors", "pluggy"], ""
     else:
         yield Finding("ok", DISTRIBUTION, __version__)
-    yield _compared("python", platform.python_version(), python or "")
+    yield _check_version("python", platform.python_version(), python or "")
     for requirement in needed:
-        name, wanted, condition = _parsed(requirement)
+        name, wanted, condition = _parse_requirement(requirement)
         if "extra" not in condition:
-            yield _installed(name, wanted)
+            yield _check_package(name, wanted)
 
 
 def _plugins() -> Iterator[Finding]:
@@ -102,8 +103,8 @@ def _plugin(point: EntryPoint) -> Finding:
 
 
 def _adapter(adapter: Adapter) -> Iterator[Finding]:
-    name, wanted, _ = _parsed(adapter.requires)
-    yield replace(_installed(name, wanted), subject=f"adapter {adapter.name}: {name}")
+    name, wanted, _ = _parse_requirement(adapter.requires)
+    yield replace(_check_package(name, wanted), subject=f"adapter {adapter.name}: {name}")
     if adapter.findings is not None and _is_installed(name):
         yield from adapter.findings()
     for lack in adapter.lacks:
@@ -128,22 +129,22 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def _installed(name: str, wanted: str) -> Finding:
+def _check_package(name: str, wanted: str) -> Finding:
     try:
-        return _compared(name, version(name), wanted)
+        return _check_version(name, version(name), wanted)
     except PackageNotFoundError:
         return Finding("attention", name, f"not installed: pip install '{name}{wanted}'")
 
 
-def _compared(name: str, found: str, wanted: str) -> Finding:
+def _check_version(name: str, found: str, wanted: str) -> Finding:
     if satisfies(found, wanted):
         return Finding("ok", name, f"{found} (needs {wanted})" if wanted else found)
     remedy = "use another interpreter" if name == "python" else f"pip install '{name}{wanted}'"
     return Finding("attention", name, f"{found} does not fit {wanted}: {remedy}")
 
 
-def _parsed(requirement: str) -> tuple[str, str, str]:
-    """Name, version range and condition of a requirement, such as ``numpy>=1.26; extra == 'x'``."""
+def _parse_requirement(requirement: str) -> tuple[str, str, str]:
+    """Return name, range and condition of a requirement such as ``numpy>=1.26; extra == 'x'``."""
     text, _, condition = requirement.partition(";")
     name = re.split(r"[^A-Za-z0-9._-]", text.strip(), maxsplit=1)[0]
     wanted = re.search(r"[<>=!~].*", text)

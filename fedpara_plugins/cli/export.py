@@ -1,4 +1,4 @@
-"""From factors in a file to the dense state that the unconverted model loads."""
+"""`fedpara export`: from factors in a file to the dense state of the unconverted model."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ __all__ = ["dense_from"]
 def dense_from(
     found: Checkpoint, model: nn.Module | None = None, config: FedParaConfig | None = None
 ) -> tuple[dict[str, Tensor], ModelSpec]:
-    """The dense state behind a checkpoint of factors.
+    """Return the dense state that a checkpoint of factors stands for.
 
     Args:
         found: what `read_checkpoint` returned.
-        model: the unconverted model, converted by this where ``config`` is given or the file does
-            not say how it was; otherwise the result is only checked against it. Not needed where
+        model: the unconverted model. It is converted if ``config`` is given or the file does not
+            describe its model; otherwise the result is only checked against it. None is enough if
             the file describes its model.
-        config: options of the conversion; they win over the file's, which they must agree with.
+        config: options of the conversion, which must agree with the file's.
 
     Returns:
-        The dense state in the model's order, and the spec of the converted model. Without private
-        factors in the file the state is W1.
+        The dense state in the model's order, and the spec of the converted model. If the file has
+        no private factors, the state is W1.
 
     Raises:
         ConfigError: neither the file nor the arguments say how the model was converted.
-        MismatchError: the file is of another model or was trained with other options; names the
-            first tensor that differs, and both shapes.
+        MismatchError: the file is of another model or was trained with other options; the message
+            names the first tensor that differs, and both shapes.
         PayloadError: the weights hold NaN or infinity, or would not fit this machine's memory.
     """
     if found.about.get("format") == "dense":
@@ -47,7 +47,7 @@ def dense_from(
         if model is None or config is None:
             raise ConfigError(
                 "the file does not describe its model: give the model's factory, and method and "
-                "gamma (or what else was used) as in training"
+                "gamma (or other options) as in training"
             )
         spec = _spec_for(found, model, config)
     elif model is not None:
@@ -56,7 +56,7 @@ def dense_from(
         rest = {k: v.shape for k, v in found.tensors.items() if k not in factors}
         check_same_shapes({**rest, **composed}, model.state_dict(), there="the unconverted model")
     size, memory = spec.dense_bytes(found.tensors), _memory()
-    if memory is not None and size > memory:  # small factors can stand for a weight of any size
+    if memory is not None and size > memory:  # small factors can describe a weight of any size
         raise PayloadError(
             f"the dense model would take {readable_bytes(size)}, this machine has "
             f"{readable_bytes(memory)} of memory: export it on a larger one, or the file is forged"
@@ -69,7 +69,7 @@ def dense_from(
 
 
 def _memory() -> int | None:
-    """Bytes of this machine's memory; None where the system does not say."""
+    """Return the bytes of this machine's memory; None if the system does not tell."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -77,7 +77,7 @@ def _memory() -> int | None:
 
 
 def _spec_for(found: Checkpoint, model: nn.Module, config: FedParaConfig) -> ModelSpec:
-    # The weights are about to be read: fitting factors to what the model has now would be in vain.
+    # The file's factors replace the weights, so there is no point in fitting factors to them.
     converted = convert(model, replace(config, init="random"))
     spec = ModelSpec.of(converted)
     if found.spec is not None:

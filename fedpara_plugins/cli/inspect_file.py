@@ -1,4 +1,4 @@
-"""What `fedpara inspect` says of a file, whoever wrote it; nothing is unpickled."""
+"""`fedpara inspect`: a description of an untrusted file; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from fedpara_plugins.ledger import CSV_HEAD, Direction, Ledger, LedgerEntry
 from fedpara_plugins.models.checkpoints import METADATA_KEY, read_about
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.plugins import stages
-from fedpara_plugins.stages.stage import DTYPES, byte_size, dtype_name
+from fedpara_plugins.stages.dtypes import DTYPES, byte_size, dtype_name
 from fedpara_plugins.support.units import readable_bytes
 from fedpara_plugins.text import printable
 
-__all__ = ["inspect_file", "printable"]
+__all__ = ["inspect_file"]
 
 EXPANSION = 64
-"""A payload may decode to this many times its size here; real ones stay well below."""
+"""A payload may decode to this many times its size; real ones stay well below."""
 
-Row = tuple[str, str, str, str]
+TensorRow = tuple[str, str, str, str]
+"""Name, dtype, shape and bytes."""
 
 
 def inspect_file(path: Path | str) -> str:
-    """Describe a payload, a checkpoint of factors or of a dense model, or a ledger, in lines.
+    """Return a description of a payload, of a factor or dense checkpoint, or of a ledger.
 
     Raises:
-        PayloadError: none of these, or damaged.
-        FedParaError: a ledger with a line that is none.
+        PayloadError: the file is none of these, or damaged.
+        FedParaError: a line of a ledger is malformed.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -44,7 +45,7 @@ def inspect_file(path: Path | str) -> str:
         elif start[8:9] == b"{":
             lines = list(_safetensors_lines(path))
         else:
-            raise PayloadError(_neither(path, start))
+            raise PayloadError(_unknown_kind(path, start))
     except PayloadError as error:
         if str(error).startswith(str(path)):
             raise
@@ -52,12 +53,12 @@ def inspect_file(path: Path | str) -> str:
     except (FedParaError, OSError):
         raise
     except (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as e:
-        # What a description may hold is checked where it is read; this is for what that missed.
-        raise PayloadError(f"{path}: unsound content: {e!r}") from e
+        # The readers check descriptions; this catches what their checks have missed.
+        raise PayloadError(f"{path}: invalid content: {e!r}") from e
     return "\n".join(lines)
 
 
-def _neither(path: Path, start: bytes) -> str:
+def _unknown_kind(path: Path, start: bytes) -> str:
     text = f"{path}: neither a safetensors file nor a ledger"
     if start[:2] in (b"PK", b"\x80\x02"):
         text += "; it looks like a file of torch.save, which `fedpara export` reads"
@@ -91,7 +92,7 @@ def _safetensors_lines(path: Path) -> Iterator[str]:
     yield from _table(rows)
 
 
-def _stored_rows(path: Path) -> list[Row]:
+def _stored_rows(path: Path) -> list[TensorRow]:
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return [
@@ -129,8 +130,8 @@ def _payload_lines(path: Path) -> Iterator[str]:
     yield from _table(_row_of(name, tensor) for name, tensor in tensors.items())
 
 
-class _Blank(Stage):
-    """Stands for a stage whose reference is not at hand: leaves the coded tensors as they are."""
+class _PassThrough(Stage):
+    """A replacement for a stage whose reference is missing: it leaves tensors encoded."""
 
     lossless = False
 
@@ -138,21 +139,24 @@ class _Blank(Stage):
         self.name = name
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
-        """Nothing."""
+        """Return the tensors unchanged."""
         return tensors, {}
 
     def decode(
         self, tensors: Tensors, notes: Notes, *, reference: Tensors | None, limit: int
     ) -> Tensors:
-        """Nothing: such stages stand first and keep names, shapes and dtypes."""
+        """Return the tensors unchanged; such stages come first and keep names, shapes, dtypes."""
         return tensors
 
 
 def _without_references(known: Mapping[str, Stage]) -> dict[str, Stage]:
-    return {name: _Blank(name) if stage.needs_reference else stage for name, stage in known.items()}
+    return {
+        name: _PassThrough(name) if stage.needs_reference else stage
+        for name, stage in known.items()
+    }
 
 
-# What both have
+# Models and tensors
 
 
 def _model_lines(spec: ModelSpec) -> Iterator[str]:
@@ -167,18 +171,18 @@ def _model_lines(spec: ModelSpec) -> Iterator[str]:
         yield f"    {printable(weight)}: {shape}, {text}, scale {plan.scale:.6g}"
 
 
-def _row_of(name: str, tensor: Tensor) -> Row:
+def _row_of(name: str, tensor: Tensor) -> TensorRow:
     size = byte_size(tensor.dtype, tensor.shape)
     return _row(name, dtype_name(tensor.dtype), tuple(tensor.shape), size)
 
 
-def _row(name: str, dtype: str, shape: tuple[int, ...], size: int | None) -> Row:
+def _row(name: str, dtype: str, shape: tuple[int, ...], size: int | None) -> TensorRow:
     counted = "?" if size is None else f"{size:,}"
     return (printable(name), dtype, "x".join(map(str, shape)) or "scalar", counted)
 
 
-def _table(rows: Iterable[Row]) -> Iterator[str]:
-    every: list[Row] = [("tensor", "dtype", "shape", "bytes"), *rows]
+def _table(rows: Iterable[TensorRow]) -> Iterator[str]:
+    every: list[TensorRow] = [("tensor", "dtype", "shape", "bytes"), *rows]
     widths = [max(len(row[i]) for row in every) for i in range(4)]
     for name, dtype, shape, size in every:
         yield (

@@ -1,7 +1,7 @@
-"""What `fedpara plan` computes: bytes and seconds of a run before there is one.
+"""`fedpara plan`: the bytes and seconds of a run, predicted before it starts.
 
-Uncoded bytes follow from shapes. Coded bytes are those of a synthetic update that is really
-encoded, so they are an estimate; the ledger measures the real ones.
+Bytes without a codec follow from shapes. Bytes with a codec are an estimate: a synthetic update is
+encoded. The ledger measures the bytes of a run.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.state_split import split
 from fedpara_plugins.support.units import readable_bytes, readable_seconds
 
-__all__ = ["Link", "Message", "TrafficPlan", "choose_gamma", "plan_traffic"]
+__all__ = ["Link", "MessageSize", "TrafficPlan", "choose_gamma", "message_bytes", "plan_traffic"]
 
 GAMMA_STEPS = 1000
-"""gamma is chosen among multiples of 1/1000; a rank seldom changes within one."""
+"""gamma is chosen among multiples of 1/1000; a smaller step seldom changes a rank."""
 
 UPDATE_SIZE = 0.01
-"""Standard deviation of the synthetic update, as a share of each tensor's own."""
+"""Standard deviation of the synthetic update, as a share of that of each tensor."""
 
 ESTIMATE = (
     "Coded bytes are an estimate: one synthetic update (normal values of 1 % of each tensor's "
@@ -39,15 +39,15 @@ ESTIMATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """A client's connection; bits per second, None where unknown."""
+    """The speeds of a client's connection in bits per second; None if unknown."""
 
     up: float | None = None
     down: float | None = None
 
 
 @dataclass(frozen=True)
-class Message:
-    """One message in one direction: what it carries, in words, and its bytes."""
+class MessageSize:
+    """One message in one direction: a description of what it carries, and its bytes."""
 
     label: str
     size: int
@@ -55,23 +55,22 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficPlan:
-    """The answer of `plan_traffic`; ``str(plan)`` is what the command prints.
+    """The result of `plan_traffic`; ``str(plan)`` is what the command prints.
 
     Attributes:
-        config: with the gamma that was chosen.
-        report: a row per layer.
-        messages: the alternatives, the dense model's uncoded message first and the configured
-            one last.
-        first_contact: bytes that each client receives once, before updates can be coded; 0 where
-            the codec needs no reference.
-        link: speeds that seconds are computed for.
-        clients: that take part in a round.
-        rounds: of the run.
+        config: the options, with the chosen gamma.
+        report: has a row for each layer.
+        messages: the alternatives: first the dense model without a codec, last the configured one.
+        first_contact: bytes that each client receives once, before updates can be encoded; 0 if the
+            codec needs no reference.
+        link: speeds for which seconds are computed.
+        clients: number of clients that take part in a round.
+        rounds: number of rounds.
     """
 
     config: FedParaConfig
     report: Report
-    messages: tuple[Message, ...]
+    messages: tuple[MessageSize, ...]
     first_contact: int
     link: Link
     clients: int
@@ -122,17 +121,17 @@ def plan_traffic(
     clients: int = 1,
     rounds: int = 1,
 ) -> TrafficPlan:
-    """What a run with this model and config would send.
+    """Predict what a run with this model and config sends.
 
     Args:
         model: the unconverted model; not modified.
         config: the options of the run.
         link: a client's connection.
-        clients: that take part in a round.
-        rounds: of the run.
+        clients: number of clients that take part in a round.
+        rounds: number of rounds.
 
     Raises:
-        ConfigError: an option, or clients or rounds, out of range.
+        ConfigError: an option, or the number of clients or rounds, is out of range.
         ConversionError: the model cannot be converted.
     """
     for name, number in (("clients", clients), ("rounds", rounds)):
@@ -141,14 +140,15 @@ def plan_traffic(
     codec = parse_codec(config.codec)
     converted = _converted(model, config)
     found = report(converted)
-    messages = [Message("dense", found.dense_bytes)]
+    messages = [MessageSize("dense", found.dense_bytes)]
     if codec.stages and config.method != "none":
-        messages.append(Message(f"dense, {codec.name}", _coded_bytes(model, codec)))
+        messages.append(MessageSize(f"dense, {codec.name}", _coded_bytes(model, codec)))
     if config.method != "none":
-        messages.append(Message(config.method, found.shared_bytes))
+        messages.append(MessageSize(config.method, found.shared_bytes))
     if codec.stages:
         coded = _coded_bytes(converted, codec)
-        messages.append(Message(f"{config.method}, {codec.name}".replace("none,", "dense,"), coded))
+        label = f"{config.method}, {codec.name}".replace("none,", "dense,")
+        messages.append(MessageSize(label, coded))
     return TrafficPlan(
         config=config,
         report=found,
@@ -161,19 +161,19 @@ def plan_traffic(
 
 
 def choose_gamma(model: nn.Module, config: FedParaConfig, *, target: int) -> FedParaConfig:
-    """The config with the largest gamma whose messages have at most ``target`` bytes.
+    """Return the config with the largest gamma whose messages have at most ``target`` bytes.
 
-    Messages grow with gamma, so that bisection finds it, among multiples of 0.001. Without codec
-    the tensors' bytes count, with one the bytes of an encoded synthetic update.
+    Messages grow with gamma, so bisection finds it among multiples of 0.001. Without a codec the
+    tensors' bytes count; with one, the bytes of an encoded synthetic update.
 
     Args:
         model: the unconverted model; not modified.
-        config: all other options; ``gamma`` is ignored.
+        config: all other options; its gamma is ignored.
         target: bytes of one message.
 
     Raises:
-        ConfigError: another rank rule is given, or the target cannot be met; the message says
-            what can.
+        ConfigError: another rule for ranks is given, or no gamma meets the target; the message
+            names the smallest possible size.
         ConversionError: the model cannot be converted.
     """
     if config.ratio is not None or config.rank is not None or config.method == "none":
@@ -183,7 +183,7 @@ def choose_gamma(model: nn.Module, config: FedParaConfig, *, target: int) -> Fed
     smallest = message_bytes(model, replace(config, gamma=0.0))
     if smallest > target:
         raise ConfigError(
-            f"a message of {target:,} bytes cannot be had: the smallest, with gamma 0, has "
+            f"a message of {target:,} bytes is not possible: the smallest, with gamma 0, has "
             f"{smallest:,} bytes ({config.method}, codec {config.codec}). Raise the target, choose "
             f"a stronger codec, or give smaller ranks with rank or overrides."
         )
@@ -198,14 +198,14 @@ def choose_gamma(model: nn.Module, config: FedParaConfig, *, target: int) -> Fed
 
 
 def message_bytes(model: nn.Module, config: FedParaConfig) -> int:
-    """Bytes of one message: of the tensors without a codec, of an encoded update with one."""
+    """Return the bytes of one message: of an encoded update, or of the tensors without a codec."""
     codec = parse_codec(config.codec)
     converted = _converted(model, config)
     return _coded_bytes(converted, codec) if codec.stages else report(converted).shared_bytes
 
 
 def _converted(model: nn.Module, config: FedParaConfig) -> nn.Module:
-    # Bytes do not depend on the weights' values: whatever they are, fresh factors will do.
+    # Bytes do not depend on the weights' values, so fresh factors will do.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return convert(copy.deepcopy(model), replace(config, init="random"))
@@ -224,7 +224,7 @@ def _first_contact(model: nn.Module, codec: Codec) -> int:
 
 
 def _updated(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state after a synthetic training round; integers stay as they are."""
+    """Return the state after a synthetic training round; integers stay unchanged."""
     generator = torch.Generator().manual_seed(0)
     updated = {}
     for name, value in state.items():

@@ -1,6 +1,6 @@
-"""What a training step with factors is made of: the dense step, and a piece for each weight.
+"""The parts of a training step with factors: the dense step, and parts for each weight.
 
-For `fedpara_plugins.cli.step_cost`, which times the pieces and adds them up.
+`fedpara_plugins.cli.step_cost` times the parts and adds them up.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.layers.base import FactorisedLayer
 
-__all__ = ["Call", "Part", "composition", "parts_of", "training_step", "uses_of"]
+__all__ = ["Call", "TimedPart", "composition", "record_uses", "timed_parts", "training_step"]
 
 Call = Callable[[], object]
 
-Part = tuple[str, float, Call]
-"""A name of its own, the sign of its time in what a weight adds, and what is timed."""
+TimedPart = tuple[str, float, Call]
+"""A unique name, the factor of its time in what a weight adds, and the call to time."""
 
 
 @dataclass
-class Use:
-    """What one forward pass makes of a layer.
+class LayerUse:
+    """How one forward pass uses a layer.
 
     Attributes:
-        calls: the tensors that every call of a layer is given, for those that may skip composing.
+        calls: the tensors of each call, for a layer that may skip composing its weight.
         composed: how often each weight is composed.
     """
 
@@ -37,22 +37,26 @@ class Use:
     composed: Counter[str] = field(default_factory=Counter)
 
 
-def uses_of(
+def record_uses(
     converted: nn.Module, layers: Mapping[str, FactorisedLayer], inputs: Sequence[Tensor]
-) -> dict[str, Use]:
-    """One forward pass, watched; who watches weights makes every layer compose them."""
-    uses: dict[str, Use] = {}
+) -> dict[str, LayerUse]:
+    """Run one forward pass, and return how it uses each layer.
+
+    A watcher of weights makes every layer compose them, so layers that may skip that are recorded
+    by their calls.
+    """
+    uses: dict[str, LayerUse] = {}
     handles = []
     for name, layer in layers.items():
-        use = uses[name] = Use()
+        use = uses[name] = LayerUse()
 
         def given(
-            _: nn.Module, args: tuple[Any, ...], named: dict[str, Any], use: Use = use
+            _: nn.Module, args: tuple[Any, ...], named: dict[str, Any], use: LayerUse = use
         ) -> None:
             tensors = [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
             use.calls.append(tuple(x.detach().requires_grad_(x.requires_grad) for x in tensors))
 
-        def composed(weight: str, _: Tensor, use: Use = use) -> None:
+        def composed(weight: str, _: Tensor, use: LayerUse = use) -> None:
             use.composed[weight] += 1
 
         if layer.may_skip_composing:
@@ -67,12 +71,13 @@ def uses_of(
 
 
 def training_step(model: nn.Module, inputs: Sequence[Tensor]) -> Call:
-    """zero_grad, forward, sum of squares of all floating-point outputs, backward, SGD.
+    """Return a call that makes one training step of SGD.
 
-    The call raises ConfigError if the model fails on these inputs.
+    The loss is the sum of squares of all floating-point outputs. The call raises ConfigError if the
+    model fails on these inputs.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    # So small a step that the model stays where it is.
+    # The step is so small that the model does not change.
     optimizer = torch.optim.SGD(trained, lr=1e-12) if trained else None
 
     def step() -> None:
@@ -84,7 +89,7 @@ def training_step(model: nn.Module, inputs: Sequence[Tensor]) -> Call:
                 raise ConfigError(
                     "a training step of the model cannot be timed: its output holds no tensor with "
                     "a gradient, in tuples, lists, dictionaries or dataclasses: let forward return "
-                    "what the loss is computed from"
+                    "the tensors that the loss is computed from"
                 )
             if losses:
                 torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
@@ -98,10 +103,17 @@ def training_step(model: nn.Module, inputs: Sequence[Tensor]) -> Call:
     return step
 
 
-def parts_of(
-    name: str, layer: FactorisedLayer, dense: nn.Module, use: Use
-) -> Iterator[tuple[str, list[Part]]]:
-    """The names of a layer's weights in the model, with the parts of what each adds to a step."""
+def timed_parts(
+    name: str, layer: FactorisedLayer, dense: nn.Module, use: LayerUse
+) -> Iterator[tuple[str, list[TimedPart]]]:
+    """Yield for each weight of a layer its name in the model and the parts of what it adds.
+
+    Args:
+        name: the layer's name in the model.
+        layer: the factorised layer.
+        dense: the layer that it replaces.
+        use: from `record_uses`.
+    """
     if use.calls:
         key = f"{name}.weight" if name else "weight"
         yield (
@@ -128,7 +140,7 @@ def parts_of(
 
 
 def composition(layer: FactorisedLayer, weight: str) -> Call:
-    """Composing one weight and taking a gradient back to its factors, which the call returns."""
+    """Return a call that composes a weight and returns the gradients of its factors."""
     factors = [f for f in layer.factors(weight).values() if f.requires_grad]
     with torch.no_grad():
         gradient = torch.randn_like(layer.composed_weight(weight))
@@ -140,8 +152,8 @@ def composition(layer: FactorisedLayer, weight: str) -> Call:
     return run
 
 
-def _calls(layer: nn.Module, use: Use) -> Call:
-    """Forward and backward of all calls, with the gradients that a step needs of them."""
+def _calls(layer: nn.Module, use: LayerUse) -> Call:
+    """Return a call that repeats all calls of a layer, forward and backward."""
     leaves = [p for p in layer.parameters() if p.requires_grad]
     with torch.no_grad():
         probes = [torch.randn_like(layer(*given)) for given in use.calls]
@@ -161,7 +173,7 @@ def _sgd(layer: nn.Module) -> Call:
 
 
 def _sgd_of(tensors: Sequence[Tensor]) -> Call:
-    """The step of plain SGD."""
+    """Return a call that makes a step of plain SGD on copies of tensors."""
     copies = [t.detach().clone().requires_grad_() for t in tensors]
     if not copies:
         return lambda: None

@@ -1,7 +1,7 @@
-"""What settings that a user carries over from a dense model mean on factors, measured.
+"""`fedpara doctor`: the effect of a dense model's training settings on factors, measured.
 
-A model's own layers are drawn afresh, an optimizer of the user's kind makes steps on them, and the
-movement of the composed weight is compared with that of a dense weight under the same setting.
+The layers of the model get fresh factors and an optimizer of the user's class makes steps on them.
+The movement of the composed weights is compared with that of dense weights under the same settings.
 """
 
 from __future__ import annotations
@@ -25,10 +25,16 @@ from fedpara_plugins.support.findings import Finding
 from fedpara_plugins.training.decay import COUPLED
 from fedpara_plugins.training.step_hooks import attach
 
-__all__ = ["Settings", "check_settings", "measured_decay", "measured_speed", "settings_of"]
+__all__ = [
+    "TrainingSettings",
+    "check_training_settings",
+    "measured_decay",
+    "measured_speed",
+    "training_settings_of",
+]
 
 PROBED = 4
-"""Weights that are measured, those with most entries; the others follow the same formulas."""
+"""Number of weights that are measured, largest first; the others follow the same formulas."""
 
 NORMALISING = (
     torch.optim.Adam,
@@ -40,14 +46,14 @@ NORMALISING = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the user's training loop sets, 0 where it sets nothing.
+class TrainingSettings:
+    """The settings of the user's training loop; 0 if it does not set one.
 
     Attributes:
-        optimizer: the class, such as `torch.optim.SGD`; None if it is not known.
-        lr: learning rate.
-        weight_decay: of the optimizer.
-        mu: of a proximal term mu/2 |w - w_global|² (FedProx).
+        optimizer: the class, such as `torch.optim.SGD`; None if unknown.
+        lr: the learning rate.
+        weight_decay: the optimizer's weight decay.
+        mu: the factor of a proximal term mu/2 |w - w_global|² (FedProx).
     """
 
     optimizer: type[Optimizer] | None = None
@@ -64,22 +70,22 @@ class Settings:
                 )
 
 
-def settings_of(optimizer: Optimizer) -> Settings:
-    """The settings of an optimizer's first group."""
+def training_settings_of(optimizer: Optimizer) -> TrainingSettings:
+    """Return the settings of an optimizer's first parameter group."""
     group = optimizer.param_groups[0]
-    return Settings(
+    return TrainingSettings(
         optimizer=type(optimizer),
         lr=float(group.get("lr", 0.0)),
         weight_decay=float(group.get("weight_decay", 0.0)),
     )
 
 
-def check_settings(model: nn.Module, settings: Settings) -> list[Finding]:
-    """One line for each setting: what it does on this model's factors, and what to do.
+def check_training_settings(model: nn.Module, settings: TrainingSettings) -> list[Finding]:
+    """Return a finding for each setting: its effect on this model's factors, and what to do.
 
     Args:
         model: a converted model; not modified.
-        settings: of the user's training.
+        settings: the settings of the user's training.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, FactorisedLayer)]
     plans = [plan for layer in layers for plan in layer.plans.values()]
@@ -90,7 +96,7 @@ def check_settings(model: nn.Module, settings: Settings) -> list[Finding]:
     if config.local == "dense":
         text = (
             "clients train dense weights: learning rate, weight decay and mu are those of the "
-            "dense model, and the options clip, speed and decay have nothing to act on"
+            "dense model, and the options clip, speed and decay have no effect"
         )
         return [Finding("note", 'local = "dense"', text)]
     with torch.random.fork_rng(devices=[]):
@@ -102,7 +108,7 @@ def check_settings(model: nn.Module, settings: Settings) -> list[Finding]:
     return lines
 
 
-def _learning_rate(settings: Settings, speed: float) -> Iterator[Finding]:
+def _learning_rate(settings: TrainingSettings, speed: float) -> Iterator[Finding]:
     rate = f"learning rate {settings.lr:g}" if settings.lr else "learning rate"
     text = (
         f"a step of SGD moves composed weights {speed:.2f} times as far as dense ones (K, measured "
@@ -118,23 +124,25 @@ def _learning_rate(settings: Settings, speed: float) -> Iterator[Finding]:
 
 def _clip(config: FedParaConfig) -> Iterator[Finding]:
     if config.clip is None:
-        text = "off; factors run away where dense weights only overshoot: set clip = 1.0 unless"
+        text = "off; factors diverge where dense weights only overshoot: set clip = 1.0 unless"
         yield Finding("note", "clip", f"{text} your own loop clips gradients")
     else:
-        text = "bounds the gradient by all parameters, factors among them, before every step; a"
+        text = (
+            "bounds the gradient's norm over all parameters, including factors, before every step;"
+        )
         yield Finding(
-            "note", f"clip {config.clip:g}", f"{text} bound of your own loop acts on factors too"
+            "note", f"clip {config.clip:g}", f"{text} a bound of your own loop acts on factors too"
         )
 
 
 def _weight_decay(
-    layers: list[FactorisedLayer], settings: Settings, config: FedParaConfig
+    layers: list[FactorisedLayer], settings: TrainingSettings, config: FedParaConfig
 ) -> Iterator[Finding]:
     if not settings.weight_decay:
         return
     subject, kind = f"weight decay {settings.weight_decay:g}", settings.optimizer
     if kind is None:
-        yield Finding("note", subject, "give --optimizer as well: what it does depends on that")
+        yield Finding("note", subject, "give --optimizer as well: the effect depends on it")
         return
     largest = max(layers, key=lambda layer: max(prod(p.shape) for p in layer.plans.values()))
     factors = len(next(iter(largest.plans.values())).factor_names)
@@ -143,8 +151,8 @@ def _weight_decay(
             "attention",
             subject,
             f"{kind.__name__} is not one of torch's optimizers: its decay acts on each of up to "
-            f"{factors} factors and shrinks composed weights as many times as fast; divide it by "
-            f"that, or use one of torch's",
+            f"{factors} factors and shrinks composed weights up to {factors} times as fast; divide "
+            f"it by that number, or use one of torch's",
         )
         return
     if issubclass(kind, NORMALISING) and kind is not torch.optim.AdamW:
@@ -152,8 +160,8 @@ def _weight_decay(
         yield Finding(
             "note",
             subject,
-            f"{kind.__name__} puts decay through its normalisation, so that it is no rate of "
-            f"shrinking, for dense weights neither; {share} added to the gradient of each factor. "
+            f"{kind.__name__} normalises the decay together with the gradient, so it is not a rate "
+            f"of shrinking, even for dense weights; {share} added to the gradient of each factor. "
             f"Use AdamW for a decay that means the same",
         )
         return
@@ -165,24 +173,29 @@ def _weight_decay(
     if config.decay == "composed":
         yield Finding("note", subject, f"{text}: keep your setting")
     else:
-        yield Finding("attention", subject, f"{text}: divide it by that, or set decay='composed'")
+        yield Finding(
+            "attention", subject, f"{text}: divide it by that number, or set decay='composed'"
+        )
 
 
-def _mu(settings: Settings, speed: float, private: bool) -> Iterator[Finding]:
+def _mu(settings: TrainingSettings, speed: float, private: bool) -> Iterator[Finding]:
     if not settings.mu:
         return
     text = (
-        f"over factors it holds composed weights back as mu = {settings.mu / speed:.2g} would hold "
-        f"dense ones (1/K, K measured {speed:.2f}): set mu = {settings.mu * speed:.2g} for the "
-        f"balance of gradient and pull that you had"
+        f"on factors it restrains composed weights as mu = {settings.mu / speed:.2g} would "
+        f"restrain dense ones (1/K, K measured {speed:.2f}): set mu = {settings.mu * speed:.2g} to "
+        f"keep the balance between the gradient and the proximal term"
     )
     if private:
-        text += "; leave private factors out of the term, they have no global value"
+        text += "; leave private factors out of the term, since they have no global value"
     yield Finding("attention", f"mu {settings.mu:g}", text)
 
 
 def measured_speed(plan: WeightPlan) -> float:
-    """K of the shared factors: <W(step) - W, -G> / (rate |G|²), to first order, for a random G."""
+    """Return K of the shared factors: how far a step moves the weight, dense = 1.
+
+    K = <W(step) - W, -G> / (rate |G|²) to first order, for a random gradient G.
+    """
     factors = {
         name: value.requires_grad_(name not in plan.private_names)
         for name, value in initial_factors(plan, seed=0, key="probe").items()
@@ -191,15 +204,15 @@ def measured_speed(plan: WeightPlan) -> float:
     weight = plan.compose(factors)
     gradient = torch.randn_like(weight)
     pulled = torch.autograd.grad((weight * gradient).sum(), shared)
-    # The derivative along the pulled-back gradient, times it, is |JᵀG|².
+    # J is the Jacobian of W. A step along -JᵀG changes <W, -G> by |JᵀG|² times the rate.
     return float(sum(p.square().sum() for p in pulled) / gradient.square().sum())
 
 
 def measured_decay(layer: FactorisedLayer, kind: Callable[..., Optimizer], *, decay: str) -> float:
-    """How fast one step with no gradient shrinks a composed weight by its decay, dense = 1.
+    """Return how fast weight decay shrinks a composed weight in a step, dense = 1.
 
     Args:
-        layer: of a converted model; a copy of it makes the step.
+        layer: of a converted model; a copy of it makes a step with a gradient of zero.
         kind: the optimizer's class.
         decay: as in the config.
     """

@@ -1,4 +1,4 @@
-"""The user's own code, named on the command line."""
+"""Access to the user's code that is named on the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["current_directory_importable", "model_from", "training_from"]
 
 @contextmanager
 def current_directory_importable() -> Iterator[None]:
-    """Let factories be found in the current directory, as ``python -m`` would."""
+    """Let imports find modules in the current directory, as with ``python -m``."""
     folder = os.getcwd()
     sys.path.insert(0, folder)
     try:
@@ -31,24 +31,30 @@ def current_directory_importable() -> Iterator[None]:
 
 
 def model_from(factory: str) -> nn.Module:
-    """Build a model as ``package.module:factory`` says; a module that stands there will do too.
+    """Return the model that a factory builds.
+
+    Args:
+        factory: ``package.module:factory``; it may also name a `torch.nn.Module` itself.
 
     Raises:
-        ConfigError: no such factory, it raises, or what it returns is no model.
+        ConfigError: there is no such factory, it raises, or it does not return a model.
     """
-    made = _built(factory)
+    made = _call_factory(factory)
     if not isinstance(made, nn.Module):
         raise ConfigError(f"{factory}: expected a torch.nn.Module, got a {type(made).__name__}")
     return made
 
 
 def training_from(factory: str) -> tuple[nn.Module, Optimizer]:
-    """A model and its optimizer, from a factory that returns the two.
+    """Return the model and the optimizer that a factory builds.
+
+    Args:
+        factory: ``package.module:factory``.
 
     Raises:
-        ConfigError: no such factory, it raises, or it returns something else.
+        ConfigError: there is no such factory, it raises, or it returns something else.
     """
-    match made := _built(factory):
+    match made := _call_factory(factory):
         case (nn.Module() as model, Optimizer() as optimizer):
             return model, optimizer
     raise ConfigError(
@@ -57,7 +63,7 @@ def training_from(factory: str) -> tuple[nn.Module, Optimizer]:
     )
 
 
-def _built(factory: str) -> object:
+def _call_factory(factory: str) -> object:
     module, colon, name = factory.partition(":")
     if not (module and colon and name):
         raise ConfigError(f"expected package.module:factory, got {factory!r}")
@@ -72,26 +78,28 @@ def _built(factory: str) -> object:
     except ConfigError:
         raise
     except Exception as error:  # the user's own code may raise anything
-        raise ConfigError(f"{factory}: {type(error).__name__}: {error}{_where(error)}") from error
+        raise ConfigError(
+            f"{factory}: {type(error).__name__}: {error}{_location(error)}"
+        ) from error
 
 
 def _refuse_arguments(factory: str, found: Any) -> None:
     try:
         parameters = signature(found).parameters.values()
-    except (TypeError, ValueError):  # no callable, or one that tells nothing: calling it will show
+    except (TypeError, ValueError):  # not callable, or without a signature: the call will tell
         return
     free = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     wanted = [p.name for p in parameters if p.default is Parameter.empty and p.kind not in free]
     if wanted:
         raise ConfigError(
-            f"{factory} needs arguments ({', '.join(wanted)}), and here it is called without any: "
+            f"{factory} needs arguments ({', '.join(wanted)}), but it is called without any: "
             f"name a function that needs none, such as net = functools.partial("
             f"{factory.rpartition(':')[2]}, {wanted[0]}=...) in a module of yours"
         )
 
 
-def _where(error: Exception) -> str:
-    """File and line of the innermost frame outside of this file and of importlib."""
+def _location(error: Exception) -> str:
+    """Return file and line of the innermost frame outside of this file and importlib."""
     place, trace = "", error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename

@@ -4,16 +4,21 @@
     data = encode_payload(update, codec=codec, reference=received)
     back = decode_payload(data, reference=received, limit=10**7).tensors
 
-The bytes are specified in ``docs/payload.md``. Nothing here knows a framework.
+``docs/payload.md`` specifies the bytes. May import ``models``, ``plugins``, ``stages`` and the
+rooms below them, and no framework. Offers the functions above, the hash of a reference, error
+feedback, and what a third party needs to write a stage.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from fedpara_plugins._moved import serve_old_names
 from fedpara_plugins.codecs.chain import Codec
 from fedpara_plugins.codecs.feedback import encode_with_feedback
 from fedpara_plugins.codecs.json_reader import strict_json
 from fedpara_plugins.codecs.payload import (
-    Payload,
+    DecodedPayload,
     PayloadHeader,
     decode_payload,
     encode_payload,
@@ -21,25 +26,17 @@ from fedpara_plugins.codecs.payload import (
 )
 from fedpara_plugins.codecs.reference import reference_hash
 from fedpara_plugins.codecs.text import PRESETS, parse_codec
-from fedpara_plugins.stages import BUILTIN_STAGES
+from fedpara_plugins.stages import BUILTIN_STAGES, Notes, Stage, Tensors
+from fedpara_plugins.stages.dtypes import byte_size, pack_dtypes, unpack_dtypes
 from fedpara_plugins.stages.entropy_decoders import decoders
-from fedpara_plugins.stages.stage import (
-    Notes,
-    Stage,
-    Tensors,
-    byte_size,
-    check_limit,
-    check_notes,
-    pack_dtypes,
-    unpack_dtypes,
-)
+from fedpara_plugins.stages.stage import check_limit, check_notes
 
 __all__ = [
     "BUILTIN_STAGES",
     "PRESETS",
     "Codec",
+    "DecodedPayload",
     "Notes",
-    "Payload",
     "PayloadHeader",
     "Stage",
     "Tensors",
@@ -57,3 +54,6 @@ __all__ = [
     "strict_json",
     "unpack_dtypes",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = serve_old_names(__name__, {"Payload": "DecodedPayload"})

@@ -1,44 +1,40 @@
-"""What both sides must agree on: stages, reference, model. A refusal names both sides' values."""
+"""Checks that both sides agree on stages, reference and model; errors name both sides' values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
 from fedpara_plugins._version import __version__
-from fedpara_plugins.codecs.chain import NONE, Codec, chain_of
+from fedpara_plugins.codecs.chain import NONE, Codec, codec_from_names
 from fedpara_plugins.codecs.header import PayloadHeader
-from fedpara_plugins.codecs.plain import plain
+from fedpara_plugins.codecs.plain import plain_tensors
 from fedpara_plugins.codecs.reference import reference_hash
 from fedpara_plugins.errors import ConfigError, MismatchError, PayloadError
+from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.plugins import stages as registered_stages
 from fedpara_plugins.stages.stage import Stage, Tensors
 
-if TYPE_CHECKING:
-    from fedpara_plugins.models.spec import ModelSpec
-
-__all__ = ["check_model", "check_tensors", "codec_of", "held_reference"]
+__all__ = ["check_model", "check_tensors", "codec_from_header", "held_reference"]
 
 HERE, THERE = "this side", "the payload's sender"
 
 
-def codec_of(header: PayloadHeader, stages: Mapping[str, Stage] | None) -> Codec:
-    """The chain that the header names.
+def codec_from_header(header: PayloadHeader, stages: Mapping[str, Stage] | None) -> Codec:
+    """Return the codec that the header names.
 
     Args:
         header: of a payload.
-        stages: known stages by name; all that are registered if None.
+        stages: known stages by name; all registered ones if None.
 
     Raises:
-        MismatchError: a stage is not installed here, or the chain is none.
+        MismatchError: a stage is not installed here, or the stages form no valid chain.
     """
     if stages is None:
-        from fedpara_plugins.plugins import stages as registered  # it imports this package
-
-        stages = registered()
+        stages = registered_stages()
     try:
-        return chain_of([] if header.codec == NONE else header.codec.split("+"), stages)
+        return codec_from_names([] if header.codec == NONE else header.codec.split("+"), stages)
     except ConfigError as error:
         missing = [name[:40] for name in header.codec.split("+") if name not in stages]
         raise MismatchError(
@@ -55,12 +51,12 @@ def held_reference(
     reference: Mapping[str, torch.Tensor] | None,
     references: Mapping[str, Mapping[str, torch.Tensor]] | None,
 ) -> Tensors | None:
-    """The tensors that the sender coded against, if the codec needs any.
+    """Return the tensors that the sender encoded against; None if the codec needs none.
 
     Args:
         header: names them by their hash.
         codec: of the payload.
-        reference: what this side holds; hashed only if it must be.
+        reference: what this side holds; hashed only if ``references`` lacks it.
         references: more of it, by hash.
 
     Raises:
@@ -71,32 +67,33 @@ def held_reference(
         return None
     if header.reference is None:
         raise PayloadError(f"codec {codec.name!r} needs a reference and the header names none")
-    # Asked for once: what is held may lie in a file, and turn out to be damaged only now.
+    # One look-up only: the state may lie in a file that turns out to be damaged only now.
     found = None if references is None else references.get(header.reference)
     if found is not None:
-        return plain(found)
+        return plain_tensors(found)
     held = list(references or ())
     if reference is not None:
-        mine = plain(reference)
+        mine = plain_tensors(reference)
         held.append(reference_hash(mine))
         if held[-1] == header.reference:
             return mine
     raise MismatchError(
         f"payload coded against reference {header.reference[:64]}, this side holds "
-        f"{', '.join(held[-3:]) or 'none'}; code without a reference (first contact) instead"
+        f"{', '.join(held[-3:]) or 'none'}; encode without a reference (first contact) instead"
     )
 
 
 def check_model(header: PayloadHeader, expect: ModelSpec) -> None:
-    """Refuse a payload of another model, or of the same one converted in another way.
+    """Raise unless the payload is of this model, converted in the same way.
 
     Raises:
-        MismatchError: names the first difference; or the payload does not describe its model.
+        MismatchError: the models differ, and the message names the first difference; or the payload
+            does not describe its model.
         PayloadError: the description is malformed.
     """
     if header.model is None:
         raise MismatchError(
-            f"the payload does not say of which model it is, this side expects the one of "
+            f"the payload does not describe its model, this side expects the model of "
             f"fingerprint {expect.fingerprint}; encode with model=ModelSpec.of(model).to_json()"
         )
     expect.check_described(header.model, here=HERE, there=THERE)
@@ -105,15 +102,15 @@ def check_model(header: PayloadHeader, expect: ModelSpec) -> None:
 def check_tensors(
     tensors: Tensors, expect: ModelSpec | None, like: Mapping[str, torch.Tensor] | None
 ) -> None:
-    """Refuse decoded tensors that do not fit this side's model.
+    """Raise unless decoded tensors fit this side's model.
 
     Args:
-        tensors: what was decoded.
-        expect: their names, in order, and the shapes of factors.
-        like: their names, shapes and dtypes.
+        tensors: the decoded tensors.
+        expect: gives their names, in order, and the shapes of factors.
+        like: gives their names, shapes and dtypes.
 
     Raises:
-        MismatchError: names the first difference with both sides' values.
+        MismatchError: they differ; the message names the first difference with both sides' values.
     """
     if expect is not None:
         _check_names(tensors, expect.shared_keys)

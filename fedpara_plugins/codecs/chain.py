@@ -1,4 +1,4 @@
-"""Chains of stages: their order, and what they guarantee around any stage."""
+"""Chains of stages: the order of stages, and the checks around each of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedpara_plugins.stages.checks import check_dimensions
 from fedpara_plugins.stages.entropy_decoders import decoders
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, byte_size, check_limit
 
-__all__ = ["FEEDBACK", "NONE", "Codec", "EntropyChoice", "chain_of"]
+__all__ = ["FEEDBACK", "NONE", "Codec", "EntropyChoice", "codec_from_names"]
 
 NONE = "none"
 FEEDBACK = "feedback"
@@ -18,11 +18,11 @@ FEEDBACK = "feedback"
 
 @dataclass(frozen=True)
 class EntropyChoice:
-    """The word ``entropy``: a place for whichever entropy coder both sides turn out to have.
+    """The word ``entropy``: stands for the best entropy coder that both sides have.
 
     Attributes:
-        prefer: name of the coder to take first.
-        candidates: in the order of preference; the last one is what every installation has.
+        prefer: name of the preferred coder.
+        candidates: coders in the order of preference; every installation has the last one.
     """
 
     prefer: str
@@ -34,7 +34,11 @@ class EntropyChoice:
         return f"entropy:prefer={self.prefer}"
 
     def resolved(self, theirs: Collection[str] | None) -> Stage:
-        """The first candidate that the other side can decode and this one has."""
+        """Return the first candidate that the other side can decode and this side has.
+
+        Args:
+            theirs: names of the coders that the other side can decode; None if unknown.
+        """
         *better, always = self.candidates
         wanted = [stage for stage in better if theirs is not None and stage.name in theirs]
         if not wanted:
@@ -45,17 +49,17 @@ class EntropyChoice:
 
 @dataclass(frozen=True)
 class Codec:
-    """Stages in the order of encoding; decoding walks them backwards.
+    """Stages in the order of encoding; decoding applies them in reverse order.
 
     Attributes:
         stages: may be empty; stages that need the reference come first, an entropy coder last.
-        feedback: the sender keeps what lossy stages lost and adds it to what it sends next; see
-            `fedpara_plugins.codecs.feedback`. The receiver need not know.
-        entropy: the coder is chosen when the other side is known; see `resolved`.
-        name: the text that `parse_codec` reads back to this very codec, or ``none``.
+        feedback: whether the sender keeps what lossy stages lose and adds it to its next payload;
+            see `fedpara_plugins.codecs.feedback`. The receiver need not know.
+        entropy: the entropy coder, if it is chosen once the other side is known; see `resolved`.
+        name: the text from which `parse_codec` returns this codec, or ``none``.
 
     Raises:
-        ConfigError: a stage stands twice or out of its place.
+        ConfigError: a stage is repeated or out of place.
     """
 
     stages: tuple[Stage, ...]
@@ -73,43 +77,51 @@ class Codec:
         self._check_order()
 
     def _check_order(self) -> None:
-        names = [stage.name for stage in self.stages]
-        for place, stage in enumerate(self.stages):
-            before, after = self.stages[:place], self.stages[place + 1 :]
-            if stage.name in names[:place]:
-                raise self._wrong(f"stage {stage.name!r} stands there twice")
-            if stage.entropy and (after or self.entropy is not None):
-                follows = after[0].name if after else "entropy"
-                raise self._wrong(
-                    f"{stage.name!r} makes one opaque stream and must be the last stage, but "
-                    f"{follows!r} follows"
-                )
-            # Any other stage changes dtypes or values, and the reference would no longer fit.
-            if stage.needs_reference and before:
-                both = "; keep one of them" if before[0].needs_reference else ""
-                raise self._wrong(
-                    f"{stage.name!r} needs the plain tensors and must stand before "
-                    f"{names[0]!r}{both}"
-                )
-            if before and before[-1].sorts and not stage.entropy:
-                raise self._wrong(
-                    f"{before[-1].name!r} makes bytes of values and must stand right before the "
-                    f"entropy coder, but {stage.name!r} follows"
-                )
-            shorter = [other.name for other in before if other.shortens]
-            if shorter and stage.shortens:
-                raise self._wrong(
-                    f"{shorter[0]!r} and {stage.name!r} both write values with fewer bits; "
-                    "keep one of them"
-                )
-            if shorter and stage.selects:
-                raise self._wrong(
-                    f"{stage.name!r} compares exact values and must stand before {shorter[0]!r}"
-                )
+        for place in range(len(self.stages)):
+            self._check_ends(place)
+            self._check_values(place)
         if self.feedback and all(s.lossless or s.needs_reference for s in self.stages):
             raise self._wrong(
                 "'feedback' keeps what lossy stages lose, and there is none; add one, such as "
                 "quantise:rms=2, or leave 'feedback' out"
+            )
+
+    def _check_ends(self, place: int) -> None:
+        """Raise if the stage is repeated, or must be the first or the last one and is not."""
+        stage, before, after = self.stages[place], self.stages[:place], self.stages[place + 1 :]
+        if any(other.name == stage.name for other in before):
+            raise self._wrong(f"stage {stage.name!r} occurs twice")
+        if stage.entropy and (after or self.entropy is not None):
+            follows = after[0].name if after else "entropy"
+            raise self._wrong(
+                f"{stage.name!r} makes one opaque stream and must be the last stage, but "
+                f"{follows!r} follows"
+            )
+        # Any other stage changes dtypes or values, and the reference would no longer fit.
+        if stage.needs_reference and before:
+            both = "; keep one of them" if before[0].needs_reference else ""
+            raise self._wrong(
+                f"{stage.name!r} needs the plain tensors and must come before "
+                f"{before[0].name!r}{both}"
+            )
+
+    def _check_values(self, place: int) -> None:
+        """Raise if the stages before have changed the values in a way that does not suit."""
+        stage, before = self.stages[place], self.stages[:place]
+        if before and before[-1].sorts and not stage.entropy:
+            raise self._wrong(
+                f"{before[-1].name!r} turns values into bytes and must come right before the "
+                f"entropy coder, but {stage.name!r} follows"
+            )
+        shorter = [other.name for other in before if other.shortens]
+        if shorter and stage.shortens:
+            raise self._wrong(
+                f"{shorter[0]!r} and {stage.name!r} both write values with fewer bits; "
+                "keep one of them"
+            )
+        if shorter and stage.selects:
+            raise self._wrong(
+                f"{stage.name!r} compares exact values and must come before {shorter[0]!r}"
             )
 
     def _wrong(self, why: str) -> ConfigError:
@@ -117,12 +129,12 @@ class Codec:
 
     @property
     def stage_names(self) -> str:
-        """The stages' names joined by ``+``, or ``none``: what a payload's header says."""
+        """Names of the stages joined by ``+``, or ``none``, as in a payload's header."""
         return "+".join(stage.name for stage in self.stages) or NONE
 
     @property
     def needs_reference(self) -> bool:
-        """Whether any stage works against a reference."""
+        """Whether any stage needs a reference."""
         return any(stage.needs_reference for stage in self.stages)
 
     @property
@@ -131,12 +143,12 @@ class Codec:
         return all(stage.lossless for stage in self.stages)
 
     def resolved(self, decoders: Collection[str] | None) -> Codec:
-        """This codec with a stage in the place of the word ``entropy``.
+        """Return this codec with a stage in place of the word ``entropy``.
 
         Args:
-            decoders: what the other side said that it can decode, as its
-                `fedpara_plugins.codecs.decoders` lists it; None while that is not known, when
-                zlib is taken, which everyone has.
+            decoders: entropy stages that the other side can decode, from its
+                `fedpara_plugins.codecs.decoders`. None if they are not known yet; then zlib is
+                taken, which every installation has.
         """
         if self.entropy is None:
             return self
@@ -144,19 +156,23 @@ class Codec:
         return replace(self, stages=(*self.stages, coder), entropy=None)
 
     def first_contact(self) -> Codec:
-        """What is used while the receiver holds no reference: the lossless, self-sufficient stages.
+        """Return the codec to use while the receiver holds no reference.
 
-        Lossy stages are made for small updates; they would spoil whole weights.
+        It keeps the lossless stages that need no reference. Lossy stages are made for small
+        updates; they would spoil whole weights.
         """
         kept = (stage for stage in self.stages if stage.lossless and not stage.needs_reference)
         return replace(self, stages=tuple(kept), feedback=False)
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, list[Notes]]:
-        """Apply the stages in order; one dict of notes a stage.
+        """Apply the stages in order.
+
+        Returns:
+            The encoded tensors, and the notes of each stage.
 
         Raises:
             ConfigError: the entropy coder is not chosen yet.
-            PayloadError: a stage cannot code a tensor.
+            PayloadError: a stage cannot encode a tensor.
             MismatchError: the reference is missing or does not fit.
         """
         if self.entropy is not None:
@@ -178,13 +194,14 @@ class Codec:
         """Undo the stages, the last one first.
 
         Args:
-            tensors: what travelled.
-            notes: what `encode` returned.
-            reference: what the sender coded against.
+            tensors: the encoded tensors, as received.
+            notes: the notes of each stage, as received.
+            reference: the tensors that the sender encoded against.
             limit: bytes that the tensors may have after any stage.
 
         Raises:
-            PayloadError: whatever is wrong with tensors or notes; no other error passes.
+            PayloadError: tensors or notes are not what `encode` returns. Errors of any other type
+                that a stage raises are converted.
         """
         if len(notes) != len(self.stages):
             raise PayloadError(
@@ -206,11 +223,15 @@ class Codec:
         return tensors
 
 
-def chain_of(names: Iterable[str], stages: Mapping[str, Stage]) -> Codec:
-    """The codec of exactly these stages, by plain names, as a payload's header has them.
+def codec_from_names(names: Iterable[str], stages: Mapping[str, Stage]) -> Codec:
+    """Return the codec of exactly these stages, without options, as a payload's header names them.
+
+    Args:
+        names: of the stages, in the order of encoding.
+        stages: known stages by name.
 
     Raises:
-        ConfigError: a stage is unknown, repeated or out of its place.
+        ConfigError: a stage is unknown, repeated or out of place.
     """
     wanted = list(names)
     unknown = [name for name in wanted if name not in stages]

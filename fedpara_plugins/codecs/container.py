@@ -1,6 +1,6 @@
-"""The container: a safetensors file with our header in its metadata, its checksum and its bounds.
+"""The container: a safetensors file with the payload's header in its metadata, and a checksum.
 
-Nothing is ever unpickled, and every size is checked before anything of that size is allocated.
+Nothing is ever unpickled, and every size is checked before memory of that size is allocated.
 """
 
 from __future__ import annotations
@@ -15,23 +15,28 @@ import safetensors.torch
 from fedpara_plugins.codecs.json_reader import strict_json
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.stages.checks import check_dimensions
-from fedpara_plugins.stages.stage import DTYPES, Tensors, check_booleans, check_count, check_limit
+from fedpara_plugins.stages.dtypes import DTYPES, check_booleans
+from fedpara_plugins.stages.stage import Tensors, check_count, check_limit
 
 __all__ = ["CHECKSUM_BLANK", "load_tensors", "open_container", "write_container"]
 
 MAX_HEADER = 4 * 2**20
-"""Bytes of safetensors' header, names of all tensors included: some 20,000 tensors."""
+"""Most bytes of safetensors' header with the names of all tensors: enough for 20,000 tensors."""
 
 _KEY = "fedpara"
-# How the header begins inside the file, where it is a JSON string inside JSON.
+# The start of the payload's header in the file, where it is a JSON string inside JSON.
 _CHECKSUM_MARK = rb"{\"crc32\":\""
 CHECKSUM_BLANK = "00000000"
-"""What stands in the header's field ``crc32`` until `write_container` knows the checksum."""
+"""Content of the header's field ``crc32`` until `write_container` knows the checksum."""
 _BLANK = CHECKSUM_BLANK.encode()
 
 
 def write_container(tensors: Tensors, header: str) -> bytes:
-    """The file of these tensors and this header's text, its checksum filled in.
+    """Return the file of these tensors and this header, with its checksum filled in.
+
+    Args:
+        tensors: by name.
+        header: JSON text that begins with the field ``crc32``, whose value is `CHECKSUM_BLANK`.
 
     Raises:
         PayloadError: safetensors cannot write them, or the table would be too long to be read.
@@ -41,7 +46,7 @@ def write_container(tensors: Tensors, header: str) -> bytes:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise PayloadError(
-                f"tensor {name!r}: dtype {tensor.dtype} cannot travel in a safetensors file by "
+                f"tensor {name!r}: dtype {tensor.dtype} cannot be stored in a safetensors file by "
                 "itself; use codec 'lossless', whose stream can hold it"
             )
     try:
@@ -55,11 +60,11 @@ def write_container(tensors: Tensors, header: str) -> bytes:
 
 
 def open_container(data: bytes, limit: int | None) -> tuple[str, bytes]:
-    """Check the container as a whole; returns the header's text and the file's bytes.
+    """Check the container as a whole, and return the header's text and the file's bytes.
 
     Args:
-        data: anything that claims to be a payload.
-        limit: bytes that the tensors may have; None reads any number.
+        data: what may be a payload.
+        limit: bytes that the tensors may have; None for no limit.
 
     Raises:
         PayloadError: not a payload, a damaged one, or one of more bytes than the limit allows.
@@ -89,7 +94,7 @@ def open_container(data: bytes, limit: int | None) -> tuple[str, bytes]:
 
 
 def _check_table(table: Mapping[str, Any]) -> None:
-    """Bound what costs memory and time whatever the tensors' bytes; the rest the library checks."""
+    """Bound the numbers of tensors and dimensions; safetensors itself checks the rest."""
     check_count(len(table) - 1, "the container's table")
     for name, entry in table.items():
         shape = entry.get("shape") if isinstance(entry, dict) else None
@@ -116,24 +121,28 @@ def _checksum_place(data: memoryview, header_size: int) -> int:
 
 
 def _checksum(data: memoryview, place: int) -> int:
-    """CRC-32 of the whole file, the digits of the checksum itself taken as zeros."""
+    """Return the CRC-32 of the whole file, with zeros in place of the checksum's own digits."""
     before = zlib.crc32(data[:place])
     return zlib.crc32(data[place + 8 :], zlib.crc32(_BLANK, before))
 
 
 def _container_limit(limit: int) -> int:
-    """What cannot be compressed grows a little: zlib's 5 bytes in 16 kB, and its frame."""
+    """Return the most bytes of the container's body; incompressible data grows a little by zlib."""
     return limit + limit // 64 + 1024
 
 
 def load_tensors(data: bytes, order: Sequence[int] | None) -> Tensors:
-    """The tensors of a file that `open_container` returned, in the header's order.
+    """Return the tensors of a file that `open_container` has checked, in the header's order.
+
+    Args:
+        data: the file's bytes.
+        order: for each tensor, its place among the sorted names; None for the sorted order.
 
     Raises:
         PayloadError: the table does not fit the body, or the order does not fit the table.
     """
     try:
-        # The library checks offsets, overlaps, gaps and sizes, and copies each tensor once.
+        # safetensors checks offsets, overlaps, gaps and sizes, and copies each tensor once.
         loaded = safetensors.torch.load(data)
     except Exception as error:
         raise PayloadError(f"damaged container: {error!r}") from error

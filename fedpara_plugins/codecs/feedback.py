@@ -1,12 +1,12 @@
-"""Error feedback: what a lossy codec lost in one payload is added to what the next one sends.
+"""Error feedback: what a lossy codec lost in one payload is added to the next one.
 
     payload, residual = encode_with_feedback(
         state, codec=codec, reference=received, residual=residual
     )
 
-The sum of what the receiver decodes then stays within one payload's error of the sum of what was
-meant, however coarse the steps (Seide et al. 2014, "1-bit stochastic gradient descent"; Karimireddy
-et al. 2019, "Error feedback fixes SignSGD").
+The sum of what the receiver decodes then stays within one payload's error of the sum of the exact
+tensors, however coarse the steps (Seide et al. 2014, "1-bit stochastic gradient descent";
+Karimireddy et al. 2019, "Error feedback fixes SignSGD").
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from fedpara_plugins.codecs.chain import Codec
-from fedpara_plugins.codecs.payload import write_payload
-from fedpara_plugins.codecs.plain import plain
-from fedpara_plugins.codecs.reference import digest_of
-from fedpara_plugins.stages.stage import REAL_DTYPES, Tensors, byte_size
+from fedpara_plugins.codecs.payload import choose_codec, write_payload
+from fedpara_plugins.codecs.plain import plain_tensors
+from fedpara_plugins.stages.dtypes import REAL_DTYPES, arithmetic_dtype, byte_size
+from fedpara_plugins.stages.stage import Tensors
 
 __all__ = ["encode_with_feedback"]
 
@@ -38,54 +38,49 @@ def encode_with_feedback(
     model: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> tuple[bytes, Tensors]:
-    """Code named tensors into bytes, and say what was lost.
+    """Encode named tensors as bytes, and return what was lost.
 
-    Where ``codec.feedback`` is False, this is `encode_payload` and an empty residual. Where the
-    chain in use loses nothing (first contact), the residual is sent with the tensors and is empty
-    afterwards.
+    If ``codec.feedback`` is False, this is `encode_payload` and the residual is empty. If the codec
+    in use loses nothing (first contact), the residual is sent with the tensors and is then empty.
 
     Args:
         tensors: dense; neither modified nor kept.
         codec: as for `encode_payload`.
-        reference: what the receiver holds too, or None.
-        residual: what this function returned last time, if that payload was used; entries that do
-            not fit ``tensors`` are dropped and counted in the log.
+        reference: tensors that the receiver holds too, or None.
+        residual: what the last call returned, if its payload was used. Entries that do not fit
+            ``tensors`` are dropped and counted in the log.
         digest: as for `encode_payload`.
         model: JSON for the receiver to compare with its own model.
         extra: any other JSON of the caller.
 
     Returns:
-        The payload, and for each float tensor that lost something: what was wanted minus what the
-        receiver decodes, float32 (float64 for float64 tensors), finite, of the tensor's shape.
+        The payload; and for each floating-point tensor that lost something, the exact tensor minus
+        the decoded one, as float32 (float64 for float64 tensors), finite, of the tensor's shape.
 
     Raises:
-        PayloadError: as `encode_payload`; the residual given is then still the one to keep.
+        PayloadError: as `encode_payload`; the caller then keeps the residual that it gave.
         MismatchError: the reference does not fit the tensors.
     """
-    chain = codec.resolved(None)
-    if chain.needs_reference and reference is None:
-        chain = chain.first_contact()
-    against = plain(reference) if chain.needs_reference and reference is not None else None
-    named = None if against is None else digest_of(against, digest)
-    sent = plain(tensors)
+    chain, against, named = choose_codec(codec, reference, digest)
+    sent = plain_tensors(tensors)
     totals = _totals(sent, residual) if codec.feedback and residual else {}
     wanted = {name: totals[name][0] if name in totals else x for name, x in sent.items()}
-    inner, outer = _halves(chain)
-    coded, notes = inner.encode(wanted, reference=against)
-    stream, more = outer.encode(coded, reference=against)
+    lossy, coder = _split_chain(chain)
+    coded, notes = lossy.encode(wanted, reference=against)
+    stream, more = coder.encode(coded, reference=against)
     payload = write_payload(
         stream, [*notes, *more], codec=chain, reference=named, model=model, extra=extra
     )
     if not codec.feedback or chain.lossless:
         return payload, {}
     size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in sent.values())
-    back = inner.decode(coded, notes, reference=against, limit=size)
+    decoded = lossy.decode(coded, notes, reference=against, limit=size)
     exact = {name: totals[name][1] if name in totals else x for name, x in sent.items()}
-    return payload, _lost(exact, back)
+    return payload, _lost(exact, decoded)
 
 
-def _halves(chain: Codec) -> tuple[Codec, Codec]:
-    """The stages that may lose something, and the entropy coder, which need not be undone."""
+def _split_chain(chain: Codec) -> tuple[Codec, Codec]:
+    """Return the stages that may lose something, and the entropy coder, which loses nothing."""
     last = len(chain.stages)
     while last and chain.stages[last - 1].entropy and chain.stages[last - 1].lossless:
         last -= 1
@@ -95,38 +90,35 @@ def _halves(chain: Codec) -> tuple[Codec, Codec]:
 def _totals(
     sent: Tensors, residual: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Tensor plus residual, in the tensor's dtype and exactly, where the residual fits."""
+    """Return tensor plus residual, in the tensor's dtype and exactly, if the residual fits."""
     totals = {}
     for name, tensor in sent.items():
-        rest = residual.get(name)
+        rest, wide = residual.get(name), arithmetic_dtype(tensor.dtype)
         if rest is None or tensor.dtype not in REAL_DTYPES or rest.shape != tensor.shape:
             continue
-        exact = tensor.to(_wide(tensor.dtype)) + rest.detach().to("cpu", _wide(tensor.dtype))
+        exact = tensor.to(wide) + rest.detach().to("cpu", wide)
         total = exact.to(tensor.dtype)
-        # What is not finite by itself is for the codec to refuse, with the tensor's own values.
+        # If the tensor itself is not finite, the codec refuses it and names its own values.
         if bool(torch.isfinite(total).all()):
             totals[name] = (total, exact)
     if dropped := [name for name in residual if name not in totals]:
         logger.warning(
-            "error feedback: dropped what was lost of %d of %d tensors (%s): it is of another "
+            "error feedback: dropped the residuals of %d of %d tensors (%s): they are of another "
             "model or shape, or not finite",
             len(dropped), len(residual), ", ".join(map(repr, dropped[:3])),
         )  # fmt: skip
     return totals
 
 
-def _lost(exact: Tensors, back: Tensors) -> Tensors:
-    """What was wanted minus what arrives, for the tensors that lost something; always finite."""
+def _lost(exact: Tensors, decoded: Tensors) -> Tensors:
+    """Return the exact minus the decoded tensors where they differ; always finite."""
     lost: Tensors = {}
     for name, tensor in exact.items():
-        if back[name].dtype not in REAL_DTYPES:
+        if decoded[name].dtype not in REAL_DTYPES:
             continue
-        rest = tensor.to(_wide(back[name].dtype)) - back[name].to(_wide(back[name].dtype))
+        wide = arithmetic_dtype(decoded[name].dtype)
+        rest = tensor.to(wide) - decoded[name].to(wide)
         rest = torch.nan_to_num_(rest, nan=0.0, posinf=0.0, neginf=0.0)
         if bool(rest.any()):
             lost[name] = rest
     return lost
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

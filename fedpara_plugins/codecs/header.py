@@ -1,4 +1,4 @@
-"""The header: what a payload says of itself, as JSON text and back."""
+"""The header of a payload: written as JSON text, and read back."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from fedpara_plugins.codecs.json_reader import strict_json
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.stages.stage import Notes
 
-__all__ = ["FORMAT_VERSION", "PayloadHeader", "header_text", "parse_header"]
+__all__ = ["FORMAT_VERSION", "PayloadHeader", "header_text", "parse_header", "version_hint"]
 
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class PayloadHeader:
-    """What a payload says of itself.
+    """The description that a payload carries of itself.
 
     Attributes:
         version: of the format.
-        plugin_version: of fedpara-plugins on the sender's side, for messages only.
-        codec: the chain that was really used, such as ``delta+int8+zlib`` or ``none``.
-        reference: `reference_hash` of what was coded against, or None.
-        model: the sender's description of its model, opaque here, or None.
-        extra: the caller's own data, opaque here, or None.
-        order: for each tensor in its order, its place among the container's sorted names; None
-            where the sorted order is the right one.
-        notes: each stage's notes, in the order of encoding.
+        plugin_version: version of fedpara-plugins at the sender, for messages only.
+        codec: the stages in use, such as ``delta+int8+zlib``, or ``none``.
+        reference: `reference_hash` of the reference in use, or None.
+        model: the sender's description of its model, or None; not interpreted here.
+        extra: the caller's own data, or None; not interpreted here.
+        order: for each tensor in the sender's order, its place among the container's sorted names;
+            None if the sorted order is the sender's.
+        notes: notes of each stage, in the order of encoding.
     """
 
     version: int
@@ -56,8 +56,8 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
 }
 
 
-def other_version(plugin: object) -> str:
-    """What to add to a refusal where the sender's version may be the reason; else nothing."""
+def version_hint(plugin: object) -> str:
+    """Return what to add to a refusal if the sender has another version; else an empty text."""
     if plugin == __version__:
         return ""
     return (
@@ -67,21 +67,21 @@ def other_version(plugin: object) -> str:
 
 
 def header_text(header: Mapping[str, Any]) -> str:
-    """The header as JSON, its fields in the given order.
+    """Return the header as JSON text, with its fields in the given order.
 
     Raises:
-        PayloadError: the caller's parts of it are no plain JSON, or nested too deep to be read.
+        PayloadError: the caller's parts are not plain JSON, or nested too deep to be read.
     """
     try:
         text = json.dumps(header, separators=(",", ":"))
-        parse_header(text)  # what a receiver would refuse is refused here
+        parse_header(text)  # refuse what a receiver would refuse
     except (TypeError, ValueError, RecursionError) as error:
         raise PayloadError(f"model and extra must be plain JSON objects: {error}") from error
     return text
 
 
 def parse_header(text: str) -> PayloadHeader:
-    """Read a header's text.
+    """Return the header that a JSON text describes.
 
     Raises:
         MismatchError: another format version.
@@ -102,7 +102,7 @@ def parse_header(text: str) -> PayloadHeader:
         raise PayloadError(
             f"header fields: expected {', '.join(_FIELDS)}, got "
             f"{ {key: kind.__name__ for key, kind in list(types.items())[:12]} }"
-            f"{other_version(header.get('plugin'))}"
+            f"{version_hint(header.get('plugin'))}"
         )
     order, notes = header["order"], header["notes"]
     if order is not None and not all(type(place) is int for place in order):

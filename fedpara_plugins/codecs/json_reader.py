@@ -1,4 +1,4 @@
-"""JSON from strangers: bounded nesting and numbers, no key twice, no NaN or infinity."""
+"""A strict reader of untrusted JSON: bounded nesting and numbers, no repeated keys, no NaN."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from fedpara_plugins.errors import PayloadError
 __all__ = ["MAX_DEPTH", "strict_json"]
 
 MAX_DEPTH = 32
-"""Nesting of JSON, in our header and in safetensors'."""
+"""Deepest nesting of JSON, in the payload's header and in safetensors'."""
 MAX_DIGITS = 100
-"""Digits of an integer in JSON; converting a huge one takes quadratic time."""
+"""Most digits of an integer in JSON; converting a huge one takes quadratic time."""
 
-# Whole strings, so that brackets inside them do not count. Escapes are taken out before: with them
-# in the pattern, the engine would keep some 100 bytes for each character of a long string.
+# Whole strings are tokens, so that brackets inside them do not count. Escapes are removed first: a
+# pattern with escapes would make the engine keep some 100 bytes for each character of a string.
 _TOKENS = re.compile(r'"[^"]*"?|[\[\]{}]')
 _STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 def strict_json(text: str) -> Any:
-    """Parse JSON of bounded nesting, without repeated keys, NaN, infinity or giant numbers."""
+    """Parse JSON of bounded nesting, without repeated keys, NaN, infinity or giant numbers.
+
+    Raises:
+        PayloadError: the text is malformed or has any of these.
+    """
     unescaped = text.replace("\\\\", "").replace('\\"', "")
     depth = 0
     for token in _TOKENS.finditer(unescaped):

@@ -1,14 +1,14 @@
 """The payload: a safetensors file whose metadata holds one versioned header.
 
-The format is specified in ``docs/payload.md``. What is here joins its parts: a codec turns tensors
-into tensors and notes, the header says which, the container makes one file of both.
+``docs/payload.md`` specifies the format. This module joins its parts: a codec maps tensors to
+encoded tensors and notes, the header describes them, and the container is one file of both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ from fedpara_plugins._version import __version__
 from fedpara_plugins.codecs.agreement import (
     check_model,
     check_tensors,
-    codec_of,
+    codec_from_header,
     held_reference,
 )
 from fedpara_plugins.codecs.chain import Codec
@@ -30,20 +30,21 @@ from fedpara_plugins.codecs.header import (
     FORMAT_VERSION,
     PayloadHeader,
     header_text,
-    other_version,
     parse_header,
+    version_hint,
 )
-from fedpara_plugins.codecs.plain import plain, unshared
+from fedpara_plugins.codecs.plain import plain_tensors, unshared
 from fedpara_plugins.codecs.reference import digest_of
 from fedpara_plugins.errors import PayloadError
-from fedpara_plugins.stages.stage import Notes, Stage, Tensors, byte_size, check_limit
-
-if TYPE_CHECKING:
-    from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.stages.dtypes import byte_size
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit
 
 __all__ = [
-    "Payload",
+    "ChosenCodec",
+    "DecodedPayload",
     "PayloadHeader",
+    "choose_codec",
     "decode_payload",
     "encode_payload",
     "peek_header",
@@ -52,11 +53,30 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Payload:
-    """Decoded tensors in the sender's order, each of its own memory, and the header."""
+class DecodedPayload:
+    """The tensors of a payload, in the sender's order, each with memory of its own; and its header.
+
+    Attributes:
+        tensors: by name.
+        header: of the payload.
+    """
 
     tensors: Tensors
     header: PayloadHeader
+
+
+class ChosenCodec(NamedTuple):
+    """What a payload is encoded with.
+
+    Attributes:
+        codec: has an entropy coder, and needs a reference only if there is one.
+        reference: the tensors to encode against, as stages take them; None if it needs none.
+        digest: their `reference_hash`.
+    """
+
+    codec: Codec
+    reference: Tensors | None
+    digest: str | None
 
 
 def encode_payload(
@@ -68,30 +88,48 @@ def encode_payload(
     model: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """Code named tensors into bytes.
+    """Encode named tensors as bytes.
 
     Args:
-        tensors: dense, of a dtype in `stage.DTYPES`; neither modified nor kept.
-        codec: without a reference at hand, ``codec.first_contact()`` is used where it needs one;
-            the word ``entropy`` means zlib here, unless ``codec.resolved`` chose better before.
-        reference: what the receiver holds too; its hash covers every tensor in it.
-        digest: `reference_hash` of ``reference``, where the caller keeps states under it: hashing
-            takes a fifth of the time. It is believed; with a wrong one the receiver refuses the
-            payload, or takes the delta against another state.
+        tensors: dense, of a dtype in `stages.dtypes.DTYPES`; neither modified nor kept.
+        codec: if it needs a reference and none is given, ``codec.first_contact()`` is used. The
+            word ``entropy`` means zlib here; ``codec.resolved`` chooses a better coder.
+        reference: tensors that the receiver holds too; their hash covers all of them.
+        digest: `reference_hash` of ``reference``, if the caller knows it: hashing takes a fifth of
+            the time. It is not checked; with a wrong one the receiver refuses the payload, or
+            decodes it against another state.
         model: JSON for the receiver to compare with its own model.
         extra: any other JSON of the caller.
 
     Raises:
-        PayloadError: a tensor or ``model`` or ``extra`` cannot travel, or the digest is none.
+        PayloadError: a tensor or ``model`` or ``extra`` cannot be sent, or the digest is no hash.
         MismatchError: the reference does not fit the tensors.
+    """
+    codec, against, named = choose_codec(codec, reference, digest)
+    coded, notes = codec.encode(plain_tensors(tensors), reference=against)
+    return write_payload(coded, notes, codec=codec, reference=named, model=model, extra=extra)
+
+
+def choose_codec(
+    codec: Codec, reference: Mapping[str, torch.Tensor] | None, digest: str | None
+) -> ChosenCodec:
+    """Return the codec to use with this reference, and the reference as it uses it.
+
+    Args:
+        codec: as for `encode_payload`.
+        reference: as for `encode_payload`.
+        digest: as for `encode_payload`.
+
+    Raises:
+        PayloadError: a tensor of the reference cannot be sent, or the digest is no hash.
     """
     codec = codec.resolved(None)
     if codec.needs_reference and reference is None:
         codec = codec.first_contact()
-    against = plain(reference) if codec.needs_reference and reference is not None else None
-    named = None if against is None else digest_of(against, digest)
-    coded, notes = codec.encode(plain(tensors), reference=against)
-    return write_payload(coded, notes, codec=codec, reference=named, model=model, extra=extra)
+    if not codec.needs_reference or reference is None:
+        return ChosenCodec(codec, None, None)
+    against = plain_tensors(reference)
+    return ChosenCodec(codec, against, digest_of(against, digest))
 
 
 def write_payload(
@@ -103,21 +141,21 @@ def write_payload(
     model: Mapping[str, Any] | None,
     extra: Mapping[str, Any] | None,
 ) -> bytes:
-    """The payload of what ``codec.encode`` returned.
+    """Return the payload of what ``codec.encode`` returned.
 
     Args:
-        coded: the tensors that it returned.
-        notes: and the notes.
-        codec: the chain in use.
-        reference: hash of what it coded against.
+        coded: the encoded tensors.
+        notes: the notes of each stage.
+        codec: the codec in use.
+        reference: hash of the reference in use.
         model: as for `encode_payload`.
         extra: as for `encode_payload`.
 
     Raises:
-        PayloadError: a tensor or ``model`` or ``extra`` cannot travel.
+        PayloadError: a tensor or ``model`` or ``extra`` cannot be sent.
     """
     header = {
-        "crc32": CHECKSUM_BLANK,  # first, so that its place is known before any parsing
+        "crc32": CHECKSUM_BLANK,  # first, so that it is found without parsing
         "version": FORMAT_VERSION,
         "plugin": __version__,
         "codec": codec.stage_names,
@@ -139,48 +177,49 @@ def decode_payload(
     stages: Mapping[str, Stage] | None = None,
     expect: ModelSpec | None = None,
     like: Mapping[str, torch.Tensor] | None = None,
-) -> Payload:
+) -> DecodedPayload:
     """Decode bytes that anyone may have sent.
 
     Args:
         data: what `encode_payload` returned.
-        reference: the tensors this side holds; their hash is computed where it is needed.
-        references: tensors by their hash, where this side holds several.
-        limit: bytes that the tensors may have, in the container and after each stage: what this
-            side's own model takes. Memory in use at a time stays below five times this (several
-            forms of a tensor exist while it is decoded), plus what parsing the header takes.
-        stages: known stages by name; all that are registered if None.
-        expect: this side's model. The payload must describe the very same (before any tensor is
-            decoded), and hold its shared tensors and no others.
-        like: this side's tensors; those decoded must have the same names, order, shapes and dtypes.
+        reference: tensors that this side holds; their hash is computed if it is needed.
+        references: tensors by their hash, if this side holds several states.
+        limit: bytes that the tensors may have, in the container and after each stage; set it to the
+            bytes of this side's own model. Decoding uses less than five times as much memory, plus
+            what parsing the header takes.
+        stages: known stages by name; all registered ones if None.
+        expect: this side's model. The payload must describe the same model, which is checked before
+            any tensor is decoded, and hold its shared tensors and no others.
+        like: this side's tensors; the decoded ones must have the same names in the same order, and
+            the same shapes and dtypes.
 
     Raises:
         MismatchError: the payload is sound, but of another format version, another model, a stage
             that is not installed here, or a reference that this side does not hold.
-        PayloadError: anything else; no other error passes.
+        PayloadError: anything else is wrong; no other error passes.
     """
     text, raw = open_container(data, limit)
     header = parse_header(text)
     if expect is not None:
         check_model(header, expect)
-    codec = codec_of(header, stages)
+    codec = codec_from_header(header, stages)
     against = held_reference(header, codec, reference, references)
     coded = load_tensors(raw, header.order)
     try:
         decoded = codec.decode(coded, header.notes, reference=against, limit=limit)
     except PayloadError as error:
-        added = other_version(header.plugin_version)
-        if type(error) is not PayloadError or not added:
+        hint = version_hint(header.plugin_version)
+        if type(error) is not PayloadError or not hint:
             raise
-        raise PayloadError(f"{error}{added}") from error
+        raise PayloadError(f"{error}{hint}") from error
     size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in decoded.values())
     check_limit(size, limit, "the tensors")
     check_tensors(decoded, expect, like)
-    return Payload(decoded, header)
+    return DecodedPayload(decoded, header)
 
 
 def peek_header(data: bytes) -> PayloadHeader:
-    """Read the header, checksum verified, without decoding a tensor.
+    """Return the header of a payload, after verifying the checksum, without decoding a tensor.
 
     Raises:
         MismatchError: another format version.

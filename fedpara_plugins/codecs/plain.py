@@ -1,4 +1,4 @@
-"""Tensors in the one form that stages and the container deal with."""
+"""Conversion of a caller's tensors to the form that stages and the container take."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import torch
 
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.stages.checks import MAX_DIMENSIONS, check_dimensions
-from fedpara_plugins.stages.stage import Tensors, dtype_name
+from fedpara_plugins.stages.dtypes import dtype_name
+from fedpara_plugins.stages.stage import Tensors
 
-__all__ = ["plain", "unshared"]
+__all__ = ["plain_tensors", "unshared"]
 
 
-def plain(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Detached, dense, contiguous, on the CPU; the same memory where that holds already.
+def plain_tensors(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Return tensors detached, contiguous and on the CPU; they share memory if they are so already.
 
     Raises:
-        PayloadError: names and tensors are something else, or a tensor cannot travel.
+        PayloadError: a name is no text, a value is no tensor, or a tensor cannot be sent.
     """
     found: Tensors = {}
     for name, tensor in tensors.items():
@@ -36,7 +37,7 @@ def plain(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def unshared(tensors: Tensors) -> Tensors:
-    """Copies of those that share memory with an earlier one, which safetensors does not write."""
+    """Return the tensors without shared memory, which safetensors does not write."""
     seen: set[int] = set()
     apart: Tensors = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""The name of a reference: a hash that both sides compute from the tensors they hold."""
+"""The hash of a reference, which both sides compute from the tensors that they hold."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from collections.abc import Mapping
 import torch
 
 from fedpara_plugins.errors import PayloadError
-from fedpara_plugins.stages.stage import dtype_name, tensor_bytes
+from fedpara_plugins.stages.dtypes import dtype_name, tensor_bytes
 
 __all__ = ["digest_of", "reference_hash"]
 
 
 def reference_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of a state, 64 hexadecimal digits; the order of the names does not matter.
+    """Return the SHA-256 of a state as 64 hexadecimal digits, whatever the order of the names.
 
-    For each tensor, in the order of the names' UTF-8 bytes: the length of the name, the name, the
-    length of the dtype's name, that name, the number of dimensions, each dimension, and the
-    tensor's bytes; all numbers are little-endian, unsigned and 64 bits wide.
+    It covers for each tensor, in the order of the names' UTF-8 bytes: the length of the name, the
+    name, the length of the dtype's name, that name, the number of dimensions, each dimension, and
+    the tensor's bytes. All numbers are little-endian, unsigned and 64 bits wide.
 
     Raises:
-        PayloadError: a dtype that cannot travel.
+        PayloadError: a dtype cannot be sent.
     """
     digest = hashlib.sha256()
     by_name = sorted((name.encode("utf-8", "surrogatepass"), name) for name in tensors)
@@ -38,10 +38,10 @@ def reference_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor], known: str | None) -> str:
-    """The hash of a state: the one its keeper knows, or computed.
+    """Return the hash of a state: the known one, or else a computed one.
 
     Raises:
-        PayloadError: a dtype that cannot travel, or what is known is no hash.
+        PayloadError: a dtype cannot be sent, or ``known`` is no hash.
     """
     if known is None:
         return reference_hash(tensors)

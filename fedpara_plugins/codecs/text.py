@@ -1,9 +1,9 @@
-"""The one line of text that users write for a codec.
+"""Parser of the line of text in which users name a codec.
 
     text  = preset | item "+" item ...
     item  = name | name ":" key "=" value "," key "=" value ...
 
-A name is a stage's, or one of two words that are no stages: ``feedback`` and ``entropy``.
+A name is that of a stage, or one of the words ``feedback`` and ``entropy``, which are no stages.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from difflib import get_close_matches
 
 from fedpara_plugins.codecs.chain import FEEDBACK, NONE, Codec, EntropyChoice
 from fedpara_plugins.errors import ConfigError
-from fedpara_plugins.stages.options import choice, known_options
+from fedpara_plugins.plugins import stages as registered_stages
+from fedpara_plugins.stages.options import check_option_names, read_choice
 from fedpara_plugins.stages.stage import Stage
 
 __all__ = ["PRESETS", "parse_codec"]
@@ -22,34 +23,35 @@ ENTROPY = "entropy"
 
 PRESETS: Mapping[str, str] = {
     NONE: "",
-    # Most bits of a float are noise: what is left to save stands in the exponents.
+    # Most bits of a float are noise: only the exponents can be compressed.
     "lossless": "planes+entropy:prefer=zstd",
     "int8": "delta+int8+zlib",
-    # 2.5 % of the root mean square is the largest error of a value, 1.44 % the usual one.
+    # The largest error of a value is 2.5 % of the root mean square, the usual one 1.44 %.
     "balanced": "delta+quantise:rms=0.05+entropy:prefer=zstd",
     "small": "delta+feedback+quantise:rms=2+entropy:prefer=ans",
     "tiny": "delta+feedback+quantise:rms=4+entropy:prefer=ans",
 }
-"""Names for a whole codec. A preset wins over a stage of the same name that stands alone."""
+"""Names of whole codecs. A preset takes precedence over a single stage of the same name."""
 
 CODERS = ("ans", "zstd", "zlib")
-"""Candidates of the word ``entropy``: smallest first; everyone has the last one."""
+"""Candidates for the word ``entropy``: smallest output first; every installation has the last."""
 
 Item = tuple[str, dict[str, str]]
 
 
 def parse_codec(text: str, stages: Mapping[str, Stage] | None = None) -> Codec:
-    """Read a preset, or stages joined by ``+``, such as ``delta+quantise:bits=4+entropy``.
+    """Return the codec that a text names.
 
     Args:
-        text: what the user wrote; spaces around names, keys and values are ignored.
-        stages: known stages by name; all that are registered if None.
+        text: a preset, or stages joined by ``+``, such as ``delta+quantise:bits=4+entropy``; spaces
+            around names, keys and values are ignored.
+        stages: known stages by name; all registered ones if None.
 
     Raises:
-        ConfigError: nothing given, unknown stage, unknown option or a value that does not fit,
-            stage repeated or out of its place; the message names what is known.
+        ConfigError: the text is empty, a stage or option is unknown, a value does not fit, or a
+            stage is repeated or out of place; the message lists what is known.
     """
-    known = _registered() if stages is None else stages
+    known = registered_stages() if stages is None else stages
     whole = PRESETS.get(text.strip(), text)
     if not whole and text.strip():
         return Codec(())
@@ -57,7 +59,7 @@ def parse_codec(text: str, stages: Mapping[str, Stage] | None = None) -> Codec:
     names = [name for name, _ in items]
     for word in (FEEDBACK, ENTROPY):
         if names.count(word) > 1:
-            raise ConfigError(f"codec {whole!r}: {word!r} stands there twice")
+            raise ConfigError(f"codec {whole!r}: {word!r} occurs twice")
     if ENTROPY in names[:-1]:
         follows = names[names.index(ENTROPY) + 1]
         raise ConfigError(
@@ -114,28 +116,21 @@ def _check_feedback(items: Sequence[Item], codec: Codec, whole: str) -> None:
     first = sum(stage.needs_reference for stage in codec.stages)
     if place < first:
         raise ConfigError(
-            f"codec {whole!r}: 'feedback' must stand after {codec.stages[first - 1].name!r}: it "
+            f"codec {whole!r}: 'feedback' must come after {codec.stages[first - 1].name!r}: it "
             "keeps what the stages that follow it lose"
         )
     if place > first:
         raise ConfigError(
-            f"codec {whole!r}: 'feedback' must stand before {names[first]!r}: it keeps what the "
+            f"codec {whole!r}: 'feedback' must come before {names[first]!r}: it keeps what the "
             "stages that follow it lose"
         )
 
 
 def _entropy(options: Mapping[str, str], known: Mapping[str, Stage], whole: str) -> EntropyChoice:
     try:
-        known_options(ENTROPY, options, ("prefer",))
-        prefer = choice(ENTROPY, "prefer", options.get("prefer", CODERS[0]), CODERS[:-1])
+        check_option_names(ENTROPY, options, ("prefer",))
+        prefer = read_choice(ENTROPY, "prefer", options.get("prefer", CODERS[0]), CODERS[:-1])
     except ConfigError as error:
         raise ConfigError(f"codec {whole!r}: {error}") from error
     order = sorted(CODERS, key=lambda name: (name == CODERS[-1], name != prefer))
     return EntropyChoice(prefer, tuple(known[name] for name in order if name in known))
-
-
-def _registered() -> Mapping[str, Stage]:
-    # The registry imports the built-in stages of this package, so it cannot be imported above.
-    from fedpara_plugins.plugins import stages
-
-    return stages()

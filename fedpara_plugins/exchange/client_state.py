@@ -13,7 +13,7 @@ from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references import ClientReferences
-from fedpara_plugins.support.storage import Part
+from fedpara_plugins.support.storage import PrefixView
 
 __all__ = ["ClientState", "private_key"]
 
@@ -46,7 +46,7 @@ class ClientState:
         self._storage = storage
         self._client = client
         self._place = place
-        self.references = ClientReferences(Part(storage, REFERENCE))
+        self.references = ClientReferences(PrefixView(storage, REFERENCE))
 
     def private(
         self, spec: ModelSpec, shared: Mapping[str, Tensor]

@@ -1,4 +1,4 @@
-"""The ledger of a run that is going on: adds up, and writes every line at once."""
+"""The ledger of a run in progress: it sums up messages, and writes every line at once."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fedpara_plugins.ledger.files import CSV_HEAD, encode, is_csv, mend, read_lines
+from fedpara_plugins.ledger.files import (
+    CSV_HEAD,
+    encode,
+    is_csv,
+    prepare_to_append,
+    read_lines,
+)
 from fedpara_plugins.ledger.records import (
     Direction,
     Evaluation,
     LayerSize,
     LedgerEntry,
-    Line,
+    LedgerLine,
     RunStart,
 )
 from fedpara_plugins.support.units import readable_bytes
 
-__all__ = ["Ledger", "LedgerTotals", "Sum"]
+__all__ = ["Ledger", "LedgerTotals", "RunningTotals"]
 
 
 class LedgerTotals(NamedTuple):
-    """Sums over messages; sizes in bytes."""
+    """Numbers of messages and tensors, and their sizes in bytes."""
 
     messages: int
     tensors: int
@@ -31,17 +37,17 @@ class LedgerTotals(NamedTuple):
     dense_bytes: int
 
 
-class Sum:
-    """A running sum over messages.
+class RunningTotals:
+    """Running totals over messages.
 
     Attributes:
-        values: the figures of `LedgerTotals`.
-        unknown: messages with bytes whose dense size is not known.
+        values: the fields of `LedgerTotals`, in order.
+        unknown: number of messages with bytes whose dense size is unknown.
     """
 
     __slots__ = ("unknown", "values")
 
-    def __init__(self, parts: Iterable[Sum] = ()) -> None:
+    def __init__(self, parts: Iterable[RunningTotals] = ()) -> None:
         self.values = [0, 0, 0, 0, 0]
         self.unknown = 0
         for part in parts:
@@ -49,7 +55,7 @@ class Sum:
             self.unknown += part.unknown
 
     def add(self, entry: LedgerEntry) -> None:
-        """Count a message."""
+        """Add a message."""
         values = self.values
         values[0] += 1
         values[1] += entry.tensors
@@ -60,12 +66,12 @@ class Sum:
 
     @property
     def totals(self) -> LedgerTotals:
-        """The figures."""
+        """The totals."""
         return LedgerTotals(*self.values)
 
     @property
     def fewer(self) -> float | None:
-        """Dense bytes over sent ones; None if one of them is nothing, or not known throughout."""
+        """Dense bytes divided by sent bytes; None if either is 0, or a dense size is unknown."""
         total = self.totals
         if self.unknown or not total.dense_bytes or not total.encoded_bytes:
             return None
@@ -73,57 +79,58 @@ class Sum:
 
 
 class Ledger:
-    """An append-only record of messages and of how good the model was; threads may share it.
+    """An append-only record of messages and of the model's metrics; safe for use by threads.
 
     Args:
-        path: a file to which every line is appended at once, so that a killed run leaves all but
-            the line it was writing; CSV if it ends in ``.csv``, else JSON lines. None keeps the
-            entries in memory only. An existing file is continued, after cutting off a line that an
-            earlier run did not finish.
+        path: a file to which every line is appended at once, so that a killed run loses at most the
+            line that it was writing; CSV if it ends in ``.csv``, else JSON lines. None keeps the
+            entries in memory only. An existing file is continued, after an unfinished last line is
+            cut off.
 
     Raises:
-        FedParaError: the existing file is of another kind than its suffix says.
-        OSError: it cannot be written.
+        FedParaError: the existing file's format is not the one that its suffix asks for.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path | str | None = None) -> None:
         self._path = None if path is None else Path(path)
         self._entries: list[LedgerEntry] = []
         self._evaluations: list[Evaluation] = []
-        self._sums: dict[tuple[int, Direction], Sum] = {}
+        self._sums: dict[tuple[int, Direction], RunningTotals] = {}
         self._clients: dict[int, set[str]] = {}
         self._lock = threading.Lock()
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
-                mend(self._path)
+                prepare_to_append(self._path)
 
     # Writing
 
     def record(self, entry: LedgerEntry) -> None:
-        """Add a message, to the file too before this returns."""
+        """Add a message; it is in the file when this returns."""
         with self._lock:
             self._entries.append(entry)
-            self._sums.setdefault((entry.round, entry.direction), Sum()).add(entry)
+            key = entry.round, entry.direction
+            self._sums.setdefault(key, RunningTotals()).add(entry)
             self._clients.setdefault(entry.round, set()).add(entry.client)
             self._write(entry)
 
     def log(
         self,
-        round: int,  # noqa: A002  (the word for it)
+        round: int,  # noqa: A002  (the field's word)
         metrics: Mapping[str, float] | None = None,
         /,
         *,
         source: str = "server",
         **more: float,
     ) -> None:
-        """Note how good the model is: ``ledger.log(3, accuracy=0.91)``.
+        """Add metrics of the model: ``ledger.log(3, accuracy=0.91)``.
 
         Args:
-            round: after which this was found; 0 is before any training.
-            metrics: figures by name.
-            source: ``server``, ``clients``, or another word for who found it.
-            more: figures by name.
+            round: the round after which the model was evaluated; 0 is before any training.
+            metrics: values by name.
+            source: who evaluated it: ``server``, ``clients``, or another word.
+            more: values by name.
         """
         for name, value in {**(metrics or {}), **more}.items():
             line = Evaluation(round=round, source=source, metric=name, value=float(value))
@@ -132,11 +139,11 @@ class Ledger:
                 self._write(line)
 
     def describe(self, line: RunStart | LayerSize) -> None:
-        """Add what a run is set to, or how large a layer is; once a run, before its messages."""
+        """Add the run's settings or a layer's size; once a run, before its messages."""
         with self._lock:
             self._write(line)
 
-    def _write(self, line: Line) -> None:
+    def _write(self, line: LedgerLine) -> None:
         if self._path is None:
             return
         as_csv = is_csv(self._path)
@@ -149,13 +156,13 @@ class Ledger:
 
     @property
     def entries(self) -> tuple[LedgerEntry, ...]:
-        """What this object recorded, in order; not what its file held before."""
+        """Messages that this object recorded, in order; not those that its file held before."""
         with self._lock:
             return tuple(self._entries)
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """What was logged to this object, in order."""
+        """Metrics that were logged to this object, in order."""
         with self._lock:
             return tuple(self._evaluations)
 
@@ -164,19 +171,19 @@ class Ledger:
         direction: Direction | None = None,
         round: int | None = None,  # noqa: A002
     ) -> LedgerTotals:
-        """Sums over the messages of a direction and a round; None takes all."""
+        """Return the totals over the messages of a direction and a round; None means all."""
         return self._sum(direction, round).totals
 
-    def _sum(self, direction: Direction | None, number: int | None) -> Sum:
+    def _sum(self, direction: Direction | None, number: int | None) -> RunningTotals:
         with self._lock:
-            return Sum(
+            return RunningTotals(
                 part
                 for (round_, way), part in self._sums.items()
                 if direction in (None, way) and number in (None, round_)
             )
 
     def line(self, round: int) -> str:  # noqa: A002
-        """A round in one line, each direction next to the dense model's bytes."""
+        """Return a summary of a round in one line, with the dense model's bytes for comparison."""
         parts = []
         for direction in ("up", "down"):
             found = self._sum(direction, round)
@@ -189,7 +196,7 @@ class Ledger:
         return f"round {round}: {', '.join(parts)}, {count} client{'' if count == 1 else 's'}"
 
     def run_line(self) -> str | None:
-        """The whole run in one line, next to the dense model's bytes; None if nothing was sent."""
+        """Return a summary of the whole run in one line; None if nothing was sent."""
         up, down = self.totals(direction="up"), self.totals(direction="down")
         sent = up.encoded_bytes + down.encoded_bytes
         if not sent:
@@ -202,12 +209,12 @@ class Ledger:
 
     @staticmethod
     def read(path: Path | str) -> list[LedgerEntry]:
-        """The messages of a file of either format; `read_lines` gives its other lines too.
+        """Return the messages of a file of either format; `read_lines` yields other lines too.
 
-        A last line without its end is what a killed run leaves; it is ignored and the log says so.
+        A killed run may leave an unfinished last line; it is ignored, with a warning in the log.
 
         Raises:
-            FedParaError: another line is not a ledger's, or there is no whole line.
+            FedParaError: another line is not a ledger's, or there is no finished line.
             OSError: the file cannot be read.
         """
         return [line for line in read_lines(path) if isinstance(line, LedgerEntry)]

@@ -1,7 +1,7 @@
-"""A ledger's lines as text, JSON lines or CSV, and back.
+"""Writer and reader of a ledger's lines as JSON lines or CSV.
 
-A line is one physical line in both: names are escaped, so that a file may be cut at any byte and
-loses the last line only.
+In both formats a ledger line is one physical line, since names are escaped. A file that is cut at
+any byte loses only its last line.
 """
 
 from __future__ import annotations
@@ -17,15 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from fedpara_plugins.errors import FedParaError
-from fedpara_plugins.ledger.records import KINDS, LedgerEntry, Line
+from fedpara_plugins.ledger.records import KINDS, LedgerEntry, LedgerLine
 from fedpara_plugins.text import printable, shortened
 
-__all__ = ["CSV_HEAD", "encode", "is_csv", "mend", "numbered_lines", "read_lines", "torn_bytes"]
+__all__ = [
+    "CSV_HEAD",
+    "encode",
+    "is_csv",
+    "numbered_lines",
+    "prepare_to_append",
+    "read_lines",
+    "torn_bytes",
+]
 
 logger = logging.getLogger(__name__)
 
 _FIELDS = {word: [field.name for field in fields(kind)] for word, kind in KINDS.items()}
-_WORDS = {kind: word for word, kind in KINDS.items()}
+_KIND_WORDS = {kind: word for word, kind in KINDS.items()}
 COLUMNS = ("line", *dict.fromkeys(name for names in _FIELDS.values() for name in names))
 CSV_HEAD = ",".join(COLUMNS)
 
@@ -34,16 +42,16 @@ _WHOLE = re.compile(r"-?[0-9]{1,19}")
 
 
 def is_csv(path: Path) -> bool:
-    """Whether the suffix asks for CSV; every other one gives JSON lines."""
+    """Return whether the suffix asks for CSV; every other suffix means JSON lines."""
     return path.suffix.lower() == ".csv"
 
 
 # Writing
 
 
-def encode(line: Line, *, as_csv: bool) -> str:
-    """The line as text, with its end."""
-    word = _WORDS[type(line)]
+def encode(line: LedgerLine, *, as_csv: bool) -> str:
+    """Return the line as text, with its newline."""
+    word = _KIND_WORDS[type(line)]
     values = {name: getattr(line, name) for name in _FIELDS[word]}
     if as_csv:
         return _csv_text({"line": word, **values})
@@ -63,7 +71,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        # As inside a JSON string: no control character, quote or foreign script is left over.
+        # Escaped as in a JSON string, without control characters, quotes and non-ASCII characters.
         return json.dumps(value)[1:-1]
     return repr(value)
 
@@ -71,14 +79,14 @@ def _cell(value: Any) -> str:
 # Reading
 
 
-def read_lines(path: Path | str) -> Iterator[Line]:
-    """The lines of a file of either format, whatever its suffix.
+def read_lines(path: Path | str) -> Iterator[LedgerLine]:
+    """Yield the lines of a file of either format, whatever its suffix.
 
-    A last line without its end is what a killed run leaves; it is ignored and the log says so.
+    A killed run may leave an unfinished last line; it is ignored, with a warning in the log.
 
     Raises:
-        FedParaError: another line is not a ledger's, or there is no whole line; file and line are
-            named.
+        FedParaError: another line is not a ledger's, or there is no finished line; the message
+            names file and line.
         OSError: the file cannot be read.
     """
     empty = True
@@ -98,7 +106,7 @@ def read_lines(path: Path | str) -> Iterator[Line]:
 
 
 def numbered_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
-    """The whole lines of a file without their ends, from 1; a torn last one goes to the log."""
+    """Yield the finished lines of a file, without newlines, numbered from 1."""
     with Path(path).open("rb") as file:
         for number, text in enumerate(file, start=1):
             if not text.endswith(b"\n"):
@@ -107,7 +115,7 @@ def numbered_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
             yield number, text[:-1]
 
 
-def _line(text: bytes, path: Path | str, number: int, as_csv: bool) -> Line:
+def _line(text: bytes, path: Path | str, number: int, as_csv: bool) -> LedgerLine:
     word = "message"
     try:
         values = _csv_values(text) if as_csv else json.loads(text)
@@ -152,7 +160,7 @@ def _value(name: str, cell: str) -> Any:
 
 
 def torn_bytes(path: Path) -> int:
-    """Bytes after the last whole line."""
+    """Return the number of bytes after the last finished line."""
     with path.open("rb") as file:
         position = end = file.seek(0, io.SEEK_END)
         while position:
@@ -165,11 +173,11 @@ def torn_bytes(path: Path) -> int:
         return end
 
 
-def mend(path: Path) -> None:
-    """Cut off a torn last line, so that the next one does not continue it.
+def prepare_to_append(path: Path) -> None:
+    """Cut off an unfinished last line, so that the next line does not continue it.
 
     Raises:
-        FedParaError: the file holds the other format than its suffix says.
+        FedParaError: the file's format is not the one that its suffix asks for.
     """
     if torn := torn_bytes(path):
         logger.warning("%s: cut off a torn last line of %d bytes", path, torn)

@@ -1,6 +1,6 @@
-"""The kinds of lines that a ledger holds, each checked when it is made.
+"""The kinds of lines that a ledger holds, each checked at construction.
 
-Sizes are bytes; docs/ledger.md is the format's specification.
+Sizes are bytes; ``docs/ledger.md`` specifies the format.
 """
 
 from __future__ import annotations
@@ -9,12 +9,20 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["KINDS", "Direction", "Evaluation", "LayerSize", "LedgerEntry", "Line", "RunStart"]
+__all__ = [
+    "KINDS",
+    "Direction",
+    "Evaluation",
+    "LayerSize",
+    "LedgerEntry",
+    "LedgerLine",
+    "RunStart",
+]
 
 Direction = Literal["up", "down"]
 
 LIMIT = 2**63
-"""Numbers stay below it: a wider one is no size, and other languages could not read it."""
+"""Integers stay below it: a larger one is no size, and other languages could not read it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,19 +30,19 @@ class LedgerEntry:
     """One message.
 
     Attributes:
-        round: of the run, counted as the framework counts.
-        kind: what the message was for: ``train``, ``evaluate``, or the framework's word.
+        round: number of the round, as the framework counts.
+        kind: purpose of the message: ``train``, ``evaluate``, or the framework's word.
         direction: ``up`` (client to server) or ``down``.
         client: the client's name or number, as text.
-        tensors: how many the message shares.
-        raw_bytes: of the shared tensors before coding.
-        encoded_bytes: of the payload as it was sent.
-        dense_bytes: what the same tensors of the dense model would have taken, uncoded; 0 if that
-            is not known.
+        tensors: number of tensors in the message.
+        raw_bytes: bytes of these tensors before encoding.
+        encoded_bytes: bytes of the payload as it was sent.
+        dense_bytes: bytes of the dense model's tensors that stand behind them, before encoding; 0
+            if unknown.
 
     Raises:
-        ValueError, TypeError: the direction is another word, or a field has another type, or a
-            number is negative or needs more than 63 bits.
+        ValueError, TypeError: the direction is another word, a field has another type, or a number
+            is negative or needs more than 63 bits.
     """
 
     round: int
@@ -54,14 +62,14 @@ class LedgerEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """One figure of how good the model is.
+    """One metric of the model.
 
     Attributes:
-        round: after which it was taken; 0 is before any training.
+        round: the round after which the model was evaluated; 0 is before any training.
         source: ``server`` for the global model on the server's data, ``clients`` for the mean over
             the clients, or another word.
-        metric: the figure's name, ``accuracy`` for one.
-        value: the figure; None if it was NaN or infinite.
+        metric: the metric's name, such as ``accuracy``.
+        value: the metric's value; None if it was NaN or infinite.
 
     Raises:
         ValueError, TypeError: a field has another type or is out of range.
@@ -73,7 +81,7 @@ class Evaluation:
     value: float | None
 
     def __post_init__(self) -> None:
-        value: Any = self.value  # whatever a file holds
+        value: Any = self.value  # a file may hold any type
         if type(value) is int:
             value = float(value) if abs(value) < LIMIT else math.inf
         if type(value) is float and not math.isfinite(value):
@@ -84,15 +92,15 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerSize:
-    """What one whole-model message carries of a layer, before coding.
+    """The size of a layer in one whole-model message, before encoding.
 
-    The coded message is one stream over all layers, so that no coded byte belongs to one layer.
+    The encoded message is one stream over all layers, so that no encoded byte belongs to one layer.
 
     Attributes:
-        layer: its name in the model; empty for tensors that stand in the model itself.
-        tensors: how many of it are shared.
-        raw_bytes: of these.
-        dense_bytes: of the dense layer's tensors; 0 if not known.
+        layer: the layer's name in the model; empty for tensors of the model itself.
+        tensors: number of its shared tensors.
+        raw_bytes: bytes of these tensors.
+        dense_bytes: bytes of the dense layer's tensors; 0 if unknown.
 
     Raises:
         ValueError, TypeError: a field has another type or is out of range.
@@ -109,12 +117,12 @@ class LayerSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunStart:
-    """What a run was set to when it began to write.
+    """The settings of a run at its start.
 
     Attributes:
-        version: of fedpara-plugins.
-        method: of the config.
-        codec: of the config.
+        version: version of fedpara-plugins.
+        method: the config's method.
+        codec: the config's codec.
 
     Raises:
         TypeError: a field has another type.
@@ -128,7 +136,7 @@ class RunStart:
         _check(self)
 
 
-Line: TypeAlias = LedgerEntry | Evaluation | LayerSize | RunStart
+LedgerLine: TypeAlias = LedgerEntry | Evaluation | LayerSize | RunStart
 
 KINDS: dict[str, type[LedgerEntry] | type[Evaluation] | type[LayerSize] | type[RunStart]] = {
     "message": LedgerEntry,
@@ -136,7 +144,7 @@ KINDS: dict[str, type[LedgerEntry] | type[Evaluation] | type[LayerSize] | type[R
     "layer": LayerSize,
     "run": RunStart,
 }
-"""By the word that stands in a line's field ``line``; a line without it is a message."""
+"""Kinds by the word in a line's field ``line``; a line without that field is a message."""
 
 _INTEGERS = {kind: [f.name for f in fields(kind) if f.type == "int"] for kind in KINDS.values()}
 _TEXTS = {

@@ -1,4 +1,4 @@
-"""Sizes of a message's layers."""
+"""The sizes of a message's layers."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fedpara_plugins.ledger.records import (
-    LayerSize,
-)
+from fedpara_plugins.ledger.records import LayerSize
 
 __all__ = ["layer_sizes"]
 
 
 class DenseSizes(Protocol):
-    """What knows the dense model's sizes; `fedpara_plugins.ModelSpec` is one."""
+    """An object that knows the dense model's sizes, such as `fedpara_plugins.ModelSpec`."""
 
     def dense_bytes(self, state: Mapping[str, Tensor]) -> int:
         """Return the bytes of the same part of the dense model."""
 
 
 def layer_sizes(shared: Mapping[str, Tensor], spec: DenseSizes) -> list[LayerSize]:
-    """The layers of a message by the module that their tensors stand in, in the model's order.
+    """Return the sizes of a message's layers, in the model's order.
+
+    A layer is the module that tensors belong to by their names.
 
     Args:
-        shared: tensors of a message before coding, by name.
+        shared: tensors of a message before encoding, by name.
         spec: the model that they belong to, for the dense sizes.
     """
     layers: dict[str, dict[str, Tensor]] = {}
@@ -35,7 +35,7 @@ def layer_sizes(shared: Mapping[str, Tensor], spec: DenseSizes) -> list[LayerSiz
         LayerSize(
             layer=layer,
             tensors=len(tensors),
-            raw_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+            raw_bytes=sum(tensor.nbytes for tensor in tensors.values()),
             dense_bytes=spec.dense_bytes(tensors),
         )
         for layer, tensors in layers.items()

@@ -11,7 +11,7 @@ from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.optimizers.contributions import Kept
 from fedpara_plugins.optimizers.named import State
-from fedpara_plugins.support.storage import Part
+from fedpara_plugins.support.storage import PrefixView
 
 __all__ = ["OwnState"]
 
@@ -30,7 +30,7 @@ class OwnState:
     def __init__(
         self, storage: MutableMapping[str, bytes], algorithm: str, name: str | None
     ) -> None:
-        self._storage = Part(storage, "drift/")
+        self._storage = PrefixView(storage, "drift/")
         self._algorithm = algorithm
         about = self._about()
         self.client = name or str(about.get("client") or secrets.token_hex(8))

@@ -1,7 +1,9 @@
-"""Stages of a codec: one file a stage or entropy coder, tensors in, tensors and notes out.
+"""The stages of a codec, one file for each stage or entropy coder.
 
-May import ``support``, ``text`` and ``errors``. Offers `BUILTIN_STAGES`; the contract of a stage,
-`Stage`, stands in ``stages.stage``.
+A stage maps named tensors to named tensors and notes, and back. `Stage` in ``stages.stage`` is the
+contract that every stage fulfils. May import ``support``, ``text`` and ``errors``. Offers
+`BUILTIN_STAGES` and the contract's types; everybody else imports these from the face
+`fedpara_plugins.codecs`.
 """
 
 from __future__ import annotations
@@ -32,4 +34,4 @@ BUILTIN_STAGES: tuple[Stage, ...] = (
     TopkStage(),
     PlanesStage(),
 )
-"""What this distribution registers through ``fedpara_register_stages``."""
+"""The stages that this distribution registers through ``fedpara_register_stages``."""

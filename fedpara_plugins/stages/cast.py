@@ -8,18 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from fedpara_plugins.errors import PayloadError
-from fedpara_plugins.stages.options import choice, known_options
-from fedpara_plugins.stages.stage import (
-    Notes,
-    Stage,
-    Tensors,
-    byte_size,
-    check_limit,
-    check_notes,
-    dtype_name,
-    pack_dtypes,
-    unpack_dtypes,
-)
+from fedpara_plugins.stages.dtypes import byte_size, dtype_name, pack_dtypes, unpack_dtypes
+from fedpara_plugins.stages.options import check_option_names, read_choice
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit, check_notes
 
 __all__ = ["CastStage"]
 
@@ -29,16 +20,16 @@ _WIDE = (torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class CastStage(Stage):
-    """Round to the narrower type on the way out, widen on arrival.
+    """Values rounded to a narrower type; the receiver widens them.
 
-    Acts on float32 and float64 tensors of at least one dimension. NaN and infinity stay what they
+    Acts on float32 and float64 tensors of at least one dimension. NaN and infinity stay as they
     are; a finite value that the narrower type cannot hold is refused.
 
     Args:
         to: ``bf16`` (any float32 value, 8 significant bits) or ``fp16`` (11 significant bits for
             values from 6e-5 to 65504, fewer below; updates are often smaller).
 
-    Notes: ``dtypes`` and ``each`` (see `pack_dtypes`): what the tensors were before.
+    Notes: ``dtypes`` and ``each`` (see `pack_dtypes`): the dtypes before the cast.
     """
 
     name = "cast"
@@ -49,20 +40,20 @@ class CastStage(Stage):
 
     @property
     def options(self) -> Mapping[str, str]:
-        """As in the codec's text."""
+        """Options as in the codec's text."""
         return {"to": self.to}
 
     def with_options(self, options: Mapping[str, str]) -> CastStage:
-        """Option ``to``.
+        """Return a stage with the option ``to``.
 
         Raises:
             ConfigError: unknown option, or another type.
         """
-        known_options(self.name, options, ("to",))
-        return CastStage(choice(self.name, "to", options.get("to", "bf16"), tuple(KINDS)))
+        check_option_names(self.name, options, ("to",))
+        return CastStage(read_choice(self.name, "to", options.get("to", "bf16"), tuple(KINDS)))
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
-        """Round.
+        """Round to the narrower type.
 
         Raises:
             PayloadError: a finite value overflows the narrower type.
@@ -74,7 +65,7 @@ class CastStage(Stage):
     def decode(
         self, tensors: Tensors, notes: Notes, *, reference: Tensors | None, limit: int
     ) -> Tensors:
-        """Widen.
+        """Widen to the dtypes before the cast.
 
         Raises:
             PayloadError: the notes do not fit the tensors, or the values exceed the limit.

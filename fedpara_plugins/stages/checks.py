@@ -1,39 +1,72 @@
-"""Small things that several stages need."""
+"""Checks and small helpers that several stages share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
+
+import torch
 
 from fedpara_plugins.errors import PayloadError
 
-__all__ = ["MAX_DIMENSIONS", "check_dimensions", "free_name", "is_shape"]
+__all__ = [
+    "MAX_DIMENSIONS",
+    "all_finite",
+    "check_dimensions",
+    "is_shape",
+    "not_finite",
+    "unused_name",
+]
 
 MAX_DIMENSIONS = 64
-"""Of a tensor, as many as torch computes with. It makes tensors of more, and then takes hours."""
+"""Most dimensions of a tensor that torch computes with. It creates tensors with more, and then
+arithmetic on them takes hours."""
 
 
 def check_dimensions(name: str, count: int, most: int = MAX_DIMENSIONS) -> None:
-    """Refuse a tensor of more dimensions.
+    """Raise if a tensor has more than ``most`` dimensions.
 
     Raises:
         PayloadError: it has.
     """
     if count > most:
-        raise PayloadError(f"tensor {name!r} has {count} dimensions, at most {most} can travel")
+        raise PayloadError(f"tensor {name!r} has {count} dimensions, at most {most} are allowed")
 
 
-def free_name(name: str, taken: Container[str]) -> str:
-    """``name``, followed by as many ``'`` as it takes to be none of those that are taken."""
-    while name in taken:
+def unused_name(name: str, used: Container[str]) -> str:
+    """Return ``name``, with as many ``'`` appended as are needed to differ from all used names."""
+    while name in used:
         name += "'"
     return name
 
 
 def is_shape(shape: object) -> bool:
-    """Whether it is a list of integers of at least 0, at most `MAX_DIMENSIONS` of them."""
-    # bool is an int to isinstance, not to the wire.
+    """Return whether it is a list of at most `MAX_DIMENSIONS` integers, none of them negative."""
+    # isinstance would accept True and False, which are no integers in JSON.
     return (
         isinstance(shape, list)
         and len(shape) <= MAX_DIMENSIONS
         and all(type(size) is int and size >= 0 for size in shape)
+    )
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Return whether no value is NaN or infinite; makes no copy of the tensor."""
+    # NaN and infinity both show in the minimum and the maximum.
+    return not tensor.numel() or all(map(math.isfinite, torch.aminmax(tensor.detach())))
+
+
+def not_finite(name: str, tensor: torch.Tensor, trouble: str) -> PayloadError:
+    """Return the error for a tensor that a lossy stage refuses because of NaN or infinity.
+
+    Args:
+        name: the tensor's name.
+        tensor: its values; the message says how many of them are NaN or infinite.
+        trouble: a relative clause about such values, such as ``which 'quantise' cannot carry``.
+    """
+    bad = int((~torch.isfinite(tensor)).sum())
+    return PayloadError(
+        f"tensor {name!r}: {bad} of {tensor.numel()} values are NaN or infinite, {trouble}. "
+        "Training has probably diverged: lower the learning rate or clip gradients; codec "
+        "'lossless' sends such values as they are"
     )

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from fedpara_plugins.errors import MismatchError, PayloadError
-from fedpara_plugins.stages.stage import (
-    REAL_DTYPES,
-    Notes,
-    Stage,
-    Tensors,
-    byte_size,
-    check_limit,
-    check_notes,
-    tensor_bytes,
-)
+from fedpara_plugins.stages.checks import all_finite
+from fedpara_plugins.stages.dtypes import REAL_DTYPES, byte_size, tensor_bytes
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit, check_notes
 
-__all__ = ["DeltaStage", "counterpart"]
+__all__ = ["DeltaStage", "reference_tensor"]
 
 
 class DeltaStage(Stage):
-    """d = x - r on the way out, x = r + d on arrival; r is the reference's tensor of that name.
+    """The difference d = x - r, with r the reference's tensor of the same name; x = r + d.
 
-    Both are rounded once, to the tensor's own dtype, float16 and bfloat16 included: a wider
-    difference would double the bytes of a half-precision model where no quantiser follows. A value
-    comes back within eps * (|x| + |r|), exactly where x and r are within a factor 2 of each other
-    (Sterbenz), so the stage is not lossless. A zero-dimensional tensor that would not come back
-    exactly travels whole, and its place stands in the notes, ``whole``. Tensors that are not
+    Both results are rounded once to the tensor's own dtype, float16 and bfloat16 included: a wider
+    difference would double the bytes of a half-precision model if no quantiser follows. A decoded
+    value is within eps * (|x| + |r|) of the original, and exact if x and r are within a factor of 2
+    of each other (Sterbenz's lemma). So the stage is not lossless. A zero-dimensional tensor that
+    would not be exact is sent whole; the notes list its place under ``whole``. Tensors that are not
     float16, bfloat16, float32 or float64 pass unchanged.
     """
 
@@ -49,7 +40,7 @@ class DeltaStage(Stage):
             coded[name] = tensor
             if tensor.dtype not in REAL_DTYPES:
                 continue
-            other = counterpart(name, tensor, reference)
+            other = reference_tensor(name, tensor, reference)
             delta = tensor - other
             if tensor.ndim == 0 and tensor_bytes(other + delta) != tensor_bytes(tensor):
                 whole.append(place)
@@ -65,29 +56,37 @@ class DeltaStage(Stage):
 
         Raises:
             MismatchError: the reference lacks a tensor or has it in another shape or dtype.
-            PayloadError: the tensors exceed the limit.
+            PayloadError: the notes do not fit the tensors, or the tensors exceed the limit.
         """
         check_notes(self.name, notes, {"whole": list} if notes else {})
         whole = notes.get("whole", [])
         known = all(type(place) is int and 0 <= place < len(tensors) for place in whole)
         if not known or len(set(whole)) != len(whole):
-            raise PayloadError(f"stage 'delta': no places of {len(tensors)} tensors: {whole[:5]}")
+            raise PayloadError(
+                f"stage 'delta': expected different places among {len(tensors)} tensors, got "
+                f"{whole[:5]}"
+            )
         size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in tensors.values())
         check_limit(size, limit, "the sum of reference and delta")
         exact = set(whole)
         return {
             name: tensor
             if tensor.dtype not in REAL_DTYPES or place in exact
-            else counterpart(name, tensor, reference) + tensor
+            else reference_tensor(name, tensor, reference) + tensor
             for place, (name, tensor) in enumerate(tensors.items())
         }
 
 
-def counterpart(name: str, tensor: torch.Tensor, reference: Tensors | None) -> torch.Tensor:
-    """The reference's tensor of that name.
+def reference_tensor(name: str, tensor: torch.Tensor, reference: Tensors | None) -> torch.Tensor:
+    """Return the reference's tensor of this name.
+
+    Args:
+        name: the tensor's name.
+        tensor: has the shape and dtype that the reference's tensor must have.
+        reference: the tensors that both sides hold.
 
     Raises:
-        MismatchError: the reference is missing, lacks it, or has another shape or dtype.
+        MismatchError: there is no reference, it lacks the tensor, or shape or dtype differ.
     """
     if reference is None:
         raise MismatchError(
@@ -109,8 +108,7 @@ def counterpart(name: str, tensor: torch.Tensor, reference: Tensors | None) -> t
 
 
 def _check_overflow(name: str, tensor: torch.Tensor, delta: torch.Tensor) -> None:
-    # One pass and no temporary; NaN and infinity both show in the ends.
-    if delta.numel() == 0 or all(map(math.isfinite, torch.aminmax(delta))):
+    if all_finite(delta):
         return
     lost = ~torch.isfinite(delta)
     count = int((lost & torch.isfinite(tensor)).sum())

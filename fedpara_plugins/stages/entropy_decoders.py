@@ -8,8 +8,9 @@ __all__ = ["decoders"]
 
 
 def decoders() -> tuple[str, ...]:
-    """Names for the other side, which may code with any of them: ``zlib`` first, always there.
+    """Return the names of the entropy stages that this installation can decode.
 
-    ``zstd`` is among them where the library ``zstandard`` can be imported.
+    The other side may encode with any of them. ``zlib`` comes first and is always included;
+    ``zstd`` is included if the library ``zstandard`` can be imported.
     """
     return ("zlib", "ans", "zstd") if zstd_available() else ("zlib", "ans")

@@ -1,4 +1,4 @@
-"""What the entropy stages share: which tensors stand behind one stream of bytes."""
+"""What the entropy stages share: many tensors as one stream of bytes, and notes of their layout."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ import torch
 
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.stages.checks import is_shape
-from fedpara_plugins.stages.stage import (
-    Notes,
-    Tensors,
+from fedpara_plugins.stages.dtypes import (
     byte_size,
-    check_count,
-    check_notes,
     pack_dtypes,
     tensor_bytes,
     tensor_from_bytes,
     unpack_dtypes,
 )
+from fedpara_plugins.stages.stage import Notes, Tensors, check_count, check_notes
 
-__all__ = ["STREAM", "Layout", "as_stream", "cut", "layout_notes", "one_stream", "read_layout"]
+__all__ = [
+    "STREAM",
+    "Layout",
+    "layout_notes",
+    "layout_size",
+    "read_layout",
+    "read_stream",
+    "split_bytes",
+    "stream_tensor",
+]
 
 STREAM = "stream"
 
@@ -30,7 +36,7 @@ Layout: TypeAlias = list[tuple[str, torch.dtype, list[int]]]
 
 
 def layout_notes(tensors: Tensors) -> Notes:
-    """Notes ``names``, ``shapes`` and, as in `pack_dtypes`, ``dtypes`` and ``each``."""
+    """Return the notes ``names``, ``shapes`` and, as in `pack_dtypes`, ``dtypes`` and ``each``."""
     return {
         "names": list(tensors),
         "shapes": [list(tensor.shape) for tensor in tensors.values()],
@@ -39,7 +45,12 @@ def layout_notes(tensors: Tensors) -> Notes:
 
 
 def read_layout(stage: str, notes: Notes, more: Mapping[str, type] | None = None) -> Layout:
-    """Undo `layout_notes`; ``more`` are the fields that the stage has besides.
+    """Undo `layout_notes`.
+
+    Args:
+        stage: the stage's name, for messages.
+        notes: as received.
+        more: the stage's other notes, by name, with their types.
 
     Raises:
         PayloadError: a field is missing, unknown or malformed.
@@ -49,7 +60,7 @@ def read_layout(stage: str, notes: Notes, more: Mapping[str, type] | None = None
     names, shapes = notes["names"], notes["shapes"]
     check_count(len(names), f"the layout of stage {stage!r}")
     if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-        raise PayloadError(f"stage {stage!r}: the names are not text, or one stands there twice")
+        raise PayloadError(f"stage {stage!r}: the names are not text, or one is repeated")
     if len(shapes) != len(names) or not all(is_shape(shape) for shape in shapes):
         raise PayloadError(f"stage {stage!r}: expected {len(names)} shapes, lists of sizes")
     dtypes = [dtype for dtype in unpack_dtypes(notes, len(names)) if dtype is not None]
@@ -58,18 +69,23 @@ def read_layout(stage: str, notes: Notes, more: Mapping[str, type] | None = None
     return list(zip(names, dtypes, shapes, strict=True))
 
 
-def as_stream(parts: Sequence[bytes]) -> Tensors:
-    """One uint8 tensor of its own memory."""
+def layout_size(layout: Layout) -> int:
+    """Return the bytes of all tensors of a layout."""
+    return sum(byte_size(dtype, shape) for _, dtype, shape in layout)
+
+
+def stream_tensor(parts: Sequence[bytes]) -> Tensors:
+    """Return the joined bytes as the one uint8 tensor `STREAM`."""
     data = bytearray().join(parts)
     flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     return {STREAM: flat}
 
 
-def one_stream(stage: str, tensors: Tensors) -> memoryview:
-    """The bytes of the only tensor.
+def read_stream(stage: str, tensors: Tensors) -> memoryview:
+    """Return the bytes of the one tensor `STREAM`.
 
     Raises:
-        PayloadError: there are others, or it is not a row of uint8.
+        PayloadError: there are other tensors, or it is not uint8 of one dimension.
     """
     stream = tensors.get(STREAM)
     if stream is None or len(tensors) != 1 or stream.dtype != torch.uint8 or stream.ndim != 1:
@@ -80,11 +96,15 @@ def one_stream(stage: str, tensors: Tensors) -> memoryview:
     return tensor_bytes(stream)
 
 
-def cut(plain: memoryview, layout: Layout) -> Tensors:
-    """The tensors whose bytes stand one after the other in ``plain``, which is long enough.
+def split_bytes(plain: memoryview, layout: Layout) -> Tensors:
+    """Return the tensors of a layout from their adjacent bytes.
+
+    Args:
+        plain: at least ``layout_size(layout)`` bytes.
+        layout: of the tensors.
 
     Raises:
-        PayloadError: a shape that torch cannot make, or a boolean byte neither 0 nor 1.
+        PayloadError: torch cannot make a shape, or a boolean byte is neither 0 nor 1.
     """
     decoded: Tensors = {}
     start = 0

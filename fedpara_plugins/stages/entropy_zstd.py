@@ -1,4 +1,4 @@
-"""Stage ``zstd``: all tensors as one Zstandard frame, where the library ``zstandard`` is there."""
+"""Stage ``zstd``: all tensors as one Zstandard frame, if the library ``zstandard`` is installed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedpara_plugins.errors import ConfigError, MismatchError, PayloadError
+from fedpara_plugins.stages.dtypes import tensor_bytes
 from fedpara_plugins.stages.entropy_layout import (
-    as_stream,
-    cut,
     layout_notes,
-    one_stream,
+    layout_size,
     read_layout,
+    read_stream,
+    split_bytes,
+    stream_tensor,
 )
-from fedpara_plugins.stages.stage import Notes, Stage, Tensors, byte_size, check_limit, tensor_bytes
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit
 
 __all__ = ["ZstdStage", "zstd_available"]
 
@@ -24,16 +26,16 @@ _MISSING = (
     "pip install 'fedpara-plugins[codecs]'"
 )
 MAX_WINDOW = 8 * 2**20
-"""Bytes of history that a frame may ask for; levels up to 19 ask for at most that."""
-# A block of at most 128 KiB takes at least a header of 3 bytes and one byte of content.
+"""Most bytes of history that a frame may ask for; levels up to 19 ask for no more."""
+# A block holds at most 128 KiB and takes at least a header of 3 bytes and one byte of content.
 _MAX_GROWTH = 2**17 // 4
 
 
 class ZstdStage(Stage):
-    """The tensors' bytes one after the other, as one frame in one uint8 tensor ``stream``.
+    """The bytes of all tensors, in order, as one frame in the uint8 tensor ``stream``.
 
-    No bytes make an empty stream. The frame (RFC 8878) declares its content's size, and asks for no
-    dictionary and for at most 8 MiB of history. Notes as in `ZlibStage`.
+    Without bytes, the stream is empty. The frame (RFC 8878) declares its content's size, uses no
+    dictionary and asks for at most 8 MiB of history. Notes as in `ZlibStage`.
     """
 
     name = "zstd"
@@ -41,7 +43,7 @@ class ZstdStage(Stage):
     entropy = True
 
     def with_options(self, options: Mapping[str, str]) -> Stage:
-        """No options; asked when a user chooses the stage by name.
+        """Return this stage, which has no options; called if a user chooses the stage by name.
 
         Raises:
             ConfigError: an option is given, or ``zstandard`` is not installed.
@@ -51,16 +53,16 @@ class ZstdStage(Stage):
         return super().with_options(options)
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
-        """Compress.
+        """Compress all tensors into one frame.
 
         Raises:
             MismatchError: ``zstandard`` is not installed.
         """
         library = _library()
         plain = b"".join([tensor_bytes(tensor) for tensor in tensors.values()])
-        # A frame without content would hide what follows it, so no bytes make no frame.
+        # A frame without content would hide what follows it, so there is none without bytes.
         packed = library.ZstdCompressor(level=LEVEL).compress(plain) if plain else b""
-        return as_stream([packed]), layout_notes(tensors)
+        return stream_tensor([packed]), layout_notes(tensors)
 
     def decode(
         self, tensors: Tensors, notes: Notes, *, reference: Tensors | None, limit: int
@@ -73,13 +75,14 @@ class ZstdStage(Stage):
                 of another size than declared, or followed by other bytes.
         """
         layout = read_layout(self.name, notes)
-        size = sum(byte_size(dtype, shape) for _, dtype, shape in layout)
+        size = layout_size(layout)
         check_limit(size, limit, "the decompressed tensors")
-        return cut(memoryview(_decompress(one_stream(self.name, tensors), size)), layout)
+        plain = _decompress(read_stream(self.name, tensors), size)
+        return split_bytes(memoryview(plain), layout)
 
 
 def zstd_available() -> bool:
-    """Whether this installation can read and write the stage."""
+    """Return whether this installation can read and write the stage."""
     try:
         _library()
     except MismatchError:
@@ -102,7 +105,7 @@ def _decompress(stream: memoryview, size: int) -> bytes:
         return b""
     try:
         frame = library.get_frame_parameters(stream)
-        # Whatever the library allocates follows from these, so they are checked before it does.
+        # These determine what the library allocates, so they are checked before it does.
         if (frame.content_size, frame.dict_id) != (size, 0) or frame.window_size > MAX_WINDOW:
             raise PayloadError(
                 f"stage 'zstd': expected a frame of {size} bytes, no dictionary and at most "
@@ -113,8 +116,8 @@ def _decompress(stream: memoryview, size: int) -> bytes:
             raise PayloadError(
                 f"stage 'zstd': no frame of {len(stream)} bytes can hold the declared {size}"
             )
-        unpacker = library.ZstdDecompressor(max_window_size=MAX_WINDOW)
-        plain: bytes = unpacker.decompress(
+        decompressor = library.ZstdDecompressor(max_window_size=MAX_WINDOW)
+        plain: bytes = decompressor.decompress(
             stream, max_output_size=size, read_across_frames=False, allow_extra_data=False
         )
     except library.ZstdError as error:

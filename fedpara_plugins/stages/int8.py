@@ -1,4 +1,4 @@
-"""Stage ``int8``: symmetric quantisation to one byte a value, one scale a tensor."""
+"""Stage ``int8``: symmetric quantisation to one byte a value, with one scale for each tensor."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ import struct
 import torch
 
 from fedpara_plugins.errors import PayloadError
-from fedpara_plugins.stages.stage import (
+from fedpara_plugins.stages.checks import not_finite
+from fedpara_plugins.stages.dtypes import (
     REAL_DTYPES,
-    Notes,
-    Stage,
-    Tensors,
+    arithmetic_dtype,
     byte_size,
-    check_limit,
-    check_notes,
     dtype_name,
     pack_dtypes,
     unpack_dtypes,
 )
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit, check_notes
 
 __all__ = ["Int8Stage"]
 
-STEPS = 127
+LARGEST_SYMBOL = 127
 
 
 class Int8Stage(Stage):
-    """q = round(x / s), x = q * s with s = max|x| / 127; |error| <= s / 2.
+    """Symbols q = round(x / s) with s = max|x| / 127, from which x = q * s; |error| <= s / 2.
 
     Arithmetic is float32 (float64 for float64 tensors); the product is rounded once more to the
     tensor's dtype. Acts on float16, bfloat16, float32 and float64 tensors of at least one
@@ -37,7 +35,7 @@ class Int8Stage(Stage):
     exceeds the largest one sent, and are at least the smallest normal number.
 
     Notes: ``dtypes`` and ``each`` (see `pack_dtypes`; ``-`` for a tensor passed unchanged) and
-    ``scales``: base64 of one little-endian float64 for each tensor that was quantised, in order.
+    ``scales``: base64 of one little-endian float64 for each quantised tensor, in order.
     """
 
     name = "int8"
@@ -59,7 +57,7 @@ class Int8Stage(Stage):
                 dtypes.append(None)
                 continue
             scale = _scale(name, tensor)
-            coded[name] = _symbols(tensor, scale)
+            coded[name] = _quantise(tensor, scale)
             dtypes.append(tensor.dtype)
             scales.append(scale)
         packed = base64.b64encode(struct.pack(f"<{len(scales)}d", *scales)).decode("ascii")
@@ -80,39 +78,30 @@ class Int8Stage(Stage):
         check_limit(size, limit, "the values behind the int8 symbols")
         scales = iter(_unpack_scales(notes["scales"], sum(d is not None for d in dtypes)))
         return {
-            name: tensor if dtype is None else _values(name, tensor, next(scales), dtype)
+            name: tensor if dtype is None else _dequantise(name, tensor, next(scales), dtype)
             for name, (tensor, dtype) in zip(tensors, pairs, strict=True)
         }
 
 
-def _arithmetic(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _scale(name: str, tensor: torch.Tensor) -> float:
-    wide = _arithmetic(tensor.dtype)
+    wide = arithmetic_dtype(tensor.dtype)
     smallest = torch.finfo(wide).tiny
     if tensor.numel() == 0:
         return smallest
-    # One pass and no temporary; NaN and infinity both show in the result.
+    # One pass and no copy; NaN and infinity both show in the result.
     low, high = (float(end) for end in torch.aminmax(tensor.detach()))
     if not (math.isfinite(low) and math.isfinite(high)):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise PayloadError(
-            f"tensor {name!r}: {bad} of {tensor.numel()} values are NaN or infinite, which int8 "
-            "cannot carry. Training has probably diverged: lower the learning rate or clip "
-            "gradients; codec 'lossless' sends such values as they are"
-        )
+        raise not_finite(name, tensor, "which int8 cannot carry")
     peak = max(-low, high)
-    scale = torch.tensor(peak / STEPS, dtype=wide)
-    if STEPS * float(scale) > peak:
+    scale = torch.tensor(peak / LARGEST_SYMBOL, dtype=wide)
+    if LARGEST_SYMBOL * float(scale) > peak:
         scale = torch.nextafter(scale, torch.zeros_like(scale))
     return max(float(scale), smallest)
 
 
-def _symbols(tensor: torch.Tensor, scale: float) -> torch.Tensor:
-    steps = tensor.detach().to(_arithmetic(tensor.dtype)) / scale
-    return steps.round_().clamp_(-STEPS, STEPS).to(torch.int8)
+def _quantise(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+    steps = tensor.detach().to(arithmetic_dtype(tensor.dtype)) / scale
+    return steps.round_().clamp_(-LARGEST_SYMBOL, LARGEST_SYMBOL).to(torch.int8)
 
 
 def _unpack_scales(packed: str, count: int) -> list[float]:
@@ -125,16 +114,16 @@ def _unpack_scales(packed: str, count: int) -> list[float]:
     return list(struct.unpack(f"<{count}d", raw))
 
 
-def _values(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+def _dequantise(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     if tensor.dtype != torch.int8 or tensor.ndim == 0 or dtype not in REAL_DTYPES:
         raise PayloadError(
             f"tensor {name!r}: expected int8 symbols for F16, BF16, F32 or F64, got "
             f"{tuple(tensor.shape)} {tensor.dtype} for {dtype_name(dtype)}"
         )
-    wide = _arithmetic(dtype)
-    peak = STEPS * scale
+    wide = arithmetic_dtype(dtype)
+    peak = LARGEST_SYMBOL * scale
     if not torch.finfo(wide).tiny <= scale or not peak <= torch.finfo(dtype).max:
         raise PayloadError(f"tensor {name!r}: the int8 scale {scale} does not fit {dtype}")
-    if tensor.numel() and int(tensor.min()) < -STEPS:
+    if tensor.numel() and int(tensor.min()) < -LARGEST_SYMBOL:
         raise PayloadError(f"tensor {name!r}: int8 symbols go from -127 to 127, got -128")
     return tensor.to(wide).mul_(scale).to(dtype)

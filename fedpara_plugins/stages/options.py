@@ -1,4 +1,4 @@
-"""Reading the options of a stage from text, with errors that say what is known and expected."""
+"""Readers of a stage's options, whose errors list what is known and expected."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from difflib import get_close_matches
 
 from fedpara_plugins.errors import ConfigError
 
-__all__ = ["choice", "known_options", "number_text", "real", "whole"]
+__all__ = ["check_option_names", "number_text", "read_choice", "read_integer", "read_number"]
 
 
-def known_options(stage: str, options: Mapping[str, str], known: Sequence[str]) -> None:
-    """Refuse options that are not among the known ones.
+def check_option_names(stage: str, options: Mapping[str, str], known: Sequence[str]) -> None:
+    """Raise if an option is not among the known ones.
 
     Raises:
-        ConfigError: names the nearest and all known options.
+        ConfigError: an option is unknown; the message names the nearest and all known options.
     """
     for name in options:
         if name not in known:
@@ -24,11 +24,11 @@ def known_options(stage: str, options: Mapping[str, str], known: Sequence[str]) 
             raise ConfigError(f"{stage!r} has no option {name!r}{hint} known: {', '.join(known)}")
 
 
-def choice(stage: str, key: str, value: str, allowed: Sequence[str]) -> str:
-    """One of the allowed words.
+def read_choice(stage: str, key: str, value: str, allowed: Sequence[str]) -> str:
+    """Return the value of an option that takes one of a few words.
 
     Raises:
-        ConfigError: another word.
+        ConfigError: the value is another word.
     """
     if value not in allowed:
         near = get_close_matches(value, allowed, n=1)
@@ -39,11 +39,11 @@ def choice(stage: str, key: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
-def whole(stage: str, key: str, value: str, low: int, high: int) -> int:
-    """An integer from ``low`` to ``high``.
+def read_integer(stage: str, key: str, value: str, low: int, high: int) -> int:
+    """Return the value of an option that takes an integer from ``low`` to ``high``.
 
     Raises:
-        ConfigError: no integer, or one out of range.
+        ConfigError: the value is no integer, or out of range.
     """
     # int() would also read "1_0" and digits of other scripts.
     digits = value.isascii() and value.isdecimal() and len(value) <= len(str(high))
@@ -54,11 +54,11 @@ def whole(stage: str, key: str, value: str, low: int, high: int) -> int:
     return int(value)
 
 
-def real(stage: str, key: str, value: str, low: float, high: float) -> float:
-    """A number from ``low`` to ``high``.
+def read_number(stage: str, key: str, value: str, low: float, high: float) -> float:
+    """Return the value of an option that takes a number from ``low`` to ``high``.
 
     Raises:
-        ConfigError: no number, or one out of range.
+        ConfigError: the value is no number, or out of range.
     """
     try:
         number = float(value)
@@ -73,5 +73,5 @@ def real(stage: str, key: str, value: str, low: float, high: float) -> float:
 
 
 def number_text(number: float) -> str:
-    """The shortest text that reads back to this number, without a trailing ``.0``."""
+    """Return the shortest text that reads back to this number, without a trailing ``.0``."""
     return repr(float(number)).removesuffix(".0")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,38 +10,36 @@ import numpy as np
 import torch
 
 from fedpara_plugins.errors import ConfigError, PayloadError
-from fedpara_plugins.stages.options import choice, known_options, number_text, real, whole
+from fedpara_plugins.stages.checks import all_finite
+from fedpara_plugins.stages.dtypes import REAL_DTYPES, arithmetic_dtype, byte_size, dtype_name
+from fedpara_plugins.stages.options import (
+    check_option_names,
+    number_text,
+    read_choice,
+    read_integer,
+    read_number,
+)
 from fedpara_plugins.stages.quantise_notes import (
     MAX_BLOCK,
-    ONE,
-    Part,
-    read_parts,
-    scaled,
-    written_parts,
+    QuantisedTensor,
+    dequantise,
+    read_quantised,
+    write_quantised,
 )
-from fedpara_plugins.stages.quantise_steps import Rows, Step, StepRule, arithmetic, grouped
-from fedpara_plugins.stages.quantise_symbols import narrowed
-from fedpara_plugins.stages.stage import (
-    REAL_DTYPES,
-    Notes,
-    Stage,
-    Tensors,
-    byte_size,
-    check_limit,
-    dtype_name,
-)
+from fedpara_plugins.stages.quantise_steps import PER_TENSOR, QuantiserStep, Rows, StepRule, group
+from fedpara_plugins.stages.quantise_symbols import narrowest_symbols
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit
 
 __all__ = ["QuantiseStage", "fresh_generator"]
 
 SCOPES = ("tensor", "row", "block")
 ROUNDINGS = ("nearest", "stochastic")
 FLAT_BITS = 8
-"""Of tensors of one dimension: biases and norms are few, and matter."""
-_SYMBOLS = ((127, torch.int8), (2**15 - 1, torch.int16), (2**31 - 1, torch.int32))
+"""Bits for tensors of one dimension: biases and norms are few, and matter."""
 
 
 def fresh_generator() -> torch.Generator:
-    """Seeded by the operating system: torch's own generator stays as the user's code needs it."""
+    """Return a generator seeded by the operating system, so that torch's own stays untouched."""
     generator = torch.Generator()
     generator.seed()
     return generator
@@ -50,25 +47,24 @@ def fresh_generator() -> torch.Generator:
 
 @dataclass(frozen=True)
 class QuantiseStage(Stage):
-    """q = x / s rounded to an integer, x = q * s; nothing is clipped, so |error| <= s / 2.
+    """Symbols q = x / s rounded to an integer, from which x = q * s.
 
-    Acts on float16, bfloat16, float32 and float64 tensors of at least one dimension; arithmetic is
-    float32 (float64 for float64 tensors), and the product is rounded once more to the tensor's
-    dtype. A tensor whose symbols would be wider than its values travels as it is.
+    Nothing is clipped, so |error| <= s / 2. Acts on float16, bfloat16, float32 and float64 tensors
+    of at least one dimension; arithmetic is float32 (float64 for float64 tensors), and the product
+    is rounded once more to the tensor's dtype. A tensor whose symbols would be wider than its
+    values is sent as it is. Tensors of one dimension always have 8-bit steps.
 
     Args:
         bits: s = max|x| / (2^(bits - 1) - 1), so that symbols have that many bits; 2 to 16.
-        rms: s = rms * (root mean square of x) instead, but at most max|x|: the largest value
-            always arrives, and feedback cannot starve; 0.001 to 16.
-        scope: what has a step of its own: a ``tensor``, a ``row`` (all that shares the first
-            index), or a ``block`` of successive values. Tensors of one dimension, and those that
-            the steps would make larger than they were, have one step.
+        rms: s = rms * (root mean square of x) instead, but at most max|x|, so that the largest
+            value is never rounded to zero and error feedback makes progress; 0.001 to 16.
+        scope: what has a step of its own: a ``tensor``, a ``row`` (all values that share the first
+            index), or a ``block`` of successive values. Tensors of one dimension have one step, and
+            so have those that more steps would make larger than they were.
         block: values of a block, in row-major order; the last one of a tensor may have fewer.
-        rounding: ``nearest``, or ``stochastic``: up or down by chance so that the mean is exact;
+        rounding: ``nearest``, or ``stochastic``: up or down at random so that the mean is exact;
             then |error| < s.
-        generator: makes the source of that chance, once for each `encode`.
-
-    Tensors of one dimension always have 8-bit steps.
+        generator: returns the random generator for one call of `encode`.
     """
 
     name = "quantise"
@@ -84,31 +80,33 @@ class QuantiseStage(Stage):
 
     @property
     def options(self) -> Mapping[str, str]:
-        """As in the codec's text; defaults are left out, the step is not."""
+        """Options as in the codec's text, without defaults but with the step."""
         step = {"bits": str(self.bits)} if self.rms is None else {"rms": number_text(self.rms)}
         size = {"block": str(self.block)} if self.scope == "block" else {}
         rest = {"scope": self.scope, **size, "rounding": self.rounding}
         return {**step, **{key: value for key, value in rest.items() if value != _DEFAULTS[key]}}
 
     def with_options(self, options: Mapping[str, str]) -> QuantiseStage:
-        """Options ``bits`` or ``rms``, ``scope``, ``block``, ``rounding``.
+        """Return a stage with the options ``bits`` or ``rms``, ``scope``, ``block``, ``rounding``.
 
         Raises:
-            ConfigError: unknown option, value out of range, or two that exclude each other.
+            ConfigError: unknown option, value out of range, or two options that exclude each other.
         """
-        known_options(self.name, options, ("bits", "rms", "scope", "block", "rounding"))
+        check_option_names(self.name, options, ("bits", "rms", "scope", "block", "rounding"))
         if "bits" in options and "rms" in options:
             raise ConfigError("options 'bits' and 'rms' of 'quantise' exclude each other")
-        scope = choice(self.name, "scope", options.get("scope", "tensor"), SCOPES)
+        scope = read_choice(self.name, "scope", options.get("scope", "tensor"), SCOPES)
         if "block" in options and scope != "block":
             raise ConfigError("option 'block' of 'quantise' needs scope=block")
-        rms = real(self.name, "rms", options["rms"], 0.001, 16) if "rms" in options else None
+        rms = read_number(self.name, "rms", options["rms"], 0.001, 16) if "rms" in options else None
+        bits = read_integer(self.name, "bits", options.get("bits", "8"), 2, 16)
+        rounding = options.get("rounding", "nearest")
         return QuantiseStage(
-            bits=whole(self.name, "bits", options.get("bits", "8"), 2, 16) if rms is None else None,
+            bits=bits if rms is None else None,
             rms=rms,
             scope=scope,
-            block=whole(self.name, "block", options.get("block", "256"), 16, MAX_BLOCK),
-            rounding=choice(self.name, "rounding", options.get("rounding", "nearest"), ROUNDINGS),
+            block=read_integer(self.name, "block", options.get("block", "256"), 16, MAX_BLOCK),
+            rounding=read_choice(self.name, "rounding", rounding, ROUNDINGS),
             generator=self.generator,
         )
 
@@ -118,17 +116,19 @@ class QuantiseStage(Stage):
         Raises:
             PayloadError: a tensor to be quantised holds NaN or infinity.
         """
-        chance = self.generator() if self.rounding == "stochastic" else None
+        generator = self.generator() if self.rounding == "stochastic" else None
         double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
-        room = _Room()
+        buffers = _ScratchBuffers()
         coded: Tensors = {}
-        parts: list[Part | None] = []
+        quantised: list[QuantisedTensor | None] = []
         for name, tensor in tensors.items():
             acts = tensor.dtype in REAL_DTYPES and tensor.ndim > 0
-            part = self._part(name, tensor, chance, room, 8 if double else 4) if acts else None
-            coded[name] = tensor if part is None else part.symbols.near
-            parts.append(part)
-        return written_parts(coded, parts, self.block)
+            one = None
+            if acts:
+                one = self._quantise(name, tensor, generator, buffers, 8 if double else 4)
+            coded[name] = tensor if one is None else one.symbols.near
+            quantised.append(one)
+        return write_quantised(coded, quantised, self.block)
 
     def decode(
         self, tensors: Tensors, notes: Notes, *, reference: Tensors | None, limit: int
@@ -138,82 +138,84 @@ class QuantiseStage(Stage):
         Raises:
             PayloadError: the notes do not fit the tensors, or the values exceed the limit.
         """
-        parts, block = read_parts(tensors, notes)
+        found, block = read_quantised(tensors, notes)
         size = sum(
-            byte_size(part.dtype, part.symbols.near.shape)
-            if isinstance(part, Part)
-            else byte_size(part.dtype, part.shape)
-            for part in parts.values()
+            byte_size(one.dtype, one.symbols.near.shape)
+            if isinstance(one, QuantisedTensor)
+            else byte_size(one.dtype, one.shape)
+            for one in found.values()
         )
         check_limit(size, limit, "the values behind the symbols")
         return {
-            name: _values(name, part, block) if isinstance(part, Part) else part
-            for name, part in parts.items()
+            name: _values(name, one, block) if isinstance(one, QuantisedTensor) else one
+            for name, one in found.items()
         }
 
-    def _part(
+    def _quantise(
         self,
         name: str,
         tensor: torch.Tensor,
-        chance: torch.Generator | None,
-        room: _Room,
-        step_size: int,
-    ) -> Part | None:
-        """Symbols and steps; None where they would take more bytes than the values."""
+        generator: torch.Generator | None,
+        buffers: _ScratchBuffers,
+        step_bytes: int,
+    ) -> QuantisedTensor | None:
+        """Return symbols and steps; None if they would take more bytes than the values."""
         flat = tensor.ndim == 1
         rule = StepRule(FLAT_BITS if flat else self.bits, None if flat else self.rms)
-        exact = tensor.detach().to(arithmetic(tensor.dtype)).numpy()
-        wanted = ONE if flat or tensor.numel() == 0 else self.scope[0]
-        for scope in dict.fromkeys((wanted, ONE)):
-            rows = grouped(exact, scope, self.block)
+        exact = tensor.detach().to(arithmetic_dtype(tensor.dtype)).numpy()
+        wanted = PER_TENSOR if flat or tensor.numel() == 0 else self.scope[0]
+        for scope in dict.fromkeys((wanted, PER_TENSOR)):
+            rows = group(exact, scope, self.block)
             steps = rule.steps(name, rows, tensor)
-            counts = _counts(rows, steps, chance, room.like(rows)).reshape(-1)[: exact.size]
-            symbols = narrowed(counts.reshape(exact.shape), max(step.most for step in steps))
+            counts = _round_to_steps(rows, steps, generator, buffers.like(rows))
+            counts = counts.reshape(-1)[: exact.size].reshape(exact.shape)
+            symbols = narrowest_symbols(counts, max(step.largest_symbol for step in steps))
             if symbols is None:
                 continue
             size = symbols.near.nbytes + symbols.far.nbytes
-            if size + (0 if scope == ONE else step_size * len(steps)) <= tensor.nbytes:
-                return Part(tensor.dtype, scope, [step.size for step in steps], symbols)
+            if size + (0 if scope == PER_TENSOR else step_bytes * len(steps)) <= tensor.nbytes:
+                return QuantisedTensor(tensor.dtype, scope, [step.size for step in steps], symbols)
         return None
 
 
 _DEFAULTS = {"scope": "tensor", "block": "256", "rounding": "nearest"}
 
 
-class _Room:
-    """Memory for one tensor's counts, then the next one's: fresh pages cost more than dividing."""
+class _ScratchBuffers:
+    """Memory that successive tensors reuse: touching fresh pages costs more than the division."""
 
     def __init__(self) -> None:
         self._held: dict[np.dtype[Any], Rows] = {}
 
     def like(self, rows: Rows) -> Rows:
-        """Contiguous, of the shape and dtype of ``rows``; holds anything."""
+        """Return a contiguous array of the shape and dtype of ``rows``, with any content."""
         held = self._held.get(rows.dtype)
         if held is None or held.size < rows.size:
             held = self._held[rows.dtype] = np.empty(rows.size, dtype=rows.dtype)
         return held[: rows.size].reshape(rows.shape)
 
 
-def _counts(
-    rows: Rows, steps: Sequence[Step], chance: torch.Generator | None, counts: Rows
+def _round_to_steps(
+    rows: Rows, steps: Sequence[QuantiserStep], generator: torch.Generator | None, out: Rows
 ) -> Rows:
-    """Whole numbers of steps, still as floating point; written into ``counts``."""
+    """Return whole numbers of steps, still as floating point; written into ``out``."""
     sizes = np.array([[step.size] for step in steps], dtype=rows.dtype)
-    np.divide(rows, sizes, out=counts)
-    if chance is None:
-        return np.rint(counts, out=counts)
-    noise = torch.from_numpy(counts)
-    noise += torch.rand(counts.shape, generator=chance, dtype=noise.dtype)
-    np.floor(counts, out=counts)
-    # The sum is rounded, and may reach the next whole number.
-    most = np.array([[step.most] for step in steps], dtype=rows.dtype)
-    return np.clip(counts, -most, most, out=counts)
+    np.divide(rows, sizes, out=out)
+    if generator is None:
+        return np.rint(out, out=out)
+    noise = torch.from_numpy(out)
+    noise += torch.rand(out.shape, generator=generator, dtype=noise.dtype)
+    np.floor(out, out=out)
+    # The sum was rounded, and may have reached the next whole number.
+    most = np.array([[step.largest_symbol] for step in steps], dtype=rows.dtype)
+    return np.clip(out, -most, most, out=out)
 
 
-def _values(name: str, part: Part, block: int) -> torch.Tensor:
-    values = scaled(part, block).to(part.dtype)
-    if values.numel() and not all(map(math.isfinite, torch.aminmax(values))):
+def _values(name: str, quantised: QuantisedTensor, block: int) -> torch.Tensor:
+    values = dequantise(quantised, block).to(quantised.dtype)
+    if not all_finite(values):
         raise PayloadError(
-            f"tensor {name!r}: a symbol times its step is no {dtype_name(part.dtype)}: forged"
+            f"tensor {name!r}: a symbol times its step exceeds {dtype_name(quantised.dtype)}; the "
+            "payload is forged"
         )
     return values

@@ -12,27 +12,25 @@ import numpy as np
 import torch
 
 from fedpara_plugins.errors import PayloadError
-from fedpara_plugins.stages.checks import free_name
-from fedpara_plugins.stages.quantise_steps import arithmetic
-from fedpara_plugins.stages.quantise_symbols import SYMBOL_DTYPES, Symbols, escaped, far_dtype
-from fedpara_plugins.stages.stage import (
+from fedpara_plugins.stages.checks import unused_name
+from fedpara_plugins.stages.dtypes import (
     REAL_DTYPES,
-    Notes,
-    Tensors,
-    check_notes,
+    SYMBOL_DTYPES,
+    arithmetic_dtype,
     dtype_name,
     pack_dtypes,
     unpack_dtypes,
 )
+from fedpara_plugins.stages.quantise_steps import PER_BLOCK, PER_ROW, PER_TENSOR
+from fedpara_plugins.stages.quantise_symbols import Symbols, escape_mask, far_dtype
+from fedpara_plugins.stages.stage import Notes, Tensors, check_notes
 
-__all__ = ["MAX_BLOCK", "ONE", "Part", "read_parts", "scaled", "written_parts"]
+__all__ = ["MAX_BLOCK", "QuantisedTensor", "dequantise", "read_quantised", "write_quantised"]
 
-ONE = "t"
-"""Letter of a tensor with one step; ``r`` has one for each row, ``b`` one for each block."""
 MAX_BLOCK = 2**20
 
 
-class Part(NamedTuple):
+class QuantisedTensor(NamedTuple):
     """How one tensor was quantised: its dtype, the letter of its scope, its steps and symbols."""
 
     dtype: torch.dtype
@@ -41,36 +39,52 @@ class Part(NamedTuple):
     symbols: Symbols
 
 
-def written_parts(
-    coded: Tensors, parts: Sequence[Part | None], block: int
+def write_quantised(
+    coded: Tensors, quantised: Sequence[QuantisedTensor | None], block: int
 ) -> tuple[Tensors, Notes]:
-    """Symbols, behind them the steps of rows and blocks and the escaped values, and the notes."""
-    used = [part for part in parts if part is not None]
-    many = [part for part in used if part.scope != ONE]
-    steps = b"".join(_packed_step(part) for part in used if part.scope == ONE)
-    far = [part.symbols.far for part in used if len(part.symbols.far)]
+    """Return the tensors to send and the notes.
+
+    Args:
+        coded: for each tensor its symbols, or the tensor itself if it was not quantised.
+        quantised: one for each of them, None for a tensor that was not quantised.
+        block: number of values of a block.
+
+    Returns:
+        ``coded``, followed by the steps of rows and blocks and by the escaped values if there are
+        any; and the notes.
+    """
+    used = [one for one in quantised if one is not None]
+    many = [one for one in used if one.scope != PER_TENSOR]
+    steps = b"".join(_pack_step(one) for one in used if one.scope == PER_TENSOR)
+    far = [one.symbols.far for one in used if len(one.symbols.far)]
     notes = {
-        **pack_dtypes([None if part is None else part.dtype for part in parts]),
-        "scopes": "".join(part.scope for part in used),
-        "block": block if any(part.scope == "b" for part in many) else 0,
+        **pack_dtypes([None if one is None else one.dtype for one in quantised]),
+        "scopes": "".join(one.scope for one in used),
+        "block": block if any(one.scope == PER_BLOCK for one in many) else 0,
         "steps": base64.b64encode(steps).decode("ascii"),
         "far": sum(map(len, far)),
     }
     written = dict(coded)
     if many:
-        double = any(part.dtype == torch.float64 for part in many)
+        double = any(one.dtype == torch.float64 for one in many)
         kind = torch.float64 if double else torch.float32
-        every = [torch.as_tensor(part.steps, dtype=kind) for part in many]
-        written[free_name("steps", written)] = torch.cat(every)
+        every = [torch.as_tensor(one.steps, dtype=kind) for one in many]
+        written[unused_name("steps", written)] = torch.cat(every)
     if far:
         values = torch.cat(far)
         largest = max(abs(int(end)) for end in torch.aminmax(values))
-        written[free_name("far", written)] = values.to(far_dtype(largest))
+        written[unused_name("far", written)] = values.to(far_dtype(largest))
     return written, notes
 
 
-def read_parts(tensors: Tensors, notes: Notes) -> tuple[dict[str, Part | torch.Tensor], int]:
-    """Undo `written_parts`: what was quantised, what was not, and the size of a block.
+def read_quantised(
+    tensors: Tensors, notes: Notes
+) -> tuple[dict[str, QuantisedTensor | torch.Tensor], int]:
+    """Undo `write_quantised`.
+
+    Returns:
+        By name, how each tensor was quantised, or the tensor itself if it was not; and the number
+        of values of a block.
 
     Raises:
         PayloadError: the notes are malformed, or do not fit the tensors.
@@ -78,11 +92,12 @@ def read_parts(tensors: Tensors, notes: Notes) -> tuple[dict[str, Part | torch.T
     fields = {"dtypes": list, "each": str, "scopes": str, "block": int, "steps": str, "far": int}
     check_notes("quantise", notes, fields)
     scopes, block = notes["scopes"], notes["block"]
-    if not set(scopes) <= set("trb") or ("b" in scopes) != (0 < block <= MAX_BLOCK):
+    letters = {PER_TENSOR, PER_ROW, PER_BLOCK}
+    if not set(scopes) <= letters or (PER_BLOCK in scopes) != (0 < block <= MAX_BLOCK):
         raise _malformed(f"scopes {scopes[:20]!r} with blocks of {block}")
     coded = dict(tensors)
-    far = _taken(coded, notes["far"] != 0, (torch.int16, torch.int32))
-    many = _taken(coded, bool(set(scopes) - {ONE}), (torch.float32, torch.float64))
+    far = _pop_last(coded, notes["far"] != 0, (torch.int16, torch.int32))
+    many = _pop_last(coded, bool(set(scopes) - {PER_TENSOR}), (torch.float32, torch.float64))
     dtypes = unpack_dtypes(notes, len(coded))
     used = [(x, dtype) for x, dtype in zip(coded.values(), dtypes, strict=True) if dtype]
     if len(used) != len(scopes) or notes["far"] != len(far):
@@ -91,27 +106,28 @@ def read_parts(tensors: Tensors, notes: Notes) -> tuple[dict[str, Part | torch.T
         if tensor.dtype not in SYMBOL_DTYPES or tensor.ndim == 0 or dtype not in REAL_DTYPES:
             raise _malformed(f"{tuple(tensor.shape)} {tensor.dtype} for {dtype_name(dtype)}")
     kinds = [(dtype, letter) for (_, dtype), letter in zip(used, scopes, strict=True)]
-    counts = [_count(x, letter, block) for (x, _), letter in zip(used, scopes, strict=True)]
+    counts = [_group_count(x, letter, block) for (x, _), letter in zip(used, scopes, strict=True)]
     steps = _read_steps(notes["steps"], many, kinds, counts)
     symbols = _read_symbols([tensor for tensor, _ in used], far)
-    found = map(Part, *zip(*kinds, strict=True), steps, symbols) if kinds else iter(())
-    parts = {
+    found = map(QuantisedTensor, *zip(*kinds, strict=True), steps, symbols) if kinds else iter(())
+    quantised = {
         name: x if dtype is None else next(found)
         for (name, x), dtype in zip(coded.items(), dtypes, strict=True)
     }
-    return parts, block
+    return quantised, block
 
 
-def scaled(part: Part, block: int) -> torch.Tensor:
-    """The products of symbols and steps, in the part's arithmetic."""
-    wide = arithmetic(part.dtype)
-    exact = part.symbols.near.contiguous().to(wide, copy=True)
-    if len(part.symbols.far):
-        exact.view(-1).numpy()[escaped(part.symbols.near)] = part.symbols.far.numpy()
-    if part.scope == ONE:
-        return exact.mul_(float(part.steps[0]))
-    steps = torch.as_tensor(part.steps, dtype=wide)
-    if part.scope == "r":
+def dequantise(quantised: QuantisedTensor, block: int) -> torch.Tensor:
+    """Return the products of symbols and steps, as float32 (float64 for float64 tensors)."""
+    wide = arithmetic_dtype(quantised.dtype)
+    near, far = quantised.symbols
+    exact = near.contiguous().to(wide, copy=True)
+    if len(far):
+        exact.view(-1).numpy()[escape_mask(near)] = far.numpy()
+    if quantised.scope == PER_TENSOR:
+        return exact.mul_(float(quantised.steps[0]))
+    steps = torch.as_tensor(quantised.steps, dtype=wide)
+    if quantised.scope == PER_ROW:
         return exact.mul_(steps.reshape(-1, *[1] * (exact.ndim - 1)))
     flat = exact.view(-1)
     whole = len(flat) // block
@@ -120,9 +136,9 @@ def scaled(part: Part, block: int) -> torch.Tensor:
     return exact
 
 
-def _taken(coded: Tensors, there: bool, kinds: Sequence[torch.dtype]) -> torch.Tensor:
-    """The last tensor, taken out, if it is there; else an empty one."""
-    if not there:
+def _pop_last(coded: Tensors, present: bool, kinds: Sequence[torch.dtype]) -> torch.Tensor:
+    """Remove and return the last tensor if there must be such a one; else return an empty one."""
+    if not present:
         return torch.empty(0)
     if not coded:
         raise _malformed("a tensor is missing")
@@ -132,18 +148,18 @@ def _taken(coded: Tensors, there: bool, kinds: Sequence[torch.dtype]) -> torch.T
     return last
 
 
-def _packed_step(part: Part) -> bytes:
-    return struct.pack("<d" if part.dtype == torch.float64 else "<f", float(part.steps[0]))
+def _pack_step(one: QuantisedTensor) -> bytes:
+    return struct.pack("<d" if one.dtype == torch.float64 else "<f", float(one.steps[0]))
 
 
-def _count(symbols: torch.Tensor, scope: str, block: int) -> int:
-    if scope == "b":
+def _group_count(symbols: torch.Tensor, scope: str, block: int) -> int:
+    if scope == PER_BLOCK:
         return -(-symbols.numel() // block)
-    return symbols.shape[0] if scope == "r" else 1
+    return symbols.shape[0] if scope == PER_ROW else 1
 
 
 def _read_symbols(near: Sequence[torch.Tensor], far: torch.Tensor) -> list[Symbols]:
-    counts = [int(np.count_nonzero(escaped(tensor))) for tensor in near]
+    counts = [int(np.count_nonzero(escape_mask(tensor))) for tensor in near]
     if sum(counts) != len(far):
         raise _malformed(f"{len(far)} values for {sum(counts)} symbols that escape")
     return [Symbols(*pair) for pair in zip(near, torch.split(far, counts), strict=True)]
@@ -155,29 +171,37 @@ def _read_steps(
     kinds: Sequence[tuple[torch.dtype, str]],
     counts: Sequence[int],
 ) -> list[torch.Tensor]:
-    single = [dtype for dtype, letter in kinds if letter == ONE]
+    """Return the steps of each quantised tensor.
+
+    Args:
+        packed: the note with the step of each tensor that has one only.
+        many: the tensor of all other steps.
+        kinds: dtype and scope of each quantised tensor.
+        counts: number of its groups.
+    """
+    single = [dtype for dtype, letter in kinds if letter == PER_TENSOR]
     form = "<" + "".join("d" if dtype == torch.float64 else "f" for dtype in single)
     try:
         raw = base64.b64decode(packed, validate=True)
     except (binascii.Error, ValueError) as error:
         raise _malformed(f"steps that are not base64: {error}") from error
-    total = sum(n for n, (_, letter) in zip(counts, kinds, strict=True) if letter != ONE)
+    total = sum(n for n, (_, letter) in zip(counts, kinds, strict=True) if letter != PER_TENSOR)
     if len(raw) != struct.calcsize(form) or len(many) != total:
         raise _malformed(f"another number of steps than {len(single)} and {total}")
     ones, start = iter(struct.unpack(form, raw)), 0
     found: list[torch.Tensor] = []
     for (dtype, letter), count in zip(kinds, counts, strict=True):
-        if letter == ONE:
+        if letter == PER_TENSOR:
             steps = torch.tensor([next(ones)], dtype=torch.float64)
         else:
             steps = many[start : start + count]
             start += count
-        found.append(_checked(steps, arithmetic(dtype)))
+        found.append(_checked(steps, arithmetic_dtype(dtype)))
     return found
 
 
 def _checked(steps: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    """The same steps in the type that the products are taken in."""
+    """Return the same steps in the type in which the products are computed."""
     exact = steps.to(wide)
     kind = torch.finfo(wide)
     if not steps.numel():

@@ -1,7 +1,7 @@
-"""The integers of stage ``quantise``: the narrowest type, with an escape for what lies far out.
+"""The integers of stage ``quantise``: the narrowest type, with an escape for outliers.
 
-One outlier would otherwise double the bytes of a whole tensor, and an entropy coder of bytes does
-badly on wider integers.
+Without it, one outlier would double the bytes of a whole tensor, and an entropy coder of bytes
+compresses wider integers badly.
 """
 
 from __future__ import annotations
@@ -12,27 +12,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["ESCAPE", "SYMBOL_DTYPES", "Symbols", "escaped", "far_dtype", "narrowed"]
+__all__ = ["ESCAPE", "Symbols", "escape_mask", "far_dtype", "narrowest_symbols"]
 
-SYMBOL_DTYPES = (torch.int8, torch.int16, torch.int32)
 NEAR, ESCAPE = 127, -128
 _FAR_SHARE = 16
-"""At most one value in that many escapes; with more of them, wider symbols are smaller."""
-_FEW = {torch.int16: 2**15 - 1, torch.int32: 2**31 - 1}
+"""At most one value in 16 escapes; with more of them, wider symbols take fewer bytes."""
+_FAR_MAXIMA = {torch.int16: 2**15 - 1, torch.int32: 2**31 - 1}
 
 
 class Symbols(NamedTuple):
-    """Integers, and in order the values (int32) that stand behind each -128 of an int8 tensor."""
+    """Integers ``near``; ``far`` has the value (int32) of each -128 in an int8 tensor, in order."""
 
     near: torch.Tensor
     far: torch.Tensor
 
 
-def narrowed(counts: NDArray[np.floating], most: int) -> Symbols | None:
-    """Whole numbers as integers; None where 32 bits do not hold them.
+def narrowest_symbols(counts: NDArray[np.floating], most: int) -> Symbols | None:
+    """Return whole numbers as integers; None if they need more than 32 bits.
 
     Args:
-        counts: contiguous; spoilt.
+        counts: contiguous; overwritten.
         most: a bound of their magnitude.
     """
     none = torch.empty(0, dtype=torch.int32)
@@ -42,7 +41,7 @@ def narrowed(counts: NDArray[np.floating], most: int) -> Symbols | None:
     places = np.flatnonzero(np.abs(flat) > NEAR)
     values = flat[places]
     largest = float(np.abs(values).max(initial=0.0))
-    if largest > _FEW[torch.int32]:
+    if largest > _FAR_MAXIMA[torch.int32]:
         return None
     if _FAR_SHARE * len(values) > len(flat):
         return Symbols(torch.from_numpy(counts).to(far_dtype(largest)), none)
@@ -52,13 +51,13 @@ def narrowed(counts: NDArray[np.floating], most: int) -> Symbols | None:
 
 
 def far_dtype(largest: float) -> torch.dtype:
-    """The narrower of int16 and int32 that holds numbers up to ``largest``."""
-    return next(dtype for dtype, top in _FEW.items() if largest <= top)
+    """Return the narrower of int16 and int32 that holds numbers up to ``largest``."""
+    return next(dtype for dtype, top in _FAR_MAXIMA.items() if largest <= top)
 
 
-def escaped(near: torch.Tensor) -> NDArray[np.bool_]:
-    """Which of the symbols, in row-major order, escape; no places where none can."""
-    # As a mask, and in numpy: places take eight bytes each, torch three times as long.
+def escape_mask(near: torch.Tensor) -> NDArray[np.bool_]:
+    """Return which symbols escape, in row-major order; empty if the type has no escape."""
+    # A numpy mask: indices would take eight bytes each, and torch takes three times as long.
     flat = near.reshape(-1) if near.dtype == torch.int8 else near.new_empty(0)
     mask: NDArray[np.bool_] = np.equal(flat.numpy(), ESCAPE)
     return mask

@@ -1,9 +1,9 @@
-"""An entropy coder of integers only: interleaved range ANS (Duda, arXiv 1311.2540).
+"""An entropy coder in integer arithmetic: interleaved range ANS (Duda, arXiv 1311.2540).
 
-The bits are specified in ``docs/payload.md``. Value i belongs to lane i mod L; each lane is a coder
-of its own, with 32 bits of state, and all lanes share one table and one row of 16-bit words. So a
-step over all lanes is a handful of numpy operations, and the same table gives the same bits on
-every platform: no probability is ever a float.
+``docs/payload.md`` specifies the bits. Value i belongs to lane i mod L. Each lane is a coder of its
+own with 32 bits of state; all lanes share one table and one sequence of 16-bit words. So a step
+over all lanes takes a few numpy operations, and the same table gives the same bits on every
+platform: no probability is ever a float.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from fedpara_plugins.errors import PayloadError
 
-__all__ = ["MAX_LANES", "PRECISION", "lanes_for", "pack", "table_of", "unpack"]
+__all__ = ["MAX_LANES", "PRECISION", "frequency_table", "lanes_for", "pack", "unpack"]
 
 PRECISION = 14
 """The frequencies in a table sum to two to the power of this."""
 MAX_LANES = 4096
 _TOTAL = 1 << PRECISION
-_LEAST = 1 << 16  # states lie between this and 2**32; a word of 16 bits moves at a time
+_LEAST = 1 << 16  # states are from this to 2**32 - 1; 16 bits move to or from the words at a time
 _WORD = 16
 
 Words = NDArray[np.uint16]
@@ -27,8 +27,10 @@ States = NDArray[np.uint32]
 Table = NDArray[np.int64]
 
 
-def table_of(counts: NDArray[np.int64]) -> Table:
-    """Frequencies in proportion to the counts, at least 1 where a count is, 2**14 together.
+def frequency_table(counts: NDArray[np.int64]) -> Table:
+    """Return frequencies in proportion to the counts, whose sum is 2**14.
+
+    A frequency is at least 1 if its count is.
 
     Args:
         counts: of at most 2**14 symbols, not all zero.
@@ -41,7 +43,10 @@ def table_of(counts: NDArray[np.int64]) -> Table:
 
 
 def lanes_for(count: int) -> int:
-    """A power of two that takes 384 to 768 steps: a lane costs 3 bytes, a step some 20 us."""
+    """Return the number of lanes for ``count`` values, a power of two from 8 to `MAX_LANES`.
+
+    It leads to 384 to 768 steps where the bounds allow: a lane costs 3 bytes, a step some 20 us.
+    """
     lanes = 8
     while lanes < MAX_LANES and lanes * 768 < count:
         lanes *= 2
@@ -51,7 +56,14 @@ def lanes_for(count: int) -> int:
 def pack(
     keys: NDArray[np.integer], places: NDArray[np.int64], table: Table, lanes: int
 ) -> tuple[States, Words]:
-    """Code keys; ``places`` says where in the table each key is, the frequency there is not 0."""
+    """Encode keys into states and words.
+
+    Args:
+        keys: one small integer for each value.
+        places: by key, its place in the table; the frequency there is not 0.
+        table: from `frequency_table`.
+        lanes: number of lanes.
+    """
     starts = (np.cumsum(table) - table)[places]
     table = table[places]
     ceilings = table << (32 - PRECISION)
@@ -60,7 +72,7 @@ def pack(
     states = np.full(lanes, _LEAST, dtype=np.int64)
     rows = -(-len(keys) // lanes)
     words: list[Words] = []
-    for row in range(rows - 1, -1, -1):  # what is coded last is decoded first
+    for row in range(rows - 1, -1, -1):  # the row that is encoded last is decoded first
         key = keys[row * lanes : (row + 1) * lanes].astype(np.int64)
         state = states[: len(key)]
         full = np.flatnonzero(state >= ceilings.take(key))
@@ -68,8 +80,8 @@ def pack(
             spilled = state[full]
             words.append(spilled.astype(np.uint16))  # the low bits
             state[full] = spilled >> _WORD
-        # Half a unit keeps the product 2**-15 away from every integer, and its rounding errors stay
-        # below 2**-19: what is cut off is the exact quotient.
+        # Adding a half keeps the product 2**-15 away from every integer, and rounding errors stay
+        # below 2**-19: its integer part is the exact quotient.
         quotient = ((state + 0.5) * inverses.take(key)).astype(np.int64)
         state += quotient * complements.take(key)  # = quotient * total + remainder
         state += starts.take(key)
@@ -80,20 +92,28 @@ def pack(
 def unpack(
     states: States, words: Words, table: Table, symbols: NDArray[np.integer], count: int
 ) -> NDArray[np.integer]:
-    """Undo `pack`: ``count`` entries of ``symbols``, which says what each place stands for.
+    """Undo `pack`: decode exactly ``count`` values, whatever the words are.
 
-    Runs for exactly ``count`` values, whatever the words are.
+    Args:
+        states: one for each lane.
+        words: from `pack`.
+        table: from `frequency_table`.
+        symbols: by place in the table, the value to return for it.
+        count: number of values.
+
+    Returns:
+        ``count`` entries of ``symbols``.
 
     Raises:
-        PayloadError: the table is none, a state is out of range, or the words are not what `pack`
-            makes of that many values.
+        PayloadError: the table is invalid, a state is out of range, or the words are not what
+            `pack` makes of that many values.
     """
     if table.min(initial=0) < 0 or int(table.sum()) != _TOTAL:
         raise PayloadError(f"a table's frequencies sum to {int(table.sum())}, not {_TOTAL}")
     if not 0 < len(states) <= MAX_LANES or int(states.min()) < _LEAST:
         raise PayloadError(f"expected 1 to {MAX_LANES} states of at least {_LEAST}")
     lanes = len(states)
-    # One look-up gives the frequency (high bits) and the place within it (low bits) of a slot.
+    # One look-up gives a slot's frequency (high bits) and its offset in the symbol (low bits).
     slots = np.arange(_TOTAL) - np.repeat(np.cumsum(table) - table, table)
     slots |= np.repeat(table, table) << _WORD
     values = np.repeat(symbols, table)

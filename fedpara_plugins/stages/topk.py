@@ -1,4 +1,4 @@
-"""Stage ``topk``: the largest values of each tensor and where they stand; zeros elsewhere."""
+"""Stage ``topk``: the largest values of each tensor and their positions; all others become zero."""
 
 from __future__ import annotations
 
@@ -12,40 +12,39 @@ import numpy.typing as npt
 import torch
 
 from fedpara_plugins.errors import ConfigError, PayloadError
-from fedpara_plugins.stages.checks import free_name, is_shape
-from fedpara_plugins.stages.options import known_options, number_text, real, whole
-from fedpara_plugins.stages.stage import (
-    REAL_DTYPES,
-    Notes,
-    Stage,
-    Tensors,
-    byte_size,
-    check_limit,
-    check_notes,
+from fedpara_plugins.stages.checks import all_finite, is_shape, not_finite, unused_name
+from fedpara_plugins.stages.dtypes import REAL_DTYPES, byte_size
+from fedpara_plugins.stages.options import (
+    check_option_names,
+    number_text,
+    read_integer,
+    read_number,
 )
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit, check_notes
 
 __all__ = ["TopkStage"]
 
-FULL = 255
-"""A byte of a gap that goes on in the next byte."""
-_PART = 2**16
+CONTINUED = 255
+"""A byte of a gap that continues in the next byte."""
+_CHUNK = 2**16
 """Bytes of gaps that are read at a time."""
 
 
 @dataclass(frozen=True)
 class TopkStage(Stage):
-    """Keep the values of largest magnitude, with their positions as gaps; the rest becomes zero.
+    """The values of largest magnitude, with their positions as gaps; the rest becomes zero.
 
     Acts on float16, bfloat16, float32 and float64 tensors of two dimensions or more whose kept
     values and positions take fewer bytes than the whole; all others pass unchanged. Kept values
-    travel under the tensor's name, in row-major order, with shape (1, number of them).
+    are sent under the tensor's name, in row-major order, with shape (1, number of values).
 
-    A gap is the number of values left out since the kept one before: so many bytes of 255, and one
-    byte below 255; the gap is their sum. The gaps of all tensors form one uint8 tensor, the last.
+    A gap is the number of values left out since the previous kept one. It is written as any number
+    of bytes 255 and one byte below 255; their sum is the gap. The gaps of all tensors form one
+    uint8 tensor, the last.
 
     Args:
-        share: of each tensor's values that is kept, rounded up.
-        count: number of values that are kept of each tensor, instead.
+        share: share of each tensor's values to keep; the number is rounded up.
+        count: number of values of each tensor to keep; it replaces ``share``.
 
     Notes: ``shapes``: for each tensor its sizes, or null if it passed unchanged.
     """
@@ -59,26 +58,26 @@ class TopkStage(Stage):
 
     @property
     def options(self) -> Mapping[str, str]:
-        """As in the codec's text."""
+        """Options as in the codec's text."""
         if self.count is not None:
             return {"count": str(self.count)}
         return {"share": number_text(self.share or 0.0)}
 
     def with_options(self, options: Mapping[str, str]) -> TopkStage:
-        """Option ``share`` or ``count``.
+        """Return a stage with the option ``share`` or ``count``.
 
         Raises:
-            ConfigError: unknown option, value out of range, or both.
+            ConfigError: unknown option, value out of range, or both options.
         """
-        known_options(self.name, options, ("share", "count"))
+        check_option_names(self.name, options, ("share", "count"))
         if "share" in options and "count" in options:
             raise ConfigError("options 'share' and 'count' of 'topk' exclude each other")
         if "count" in options:
-            return TopkStage(None, whole(self.name, "count", options["count"], 1, 2**31 - 1))
-        return TopkStage(real(self.name, "share", options.get("share", "0.01"), 1e-6, 1))
+            return TopkStage(None, read_integer(self.name, "count", options["count"], 1, 2**31 - 1))
+        return TopkStage(read_number(self.name, "share", options.get("share", "0.01"), 1e-6, 1))
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
-        """Select.
+        """Select the largest values.
 
         Raises:
             PayloadError: a tensor to select from holds NaN or infinity.
@@ -87,25 +86,26 @@ class TopkStage(Stage):
         shapes: list[list[int] | None] = []
         gaps = [np.empty(0, np.uint8)]
         for name, tensor in tensors.items():
-            kept = self._kept(tensor)
+            kept = self._number_kept(tensor)
             if kept is None:
                 coded[name] = tensor
                 shapes.append(None)
                 continue
-            _check_finite(name, tensor)
+            if not all_finite(tensor):
+                raise not_finite(name, tensor, "among which 'topk' finds no largest")
             flat = tensor.detach().reshape(-1)
-            # float16 has no topk on a CPU in every version of torch.
-            places = torch.topk(flat.abs().float(), kept, sorted=False).indices.sort().values
-            coded[name] = flat[places].unsqueeze(0)
+            # Not every version of torch has topk of float16 on a CPU.
+            positions = torch.topk(flat.abs().float(), kept, sorted=False).indices.sort().values
+            coded[name] = flat[positions].unsqueeze(0)
             shapes.append(list(tensor.shape))
-            gaps.append(_gap_bytes(places.numpy()))
-        coded[free_name("gaps", coded)] = torch.from_numpy(np.concatenate(gaps))
+            gaps.append(_gap_bytes(positions.numpy()))
+        coded[unused_name("gaps", coded)] = torch.from_numpy(np.concatenate(gaps))
         return coded, {"shapes": shapes}
 
     def decode(
         self, tensors: Tensors, notes: Notes, *, reference: Tensors | None, limit: int
     ) -> Tensors:
-        """Put the values back in their places.
+        """Put the values back at their positions.
 
         Raises:
             PayloadError: shapes or positions do not fit the values, or exceed the limit.
@@ -121,37 +121,27 @@ class TopkStage(Stage):
         check_limit(size, limit, "the tensors that values were selected from")
         counts = [x.numel() for x, shape in pairs if shape is not None]
         sizes = [math.prod(shape) for shape in shapes if shape is not None]
-        places = _places(gaps, counts, sizes)
+        positions = _read_positions(gaps, counts, sizes)
         return {
-            name: tensor if shape is None else _spread(tensor, shape, next(places))
+            name: tensor if shape is None else _scatter(tensor, shape, next(positions))
             for name, (tensor, shape) in zip(kept, pairs, strict=True)
         }
 
-    def _kept(self, tensor: torch.Tensor) -> int | None:
-        """How many values to keep, or None where that saves nothing."""
+    def _number_kept(self, tensor: torch.Tensor) -> int | None:
+        """Return how many values to keep; None if that saves nothing."""
         if tensor.dtype not in REAL_DTYPES or tensor.ndim < 2 or tensor.numel() == 0:
             return None
         size = tensor.numel()
         kept = self.count or math.ceil((self.share or 0.0) * size)
-        coded = kept * (tensor.dtype.itemsize + 1) + size // FULL
+        coded = kept * (tensor.dtype.itemsize + 1) + size // CONTINUED
         return kept if kept < size and coded < tensor.nbytes else None
 
 
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    if not all(map(math.isfinite, torch.aminmax(tensor.detach()))):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise PayloadError(
-            f"tensor {name!r}: {bad} of {tensor.numel()} values are NaN or infinite, among which "
-            "'topk' finds no largest. Training has probably diverged: lower the learning rate or "
-            "clip gradients; codec 'lossless' sends such values as they are"
-        )
-
-
-def _gap_bytes(places: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    gaps = np.diff(places, prepend=-1) - 1
-    ends = np.cumsum(gaps // FULL + 1) - 1
-    coded = np.full(ends[-1] + 1, FULL, np.uint8)
-    coded[ends] = gaps % FULL
+def _gap_bytes(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    gaps = np.diff(positions, prepend=-1) - 1
+    ends = np.cumsum(gaps // CONTINUED + 1) - 1
+    coded = np.full(ends[-1] + 1, CONTINUED, np.uint8)
+    coded[ends] = gaps % CONTINUED
     return coded
 
 
@@ -170,64 +160,70 @@ def _read_shapes(shapes: list[object], kept: Tensors) -> list[list[int] | None]:
     return shapes  # type: ignore[return-value]  # checked just now
 
 
-def _places(
+def _read_positions(
     gaps: torch.Tensor, counts: Sequence[int], sizes: Sequence[int]
 ) -> Iterator[torch.Tensor]:
-    """Positions of each tensor's values, all checked before the first is returned."""
+    """Return the positions of each tensor's values; all are checked before the first is returned.
+
+    Args:
+        gaps: as in the payload.
+        counts: number of kept values of each tensor that values were selected from.
+        sizes: number of all values of each such tensor.
+    """
     if gaps.dtype != torch.uint8 or gaps.ndim != 1:
         raise PayloadError(f"stage 'topk': gaps as {tuple(gaps.shape)} {gaps.dtype}")
     coded = gaps.numpy()
-    kept, total = _measured(coded)
-    if kept != sum(counts) or (len(coded) and coded[-1] == FULL):
+    kept, total = _measure(coded)
+    if kept != sum(counts) or (len(coded) and coded[-1] == CONTINUED):
         raise PayloadError(
             f"stage 'topk': {kept} positions in {len(coded)} bytes, {sum(counts)} values"
         )
     if total > sum(sizes):
         raise PayloadError(f"stage 'topk': positions up to {total} among {sum(sizes)} values")
-    after = _after(coded, kept, np.int64 if total >= 2**31 else np.int32)
+    ends = _ends(coded, kept, np.int64 if total >= 2**31 else np.int32)
     found, start, base = [], 0, 0
     for count, size in zip(counts, sizes, strict=True):
-        places = after[start : start + count]
+        positions = ends[start : start + count]
         start += count
         if count:
-            end = int(places[-1])
-            places -= base + 1
+            end = int(positions[-1])
+            positions -= base + 1
             base = end
-            if places[-1] >= size:
+            if positions[-1] >= size:
                 raise PayloadError(
-                    f"stage 'topk': position {places[-1]} in a tensor of {size} values"
+                    f"stage 'topk': position {positions[-1]} in a tensor of {size} values"
                 )
-        found.append(torch.from_numpy(places))
+        found.append(torch.from_numpy(positions))
     return iter(found)
 
 
-def _measured(coded: npt.NDArray[np.uint8]) -> tuple[int, int]:
-    """How many gaps there are, and how many values they and their values pass over."""
-    parts = [coded[start : start + _PART] for start in range(0, len(coded), _PART)]
-    kept = sum(int(np.count_nonzero(part != FULL)) for part in parts)
-    return kept, kept + sum(int(part.sum(dtype=np.int64)) for part in parts)
+def _measure(coded: npt.NDArray[np.uint8]) -> tuple[int, int]:
+    """Return the number of gaps, and the number of values that gaps and kept values cover."""
+    chunks = [coded[start : start + _CHUNK] for start in range(0, len(coded), _CHUNK)]
+    kept = sum(int(np.count_nonzero(chunk != CONTINUED)) for chunk in chunks)
+    return kept, kept + sum(int(chunk.sum(dtype=np.int64)) for chunk in chunks)
 
 
-def _after(
+def _ends(
     coded: npt.NDArray[np.uint8], kept: int, kind: type[np.signedinteger[Any]]
 ) -> npt.NDArray[np.signedinteger[Any]]:
-    """Where each value ends among all tensors' values, were each to start where one ended."""
-    after = np.empty(kept, dtype=kind)
+    """Return the position after each kept value, as if every tensor began after a kept value."""
+    ends = np.empty(kept, dtype=kind)
     done = total = 0
-    # In parts: sums of a hostile row of gaps would take many times the memory of the row.
-    for start in range(0, len(coded), _PART):
-        part = coded[start : start + _PART]
-        ends = np.cumsum(part, dtype=np.int64)[part != FULL]
-        after[done : done + len(ends)] = ends + np.arange(done + 1, done + len(ends) + 1) + total
-        done += len(ends)
-        total += int(part.sum(dtype=np.int64))
-    return after
+    # In chunks: sums over a hostile row of gaps would take many times the memory of the row.
+    for start in range(0, len(coded), _CHUNK):
+        chunk = coded[start : start + _CHUNK]
+        sums = np.cumsum(chunk, dtype=np.int64)[chunk != CONTINUED]
+        ends[done : done + len(sums)] = sums + np.arange(done + 1, done + len(sums) + 1) + total
+        done += len(sums)
+        total += int(chunk.sum(dtype=np.int64))
+    return ends
 
 
-def _spread(values: torch.Tensor, shape: Sequence[int], places: torch.Tensor) -> torch.Tensor:
+def _scatter(values: torch.Tensor, shape: Sequence[int], positions: torch.Tensor) -> torch.Tensor:
     whole = torch.zeros(math.prod(shape), dtype=values.dtype)
-    for part, some in zip(
-        torch.split(places, _PART), torch.split(values.reshape(-1), _PART), strict=True
+    for places, chunk in zip(
+        torch.split(positions, _CHUNK), torch.split(values.reshape(-1), _CHUNK), strict=True
     ):
-        whole[part.long()] = some
+        whole[places.long()] = chunk
     return whole.reshape(tuple(shape))

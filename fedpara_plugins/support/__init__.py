@@ -1,20 +1,21 @@
-"""Storage on disk, SQLite files, units, texts from strangers, findings of `fedpara doctor`.
+"""What every room may need: storage on disk, SQLite files, units, findings of `fedpara doctor`.
 
-May import ``errors`` and ``text``. Offers what an adapter needs to keep state and to show text.
+May import ``errors`` and ``text``. Offers what adapters need to keep state between rounds, to
+report findings, and to show text from untrusted sources.
 """
 
 from __future__ import annotations
 
 from fedpara_plugins.support.database import open_database
 from fedpara_plugins.support.findings import Finding, Level, satisfies
-from fedpara_plugins.support.storage import FileStorage, Part, Storage, replace_file
+from fedpara_plugins.support.storage import FileStorage, PrefixView, Storage, replace_file
 from fedpara_plugins.text import printable, shortened
 
 __all__ = [
     "FileStorage",
     "Finding",
     "Level",
-    "Part",
+    "PrefixView",
     "Storage",
     "open_database",
     "printable",

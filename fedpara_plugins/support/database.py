@@ -1,4 +1,4 @@
-"""SQLite files that survive a killed process and are set aside when damaged."""
+"""SQLite files that survive a killed process, and are set aside if they are damaged."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ log = logging.getLogger("fedpara.references")
 def open_database(
     path: Path | None, tables: str, *, lost: str = "every client gets one full coded downlink"
 ) -> sqlite3.Connection:
-    """A database with these tables, in memory without a path.
+    """Open a database with these tables.
 
-    A damaged file is set aside, with a line in the log, and an empty one begun.
+    A damaged file is set aside, with a warning in the log, and replaced by an empty one.
 
     Args:
-        path: of the file.
-        tables: SQL that makes the tables unless they are there.
-        lost: what it means that a file is damaged, for the log.
+        path: the file; None keeps the database in memory.
+        tables: SQL that creates the tables unless they exist.
+        lost: the consequence of losing the file, for the log.
+
+    Raises:
+        sqlite3.OperationalError: the file cannot be opened or written.
     """
     try:
         return _opened(path, tables)
@@ -36,7 +39,7 @@ def open_database(
 
 
 def _opened(path: Path | None, tables: str) -> sqlite3.Connection:
-    # Callers hold a lock of their own. Autocommit: every statement is one transaction.
+    # Callers hold a lock of their own. With autocommit, every statement is one transaction.
     database = sqlite3.connect(
         ":memory:" if path is None else path, check_same_thread=False, isolation_level=None
     )

@@ -1,4 +1,4 @@
-"""Findings of `fedpara doctor`, and versions against requirements."""
+"""Findings of `fedpara doctor`, and the comparison of a version with a requirement."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Level = Literal["ok", "note", "attention"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's answer.
+    """One finding of `fedpara doctor`; ``str(finding)`` is the line that it prints.
 
     Attributes:
-        level: ``ok``; ``note`` for what is as it should be and worth knowing; ``attention`` for
-            what should be changed.
-        subject: what was looked at.
+        level: ``ok``; ``note`` for something correct that users should know; ``attention`` for
+            something that they should change.
+        subject: what was checked.
         text: what was found, and what to do about it.
     """
 
@@ -31,10 +31,14 @@ class Finding:
 
 
 def satisfies(found: str, wanted: str) -> bool:
-    """Whether a version lies in a range such as ``>=1.26,<2`` or ``==0.9.6``.
+    """Return whether a version is in a range such as ``>=1.26,<2`` or ``==0.9.6``.
 
-    Numbers only: a suffix such as ``rc1`` or ``+cpu`` counts for nothing. An operator that is not
-    known here is taken as met.
+    Only numbers are compared: a suffix such as ``rc1`` or ``+cpu`` is ignored. A condition with an
+    unknown operator counts as met.
+
+    Args:
+        found: the version.
+        wanted: the range; every version is in an empty one.
     """
     for part in filter(None, (part.strip() for part in wanted.split(","))):
         match = re.fullmatch(r"(>=|<=|==|!=|<|>)\s*(.+)", part)

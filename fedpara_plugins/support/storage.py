@@ -1,12 +1,12 @@
-"""What a client keeps between rounds: named bytes that change together, or not at all.
+"""The state that a client keeps between rounds: named bytes that change all together.
 
     storage = FileStorage(Path("state/clients/hospital-3.sqlite"))
     storage["private"] = payload
-    storage.commit()                       # a process that is killed leaves all of it, or none
+    storage.commit()                       # if the process is killed, all changes last, or none
 
-Private state, references, error feedback and an optimizer's variates all lie here, so that a client
-never holds half of a round. Frameworks that keep a client's state themselves implement `Storage` on
-top of that.
+Private state, references, error feedback and an optimizer's variates are all kept here, so that a
+client never holds half of a round. An adapter whose framework keeps the clients' state implements
+`Storage` on top of it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import abc
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from fedpara_plugins._moved import serve_old_names
 from fedpara_plugins.support.database import open_database
 
-__all__ = ["FileStorage", "Part", "Storage", "replace_file"]
+__all__ = ["FileStorage", "PrefixView", "Storage", "replace_file"]
 
 _TABLES = "CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;"
 
 
 class Storage(MutableMapping[str, bytes]):
-    """Bytes by key. Changes are seen at once by this object, and last from `commit` on."""
+    """Bytes by key; this object sees its changes at once, and `commit` makes them permanent."""
 
     def __init__(self) -> None:
         self._changed: dict[str, bytes | None] = {}
@@ -55,35 +57,35 @@ class Storage(MutableMapping[str, bytes]):
         return sum(1 for _ in self)
 
     def commit(self) -> None:
-        """Make all changes since the last time permanent, in one step."""
+        """Make all changes since the last `commit` permanent, in one step."""
         if self._changed:
             self._write(self._changed)
             self._changed = {}
 
     def close(self) -> None:
-        """Drop all changes since the last `commit`; the object is not used afterwards."""
+        """Discard all changes since the last `commit`; do not use the object afterwards."""
         self._changed = {}
 
     @abc.abstractmethod
     def _stored(self) -> dict[str, None]:
-        """The keys that are stored."""
+        """Return the stored keys, in order."""
 
     @abc.abstractmethod
     def _read(self, key: str) -> bytes | None:
-        """What is stored under a key."""
+        """Return the bytes stored under a key; None if there are none."""
 
     @abc.abstractmethod
     def _write(self, changes: Mapping[str, bytes | None]) -> None:
-        """Store all of it, or nothing; None removes a key."""
+        """Store all changes, or none if it fails; the value None removes a key."""
 
 
 class FileStorage(Storage):
-    """A `Storage` in one SQLite file, which survives a process that is killed while it writes.
+    """A `Storage` in one SQLite file, which stays intact if the process is killed as it writes.
 
-    A damaged file is set aside, with a line in the log, and an empty one begun.
+    A damaged file is set aside, with a warning in the log, and replaced by an empty one.
 
     Args:
-        path: of the file; its folder is created if need be.
+        path: the file; its folder is created if necessary.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,7 +95,7 @@ class FileStorage(Storage):
         self._database = open_database(path, _TABLES, lost=lost)
 
     def close(self) -> None:
-        """Close the file too."""
+        """Discard all changes since the last `commit`, and close the file."""
         super().close()
         self._database.close()
 
@@ -119,14 +121,14 @@ class FileStorage(Storage):
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file; a process that is killed leaves what was there before, or all of this."""
+    """Write a file; if the process is killed, the file has its old content or all of the new."""
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_bytes(data)
     os.replace(unfinished, path)
 
 
-class Part(MutableMapping[str, bytes]):
-    """The entries of a mapping whose keys begin alike, without that beginning."""
+class PrefixView(MutableMapping[str, bytes]):
+    """A view of a mapping's entries whose keys begin with a prefix, under keys without it."""
 
     def __init__(self, whole: MutableMapping[str, bytes], prefix: str) -> None:
         self._whole = whole
@@ -150,3 +152,7 @@ class Part(MutableMapping[str, bytes]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = serve_old_names(__name__, {"Part": "PrefixView"})

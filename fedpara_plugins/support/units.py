@@ -1,4 +1,4 @@
-"""Sizes and speeds as people write and read them. kB = 10^3 bytes, KiB = 2^10 bytes."""
+"""Sizes, speeds and durations as text. kB = 10^3 bytes, KiB = 2^10 bytes."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([A-Za-z]+)")
 
 
 def parse_rate(text: str) -> float:
-    """Bits per second, from ``1Mbit``, ``500 kbit`` or ``2.5Mbit/s``.
+    """Return bits per second, from text such as ``1Mbit``, ``500 kbit`` or ``2.5Mbit/s``.
 
     Raises:
-        ConfigError: not a positive number with a unit; the message lists the units.
+        ConfigError: the text is not a positive number with a unit; the message lists the units.
     """
     return _parse(text.removesuffix("/s"), _RATES, "1Mbit")
 
 
 def parse_size(text: str) -> int:
-    """Bytes, rounded down, from ``300kB``, ``1.5 MB`` or ``4MiB``.
+    """Return bytes, rounded down, from text such as ``300kB``, ``1.5 MB`` or ``4MiB``.
 
     Raises:
-        ConfigError: not a positive number with a unit; the message lists the units.
+        ConfigError: the text is not a positive number with a unit; the message lists the units.
     """
     return int(_parse(text, _SIZES, "300kB"))
 
 
 def _parse(text: str, units: Mapping[str, int], example: str) -> float:
-    # Case counts: Mb and MB differ by a factor of 8, and guessing would hide it.
+    # Units are case-sensitive: Mb and MB differ by a factor of 8, and a guess would hide that.
     match = _NUMBER.fullmatch(text.strip())
     value = float(match[1]) * units.get(match[2], 0) if match else 0.0
     if not 0 < value < math.inf:
@@ -54,7 +54,7 @@ def _parse(text: str, units: Mapping[str, int], example: str) -> float:
 
 
 def readable_bytes(size: float) -> str:
-    """Three significant digits: ``61.0 MB``, ``1.28 MB``, ``12.3 kB``, ``420 B``."""
+    """Return a size with three significant digits: ``61.0 MB``, ``1.28 MB``, ``420 B``."""
     for unit in ("GB", "MB", "kB"):
         if size >= _SIZES[unit]:
             return f"{_three_digits(size / _SIZES[unit])} {unit}"
@@ -62,7 +62,7 @@ def readable_bytes(size: float) -> str:
 
 
 def readable_seconds(seconds: float) -> str:
-    """Three significant digits: ``50.0 s``, ``8.13 min``, ``2.31 h``, ``12 ms``."""
+    """Return a duration with three significant digits: ``50.0 s``, ``8.13 min``, ``12 ms``."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):

@@ -15,7 +15,7 @@ from torch import nn
 import fedpara_plugins as fedpara
 from fedpara_plugins import FedParaError, PayloadError
 from fedpara_plugins.cli.export import dense_from
-from fedpara_plugins.cli.inspect_file import inspect_file, printable
+from fedpara_plugins.cli.inspect_file import inspect_file
 from fedpara_plugins.codecs import encode_payload, parse_codec, reference_hash
 from fedpara_plugins.models.checkpoints import (
     METADATA_KEY,
@@ -24,6 +24,7 @@ from fedpara_plugins.models.checkpoints import (
     save_dense,
     save_factors,
 )
+from fedpara_plugins.text import printable
 
 
 def model(method="fedpara"):

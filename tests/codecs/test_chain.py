@@ -59,10 +59,10 @@ def test_the_canonical_name_of_every_preset_means_the_same():
         ("", "unknown stage ''"),
         ("delta++zlib", "unknown stage ''"),
         ("none+zlib", "unknown stage 'none'"),
-        ("delta+delta", "'delta' stands there twice"),
+        ("delta+delta", "'delta' occurs twice"),
         ("zlib+delta", "'zlib' makes one opaque stream and must be the last"),
         ("delta+zlib+int8", "'int8' follows"),
-        ("int8+delta+zlib", "'delta' needs the plain tensors and must stand before 'int8'"),
+        ("int8+delta+zlib", "'delta' needs the plain tensors and must come before 'int8'"),
     ],
 )
 def test_what_cannot_work_is_refused_with_what_is_known(text, said):

@@ -111,7 +111,7 @@ def test_other_names_around_the_same_factors_name_both_fingerprints():
 def test_a_payload_without_a_description_is_refused_where_one_is_expected():
     net = model()
     data = encode_payload(shared(net), codec=parse_codec("lossless"))
-    with pytest.raises(MismatchError, match="does not say") as caught:
+    with pytest.raises(MismatchError, match="does not describe its model") as caught:
         receive(data, net)
     assert ModelSpec.of(net).fingerprint in str(caught.value)
     assert list(decode_payload(data, limit=10**6).tensors) == list(shared(net))

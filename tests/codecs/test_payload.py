@@ -265,7 +265,7 @@ def test_the_hash_covers_names_dtypes_shapes_and_bits_but_not_the_order():
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({"x": torch.ones(2, dtype=torch.complex128)}, "complex128 cannot travel"),
+        ({"x": torch.ones(2, dtype=torch.complex128)}, "complex128 cannot be stored"),
         ({"x": torch.ones(2, 2).to_sparse()}, "'x': expected a dense tensor"),
         ({"x": torch.ones(2, device="meta")}, "'x': expected a dense tensor"),
         ({"x": [1.0]}, "'x': list"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.stages.entropy_ans import AnsStage
-from fedpara_plugins.stages.rans import lanes_for, pack, table_of, unpack
+from fedpara_plugins.stages.rans import frequency_table, lanes_for, pack, unpack
 from fedpara_plugins.testing.samples import same_bits
 from fedpara_plugins.testing.stage_contract import StageContract
 
@@ -256,7 +256,7 @@ class TestHostileStreams:
 
     @pytest.mark.parametrize("dtype", ["F32", "U8", "I64", "BOOL"])
     def test_other_dtypes_are_never_symbols(self, dtype):
-        with pytest.raises(PayloadError, match="cannot be of symbols"):
+        with pytest.raises(PayloadError, match="cannot hold symbols"):
             decode(forged(), {**symbol_notes(4), "dtypes": [dtype]})
 
     @settings(deadline=None, max_examples=200)
@@ -289,7 +289,7 @@ class TestCoder:
         st.randoms(use_true_random=False),
     )
     def test_any_symbols_of_any_table_come_back(self, counts, length, lanes, chance):
-        table = table_of(np.array(counts))
+        table = frequency_table(np.array(counts))
         assert table.sum() == 2**14
         assert ((table > 0) == (np.array(counts) > 0)).all()
         used = np.flatnonzero(counts)
@@ -299,7 +299,7 @@ class TestCoder:
         assert (unpack(states, words, table, names, length) == places).all()
 
     def test_frequencies_follow_the_counts(self):
-        table = table_of(np.array([1, 0, 10**6, 3 * 10**6]))
+        table = frequency_table(np.array([1, 0, 10**6, 3 * 10**6]))
         assert table[:2].tolist() == [1, 0]
         assert abs(table[3] / table[2] - 3) < 0.01
 

@@ -16,6 +16,6 @@ from fedpara_plugins.stages.quantise_steps import StepRule
 def test_the_largest_symbol_times_its_step_is_at_most_the_peak(peak, bits):
     rows = torch.tensor([[0.0, peak]])
     (step,) = StepRule(bits, None).steps("x", rows.numpy(), rows)
-    exact = Fraction(float(rows[0, 1])) / step.most
+    exact = Fraction(float(rows[0, 1])) / step.largest_symbol
     assert Fraction(step.size) <= exact
     assert Fraction(float(np.nextafter(np.float32(step.size), np.float32(np.inf)))) > exact

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from fedpara_plugins.support.storage import FileStorage, Part
+from fedpara_plugins.support.storage import FileStorage, PrefixView
 
 KILLS = 20
 SIZE = 300_000
@@ -47,10 +47,10 @@ def test_what_is_not_there_is_a_key_error(tmp_path):
         storage["x"]
 
 
-def test_a_part_is_the_entries_of_one_prefix(tmp_path):
+def test_a_prefix_view_has_the_entries_of_one_prefix(tmp_path):
     storage = FileStorage(tmp_path / "client.sqlite")
     storage["other"] = b"0"
-    part = Part(storage, "reference/")
+    part = PrefixView(storage, "reference/")
     part["arrays/last"] = b"1"
     assert (dict(part), len(part)) == ({"arrays/last": b"1"}, 1)
     assert storage["reference/arrays/last"] == b"1"

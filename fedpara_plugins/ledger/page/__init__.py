@@ -1,8 +1,9 @@
-"""`fedpara report`: ledgers of several runs as one page with plots, which needs nothing else.
+"""`fedpara report`: the ledgers of several runs as one self-contained page with plots.
 
 The plots are SVG written here, in the page itself. A plotting library would be the heaviest
 dependency of the core for one command, its pictures would neither follow the reader's dark mode nor
-stay text, and four kinds of plain charts are all that is needed.
+stay text, and the page needs only two kinds of plain charts. May import the ledger, ``support`` and
+the rooms below. Offers a reader of ledgers and the function that renders the page.
 """
 
 from __future__ import annotations

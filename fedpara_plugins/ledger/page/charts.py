@@ -1,4 +1,4 @@
-"""Line and bar charts as SVG text. Colours, fonts and line widths are the page's style sheet's."""
+"""Line and bar charts as SVG text; the page's style sheet sets colours, fonts and line widths."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from fedpara_plugins.ledger.page.scale import Scale, number
+from fedpara_plugins.ledger.page.scale import AxisScale, tick_label
 
-__all__ = ["COLOURS", "Axis", "Bar", "Group", "Series", "bar_chart", "line_chart", "swatch"]
+__all__ = ["COLOURS", "Axis", "Bar", "BarGroup", "Series", "bar_chart", "line_chart", "swatch"]
 
 COLOURS = 7
-"""Series beyond it get the same colours with other dashes and marks."""
+"""Number of colours; further runs get the same colours with other dashes and markers."""
 
 WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 26, 44
-VALUES = 165
-"""Room at the right of bars for what they say."""
+TEXT_WIDTH = 165
+"""Space at the right of the bars for their texts."""
 
 MARKED = 60
-"""With at most so many points each gets a mark that says its values when pointed at."""
+"""Up to this many points of a series get markers, which show their values on hover."""
 BUCKETS = 150
-"""A longer series keeps the lowest and the highest point of so many stretches."""
+"""A longer series keeps the lowest and the highest point of each of this many intervals."""
 
 Point = tuple[float, float, str]
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its scale, what is said at it, and whether its ticks are whole numbers."""
+    """An axis: its scale, its label, and whether its ticks are whole numbers."""
 
-    scale: Scale
+    scale: AxisScale
     label: str
     whole: bool = False
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one run: (x, y, text), and the run's place in the legend."""
+    """The points (x, y, text) of one run, and the run's index in the legend."""
 
     run: int
     points: Sequence[Point]
@@ -48,22 +48,22 @@ class Bar:
     """One run's bar.
 
     Attributes:
-        run: its place in the legend.
-        value: length; None draws none.
-        ghost: length of the pale bar behind it; 0 for none.
-        text: what is written beside it.
-        title: what is said when it is pointed at.
+        run: the run's index in the legend.
+        value: length of the bar; None draws none.
+        background: length of the pale bar behind it; 0 draws none.
+        text: written beside the bar.
+        title: shown on hover.
     """
 
     run: int
     value: float | None
-    ghost: float
+    background: float
     text: str
     title: str = ""
 
 
 @dataclass(frozen=True)
-class Group:
+class BarGroup:
     """Bars under one heading."""
 
     label: str
@@ -71,7 +71,7 @@ class Group:
 
 
 def swatch(run: int) -> str:
-    """The sign of a run in a legend."""
+    """Return the symbol of a run in a legend."""
     line = f'<path class="line{_dash(run)}" d="M1 7H25"/>'
     return (
         f'<svg class="swatch s{run % COLOURS}" viewBox="0 0 26 14" aria-hidden="true">{line}'
@@ -83,15 +83,15 @@ def swatch(run: int) -> str:
 
 
 def line_chart(series: Sequence[Series], *, x: Axis, y: Axis, label: str) -> str:
-    """A line for every series.
+    """Return a chart with a line for each series.
 
     Args:
         series: with points in order of x, inside both scales.
         x: the horizontal axis.
-        y: the vertical one.
-        label: what the picture is, for those who do not see it.
+        y: the vertical axis.
+        label: description for screen readers.
     """
-    parts = [*_grid(x, y)]
+    parts = [*_grid_lines(x, y)]
     for one in series:
         points = _thinned(one.points)
         places = [(_x(x, p[0]), _y(y, p[1])) for p in points]
@@ -108,16 +108,16 @@ def line_chart(series: Sequence[Series], *, x: Axis, y: Axis, label: str) -> str
     return _svg("".join(parts), HEIGHT, label)
 
 
-def _grid(x: Axis, y: Axis) -> Iterator[str]:
+def _grid_lines(x: Axis, y: Axis) -> Iterator[str]:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     for tick in y.scale.ticks(whole=y.whole):
         place = _y(y, tick)
         yield f'<path class="grid" d="M{LEFT} {place:.1f}H{right}"/>'
-        yield f'<text class="end" x="{LEFT - 6}" y="{place + 4:.1f}">{number(tick)}</text>'
+        yield f'<text class="end" x="{LEFT - 6}" y="{place + 4:.1f}">{tick_label(tick)}</text>'
     for tick in x.scale.ticks(whole=x.whole):
         place = _x(x, tick)
         yield f'<path class="grid" d="M{place:.1f} {TOP}V{bottom}"/>'
-        yield f'<text class="mid" x="{place:.1f}" y="{bottom + 16}">{number(tick)}</text>'
+        yield f'<text class="mid" x="{place:.1f}" y="{bottom + 16}">{tick_label(tick)}</text>'
     yield f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{right}"/>'
     yield f'<text class="unit" x="2" y="12">{escape(y.label)}</text>'
     yield f'<text class="unit end" x="{right}" y="{HEIGHT - 6}">{escape(x.label)}</text>'
@@ -132,7 +132,7 @@ def _y(axis: Axis, value: float) -> float:
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:
-    """At most twice `BUCKETS` points with the same peaks; the first and the last are kept."""
+    """Return at most about twice `BUCKETS` points, with all peaks, the first and the last point."""
     if len(points) <= 2 * BUCKETS:
         return list(points)
     kept = {0, len(points) - 1}
@@ -149,7 +149,7 @@ def _dash(run: int) -> str:
 
 
 def _mark(run: int, x: float, y: float) -> str:
-    """Shapes differ too, for those to whom the colours do not."""
+    """Return the path of a run's marker; shapes differ, since some readers cannot tell colours."""
     at = f"{x:.1f} {y:.1f}"
     return (
         f"M{at}m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0",
@@ -163,15 +163,15 @@ def _mark(run: int, x: float, y: float) -> str:
 # Bars
 
 
-def bar_chart(groups: Sequence[Group], *, label: str) -> str:
-    """Horizontal bars from zero, under headings, with their values beside them.
+def bar_chart(groups: Sequence[BarGroup], *, label: str) -> str:
+    """Return a chart of horizontal bars from zero, under headings, with texts beside them.
 
     Args:
         groups: the headings with their bars.
-        label: what the picture is, for those who do not see it.
+        label: description for screen readers.
     """
-    lengths = [max(bar.value or 0.0, bar.ghost) for group in groups for bar in group.bars]
-    unit = (WIDTH - VALUES) / (max(lengths, default=0.0) or 1.0)
+    lengths = [max(bar.value or 0.0, bar.background) for group in groups for bar in group.bars]
+    unit = (WIDTH - TEXT_WIDTH) / (max(lengths, default=0.0) or 1.0)
     parts, top = [], 0
     for group in groups:
         parts.append(f'<text class="head" x="0" y="{top + 13}">{escape(group.label)}</text>')
@@ -185,16 +185,17 @@ def bar_chart(groups: Sequence[Group], *, label: str) -> str:
 
 def _bar(bar: Bar, top: int, unit: float) -> str:
     title = f"<title>{escape(bar.title)}</title>" if bar.title else ""
-    ghost = ""
-    if bar.ghost:
-        ghost = f'<rect class="ghost" x="0" y="{top}" width="{bar.ghost * unit:.1f}" height="13"/>'
+    background = ""
+    if bar.background:
+        width = bar.background * unit
+        background = f'<rect class="ghost" x="0" y="{top}" width="{width:.1f}" height="13"/>'
     solid = ""
     if bar.value is not None:
-        # At least a sliver: next to the dense model's, what was sent may be less than a pixel.
+        # Wide enough to be seen: beside the dense model's bytes, the bar may be under one pixel.
         width = max(1.5, bar.value * unit) if bar.value else 0
         solid = f'<rect class="bar" x="0" y="{top}" width="{width:.1f}" height="13"/>'
     text = f'<text class="end" x="{WIDTH}" y="{top + 11}">{escape(bar.text)}</text>'
-    return f'<g class="s{bar.run % COLOURS}">{title}{ghost}{solid}{text}</g>'
+    return f'<g class="s{bar.run % COLOURS}">{title}{background}{solid}{text}</g>'
 
 
 def _svg(content: str, height: int, label: str) -> str:

@@ -1,4 +1,4 @@
-"""Which plots the page has, and what they are drawn from."""
+"""The plots of the page, and the data that they show."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedpara_plugins.ledger import Direction
-from fedpara_plugins.ledger.page.charts import Axis, Bar, Group, Series, bar_chart, line_chart
+from fedpara_plugins.ledger.page.charts import Axis, Bar, BarGroup, Series, bar_chart, line_chart
 from fedpara_plugins.ledger.page.runs import DIRECTIONS, RunData
-from fedpara_plugins.ledger.page.scale import Scale, byte_unit
+from fedpara_plugins.ledger.page.scale import AxisScale, byte_unit
 from fedpara_plugins.support.units import readable_bytes
 from fedpara_plugins.text import printable, shortened
 
@@ -18,19 +18,19 @@ WORDS = {"down": "server to clients", "up": "clients to server"}
 SPREAD = 4.0
 """Runs that differ by more than this factor get a logarithmic axis."""
 LAYERS = 16
-"""So many layers are shown, the largest; the others are added up."""
+"""Number of layers shown, largest first; one bar sums up the others."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot with its words.
+    """A plot with its texts.
 
     Attributes:
-        title: what it shows.
-        note: how to read it.
-        runs: which of the runs are in it.
-        svg: the picture.
-        bars: whether its signs are bars (else lines).
+        title: the caption.
+        note: how to read the plot.
+        runs: indices of the runs in it.
+        svg: the plot.
+        bars: whether it has bars; lines otherwise.
     """
 
     title: str
@@ -41,14 +41,14 @@ class Figure:
 
 
 def metric_figures(runs: Sequence[RunData], source: str, metric: str) -> list[Figure]:
-    """One figure of merit over bytes, and over rounds."""
-    values = [run.figures.get((source, metric), {}) for run in runs]
+    """Return two figures of one metric: over bytes and over rounds."""
+    values = [run.metrics.get((source, metric), {}) for run in runs]
     every = [value for found in values for value in found.values()]
     percent = _is_share(metric) and all(0 <= value <= 1 for value in every)
     factor, sign = (100, "%") if percent else (1, "")
     name = shortened(printable(metric))
     y = Axis(
-        Scale.linear([value * factor for value in every]), name + (f", {sign}" if sign else "")
+        AxisScale.linear([value * factor for value in every]), name + (f", {sign}" if sign else "")
     )
     over_bytes: list[Curve] = []
     over_rounds: list[Curve] = []
@@ -74,18 +74,18 @@ def metric_figures(runs: Sequence[RunData], source: str, metric: str) -> list[Fi
 
 
 def by_direction(runs: Sequence[RunData]) -> Figure:
-    """Totals of every run, each direction next to the dense model's."""
+    """Return a figure of each run's totals by direction, beside the dense model's."""
     groups = []
     for way in DIRECTIONS:
         bars = []
         for place, run in enumerate(runs):
-            found = run.sum(way)
+            found = run.totals(way)
             sent, dense = found.totals.encoded_bytes, found.totals.dense_bytes
             fewer = ", " + _fewer(found.fewer) if found.fewer is not None else ""
-            ghost = 0 if found.fewer is None else dense
+            background = 0 if found.fewer is None else dense
             title = f"{printable(run.name)}: {sent:,} bytes; dense {dense:,}"
-            bars.append(Bar(place, sent, ghost, readable_bytes(sent) + fewer, title))
-        groups.append(Group(f"{way}: {WORDS[way]}", bars))
+            bars.append(Bar(place, sent, background, readable_bytes(sent) + fewer, title))
+        groups.append(BarGroup(f"{way}: {WORDS[way]}", bars))
     return Figure(
         "By direction",
         "coloured: sent; pale: what the dense model would have sent uncoded, where it is known",
@@ -96,7 +96,7 @@ def by_direction(runs: Sequence[RunData]) -> Figure:
 
 
 def by_round(runs: Sequence[RunData], direction: Direction) -> Figure:
-    """Bytes of each round in one direction."""
+    """Return a figure of the bytes of each round in one direction."""
     curves: list[Curve] = [
         [
             (number, size, f"{printable(run.name)}, round {number}: {size:,} bytes")
@@ -110,12 +110,12 @@ def by_round(runs: Sequence[RunData], direction: Direction) -> Figure:
 
 
 def by_client(runs: Sequence[RunData]) -> Figure:
-    """Bytes of each client over the run, the client with most first."""
+    """Return a figure of the bytes of each client over the run, largest first."""
     curves: list[Curve] = []
     for run in runs:
         curve: Curve = []
         for rank, client in enumerate(run.client_names, start=1):
-            size = run.client_sum(client).totals.encoded_bytes
+            size = run.client_totals(client).totals.encoded_bytes
             who = shortened(printable(client))
             curve.append((rank, size, f"{printable(run.name)}, client {who}: {size:,} bytes"))
         curves.append(curve)
@@ -125,7 +125,7 @@ def by_client(runs: Sequence[RunData]) -> Figure:
 
 
 def by_layer(runs: Sequence[RunData]) -> Figure | None:
-    """Sizes of the layers in one message before coding; None if no run says."""
+    """Return a figure of the layers' sizes before encoding; None if no ledger has them."""
     chosen = [place for place, run in enumerate(runs) if run.layers]
     if not chosen:
         return None
@@ -136,7 +136,7 @@ def by_layer(runs: Sequence[RunData]) -> Figure | None:
             sizes[layer.layer] = max(size, sizes.get(layer.layer, 0))
     largest = set(sorted(sizes, key=lambda name: -sizes[name])[:LAYERS])
     groups = [
-        Group(
+        BarGroup(
             shortened(printable(name)) or "(the model itself)",
             [_layer_bar(place, runs[place], [name]) for place in chosen],
         )
@@ -145,7 +145,7 @@ def by_layer(runs: Sequence[RunData]) -> Figure | None:
     ]
     if rest := [name for name in sizes if name not in largest]:
         bars = [_layer_bar(place, runs[place], rest) for place in chosen]
-        groups.append(Group(f"{len(rest)} other layers", bars))
+        groups.append(BarGroup(f"{len(rest)} other layers", bars))
     return Figure(
         "By layer, before coding",
         "coloured: what one message of the whole model carries of the layer before it is coded; "
@@ -181,7 +181,7 @@ def _over_bytes(curves: Sequence[Curve], y: Axis, label: str) -> tuple[str, str]
     every = [p[0] for curve in shown for p in curve]
     unit, size = byte_unit(max(every, default=0))
     places = [value / size for value in every]
-    scale = Scale.logarithmic(places) if log else Scale.linear(places, zero=True)
+    scale = AxisScale.logarithmic(places) if log else AxisScale.linear(places, zero=True)
     label_x = f"{unit} sent so far" + (", log scale" if log else "")
     series = [
         Series(run, [(a / size, b, text) for a, b, text in curve])
@@ -192,30 +192,30 @@ def _over_bytes(curves: Sequence[Curve], y: Axis, label: str) -> tuple[str, str]
 
 
 def _over_rounds(curves: Sequence[Curve], y: Axis, label: str) -> str:
-    x = Axis(Scale.linear([p[0] for c in curves for p in c]), "round", whole=True)
+    x = Axis(AxisScale.linear([p[0] for c in curves for p in c]), "round", whole=True)
     series = [Series(run, curve) for run, curve in enumerate(curves)]
     return line_chart(series, x=x, y=y, label=f"{label} over rounds")
 
 
 def _bytes_chart(curves: Sequence[Curve], label_x: str, label: str) -> tuple[str, str]:
-    """A chart with bytes upwards, and what to add to its note."""
+    """Return a chart with bytes on the vertical axis, and what to add to its note."""
     every = [p[1] for curve in curves for p in curve]
     log = _spread([value for value in every if value])
     unit, size = byte_unit(max(every, default=0))
     places = [value / size for value in every if value or not log]
-    scale = Scale.logarithmic(places) if log else Scale.linear(places, zero=True)
+    scale = AxisScale.logarithmic(places) if log else AxisScale.linear(places, zero=True)
     series = [
         Series(run, [(a, b / size, text) for a, b, text in curve if b or not log])
         for run, curve in enumerate(curves)
     ]
-    x = Axis(Scale.linear([p[0] for c in curves for p in c]), label_x, whole=True)
+    x = Axis(AxisScale.linear([p[0] for c in curves for p in c]), label_x, whole=True)
     y = Axis(scale, unit + (", log scale" if log else ""))
     note = "; what is 0 is left out" if log and len(places) < len(every) else ""
     return line_chart(series, x=x, y=y, label=label), note
 
 
 def _sent_at(run: RunData, rounds: Iterable[int]) -> Mapping[int, int]:
-    """Bytes sent up to the end of each of these rounds, whether or not it had messages."""
+    """Return the bytes sent up to the end of each of these rounds, with or without messages."""
     known = sorted(run.sent_until().items())
     found, sent, place = {}, 0, 0
     for number in sorted(rounds):

@@ -1,7 +1,7 @@
-"""The page: plots, tables and words in one HTML file that asks nobody for anything.
+"""The page: plots, tables and texts in one HTML file that loads nothing else.
 
-It has no script, and its own policy forbids the browser to run or load any: a name in a ledger
-comes from a stranger.
+It has no script, and its content security policy forbids the browser to run or load any, because
+the names in a ledger are untrusted.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ __all__ = ["render_page"]
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 METRICS = 6
-"""So many figures of merit are plotted, in the order of the ledgers."""
+"""Number of metrics that are plotted, in the order of the ledgers."""
 CLIENTS = 20
-"""So many clients of a run are in the table."""
+"""Number of clients in the table of a run."""
 NONE = "&ndash;"
 
 Metric = tuple[str, str]
 
 
 def render_page(runs: Sequence[RunData], metric: str | None = None) -> str:
-    """The page as HTML.
+    """Return the page as HTML.
 
     Args:
         runs: at least one.
-        metric: the name of the figure that is plotted; None takes those that have ``acc`` in their
-            names, or all if there are none.
+        metric: the name of the metric to plot; None plots those with ``acc`` in their names, or
+            else all.
     """
     return "\n".join(_page(runs, _chosen_metrics(runs, metric), metric)) + "\n"
 
@@ -80,7 +80,7 @@ def _page(runs: Sequence[RunData], metrics: Sequence[Metric], wanted: str | None
 
 
 def _totals(runs: Sequence[RunData], metrics: Sequence[Metric]) -> Iterator[str]:
-    # What matters most stands first: a phone shows four columns.
+    # The most important columns come first: a phone shows four of them.
     heads = ["run", "total", "fewer than dense"]
     heads += [f"{_text(metric)}, {_text(source)}" for source, metric in metrics]
     words = {0, len(heads), len(heads) + 1}
@@ -90,33 +90,33 @@ def _totals(runs: Sequence[RunData], metrics: Sequence[Metric]) -> Iterator[str]
     yield "".join(f"<th{_left(i in words)}>{head}</th>" for i, head in enumerate(heads))
     yield "</tr></thead><tbody>"
     for place, run in enumerate(runs):
-        cells = [_run_name(place, run), *_totals_of(run), *_merit_of(run, metrics)]
-        cells += [*_settings(run), *_figures_of(run)]
+        cells = [_run_name(place, run), *_total_cells(run), *_metric_cells(run, metrics)]
+        cells += [*_setting_cells(run), *_byte_cells(run)]
         row = "".join(f"<td{_left(i in words)}>{cell}</td>" for i, cell in enumerate(cells))
         yield f"<tr>{row}</tr>"
     yield "</tbody></table></div>"
     yield (
         '<p class="soft">before coding: the tensors that are shared; dense: the same messages with '
-        "the dense model, uncoded; figures of merit are those of the last round that has one.</p>"
+        "the dense model, uncoded; metrics are those of the last round that has one.</p>"
     )
 
 
-def _settings(run: RunData) -> list[str]:
+def _setting_cells(run: RunData) -> list[str]:
     if not run.starts:
         return [NONE, NONE]
     last = run.starts[-1]
     return [_text(last.method), _text(last.codec)]
 
 
-def _totals_of(run: RunData) -> Iterator[str]:
-    whole = run.sum()
+def _total_cells(run: RunData) -> Iterator[str]:
+    whole = run.totals()
     yield _size_text(whole.totals.encoded_bytes)
     yield NONE if whole.fewer is None else f"{whole.fewer:.1f}x"
 
 
-def _merit_of(run: RunData, metrics: Sequence[Metric]) -> Iterator[str]:
+def _metric_cells(run: RunData, metrics: Sequence[Metric]) -> Iterator[str]:
     for source, metric in metrics:
-        found = run.figures.get((source, metric))
+        found = run.metrics.get((source, metric))
         if not found:
             yield NONE
             continue
@@ -125,10 +125,10 @@ def _merit_of(run: RunData, metrics: Sequence[Metric]) -> Iterator[str]:
         yield f"{value:.1%}" if share else f"{value:.4g}"
 
 
-def _figures_of(run: RunData) -> Iterator[str]:
-    whole = run.sum()
+def _byte_cells(run: RunData) -> Iterator[str]:
+    whole = run.totals()
     totals = whole.totals
-    yield from (_size_text(run.sum(way).totals.encoded_bytes) for way in DIRECTIONS)
+    yield from (_size_text(run.totals(way).totals.encoded_bytes) for way in DIRECTIONS)
     yield _size_text(totals.raw_bytes)
     known = totals.dense_bytes and not whole.unknown
     yield readable_bytes(totals.dense_bytes) if known else "not known"
@@ -152,10 +152,10 @@ def _client_tables(runs: Sequence[RunData]) -> Iterator[str]:
         yield '<div class="table"><table><thead><tr><th class="left">client</th><th>messages</th>'
         yield "<th>down</th><th>up</th><th>fewer than dense</th></tr></thead><tbody>"
         for client in shown:
-            whole = run.client_sum(client)
+            whole = run.client_totals(client)
             fewer = NONE if whole.fewer is None else f"{whole.fewer:.1f}x"
             down, up = (
-                readable_bytes(run.client_sum(client, way).totals.encoded_bytes)
+                readable_bytes(run.client_totals(client, way).totals.encoded_bytes)
                 for way in DIRECTIONS
             )
             yield (
@@ -172,7 +172,7 @@ def _metric_part(
     runs: Sequence[RunData], metrics: Sequence[Metric], wanted: str | None
 ) -> Iterator[str]:
     if not metrics:
-        which = f"no figure called {_text(wanted)}" if wanted else "no figures of merit"
+        which = f"no metric called {_text(wanted)}" if wanted else "no metrics"
         yield (
             f"<p>These ledgers hold {which}. The Flower adapter writes what strategies and clients "
             f"evaluate; elsewhere call <code>ledger.log(round, accuracy=...)</code>.</p>"
@@ -199,11 +199,11 @@ def _figure(runs: Sequence[RunData], figure: Figure) -> str:
 
 
 def _chosen_metrics(runs: Sequence[RunData], wanted: str | None) -> list[Metric]:
-    found = list(dict.fromkeys(pair for run in runs for pair in run.figures))
+    found = list(dict.fromkeys(pair for run in runs for pair in run.metrics))
     if wanted is not None:
         return [pair for pair in found if pair[1] == wanted]
     accuracies = [pair for pair in found if "acc" in pair[1].lower()]
-    # The server's model first: it is what the run is for, in most of them.
+    # The server's model comes first: in most runs it is the result.
     return sorted(accuracies or found, key=lambda pair: pair[0] != "server")
 
 
@@ -219,9 +219,9 @@ def _sources(runs: Sequence[RunData]) -> Iterator[str]:
         if len(run.starts) > 1:
             notes.append(
                 f"the file holds {len(run.starts)} starts of a run: bytes are those of all "
-                f"together, figures of merit the last of each round"
+                f"together, metrics the last of each round"
             )
-        if run.sum().unknown:
+        if run.totals().unknown:
             notes.append("some of its messages have no dense size, so no ratio is given")
         yield f"<li>{'; '.join(notes)}</li>"
     yield f'</ul><p class="soft">Written by fedpara-plugins {escape(__version__)}.</p>'

@@ -1,4 +1,4 @@
-"""Ledgers summed up for the page: one pass over each file, and no message is kept."""
+"""Reader of ledgers for the page: it sums each file up in one pass and keeps no message."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fedpara_plugins.ledger import (
     Evaluation,
     LayerSize,
     LedgerEntry,
-    Line,
+    LedgerLine,
+    RunningTotals,
     RunStart,
-    Sum,
     read_lines,
     torn_bytes,
 )
@@ -25,9 +25,7 @@ __all__ = ["DIRECTIONS", "RunData", "read_runs"]
 DIRECTIONS: tuple[Direction, Direction] = ("down", "up")
 
 HUGE = 1e100
-"""A figure beyond it is that of a training that has diverged; it would only flatten the plot."""
-
-Sums = dict[tuple[int, Direction], Sum]
+"""A metric beyond it means that training diverged; it would flatten the plot and is left out."""
 
 
 @dataclass
@@ -35,14 +33,14 @@ class RunData:
     """One ledger, summed up.
 
     Attributes:
-        name: for the legend.
-        path: where it was read.
+        name: the run's name in the legend.
+        path: the ledger's file.
         torn: bytes of an unfinished last line, which was ignored.
-        starts: what the run was set to, each time it was started.
-        layers: sizes of the layers; of the last start if there were several.
-        rounds: sums by round and direction.
-        clients: sums by client and direction.
-        figures: by source and metric, the value of each round; the last one where there are two.
+        starts: the settings of each start of the run.
+        layers: sizes of the layers, by name; those of the last start if there are several.
+        rounds: totals by round and direction.
+        clients: totals by client and direction.
+        metrics: values by round, for each source and metric; the last value of each round.
     """
 
     name: str
@@ -50,18 +48,18 @@ class RunData:
     torn: int = 0
     starts: list[RunStart] = field(default_factory=list)
     layers: dict[str, LayerSize] = field(default_factory=dict)
-    rounds: Sums = field(default_factory=dict)
-    clients: dict[tuple[str, Direction], Sum] = field(default_factory=dict)
-    figures: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
+    rounds: dict[tuple[int, Direction], RunningTotals] = field(default_factory=dict)
+    clients: dict[tuple[str, Direction], RunningTotals] = field(default_factory=dict)
+    metrics: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
 
-    def add(self, line: Line) -> None:
-        """Take in a line of the file."""
+    def add(self, line: LedgerLine) -> None:
+        """Add a line of the file."""
         if isinstance(line, LedgerEntry):
-            self.rounds.setdefault((line.round, line.direction), Sum()).add(line)
-            self.clients.setdefault((line.client, line.direction), Sum()).add(line)
+            self.rounds.setdefault((line.round, line.direction), RunningTotals()).add(line)
+            self.clients.setdefault((line.client, line.direction), RunningTotals()).add(line)
         elif isinstance(line, Evaluation):
             if line.value is not None and abs(line.value) < HUGE:
-                self.figures.setdefault((line.source, line.metric), {})[line.round] = line.value
+                self.metrics.setdefault((line.source, line.metric), {})[line.round] = line.value
         elif isinstance(line, LayerSize):
             self.layers[line.layer] = line
         else:
@@ -70,23 +68,27 @@ class RunData:
 
     @property
     def client_names(self) -> list[str]:
-        """All clients, those with most bytes first, then by name."""
+        """All clients, ordered by their bytes, largest first, then by name."""
         sent: dict[str, int] = {}
         for (client, _), part in self.clients.items():
             sent[client] = sent.get(client, 0) + part.totals.encoded_bytes
         return sorted(sent, key=lambda client: (-sent[client], client))
 
-    def sum(self, direction: Direction | None = None) -> Sum:
-        """Over the whole run."""
-        return Sum(part for (_, way), part in self.rounds.items() if direction in (None, way))
+    def totals(self, direction: Direction | None = None) -> RunningTotals:
+        """Return the totals over the whole run, of one direction or of both."""
+        return RunningTotals(
+            part for (_, way), part in self.rounds.items() if direction in (None, way)
+        )
 
-    def client_sum(self, client: str, direction: Direction | None = None) -> Sum:
-        """Over one client's messages."""
+    def client_totals(self, client: str, direction: Direction | None = None) -> RunningTotals:
+        """Return the totals over one client's messages, of one direction or of both."""
         ways = DIRECTIONS if direction is None else (direction,)
-        return Sum(self.clients[client, way] for way in ways if (client, way) in self.clients)
+        return RunningTotals(
+            self.clients[client, way] for way in ways if (client, way) in self.clients
+        )
 
     def round_bytes(self, direction: Direction | None = None) -> dict[int, int]:
-        """Encoded bytes by round, in order; every round that has a message in any direction."""
+        """Return the encoded bytes of each round that has a message in any direction, in order."""
         found = {number: 0 for number, _ in sorted(self.rounds)}
         for (number, way), part in self.rounds.items():
             if direction in (None, way):
@@ -94,24 +96,24 @@ class RunData:
         return found
 
     def sent_until(self) -> dict[int, int]:
-        """Encoded bytes of both directions up to the end of each round."""
+        """Return the encoded bytes of both directions up to the end of each round."""
         rounds = self.round_bytes()
         return dict(zip(rounds, accumulate(rounds.values()), strict=True))
 
 
 def read_runs(words: Sequence[str]) -> list[RunData]:
-    """Read ledgers.
+    """Read the ledgers of several runs.
 
     Args:
-        words: paths, or ``name=path``; without a name a run is called as its file.
+        words: paths, or ``name=path``; without a name, a run gets the name of its file.
 
     Raises:
         ConfigError: a name without a path.
-        FedParaError: a file is no ledger; file and line are named.
+        FedParaError: a file is no ledger; the message names file and line.
         OSError: a file cannot be read.
     """
-    given = [_named(word) for word in words]
-    names = _distinct([(name or _stem(path), name is None, path) for name, path in given])
+    given = [_split_word(word) for word in words]
+    names = _distinct_names([(name or _stem(path), name is None, path) for name, path in given])
     runs = []
     for name, (_, path) in zip(names, given, strict=True):
         run = RunData(name, path)
@@ -122,7 +124,7 @@ def read_runs(words: Sequence[str]) -> list[RunData]:
     return runs
 
 
-def _named(word: str) -> tuple[str | None, Path]:
+def _split_word(word: str) -> tuple[str | None, Path]:
     name, equals, path = word.partition("=")
     if not equals or Path(word).exists():
         return None, Path(word)
@@ -138,12 +140,16 @@ def _stem(path: Path) -> str:
     return stem or path.name
 
 
-def _distinct(found: list[tuple[str, bool, Path]]) -> list[str]:
-    """Tell runs of the same name apart: by their folders, and if that is not enough by numbers."""
+def _distinct_names(found: list[tuple[str, bool, Path]]) -> list[str]:
+    """Return names that differ, by folders, or else by numbers.
+
+    Args:
+        found: for each run its name, whether that is its file's, and the file.
+    """
     first = [name for name, _, _ in found]
     names = [
-        f"{path.resolve().parent.name}/{name}" if own and first.count(name) > 1 else name
-        for name, own, path in found
+        f"{path.resolve().parent.name}/{name}" if from_file and first.count(name) > 1 else name
+        for name, from_file, path in found
     ]
     counts: dict[str, int] = {}
     for place, name in enumerate(names):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 __all__ = ["STYLE"]
 
-# The colours are Okabe and Ito's, which differ for colour-blind readers too; on a dark ground the
-# darkest two are replaced by lighter ones of the same hue.
+# The colours are those of Okabe and Ito, which colour-blind readers can tell apart; on a dark
+# background, lighter colours of the same hue replace the darkest ones.
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1b1b;--soft:#5c5c5c;--rule:#e3e3e3;--ghost:#dcdcdc;
 --c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#cc79a7;--c4:#b98100;--c5:#56b4e9;--c6:#555}

@@ -189,7 +189,7 @@ def test_names_from_strangers_are_only_text(tmp_path):
     assert not {c for c in "\x00\x1b\u202e" if c in found.text + "".join(found.titles)}
     missing = Page(render_page(read_runs([str(path)]), HOSTILE))
     assert missing.count("script") == 0
-    assert "no figure called <script>" in "".join(missing.texts)
+    assert "no metric called <script>" in "".join(missing.texts)
 
 
 def test_runs_that_lack_something(tmp_path):
@@ -210,7 +210,7 @@ def test_runs_that_lack_something(tmp_path):
     found, text = page(runs[2])
     assert cells(text, 1)[2] == "&ndash;"
     assert cells(text, 1)[8] == "not known"
-    assert "no figures of merit" in found.text
+    assert "no metrics" in found.text
     assert "No ledger says how large the layers are" in found.text
     assert "some of its messages have no dense size" in found.text
     assert not [title for title in page(start)[0].titles if "round" in title]
@@ -238,7 +238,7 @@ def test_the_metric_can_be_chosen(tmp_path):
     assert "loss, server, over bytes" not in page(path)[0].text
     assert "loss, server, over bytes" in page(path, metric="loss")[0].text
     found, _ = page(path, metric="lost")
-    assert "no figure called lost" in found.text
+    assert "no metric called lost" in found.text
 
 
 def test_one_figure_that_diverged_does_not_flatten_the_others(tmp_path):

@@ -18,7 +18,7 @@ from fedpara_plugins import ConfigError, ConversionError, FedParaError, Mismatch
 from fedpara_plugins.codecs import decoders
 from fedpara_plugins.exchange import ClientState, DenseRound, check_finite
 from fedpara_plugins.references import LostReferenceError
-from fedpara_plugins.support import Part, Storage
+from fedpara_plugins.support import PrefixView, Storage
 from fedpara_plugins.training import start_round, training_of
 from fedpara_plugins_fedml.engine.client_models import ClientModels
 from fedpara_plugins_fedml.engine.labels import count_once
@@ -134,7 +134,7 @@ class ClientHalf(ClientModels):
             server_round=head.round,
             task=head.task,
             records={n: r.tensors for n, r in task.received.items() if n != MODEL},
-            storage=Part(storage, "rule/"),
+            storage=PrefixView(storage, "rule/"),
             train_data=trainer.local_train_dataset,
             device=self._device,
             args=self._args,

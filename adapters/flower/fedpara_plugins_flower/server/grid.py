@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpara_plugins import FedParaError, PayloadError, merge
-from fedpara_plugins.codecs import Payload, decode_payload
+from fedpara_plugins.codecs import DecodedPayload, decode_payload
 from fedpara_plugins.exchange import Size, blind_limit, check_finite, spec_of
 from fedpara_plugins_flower.messages import legacy_lists as positional
 from fedpara_plugins_flower.messages.records import carried_payload, is_side, to_record, to_tensors
@@ -339,7 +339,7 @@ class CodecGrid(ForwardingGrid):
         reply.content = content
         return True
 
-    def _first_weights(self, payload: Payload, limit: int) -> dict[str, Tensor]:
+    def _first_weights(self, payload: DecodedPayload, limit: int) -> dict[str, Tensor]:
         """The model that a client starts the run with; the server may never have built one."""
         spec = spec_of(payload.header, payload.tensors, limit=limit)
         mine = self._run.specs.setdefault(frozenset(spec.keys), spec)
