@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.layers.base import FactorisedLayer, Phase, layers_alive
 from fedpara_plugins.layers.kept_weights import before_step
+from fedpara_plugins.support.torch_seams import register_optimizer_step_pre_hook
 from fedpara_plugins.training.decay import compose_decay
 from fedpara_plugins.training.label_counts import warn_without_counts
 
