@@ -21,6 +21,7 @@ from fedpara_plugins.errors import ConversionError
 from fedpara_plugins.factors.fast.conditions import FALLBACKS
 from fedpara_plugins.factors.fast.form import is_known
 from fedpara_plugins.layers import FactorisedLayer
+from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.decisions import repeated_modules
 from fedpara_plugins.models.layer_decisions import LayerDecision, decide_layers
@@ -66,11 +67,11 @@ def _about_layer(decision: LayerDecision, config: FedParaConfig) -> Iterator[Fin
         text = f"{plan.method.name} of rank {plan.rank}: {saved}"
         if not is_known(plan.method):
             text += f"; {SLOWER}"
-        yield Finding("ok", _join(decision.name, weight), text)
+        yield Finding("ok", full_name(decision.name, weight), text)
     for weight, reason in decision.reasons.items():
         advice = _advice(decision, config)
         text = f"stays dense: {reason}" + (f"; {advice}" if advice else "")
-        yield Finding("note", _join(decision.name, weight) or "(model)", text)
+        yield Finding("note", full_name(decision.name, weight) or "(model)", text)
 
 
 def _advice(decision: LayerDecision, config: FedParaConfig) -> str:
@@ -132,7 +133,3 @@ def check_training(model: nn.Module, optimizer: Optimizer) -> list[Finding]:
     except ConversionError as error:
         return [Finding("attention", "optimizer", str(error))]
     return [Finding("ok", "optimizer", f"{type(optimizer).__name__} holds the model's factors")]
-
-
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)

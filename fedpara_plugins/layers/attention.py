@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,23 @@ class FactorisedMultiheadAttention(FactorisedLayer, nn.MultiheadAttention):
         turn = self.batch_first and query.dim() == 3
         if turn:
             query, key, value = _batch_second(query, key, value)
-        output, weights = multi_head_attention_forward(
+        output, weights = self._attend(
+            query,
+            key,
+            value,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        return (output.transpose(0, 1) if turn else output), weights
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute attention from composed weights; batches are in the second dimension."""
+        return multi_head_attention_forward(
             query,
             key,
             value,
@@ -105,17 +122,12 @@ class FactorisedMultiheadAttention(FactorisedLayer, nn.MultiheadAttention):
             _weight_of(self.out_proj),
             self.out_proj.bias,
             training=self.training,
-            key_padding_mask=key_padding_mask,
-            need_weights=need_weights,
-            attn_mask=attn_mask,
             use_separate_proj_weight=not projects_jointly(self),
             q_proj_weight=self.composed_weight("q_proj_weight"),
             k_proj_weight=self.composed_weight("k_proj_weight"),
             v_proj_weight=self.composed_weight("v_proj_weight"),
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
+            **options,
         )
-        return (output.transpose(0, 1) if turn else output), weights
 
     def _reset_parameters(self) -> None:
         """Draw all parameters anew, biases too; the dense layer calls this method."""

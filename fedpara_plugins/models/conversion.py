@@ -19,7 +19,7 @@ from fedpara_plugins.models.layer_decisions import LayerDecision
 from fedpara_plugins.models.surgery import replace_layers
 from fedpara_plugins.plugins import layers
 from fedpara_plugins.training.optimizer_check import warn_of_earlier_optimizer
-from fedpara_plugins.training.step_hooks import attach
+from fedpara_plugins.training.step_hooks import attach_progress
 
 __all__ = ["convert", "replace"]
 
@@ -82,7 +82,7 @@ def replace(model: M, conversion: Conversion) -> M:
         new = {id(d.layer): _factorised(d, conversion) for d in conversion.layers}
         model = new.get(id(model), model)  # type: ignore[assignment]
         replace_layers(model, new)
-        attach(model, config)
+        attach_progress(model, config)
     if conversion.layers or config.private:
         model.__dict__[CONFIG_ATTRIBUTE] = config
     return model

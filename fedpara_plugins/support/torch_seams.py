@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.functional import multi_head_attention_forward
+from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -55,9 +55,6 @@ __all__ = [
 M = TypeVar("M", bound=nn.Module)
 
 # Names that torch exports and does not document, torch 2.4.0 to 2.13.0.
-#
-# `multi_head_attention_forward`: the computation inside `nn.MultiheadAttention`. The documented
-# `scaled_dot_product_attention` is a part of it only, without projections, masks and weights.
 #
 # `NonDynamicallyQuantizableLinear`: the class of `nn.MultiheadAttention.out_proj`. Conversion
 # matches classes exactly, so it needs the name.
@@ -238,6 +235,16 @@ def assembled_module(
     module = kind.__new__(kind)
     module.__dict__ = {**attributes, "_parameters": dict(parameters)}
     return module
+
+
+def multi_head_attention_forward(*args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """Compute what `nn.MultiheadAttention` computes, from given weights.
+
+    Seen in torch 2.4.0 to 2.13.0, exported and not documented. The documented
+    ``scaled_dot_product_attention`` is a part of it, without projections and attention weights.
+    The name is looked up at each call, as `nn.MultiheadAttention` does it.
+    """
+    return functional.multi_head_attention_forward(*args, **options)
 
 
 def projects_jointly(attention: nn.MultiheadAttention) -> bool:
