@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedpara_plugins import ConfigError, MismatchError, ModelSpec, convert
 from fedpara_plugins.layers.personal import PersonalLinear
-from fedpara_plugins.training.step_hooks import training_of
+from fedpara_plugins.training.step_hooks import round_progress
 from harness.fedml.project import dataset, forget_security, model, run
 from harness.fedml.reference import FedAvgLoop
 
@@ -414,7 +414,7 @@ def test_the_decoupled_schedule_starts_anew_in_each_round() -> None:
 
     class Watched(ModelTrainerCLS):
         def train(self, train_data: Any, device: Any, args: Any) -> None:
-            training = training_of(self.model)
+            training = round_progress(self.model)
             assert training is not None
             assert training.steps == 0
             phases.append((self.id, training.private_steps, training.phase))

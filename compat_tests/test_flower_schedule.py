@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 import fedpara_plugins_flower as fedpara
-from fedpara_plugins.training.step_hooks import training_of
+from fedpara_plugins.training.step_hooks import round_progress
 from harness.flower.apps import Experiment, Hooks, federate, plugin_apps
 from harness.oracles.task import Task
 
@@ -19,7 +19,7 @@ def test_private_steps_are_counted_anew_in_every_round(wanted: float, share: flo
     seen: dict[tuple[int, int], tuple[int, int]] = {}
 
     def trained(model: nn.Module, client: int, server_round: int) -> None:
-        training = training_of(model)
+        training = round_progress(model)
         assert training is not None
         seen[client, server_round] = (training.private_steps, training.steps)
 

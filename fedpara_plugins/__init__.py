@@ -5,13 +5,13 @@
     ...                                            # your own training loop and optimizer
     dense = fedpara_plugins.to_dense(model)        # an ordinary model again
 
-Symbols follow the paper: a weight W (m, n) is composed of operands X Yᵀ with X (m, R), Y (n, R); a
-kernel's operand has a core T (R, R, k1, k2) besides. gamma sets the rank R between the smallest
-that can give full rank (0) and the dense budget (1). K is how far a composed weight moves per
-training step, dense = 1. *Shared* state travels, *private* state stays on the device.
+Symbols follow the paper. A weight W (m, n) is composed of operands X Yᵀ with X (m, R), Y (n, R); a
+kernel's operand also has a core T (R, R, k1, k2). gamma sets the rank R between the smallest that
+can give full rank (0) and the dense budget (1). K is how far a composed weight moves per training
+step, dense = 1. *Shared* state travels, *private* state stays on the device.
 
-This package imports torch and no federated-learning framework; adapters for Flower and FedML are
-distributions of their own (``fedpara-plugins[flower]``, ``[fedml]``).
+The package imports torch and no federated-learning framework; the adapters for Flower and FedML are
+separate distributions (``fedpara-plugins[flower]``, ``[fedml]``).
 """
 
 from __future__ import annotations
@@ -74,7 +74,11 @@ __all__ = [
 
 
 class _Face(ModuleType):
-    """Keeps the functions that old module paths bear the names of (``convert``, ``report``)."""
+    """The package itself, whose functions keep their names when old modules are imported.
+
+    The import system binds a submodule to its package: ``import fedpara_plugins.convert`` would
+    otherwise replace the function `convert`.
+    """
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (isinstance(value, ModuleType) and callable(self.__dict__.get(name))):

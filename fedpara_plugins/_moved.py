@@ -1,7 +1,7 @@
-"""Module paths of 0.1 that moved: they still import, with a DeprecationWarning.
+"""Module paths of 0.1 that moved: they can still be imported, with a DeprecationWarning.
 
-A finder hands out the very module that a path has become, so classes, pickles and monkeypatches of
-either path are of one kind. The table goes with the release after next.
+A finder returns the module itself that stands at the new path. Classes, pickles and monkeypatches
+are therefore the same under both paths. The table is to be removed in the release after next.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _MOVED = {
 
 
 def new_path(old: str) -> str | None:
-    """Return what an absolute module path has become; None if it has not moved."""
+    """Return the new path of an absolute module path; None if it has not moved."""
     if not old.startswith(_ROOT):
         return None
     name = old.removeprefix(_ROOT)
@@ -95,7 +95,7 @@ def new_path(old: str) -> str | None:
 def serve_old_paths() -> None:
     """Let imports of old paths find the new modules."""
     if not any(isinstance(finder, _OldPaths) for finder in sys.meta_path):
-        # First: below a moved package the ordinary finder would load a second copy of a module.
+        # It comes first: the ordinary finder would load second copies of modules in moved packages.
         sys.meta_path.insert(0, _OldPaths())
 
 

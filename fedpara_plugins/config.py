@@ -1,8 +1,8 @@
-"""Every user-facing option of the core: one frozen dataclass, validated, read from any mapping."""
+"""The options of the core: one frozen dataclass, validated, read from any mapping."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -10,6 +10,12 @@ from math import inf
 from typing import Any
 
 from fedpara_plugins.errors import ConfigError
+from fedpara_plugins.support.option_values import (
+    Overrides,
+    convert_value,
+    parse_overrides,
+    to_float,
+)
 
 __all__ = ["FedParaConfig"]
 
@@ -32,72 +38,70 @@ LAYER_OPTIONS = frozenset(
 VARIANCE_RULES = ("default", "he")
 VARIANCES = (1e-9, 1e4)
 SPEEDS = (1e-3, 1e3)
-"""Within these limits the factors of every shape stay within float32."""
+"""The limits within which the factors of every shape fit into float32."""
 RANK_RULES = frozenset({"gamma", "ratio", "rank"})
-
-Overrides = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
-
-_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedParaConfig:
-    """What to do to a model and to its messages.
+    """The options of a conversion, of training and of messages.
 
     Attributes:
         method: ``none``, ``lowrank``, ``fedpara``, ``pfedpara``, or one that a plugin registered.
             With ``none`` nothing is converted, whatever the overrides say.
-        gamma: the paper's rank rule, 0 (smallest rank that can be full) to 1 (dense budget);
-            0.1 where neither ratio nor rank is given.
-        ratio: the official notebook's rule instead: wanted share of the dense parameters, (0, 1].
-            A weight whose smallest full-rank factors hold more is an error that names it.
-        rank: an explicit rank for every layer instead, as far as its smaller side allows.
+        gamma: the paper's rank rule, from 0 (smallest rank that can be full) to 1 (dense budget);
+            0.1 if neither ratio nor rank is given.
+        ratio: the official notebook's rank rule: share of the dense parameters, in (0, 1]. A weight
+            whose smallest full-rank factors hold more is an error that names it.
+        rank: an explicit rank for every layer, limited by the weight's smaller side.
         include: name patterns (shell style); only layers that match one are factorised.
         exclude: name patterns; layers that match one stay dense.
         overrides: other options for the layers whose name matches a pattern, as a mapping
             ``{"body.*": {"gamma": 0.5}, "head": {"method": "none"}}`` or as text
             ``"body.*: gamma=0.5; head: method=none"``. The last pattern that matches wins.
         min_size: weights with fewer parameters stay dense.
-        tanh: put every operand through tanh, as the paper does in most experiments; its own
-            ablation shows no effect.
-        variance: of composed weights at the start: ``default``, what the kind of layer has;
-            ``he``, 2 / fan_in; or a number, such as 0.0004 for a standard deviation of 0.02.
-        speed: K, how far a composed weight moves per step of SGD, dense = 1; None takes the
-            method's default (1/2 for fedpara, 1/4 for lowrank and pfedpara's shared half).
-        private_speed: the same for the private half of pfedpara.
-        local: what a client trains in its round: ``factors``, or an ordinary ``dense`` model that
-            is never converted, and whose update the plugin projects onto the factors at the end
-            (`factors.projection`). Messages are the same; `convert` takes no notice.
-        recompute: whether backward computes the two products behind a weight again, which takes
-            longer, instead of holding them since forward, which takes twice the weight's memory;
-            None does so for weights of 4 MiB and more, where it costs little. With
+        tanh: apply tanh to every operand, as the paper does in most experiments; its own ablation
+            shows no effect.
+        variance: variance of fresh composed weights: ``default``, the layer's own; ``he``,
+            2 / fan_in; or a number, such as 0.0004 for a standard deviation of 0.02.
+        speed: K, how far a composed weight moves per step of SGD, dense = 1; None is the method's
+            default (1/2 for fedpara, 1/4 for lowrank and pfedpara's shared half).
+        private_speed: K of pfedpara's private half.
+        local: what a client trains in its round: ``factors``, or a ``dense`` model, which is never
+            converted and whose update the plugin projects onto the factors afterwards
+            (`factors.projection`). Messages are the same; `convert` ignores this option.
+        recompute: whether backward computes the two products of a weight again, which takes
+            longer, or holds them since forward, which takes twice the weight's memory. None
+            recomputes for weights of 4 MiB and more, where it costs little. With
             fedpara-plugins-kernels it takes no longer, and nothing is ever held.
         decay: what the optimizer's weight decay shrinks: ``composed`` weights, as the same setting
             would shrink dense ones, or each of the ``factors``.
-        clip: bound of the gradient's norm over the whole model at each step; None for none.
-        schedule: of pfedpara: ``joint``, the paper's, trains both halves in every step;
-            ``decoupled`` begins each round with private steps, the shared half frozen as received,
-            and goes on with shared steps, the private half switched off (the shared half is then
-            a rank-R model by itself).
-        private_steps: of ``decoupled``: number of private steps, or (below 1) their share of the
-            steps that the previous round had.
-        first_private_steps: of ``decoupled``, in a first round, where no previous one counts.
-        private_head: of ``decoupled``: a correction of the head's weight that each client keeps. It
-            starts at zero, learns in private steps and is switched off in shared ones.
-        label_prior: add log((n_k + 0.1) / (n + 1)) to the logits, n_k the client's own training
-            labels of class k (`fedpara_plugins.set_label_counts`), in training and prediction,
-            under any method and schedule.
-        head: name of the layer that these two are about; the last ``nn.Linear`` by default.
-        init: ``random`` (fresh factors), ``seeded`` (fresh ones that every client can derive from
-            ``seed``, so that they need not be sent) or ``fit`` (the closest factors to the weights
-            that the model has); None is ``random`` with a warning if the weights look trained.
-        seed: of the private factors' first values, which every client derives by itself, and of
-            the shared ones of version 0 (see ``init``).
-        private: name patterns of further state that stays on the device: ``head.*`` is FedPer,
-            ``*.norm*`` is FedBN. Full names of the state are meant, ``head.weight``.
-        codec: what messages are coded with, ``none``, a preset, or stages joined by ``+``.
-        uplink_codec: another one for messages to the server; None is ``codec``.
-        downlink_codec: another one for messages to clients; None is ``codec``.
+        clip: bound of the gradient's norm over the whole model at each step; None for no bound.
+        schedule: how pfedpara trains. ``joint``, the paper's, trains both halves in every step.
+            ``decoupled`` begins each round with private steps, with the shared half frozen as
+            received, and continues with shared steps, with the private half switched off (the
+            shared half is then a rank-R model by itself).
+        private_steps: number of private steps of ``decoupled``, or (below 1) their share of the
+            previous round's steps.
+        first_private_steps: number of private steps of ``decoupled`` without a previous round.
+        private_head: train a correction of the head's weight that each client keeps, with
+            ``decoupled``. It starts at zero, is trained in private steps and is switched off in
+            shared ones.
+        label_prior: add log((n_k + 0.1) / (n + 1)) to the logits, where n_k of the client's n
+            training labels are of class k (`fedpara_plugins.set_label_counts`), in training and
+            prediction, with any method and schedule.
+        head: name of the layer that ``private_head`` and ``label_prior`` are about; by default the
+            last ``nn.Linear``.
+        init: ``random`` (fresh factors), ``seeded`` (fresh factors that every client derives from
+            ``seed``, so that they need not be sent) or ``fit`` (the closest factors to the model's
+            weights). None is ``random``, with a warning if the weights look trained.
+        seed: seed of the private factors' initial values, which every client derives by itself,
+            and of the shared factors with ``init="seeded"``.
+        private: name patterns of further tensors that stay on the device: ``head.*`` is FedPer,
+            ``*.norm*`` is FedBN. They match full names of the state, such as ``head.weight``.
+        codec: codec of messages: ``none``, a preset, or stages joined by ``+``.
+        uplink_codec: codec of messages to the server; None is ``codec``.
+        downlink_codec: codec of messages to clients; None is ``codec``.
 
     Raises:
         ConfigError: an option is out of range, or two options exclude each other.
@@ -134,7 +138,7 @@ class FedParaConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = _converted(field.name, _declared(field.name), getattr(self, field.name))
+            value = _converted(field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         self._check("gamma", 0 <= self.gamma <= 1, "a number from 0 to 1")
         self._check("ratio", self.ratio is None or 0 < self.ratio <= 1, "a number in (0, 1]")
@@ -169,7 +173,7 @@ class FedParaConfig:
             self._overridden(pattern)
 
     def _check_dense(self) -> None:
-        """What acts inside a converted model has no place where none is trained."""
+        """Raise for options that act inside a converted model, which clients do not train."""
         if self.schedule == "decoupled":
             raise ConfigError(
                 "option 'local': 'dense' does not go with schedule='decoupled' (and private_head, "
@@ -189,7 +193,7 @@ class FedParaConfig:
             raise ConfigError(f"option {name!r}: expected {expected}, got {repr(value)[:80]}")
 
     def for_layer(self, name: str) -> FedParaConfig:
-        """The options for the layer of that name, overrides applied."""
+        """Return the options for the layer with that name, overrides applied."""
         config = self
         for pattern, _ in self.overrides:
             if fnmatchcase(name, pattern):
@@ -204,7 +208,7 @@ class FedParaConfig:
                 f"have its own {', '.join(sorted(LAYER_OPTIONS))}"
             )
         whole = {field.name: getattr(self, field.name) for field in fields(self)}
-        # One rank rule replaces another instead of standing beside it.
+        # A rank rule replaces the other rank rules.
         rules = {"ratio": None, "rank": None} if options.keys() & RANK_RULES else {}
         try:
             return type(self)(**{**whole, "overrides": (), **rules, **options})
@@ -213,13 +217,15 @@ class FedParaConfig:
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], *, prefix: str = "") -> FedParaConfig:
-        """Read the options whose keys start with ``prefix``; ``-`` and ``_`` are the same.
+        """Return a config from the options whose keys start with ``prefix``.
 
-        Strings are converted to the option's type, since some frameworks' flags arrive as text;
-        an empty string means the default. Patterns may be one string with commas.
+        In keys ``-`` and ``_`` are the same. Text is converted to the option's type, since some
+        frameworks pass flags as text; an empty text means the default. Patterns may be one text
+        with commas.
 
         Raises:
-            ConfigError: unknown option (the nearest known one is named), wrong type or value.
+            ConfigError: an option is unknown (the message names the nearest), or has a wrong type
+                or value.
         """
         known = [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
@@ -234,7 +240,7 @@ class FedParaConfig:
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
-        """The options that differ from their defaults, in plain types."""
+        """Return the options that differ from their defaults, in plain types."""
         changed = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -243,99 +249,31 @@ class FedParaConfig:
         return changed
 
 
-def _declared(name: str) -> str:
-    return str(FedParaConfig.__dataclass_fields__[name].type)
-
-
-def _parsed_overrides(overrides: Any) -> Overrides:
-    """Any of the accepted forms as nested tuples, which keep the config hashable."""
-    items = overrides.items() if isinstance(overrides, Mapping) else overrides
-    if isinstance(overrides, str):
-        items = [_split_override(part) for part in overrides.split(";") if part.strip()]
-    try:
-        return tuple(
-            (str(pattern), tuple(sorted(dict(options).items()))) for pattern, options in items
-        )
-    except (TypeError, ValueError):
-        raise ConfigError(
-            f"option 'overrides': expected a mapping of patterns to options or text such as "
-            f"'body.*: gamma=0.5; head: method=none', got {overrides!r}"
-        ) from None
-
-
-def _split_override(text: str) -> tuple[str, list[list[str]]]:
-    pattern, _, options = text.partition(":")
-    pairs = [part.replace("-", "_").split("=") for part in options.split(",")]
-    return pattern.strip(), [[word.strip() for word in pair] for pair in pairs]
-
-
 def _unknown_option(name: str, prefix: str, known: list[str]) -> str:
     near = get_close_matches(name, known, n=1)
     hint = f"; did you mean {prefix}{near[0]}?" if near else "."
     return f"unknown option {prefix}{name}{hint} Known: {', '.join(known)}"
 
 
-def _converted(name: str, declared: str, value: Any) -> Any:
-    """The value in the option's declared type, from that type or from text."""
+def _converted(name: str, value: Any) -> Any:
+    """Return the value in the option's declared type, from that type or from text."""
+    declared = str(FedParaConfig.__dataclass_fields__[name].type)
     if declared == "Overrides":
-        return _parsed_overrides(value)
+        return parse_overrides(value)
     if value is None and "None" in declared:
         return None
-    kind = declared.split(" ")[0].split("[")[0]
-    try:
-        if name == "variance":
-            return _variance(value)
-        return _CONVERTERS[kind](value)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        expected = _VARIANCE_TEXT if name == "variance" else _EXPECTED[kind]
-        raise ConfigError(f"option {name!r}: expected {expected}, got {repr(value)[:80]}") from None
-
-
-def _to_patterns(value: Any) -> tuple[str, ...]:
-    parts = value.split(",") if isinstance(value, str) else list(value)
-    if not all(isinstance(part, str) for part in parts):
-        raise TypeError
-    return tuple(part.strip() for part in parts if part.strip())
-
-
-def _to_float(value: Any) -> float:
-    if isinstance(value, bool):
-        raise TypeError
-    return float(value)
-
-
-def _to_int(value: Any) -> int:
-    if isinstance(value, bool) or (not isinstance(value, (int, str)) and value != int(value)):
-        raise TypeError
-    return int(value)
-
-
-def _to_text(value: Any) -> str:
-    if value is None:
-        raise TypeError
-    return str(value)
-
-
-_CONVERTERS: dict[str, Callable[[Any], Any]] = {
-    "tuple": _to_patterns,
-    "bool": lambda value: _BOOLEANS[str(value).lower()],
-    "float": _to_float,
-    "int": _to_int,
-    "str": _to_text,
-}
-
-_EXPECTED = {
-    "tuple": "patterns, as a list of text or as text with commas",
-    "bool": "true or false (a bool)",
-    "float": "a number (a float)",
-    "int": "an integer (an int)",
-    "str": "text (a str)",
-}
+    if name == "variance":
+        return _variance(value)
+    return convert_value(name, declared.split(" ")[0].split("[")[0], value)
 
 
 def _variance(value: Any) -> str | float:
     text = value.strip().lower() if isinstance(value, str) else value
-    return text if text in VARIANCE_RULES else _to_float(text)
+    try:
+        return text if text in VARIANCE_RULES else to_float(text)
+    except (TypeError, ValueError, OverflowError):
+        shown = repr(value)[:80]
+        raise ConfigError(f"option 'variance': expected {_VARIANCE_TEXT}, got {shown}") from None
 
 
 def _in(limits: tuple[float, float], value: str | float) -> bool:

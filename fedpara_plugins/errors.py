@@ -1,11 +1,11 @@
-"""Every error that this project raises on purpose.
+"""The errors that this project raises on purpose.
 
 FedParaError
 ├── ConfigError        an option has an unknown name or a value out of range
 ├── ConversionError    a model or layer cannot be converted
-├── PayloadError       received bytes, or tensors about to be sent, are refused
-│   └── MismatchError  both sides are sound but disagree (model, reference, version)
-└── PluginError        a plugin is missing, misspelt, duplicated or unsuited
+├── PayloadError       received bytes, or tensors to be sent, are refused
+│   └── MismatchError  two valid sides disagree (model, reference, version)
+└── PluginError        a plugin is missing, misspelt, duplicated or unsuitable
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = [
 
 
 LONGEST_TEXT = 2000
-"""Characters of an error's text, where it quotes what a stranger sent."""
+"""Most characters of an error about received data, which it may quote."""
 
 
 class FedParaError(Exception):
-    """Base of all errors of fedpara-plugins."""
+    """Base class of all errors of fedpara-plugins."""
 
 
 class ConfigError(FedParaError, ValueError):
@@ -42,8 +42,8 @@ class ConversionError(FedParaError):
 class PayloadError(FedParaError, ValueError):
     """Bytes are refused before they can do harm, or tensors before they are encoded.
 
-    The text fits a line of a log whatever it quotes: no control characters, and no more than
-    `LONGEST_TEXT` characters, the middle of a longer one left out.
+    The text fits one line of a log whatever it quotes: control characters are escaped, and the
+    middle of a text with more than `LONGEST_TEXT` characters is left out.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -58,7 +58,7 @@ class PluginError(FedParaError):
     """A plugin is missing, duplicated, misspelt, or does not fit the installed framework.
 
     Attributes:
-        plugin: name of the entry point without which things would work; None if there is no such.
+        plugin: name of the entry point to leave out as a remedy; None if none would help.
     """
 
     def __init__(self, message: str = "", *, plugin: str | None = None) -> None:

@@ -36,7 +36,8 @@ from fedpara_plugins.cli.user_code import current_directory_importable, model_fr
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, FedParaError
 from fedpara_plugins.ledger.page import read_runs, render_page
-from fedpara_plugins.models.checkpoints import Checkpoint, read_checkpoint, save_dense
+from fedpara_plugins.models.checkpoint_files import Checkpoint, read_checkpoint
+from fedpara_plugins.models.checkpoints import save_dense
 from fedpara_plugins.support.findings import Finding
 from fedpara_plugins.support.units import parse_rate, parse_size, readable_bytes
 from fedpara_plugins.text import printable

@@ -20,10 +20,13 @@ from fedpara_plugins.errors import ConversionError
 from fedpara_plugins.factors.fast.conditions import FALLBACKS
 from fedpara_plugins.factors.fast.form import is_known
 from fedpara_plugins.layers import FactorisedLayer
+from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.models.conversion import convert
-from fedpara_plugins.models.decisions import Decision, decisions
+from fedpara_plugins.models.decisions import repeated_modules
+from fedpara_plugins.models.layer_decisions import LayerDecision, decide_layers
 from fedpara_plugins.plugins import layers
 from fedpara_plugins.support.findings import Finding
+from fedpara_plugins.support.torch_seams import own_parameters, trains_for_quantisation
 from fedpara_plugins.training.optimizer_check import check_optimizer
 
 __all__ = ["check_model", "check_training"]
@@ -45,10 +48,10 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
         ConfigError: no model allows an option, or a pattern matches no layer.
     """
     refused: dict[str, ConversionError] = {}
-    found = decisions(model, config, refused=refused)
+    found = decide_layers(model, config, refused=refused)
     lines = [line for decision in found for line in _about_layer(decision, config)]
     lines += [Finding("attention", name or "(model)", str(e)) for name, e in refused.items()]
-    lines += _shared(model, {id(decision.layer) for decision in found if decision.plans})
+    lines += _repeated(repeated_modules(model, found))
     if any(is_known(p.method) for decision in found for p in decision.plans.values()):
         text = f"gradients written by hand; {FALLBACKS}, which are slower"
         lines.append(Finding("ok", "speed", text))
@@ -57,23 +60,23 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
     return lines
 
 
-def _about_layer(decision: Decision, config: FedParaConfig) -> Iterator[Finding]:
+def _about_layer(decision: LayerDecision, config: FedParaConfig) -> Iterator[Finding]:
     for weight, plan in decision.plans.items():
         saved = f"{plan.shared_parameters:,} of {prod(plan.shape):,} entries travel"
         text = f"{plan.method.name} of rank {plan.rank}: {saved}"
         if not is_known(plan.method):
             text += f"; {SLOWER}"
-        yield Finding("ok", _join(decision.name, weight), text)
+        yield Finding("ok", full_name(decision.name, weight), text)
     for weight, reason in decision.reasons.items():
         advice = _advice(decision, config)
         text = f"stays dense: {reason}" + (f"; {advice}" if advice else "")
-        yield Finding("note", _join(decision.name, weight) or "(model)", text)
+        yield Finding("note", full_name(decision.name, weight) or "(model)", text)
 
 
-def _advice(decision: Decision, config: FedParaConfig) -> str:
+def _advice(decision: LayerDecision, config: FedParaConfig) -> str:
     """Return what to do about a layer that stays dense; empty if there is nothing to gain."""
     layer = decision.layer
-    if isinstance(layer, (ParametrizationList, ScriptModule)) or ".qat." in type(layer).__module__:
+    if isinstance(layer, (ParametrizationList, ScriptModule)) or trains_for_quantisation(layer):
         return ""
     if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) and type(layer) not in layers():
         return "nn.LSTM and nn.GRU have a kind; for this one a plugin can register its own"
@@ -85,25 +88,20 @@ def _advice(decision: Decision, config: FedParaConfig) -> str:
             f"it is a subclass of {dense.__name__} and may compute something else: if it does "
             f"not, register a kind for it in a plugin"
         )
-    sizes = [p.numel() for p in layer._parameters.values() if p is not None and p.ndim >= 2]
+    sizes = [p.numel() for p in own_parameters(layer).values() if p is not None and p.ndim >= 2]
     if sum(sizes) >= config.min_size:
         return f"a plugin can register a kind for its {sum(sizes):,} matrix entries"
     return ""
 
 
-def _shared(model: nn.Module, factorised: set[int]) -> Iterator[Finding]:
-    names: dict[int, list[str]] = {}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if type(layer) in layers() and id(layer) in factorised:
-            names.setdefault(id(layer), []).append(name)
-    for shared in names.values():
-        if len(shared) > 1:
-            yield Finding(
-                "attention",
-                shared[0],
-                f"the same module stands at {', '.join(shared[1:])} too: give each place a module "
-                f"of its own (copy.deepcopy), or exclude {', '.join(shared)}",
-            )
+def _repeated(modules: list[list[str]]) -> Iterator[Finding]:
+    for names in modules:
+        yield Finding(
+            "attention",
+            names[0],
+            f"the same module stands at {', '.join(names[1:])} too: give each place a module of "
+            f"its own (copy.deepcopy), or exclude {', '.join(names)}",
+        )
 
 
 def _converting(model: nn.Module, config: FedParaConfig) -> Iterator[Finding]:
@@ -134,7 +132,3 @@ def check_training(model: nn.Module, optimizer: Optimizer) -> list[Finding]:
     except ConversionError as error:
         return [Finding("attention", "optimizer", str(error))]
     return [Finding("ok", "optimizer", f"{type(optimizer).__name__} holds the model's factors")]
-
-
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)

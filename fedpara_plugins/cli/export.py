@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, PayloadError
-from fedpara_plugins.models.checkpoints import Checkpoint, check_same_shapes, factor_shapes
+from fedpara_plugins.models.checkpoint_files import Checkpoint, factor_shapes
+from fedpara_plugins.models.checkpoints import check_same_shapes
 from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.support.units import readable_bytes

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedpara_plugins.codecs import Notes, Stage, Tensors, decode_payload, peek_header
 from fedpara_plugins.errors import FedParaError, PayloadError
 from fedpara_plugins.ledger import CSV_HEAD, Direction, Ledger, LedgerEntry
-from fedpara_plugins.models.checkpoints import METADATA_KEY, read_about
+from fedpara_plugins.models.checkpoint_files import METADATA_KEY, read_about
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.plugins import stages
 from fedpara_plugins.stages.dtypes import DTYPES, byte_size, dtype_name

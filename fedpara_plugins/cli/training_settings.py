@@ -23,7 +23,7 @@ from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.support.findings import Finding
 from fedpara_plugins.training.decay import COUPLED
-from fedpara_plugins.training.step_hooks import attach
+from fedpara_plugins.training.step_hooks import attach_progress
 
 __all__ = [
     "TrainingSettings",
@@ -217,7 +217,7 @@ def measured_decay(layer: FactorisedLayer, kind: Callable[..., Optimizer], *, de
         decay: as in the config.
     """
     own = copy.deepcopy(layer).train().float()
-    attach(own, FedParaConfig(method="fedpara", decay=decay))
+    attach_progress(own, FedParaConfig(method="fedpara", decay=decay))
     own.reset_parameters()
     weight = next(iter(own.plans))
     for parameter in own.parameters():

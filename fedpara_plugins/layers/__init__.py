@@ -1,4 +1,9 @@
-"""Factorised layers, one file per kind; `base` holds the contract they share."""
+"""Factorised layers, one file a kind, and weights kept between forwards.
+
+`base` holds the contract of all kinds. The room may import ``factors``, ``config`` and what stands
+below them. It offers the built-in kinds (`BUILTIN_LAYERS`), and for kinds of others
+`FactorisedLayer`, `composed` and `LazyLayer`.
+"""
 
 from __future__ import annotations
 

@@ -1,19 +1,24 @@
-"""`nn.MultiheadAttention` from factors: its input projections, and the output projection."""
+"""Factorised `nn.MultiheadAttention`: its input projections and its output projection."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedpara_plugins.factors.fast.conditions import rewritten
 from fedpara_plugins.factors.plan import WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, composed
 from fedpara_plugins.layers.kept_weights import composed_once, holds
 from fedpara_plugins.layers.linear import FactorisedLinear
+from fedpara_plugins.support.torch_seams import (
+    NonDynamicallyQuantizableLinear,
+    multi_head_attention_forward,
+    own_parameters,
+    projects_jointly,
+)
 
 __all__ = ["FactorisedAttentionOutput", "FactorisedMultiheadAttention"]
 
@@ -21,9 +26,9 @@ PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weigh
 
 
 class FactorisedAttentionOutput(FactorisedLinear, NonDynamicallyQuantizableLinear):
-    """The output projection inside `nn.MultiheadAttention`, a linear layer with its own class.
+    """The output projection of `nn.MultiheadAttention`, a linear layer with a class of its own.
 
-    A kind of its own, so that going back to dense gives exactly that class again.
+    It is a kind of its own, so that `to_dense` returns exactly that class.
     """
 
     kind = "attention output"
@@ -31,11 +36,11 @@ class FactorisedAttentionOutput(FactorisedLinear, NonDynamicallyQuantizableLinea
 
 
 class FactorisedMultiheadAttention(FactorisedLayer, nn.MultiheadAttention):
-    """Attention whose projections are composed at every forward (Proposition 1).
+    """`nn.MultiheadAttention` with composed projections (Proposition 1).
 
     The joint projection of queries, keys and values is one weight of shape (3 embed, embed). With
-    ``kdim`` or ``vdim`` each of the three has a weight of its own. ``out_proj`` is a layer of its
-    own and is converted as one, or left dense as one.
+    ``kdim`` or ``vdim`` there are three weights. ``out_proj`` is a layer by itself, converted or
+    left dense like any other.
     """
 
     kind = "attention"
@@ -47,14 +52,14 @@ class FactorisedMultiheadAttention(FactorisedLayer, nn.MultiheadAttention):
 
     @classmethod
     def slots(cls, dense: nn.Module) -> list[WeightSlot]:
-        """(3 embed, embed) for all three, or (embed, embed), (embed, kdim), (embed, vdim)."""
+        """Return (3 embed, embed), or (embed, embed), (embed, kdim) and (embed, vdim)."""
         assert isinstance(dense, nn.MultiheadAttention)
         shapes = {
             name: tuple(parameter.shape)
             for name in PROJECTIONS
-            if (parameter := dense._parameters.get(name)) is not None
+            if (parameter := own_parameters(dense).get(name)) is not None
         }
-        # xavier_uniform_, the layer's default, has this variance.
+        # The default, xavier_uniform_, has this variance.
         return [WeightSlot(name, shape, shape[1], 2 / sum(shape)) for name, shape in shapes.items()]
 
     def forward(
@@ -68,13 +73,13 @@ class FactorisedMultiheadAttention(FactorisedLayer, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As the dense layer computes it, with every weight composed once.
+        """Compute what the dense layer computes, with every weight composed once.
 
-        The dense layer's own forward reads a weight up to five times, to ask whether its fast path
-        is open, and would compose it as often. Evaluation goes there with weights that are kept for
-        that long, and so do nested tensors, which only the fast path can compute.
+        The dense layer's forward reads a weight up to five times, to decide on its fast path, and
+        would compose it each time. Evaluation therefore keeps the weights for the length of that
+        forward. Nested tensors go there as well: only the fast path can compute them.
         """
-        watched = self.on_composed is not None  # and is to be told of each weight once
+        watched = self.on_composed is not None  # it must see each weight once
         evaluates = not (self.training or torch.is_grad_enabled() or watched or rewritten())
         if evaluates or query.is_nested or key.is_nested or value.is_nested:
             keep = evaluates and not holds(self)
@@ -86,7 +91,23 @@ class FactorisedMultiheadAttention(FactorisedLayer, nn.MultiheadAttention):
         turn = self.batch_first and query.dim() == 3
         if turn:
             query, key, value = _batch_second(query, key, value)
-        output, weights = functional.multi_head_attention_forward(
+        output, weights = self._attend(
+            query,
+            key,
+            value,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        return (output.transpose(0, 1) if turn else output), weights
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute attention from composed weights; batches are in the second dimension."""
+        return multi_head_attention_forward(
             query,
             key,
             value,
@@ -101,33 +122,28 @@ class FactorisedMultiheadAttention(FactorisedLayer, nn.MultiheadAttention):
             _weight_of(self.out_proj),
             self.out_proj.bias,
             training=self.training,
-            key_padding_mask=key_padding_mask,
-            need_weights=need_weights,
-            attn_mask=attn_mask,
-            use_separate_proj_weight=not self._qkv_same_embed_dim,
+            use_separate_proj_weight=not projects_jointly(self),
             q_proj_weight=self.composed_weight("q_proj_weight"),
             k_proj_weight=self.composed_weight("k_proj_weight"),
             v_proj_weight=self.composed_weight("v_proj_weight"),
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
+            **options,
         )
-        return (output.transpose(0, 1) if turn else output), weights
 
     def _reset_parameters(self) -> None:
-        """The dense layer's name for `reset_parameters`; biases start again too."""
+        """Draw all parameters anew, biases too; the dense layer calls this method."""
         super()._reset_parameters()
         self.reset_parameters()
 
 
 def _weight_of(layer: nn.Linear) -> Tensor:
-    """By a call: the compiler of torch 2.4 cannot trace a descriptor of a class."""
+    """Return the layer's weight by a call: torch.compile of 2.4 cannot trace descriptors."""
     return layer.composed_weight("weight") if isinstance(layer, FactorisedLayer) else layer.weight
 
 
 def _batch_second(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(batch, length, embed) to (length, batch, embed); what was one tensor stays one.
+    """Transpose (batch, length, embed) to (length, batch, embed); one tensor stays one tensor.
 
-    By that identity torch knows self-attention, which needs one matrix product instead of three.
+    torch recognises self-attention by that identity and makes one matrix product instead of three.
     """
     value_turned = value.transpose(0, 1)
     key_turned = value_turned if key is value else key.transpose(0, 1)

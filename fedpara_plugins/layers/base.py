@@ -1,13 +1,13 @@
-"""The contract that every kind of factorised layer fulfils.
+"""The contract of every kind of factorised layer.
 
-A kind is one class, derived from `FactorisedLayer` and from the dense layer it replaces, that says
-which weights the dense layer has (`slots`) and declares each of them with `composed`. Everything
-else (conversion, names, initialisation, going back to dense) is the same for all kinds and lives
-here. Registered through the hook ``fedpara_register_layers``, tested by inheriting
+A kind is one class. It derives from `FactorisedLayer` and from the dense layer that it replaces,
+lists the weights of the dense layer (`slots`) and declares each of them with `composed`. The rest
+(conversion, names, initialisation, the way back to dense) is the same for all kinds and is here.
+Kinds are registered through the hook ``fedpara_register_layers`` and tested with a subclass of
 `fedpara_plugins.testing.LayerContract`.
 
-Such a layer owns parameters only, no buffer, and its class exists statically: it can be pickled,
-copied, stacked and compared like the layer it came from.
+A factorised layer adds parameters and no buffers, and its class is defined statically. It can
+therefore be pickled, copied, stacked and compared like the dense layer.
 """
 
 from __future__ import annotations
@@ -25,20 +25,30 @@ from fedpara_plugins.factors.fit import fit_factors, relative_error
 from fedpara_plugins.factors.initialise import initial_factors, seeded_shared
 from fedpara_plugins.factors.plan import WeightPlan, WeightSlot, compose_together, factor_key
 from fedpara_plugins.layers.kept_weights import forget, holds, kept_weight
+from fedpara_plugins.support.torch_seams import assembled_module, attributes_of, own_parameters
 
-__all__ = ["FactorisedLayer", "Phase", "composed", "layers_alive"]
+__all__ = ["FactorisedLayer", "Phase", "composed", "full_name", "layers_alive"]
 
 
-OWN_ATTRIBUTES = frozenset(
+ADDED_ATTRIBUTES = frozenset(
     {"plans", "left_dense", "fit_errors", "origin", "phase", "progress", "on_composed"}
 )
-"""What a factorised layer has in its `__dict__` beyond the dense layer."""
+"""Entries of a factorised layer's ``__dict__`` that the dense layer does not have."""
 
 Phase = Literal["joint", "private", "shared"]
+"""Which factors a training step moves: all, the private ones, or the shared ones."""
+
+
+def full_name(*parts: str) -> str:
+    """Return the dotted name of a layer's tensor in the model; empty parts are left out.
+
+    A model that is a single layer has the name "", so its tensors keep their own names.
+    """
+    return ".".join(part for part in parts if part)
 
 
 class composed:  # noqa: N801  (reads like `property` where it is used)
-    """Descriptor of a weight that is computed from factors; a dense weight if it has no plan."""
+    """Descriptor of a weight: composed from factors, or the dense parameter without a plan."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -48,45 +58,45 @@ class composed:  # noqa: N801  (reads like `property` where it is used)
 
 
 layers_alive: weakref.WeakSet[FactorisedLayer] = weakref.WeakSet()
-"""Every factorised layer, for the hooks around optimizer steps."""
+"""All factorised layers of the process, for the hooks around optimizer steps."""
 
 
 class FactorisedLayer(nn.Module):
-    """Mixin of all factorised layers; first base class, before the dense layer's class."""
+    """Mixin of all factorised layers: the first base class, before the dense layer's class."""
 
     kind: ClassVar[str]
-    """Short name of the kind, as shown in reports."""
+    """Short name of the kind, for reports."""
 
     dense_class: ClassVar[type[nn.Module]]
-    """The class this one replaces; matched exactly, so subclasses keep their own behaviour."""
+    """The class that this one replaces. It is matched exactly: subclasses keep their behaviour."""
 
     may_skip_composing: ClassVar[bool] = False
-    """Whether its forward, for some inputs, does without the whole weight."""
+    """Whether the forward does without the whole weight for some inputs."""
 
     plans: dict[str, WeightPlan]
-    """The factorised weights, by attribute name."""
+    """The factorised weights, by attribute."""
 
     left_dense: dict[str, str]
-    """Why other weights of the layer stay dense, by attribute name; for the report."""
+    """Why other weights of the layer stay dense, by attribute; for the report."""
 
     on_composed: Callable[[str, Tensor], None] | None = None
-    """Called with every weight as it is composed; for those who need its gradient."""
+    """Called with the name and value of every weight that is composed, to get its gradient."""
 
     progress: Any = None
-    """Where the model is in its round; see `fedpara_plugins.training.step_hooks`."""
+    """The model's `fedpara_plugins.training.RoundProgress`; None before ``convert`` sets it."""
 
     phase: Phase = "joint"
-    """What training steps move now; see `fedpara_plugins.training.step_hooks`."""
+    """Which factors the next training step moves; see `fedpara_plugins.training.step_hooks`."""
 
     origin: tuple[str, int]
-    """The layer's name in the model and the config's seed: what private factors are drawn from."""
+    """The layer's name in the model and the config's seed, which seed the private factors."""
 
     fit_errors: dict[str, float]
-    """For weights that were fitted, |W - composed| / |W| at that time, by attribute name."""
+    """|W - composed| / |W| of each fitted weight when it was fitted, by attribute."""
 
     @classmethod
     def slots(cls, dense: nn.Module) -> list[WeightSlot]:
-        """The weights of ``dense`` that may be factorised."""
+        """Return the weights of ``dense`` that may be factorised."""
         raise TypeError(f"{cls.__name__} must define slots()")
 
     # From dense and back
@@ -101,29 +111,26 @@ class FactorisedLayer(nn.Module):
         seed: int,
         fit: bool = False,
     ) -> FactorisedLayer:
-        """A layer of this class in place of ``dense``, with fresh factors.
+        """Return a layer of this class in place of ``dense``, with fresh factors.
 
-        It takes over every attribute, hook and remaining parameter (the very objects) of the dense
-        layer, and its factors stand where the weight stood in the order of parameters.
+        It takes over every attribute, hook and remaining parameter of the dense layer, the very
+        objects. In the order of parameters its factors replace the weight.
 
         Args:
             dense: instance of ``dense_class``; not modified.
-            plans: what to factorise, by attribute name; not empty.
+            plans: the weights to factorise, by attribute; not empty.
             name: the layer's name in the model, which seeds its private factors.
             seed: see `fedpara_plugins.factors.initialise.initial_private`.
             fit: start from the closest factors to the dense weight instead of fresh ones.
         """
-        layer = cls.__new__(cls)
-        layer.__dict__ = _own_attributes(dense)
         parameters: dict[str, nn.Parameter | None] = {}
         errors: dict[str, float] = {}
-        for attribute, parameter in dense._parameters.items():
+        for attribute, parameter in own_parameters(dense).items():
             plan = plans.get(attribute)
             if plan is None or parameter is None:
                 parameters[attribute] = parameter
                 continue
-            key = f"{name}.{attribute}" if name else attribute
-            factors = initial_factors(plan, seed=seed, key=key)
+            factors = initial_factors(plan, seed=seed, key=full_name(name, attribute))
             if fit:
                 factors = fit_factors(plan, parameter, factors)
                 errors[attribute] = relative_error(plan, parameter, factors)
@@ -132,24 +139,28 @@ class FactorisedLayer(nn.Module):
                 parameters[cls.factor_key(attribute, factor)] = nn.Parameter(
                     value, requires_grad=parameter.requires_grad
                 )
-        layer.__dict__["_parameters"] = parameters
-        layer.__dict__["plans"] = dict(plans)
-        layer.__dict__["left_dense"] = {}
-        layer.__dict__["fit_errors"] = errors
-        layer.__dict__["origin"] = (name, seed)
-        return layer
+        added = {
+            "plans": dict(plans),
+            "left_dense": {},
+            "fit_errors": errors,
+            "origin": (name, seed),
+        }
+        return assembled_module(cls, {**attributes_of(dense), **added}, parameters)
 
     def to_dense(self) -> nn.Module:
-        """The ordinary layer with the composed weights.
+        """Return the dense layer with the composed weights.
 
-        It takes over this layer's other parameters, the very objects, so that what is tied stays
-        tied; `fedpara_plugins.to_dense` copies the model first.
+        It takes over this layer's other parameters, the very objects, so tied parameters stay tied.
+        `fedpara_plugins.to_dense` copies the model first.
+
+        Raises:
+            ConversionError: a parameter or composed weight holds NaN or infinity.
         """
-        dense = self.dense_class.__new__(self.dense_class)
-        own = _own_attributes(self)
-        dense.__dict__ = {k: v for k, v in own.items() if k not in OWN_ATTRIBUTES}
-        dense.__dict__["_parameters"] = self._dense_parameters()
-        return dense
+        return self._dense_with(self._dense_parameters())
+
+    def _dense_with(self, parameters: Mapping[str, nn.Parameter | None]) -> nn.Module:
+        attributes = {k: v for k, v in attributes_of(self).items() if k not in ADDED_ATTRIBUTES}
+        return assembled_module(self.dense_class, attributes, parameters)
 
     def _dense_parameters(self) -> dict[str, nn.Parameter | None]:
         parameters: dict[str, nn.Parameter | None] = {}
@@ -158,12 +169,12 @@ class FactorisedLayer(nn.Module):
             for weight, plan in self.plans.items()
             for factor in plan.factor_names
         }
-        for key, parameter in self._parameters.items():
+        for key, parameter in own_parameters(self).items():
             weight = owner.get(key)
             if weight is None:
                 parameters[key] = _finite(parameter)
             elif weight not in parameters and parameter is not None:
-                # Of both halves, whatever phase of training the model is in.
+                # Both halves count, whatever phase of training the model is in.
                 with without_autocast(parameter.device.type):
                     value = self.plans[weight].compose(self.factors(weight)).detach()
                 parameters[weight] = _finite(nn.Parameter(value, parameter.requires_grad))
@@ -172,11 +183,11 @@ class FactorisedLayer(nn.Module):
     # Execution
 
     def composed_weight(self, weight: str) -> Tensor:
-        """W from its factors, differentiable; the dense parameter if the weight has no plan."""
+        """Return W from its factors, differentiable; the dense parameter without a plan."""
         plan = self.plans.get(weight)
         if plan is None:
             return self._parameters[weight]  # type: ignore[return-value]
-        # Whoever is called with every weight must not be called twice for the same.
+        # `on_composed` must see each weight once, and a kept weight was composed before.
         kept = None if self.on_composed is not None else kept_weight(self, weight)
         if kept is not None:
             return kept
@@ -186,7 +197,7 @@ class FactorisedLayer(nn.Module):
         return value
 
     def composed_weights(self) -> dict[str, Tensor]:
-        """All composed weights by name, as `composed_weight` gives them."""
+        """Return all composed weights by attribute, each as `composed_weight` returns it."""
         if holds(self):
             return {weight: self.composed_weight(weight) for weight in self.plans}
         factors = [self.factors_now(weight) for weight in self.plans]
@@ -198,29 +209,29 @@ class FactorisedLayer(nn.Module):
         return composed
 
     def must_compose(self, weight: str) -> bool:
-        """Whether somebody needs the composed weight itself, or has it already."""
+        """Return whether the composed weight itself is needed, or is kept already."""
         if weight not in self.plans or self.on_composed is not None:
             return True
         return holds(self)
 
     def factors(self, weight: str) -> dict[str, Tensor]:
-        """The factors of one weight by their names (x1, y1, ...), as the parameters they are."""
+        """Return the parameters that are the factors of one weight, by name (x1, y1, ...)."""
         found, parameters, plan = {}, self._parameters, self.plans[weight]
         for name, key in zip(plan.factor_names, plan.keys, strict=True):
-            # `getattr` finds them too, in Python and after all else, or what replaced them.
+            # `getattr` finds whatever replaced a parameter as well, but takes far longer.
             value = parameters.get(key)
             found[name] = getattr(self, key) if value is None else value
         return found
 
     def factors_now(self, weight: str) -> Mapping[str, Tensor]:
-        """The factors as the present phase of training sees them: what is to be composed."""
+        """Return the factors to compose: as the present phase of training sees them."""
         plan, factors = self.plans[weight], self.factors(weight)
         if self.training and self.phase != "joint" and plan.private_names:
             return _of_phase(plan, factors, self.phase)
         return factors
 
     def private_parameters(self) -> list[nn.Parameter]:
-        """What of this layer only private steps train."""
+        """Return the parameters of this layer that only private steps train."""
         return [
             self.get_parameter(self.factor_key(weight, name))
             for weight, plan in self.plans.items()
@@ -229,32 +240,31 @@ class FactorisedLayer(nn.Module):
 
     factor_key = staticmethod(factor_key)
 
-    def start_seeded(self, *, name: str, seed: int) -> None:
-        """Replace the shared factors by those that anyone derives from the seed.
+    def start_seeded(self) -> None:
+        """Replace the shared factors by those that every side derives from the seed.
 
-        Zeros stay, such as a padding row's.
-
-        Args:
-            name: the layer's name in the model.
-            seed: see `fedpara_plugins.factors.initialise.seeded_shared`.
+        Zeros stay zero, such as those of a padding row. See
+        `fedpara_plugins.factors.initialise.seeded_shared`.
         """
+        name, seed = self.origin
         for weight, plan in self.plans.items():
-            values = seeded_shared(plan, seed=seed, key=f"{name}.{weight}" if name else weight)
-            own = self.factors(weight)
+            values = seeded_shared(plan, seed=seed, key=full_name(name, weight))
+            factors = self.factors(weight)
             with torch.no_grad():
-                for factor, value in values.items():
-                    new = value.to(own[factor].device, own[factor].dtype)
-                    own[factor].copy_(torch.where(own[factor] == 0, own[factor], new))
+                for key, value in values.items():
+                    factor = factors[key]
+                    drawn = value.to(factor.device, factor.dtype)
+                    factor.copy_(torch.where(factor == 0, factor, drawn))
 
     # What torch expects of a layer
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called for every copy and every unpickled layer: optimizers must find these as well."""
+        """Register the layer for optimizer steps, after a copy or unpickling too."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         layers_alive.add(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # `model.to(dtype)` and the like write through `.data`, which nothing else would notice.
+        # `model.to(dtype)` and its kin write through `.data`, which changes no version.
         forget(self)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
@@ -267,50 +277,38 @@ class FactorisedLayer(nn.Module):
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
-        """Start again: new shared factors, seeded private ones, biases as in the dense layer."""
-        self._reset_the_rest()
+        """Draw shared factors anew, private ones from the seed, biases as the dense layer does."""
+        self._reset_dense_parameters()
         name, seed = self.origin
         for weight, plan in self.plans.items():
-            key = f"{name}.{weight}" if name else weight
-            factors = initial_factors(plan, seed=seed, key=key)
+            factors = initial_factors(plan, seed=seed, key=full_name(name, weight))
             with torch.no_grad():
                 for factor, parameter in self.factors(weight).items():
                     parameter.copy_(factors[factor])
 
-    def _reset_the_rest(self) -> None:
-        """The dense layer's own rule, on a layer that has a throw-away weight for each composed."""
+    def _reset_dense_parameters(self) -> None:
+        """Apply the dense layer's rule, with a throw-away weight for each composed one."""
         rule = getattr(self.dense_class, "reset_parameters", None)
         if rule is None:
             return
-        dense = self.dense_class.__new__(self.dense_class)
-        own = _own_attributes(self)
-        dense.__dict__ = {k: v for k, v in own.items() if k not in OWN_ATTRIBUTES}
-        parameters = dict(self._parameters)
+        parameters = dict(own_parameters(self))
         for weight, plan in self.plans.items():
             factors = [parameters.pop(self.factor_key(weight, f)) for f in plan.factor_names]
             assert factors[0] is not None
             parameters[weight] = nn.Parameter(factors[0].new_empty(plan.shape))
-        dense.__dict__["_parameters"] = parameters
-        rule(dense)
+        rule(self._dense_with(parameters))
 
     def extra_repr(self) -> str:
-        """The dense layer's own text, then method and rank."""
+        """Return the dense layer's text, then method and rank."""
         ranks = {w: f"{p.method.name} rank {p.rank}" for w, p in self.plans.items()}
         texts = [t if w == "weight" else f"{w}: {t}" for w, t in ranks.items()]
         return ", ".join(text for text in (super().extra_repr(), *texts) if text)
 
 
-def _own_attributes(layer: nn.Module) -> dict[str, Any]:
-    attributes = layer.__dict__.copy()
-    # What `layer.compile()` made runs the old layer; torch itself leaves it out of every copy.
-    attributes.pop("_compiled_call_impl", None)
-    return attributes
-
-
 def _of_phase(
     plan: WeightPlan, factors: Mapping[str, Tensor], phase: Phase
 ) -> Mapping[str, Tensor]:
-    """Private steps see the shared half frozen; shared steps see the private half switched off."""
+    """Return the shared half frozen for private steps, the private half zero for shared steps."""
     changed = dict(factors)
     for name, factor in factors.items():
         if phase == "private" and name not in plan.private_names:

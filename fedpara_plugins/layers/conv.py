@@ -1,8 +1,8 @@
-"""Convolutions and their transposes from factors: the kernel is composed with a core.
+"""Factorised convolutions and transposed convolutions: the kernel is composed with a core.
 
-Six classes that differ in the dense class alone. Stride, padding, padding modes, output padding,
-dilation and groups are the dense layer's own business: only the kernel is replaced. A kernel of
-one element (1x1) is composed as a matrix, without a core.
+The six classes differ in the dense class alone. Only the kernel is replaced: stride, padding,
+padding mode, output padding, dilation and groups stay with the dense layer. A kernel of one element
+(1x1) is composed as a matrix, without a core.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ __all__ = [
 class ConvolutionMixin(FactorisedLayer):
     """A convolution whose kernel is composed at every forward (Proposition 3).
 
-    The kernel is (out, in / groups, k1, ...), that of a transpose (in, out / groups, k1, ...); X
-    belongs to the first side and Y to the second. All groups share Y and the core.
+    The kernel's shape is (out, in / groups, k1, ...), or (in, out / groups, k1, ...) when
+    transposed. X belongs to the first side and Y to the second. All groups share Y and the core.
     """
 
     weight = composed()
 
     @classmethod
     def slots(cls, dense: nn.Module) -> list[WeightSlot]:
-        """The kernel. For a transpose, too, torch takes the second side for the inputs."""
+        """Return the kernel; torch takes its second side for the inputs, transposed or not."""
         shape = tuple(dense.get_parameter("weight").shape)
         fan_in = prod(shape[1:])
-        # kaiming_uniform_(a=sqrt(5)), the layers' default, has this variance.
+        # The default, kaiming_uniform_(a=sqrt(5)), has this variance.
         return [WeightSlot("weight", shape, fan_in, 1 / (3 * fan_in))]
 
 

@@ -1,12 +1,12 @@
-"""`nn.Embedding` and `nn.EmbeddingBag` from factors: the table (num, dim) is composed as a matrix.
+"""Factorised `nn.Embedding` and `nn.EmbeddingBag`: the table (num, dim) is composed as a matrix.
 
-The padding row keeps torch's meaning. Where the dense layer's row is zero, as torch starts it, the
-same row of X1 is zero. Then so is the composed row, whatever the other factors hold: the gradient
-is masked there, so that row of X1 never moves, and since it is zero the row moves through no other
-factor either. A padding row that somebody filled with other values is composed like every other
-row: it gets no gradient of its own, but follows the factors that all rows have in common.
+The padding row keeps its meaning in torch. If the dense layer's row is zero, as torch starts it,
+the same row of X1 is zero, and so is the composed row whatever the other factors hold. The gradient
+is masked there, so this row of X1 never moves; and since it is zero, no other factor moves the
+composed row. A padding row with other values is composed like any other: it gets no gradient, but
+moves with the factors that all rows share.
 
-All rows move in every step, also those whose index is in no batch, since they share Y.
+Every step moves all rows, also those of indices that no batch holds, since they share Y.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["EmbeddingMixin", "FactorisedEmbedding", "FactorisedEmbeddingBag"]
 
 
 class EmbeddingMixin(FactorisedLayer):
-    """A table of vectors that is composed at every forward (Proposition 1)."""
+    """The base of both kinds: a table composed at every forward (Proposition 1)."""
 
     weight = composed()
     padding_idx: int | None
 
     @classmethod
     def slots(cls, dense: nn.Module) -> list[WeightSlot]:
-        """The table (num_embeddings, embedding_dim), N(0, 1) by default; one input per output."""
+        """Return the table (num_embeddings, embedding_dim), N(0, 1) by default, fan-in 1."""
         assert isinstance(dense, (nn.Embedding, nn.EmbeddingBag))
         shape = tuple(dense.weight.shape)
         return [WeightSlot("weight", shape, 1, 1.0, _obstacle(dense))]
@@ -42,7 +42,7 @@ class EmbeddingMixin(FactorisedLayer):
     def from_dense(
         cls, dense: nn.Module, plans: Mapping[str, WeightPlan], **options: Any
     ) -> FactorisedLayer:
-        """As for every kind; a padding row that is zero stays zero."""
+        """Return the layer in place of ``dense``; a padding row of zeros stays zero."""
         layer = super().from_dense(dense, plans, **options)
         assert isinstance(layer, EmbeddingMixin)
         row = layer.padding_idx
@@ -51,12 +51,12 @@ class EmbeddingMixin(FactorisedLayer):
         return layer
 
     def reset_parameters(self) -> None:
-        """Draw new factors; the padding row is zero, as in torch."""
+        """Draw new factors; the padding row becomes zero, as in torch."""
         super().reset_parameters()
         self._zero_padding_row()
 
     def composed_weight(self, weight: str) -> Tensor:
-        """As for every kind; autocast leaves a table as it is, and so its rows."""
+        """Return the composed table in its own dtype: autocast does not cast tables."""
         with without_autocast(self.factors(weight)["x1"].device.type):
             return super().composed_weight(weight)
 
@@ -64,7 +64,7 @@ class EmbeddingMixin(FactorisedLayer):
         if self.padding_idx is None:
             return
         plan = self.plans["weight"]
-        # Methods are of order one or more in their shared operands: one zero row is enough.
+        # Every shared operand multiplies the weight, so one row of zeros is enough.
         name = next(name for name in plan.factor_names if name not in plan.private_names)
         with torch.no_grad():
             self.factors("weight")[name][self.padding_idx] = 0.0
@@ -73,8 +73,8 @@ class EmbeddingMixin(FactorisedLayer):
 class FactorisedEmbedding(EmbeddingMixin, nn.Embedding):
     """`nn.Embedding` with a composed table.
 
-    Where a batch has fewer tokens than the table has rows, only the rows of these tokens are
-    composed: fifty times faster on one core for 1024 tokens and a table of 30,522 x 768.
+    If a batch has fewer tokens than the table has rows, only the rows of these tokens are composed.
+    That is fifty times faster on one core for 1024 tokens and a table of 30,522 x 768.
     """
 
     kind = "embedding"
@@ -82,8 +82,8 @@ class FactorisedEmbedding(EmbeddingMixin, nn.Embedding):
     may_skip_composing = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name for it)
-        """Rows of the composed table: shape (*input.shape, embedding_dim)."""
-        # Those who ask for the composed weight, or divide by counts of tokens, need all of it.
+        """Return rows of the composed table, shape (*input.shape, embedding_dim)."""
+        # Counts of tokens divide the gradient of the whole table.
         whole = self.must_compose("weight") or self.scale_grad_by_freq
         if whole or input.numel() >= self.num_embeddings:
             return super().forward(input)
@@ -93,7 +93,7 @@ class FactorisedEmbedding(EmbeddingMixin, nn.Embedding):
         return torch.where((input == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
 
     def _rows(self, tokens: Tensor) -> Tensor:
-        """The rows of these tokens, shape (tokens, embedding_dim)."""
+        """Compose the rows of these tokens, shape (tokens, embedding_dim)."""
         factors = {
             name: functional.embedding(tokens, factor) if name[0] == "x" else factor
             for name, factor in self.factors_now("weight").items()

@@ -1,7 +1,7 @@
-"""Compose every weight once for several forwards, where the user says so.
+"""Composed weights that are kept for several forwards, where the user asks for it.
 
-Factors can be changed in ways that nothing can notice (through ``.data``, through a numpy view), so
-a weight that outlives its forward is never kept behind a user's back: only inside this context.
+Some changes of factors cannot be noticed (through ``.data``, through a numpy view). Therefore a
+weight outlives its forward only inside the context `composed_once`, which the user opens.
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
-from torch._C import _is_tracing
 from torch.compiler import is_compiling
 
 from fedpara_plugins.errors import ConversionError
 from fedpara_plugins.factors.fast.conditions import may_run, without_autocast
 from fedpara_plugins.factors.plan import WeightPlan
+from fedpara_plugins.support.torch_seams import is_tracing, saved_tensors_hooks_are_enabled
 
 __all__ = ["before_step", "composed_once", "forget", "holds", "kept_weight"]
 
 
 class ComposingLayer(Protocol):
-    """What a `FactorisedLayer` is here: a layer whose weights are composed from its parameters."""
+    """A layer whose weights are composed from its parameters, as `FactorisedLayer` is."""
 
     training: bool
     _parameters: dict[str, nn.Parameter | None]
 
     @property
     def plans(self) -> Mapping[str, WeightPlan]:
-        """Its factorised weights, by attribute."""
+        """The factorised weights, by attribute."""
 
     @property
     def phase(self) -> str:
-        """What training steps move now."""
+        """Which factors the next training step moves."""
 
     @property
     def factor_key(self) -> Callable[[str, str], str]:
-        """From weight and factor to the parameter's name."""
+        """The function from weight and factor to the parameter's name."""
 
     def factors(self, weight: str) -> Mapping[str, Tensor]:
         """Return a weight's factors by name."""
 
     def factors_now(self, weight: str) -> Mapping[str, Tensor]:
-        """Return them as the present phase of training sees them."""
+        """Return the factors to compose, as the present phase of training sees them."""
 
 
 class _Factor(NamedTuple):
-    """A factor as it was when it composed a weight."""
+    """A factor and its state when it composed a weight."""
 
     name: str
     tensor: Tensor
@@ -59,8 +59,8 @@ class _Factor(NamedTuple):
     trained: bool
 
 
-class _Kept(NamedTuple):
-    """A composed weight, what its factors were, and (in training) the graph it was cut from."""
+class _KeptWeight(NamedTuple):
+    """A composed weight, its factors' states, and in training the graph that it is cut from."""
 
     value: Tensor
     factors: tuple[_Factor, ...]
@@ -70,7 +70,7 @@ class _Kept(NamedTuple):
 
 
 def _pull_back(value: Tensor, factors: Sequence[_Factor], graph: Tensor | None) -> None:
-    """Take the gradient that a weight has collected to its factors."""
+    """Propagate the gradient that a weight has accumulated to its factors."""
     if graph is None or value.grad is None:
         return
     for _, tensor, version, trained in factors:
@@ -84,27 +84,28 @@ def _pull_back(value: Tensor, factors: Sequence[_Factor], graph: Tensor | None) 
 
 
 class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used)
-    """Compose each weight of a model at its first use inside the context, and use it again.
+    """Context in which each weight of a model is composed once, at its first use.
 
-    For evaluation, and for several backward passes that one optimizer step follows: gradients are
-    collected at the composed weights, and taken to the factors' ``.grad`` when the context is left
-    (those of a backward pass that comes later, at once). Parameters that are no factors get theirs
-    as ever. While the context is open, it holds every weight, and in training its gradient.
+    It serves evaluation, and several backward passes before one optimizer step. Gradients
+    accumulate at the composed weights and reach the factors' ``.grad`` when the context is left;
+    those of a later backward pass reach them at once. Parameters that are no factors get their
+    gradients as usual. While the context is open, it holds every weight and, in training, its
+    gradient.
 
-    A weight whose factors were replaced, frozen, or changed in place since is composed anew, also
-    after an optimizer's step, ``load_state_dict`` and ``model.to(dtype)``, and inside
-    ``functional_call``; copies of the model compose for themselves. **Not noticed are changes
-    through** ``.data`` **and through numpy views**: make none inside.
+    A weight is composed again when its factors were replaced, frozen or changed in place: after an
+    optimizer's step, ``load_state_dict`` and ``model.to(dtype)``, and inside ``functional_call``.
+    Copies of the model compose their own weights. **Changes through** ``.data`` **and through
+    numpy views are not noticed**: make none inside the context.
 
-    Factors have no gradients of their own while the context is open: call ``zero_grad()`` and
-    ``torch.autograd.grad`` or ``backward(inputs=...)`` by factors outside of it.
+    Factors have no gradients of their own while the context is open. Call ``zero_grad()``, and
+    ``torch.autograd.grad`` or ``backward(inputs=...)`` with respect to factors, outside of it.
 
     Args:
-        model: a converted model; all others pass unchanged.
+        model: a converted model; other models work unchanged.
 
     Raises:
         ConversionError: an optimizer steps, or factors change, while gradients are waiting; or
-            this very object is open already.
+            this object is open already.
 
     Example:
         >>> model = convert(nn.Linear(64, 64), method="fedpara")
@@ -118,9 +119,9 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._layers: dict[int, nn.Module] = {}
-        # By thread (the context's own), layer and weight: what was composed, in each state once.
-        self._kept: dict[tuple[int, int, str], list[_Kept]] = {}
-        self._trained: list[_Kept] = []
+        # By the context's thread, layer and weight; an entry for each mode it was composed in.
+        self._kept: dict[tuple[int, int, str], list[_KeptWeight]] = {}
+        self._trained: list[_KeptWeight] = []
         self._thread = 0
 
     def __enter__(self) -> composed_once:
@@ -143,28 +144,28 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
         for value, factors, _, _, graph in trained:
             if kind is None:
                 _pull_back(value, factors, graph)
-            # The hook must not hold the value: torch holds the hook, and neither would ever go.
-            late = value.register_post_accumulate_grad_hook
-            late(partial(_pull_back, factors=factors, graph=graph))  # type: ignore[no-untyped-call]
+            # The hook must not refer to the value, which holds the hook: neither would be freed.
+            register = value.register_post_accumulate_grad_hook
+            register(partial(_pull_back, factors=factors, graph=graph))  # type: ignore[no-untyped-call]
 
-    def waits(self) -> bool:
-        """Whether weights have collected gradients."""
+    def has_gradients(self) -> bool:
+        """Return whether weights have accumulated gradients."""
         return any(kept.value.grad is not None for kept in self._trained)
 
     def forget(self, layer: ComposingLayer) -> None:
-        """Compose a layer's weights anew at their next use."""
+        """Compose a layer's weights again at their next use."""
         for name in layer.plans:
             self._kept.pop((self._thread, id(layer), name), None)
 
     def compose(self, layer: ComposingLayer, name: str) -> Tensor | None:
-        """Compose a weight and hold it; None where it must be composed at each use."""
+        """Compose a weight and keep it; return None where each use must compose it."""
         factors = layer.factors(name)
         if not may_run(list(factors.values())) or any(f.is_inference() for f in factors.values()):
             return None
         kept = _compose(layer, name, factors)
         key = (self._thread, id(layer), name)
-        state = (kept.grad, kept.phase)
-        others = [k for k in self._kept.get(key, ()) if (k.grad, k.phase) != state]
+        mode = (kept.grad, kept.phase)
+        others = [k for k in self._kept.get(key, ()) if (k.grad, k.phase) != mode]
         self._kept[key] = [kept, *others]
         if kept.graph is not None:
             self._trained.append(kept)
@@ -172,16 +173,17 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
 
 
 def kept_weight(layer: ComposingLayer, name: str) -> Tensor | None:
-    """The weight of a layer that an open context holds; None where it is to be composed."""
-    # This runs before each use of a weight, with everything that it touches out of the caches: what
-    # can be asked in fewer steps is. A trace would keep the weight for ever.
-    if not _open or is_compiling() or _is_tracing():
+    """Return the weight that an open context keeps for a layer; None if it must be composed."""
+    # This runs before each use of a weight, with cold caches, so it takes as few steps as possible:
+    # private attributes of torch are read without a function (see `torch_seams.HOT_ATTRIBUTES`).
+    # A trace would keep the weight for ever.
+    if not _open or is_compiling() or is_tracing():
         return None
     key = (get_ident(), id(layer), name)
     try:
         once = _open[-1]
         found = once._kept[key]
-    except (IndexError, KeyError):  # the last one is another's, or keeps nothing yet
+    except (IndexError, KeyError):  # the last one is another model's, or keeps nothing yet
         innermost = _innermost(layer)
         if innermost is None:
             return None
@@ -204,22 +206,22 @@ def kept_weight(layer: ComposingLayer, name: str) -> Tensor | None:
 
 
 def holds(layer: ComposingLayer) -> bool:
-    """Whether an open context holds the layer's weights."""
+    """Return whether an open context keeps the layer's weights."""
     if not _open or is_compiling():
         return False
     return _innermost(layer) is not None
 
 
 def before_step(layers: Iterable[ComposingLayer]) -> None:
-    """Forget the weights of layers that an optimizer is about to change.
+    """Drop the weights of layers that an optimizer is about to change.
 
     Raises:
-        ConversionError: gradients are waiting, and a step now would go without them.
+        ConversionError: gradients are waiting that this step would miss.
     """
     for layer in layers:
-        forget(layer)  # fused optimizers change factors and leave their versions as they were
+        forget(layer)  # fused optimizers change factors without changing their versions
         once = _innermost(layer)
-        if once is not None and once.waits():
+        if once is not None and once.has_gradients():
             raise ConversionError(
                 "an optimizer steps inside `composed_once`, but factors get their gradients when "
                 "the context is left: call optimizer.step() after it"
@@ -227,18 +229,21 @@ def before_step(layers: Iterable[ComposingLayer]) -> None:
 
 
 def forget(layer: ComposingLayer) -> None:
-    """Compose a layer's weights anew at their next use, in every open context."""
+    """Compose a layer's weights again at their next use, in every open context."""
     for once in tuple(_open):
         once.forget(layer)
 
 
 _open: list[composed_once] = []
-"""Of all threads, the innermost of each last. Without a lock: what another thread does meanwhile
-cannot hide a context of this one for more than one look, and then a weight is composed anew."""
+"""Contexts of all threads; the innermost of each thread comes last.
+
+There is no lock. Another thread's change can hide a context of this one for a single look at most,
+and then a weight is composed once more.
+"""
 
 
 def _innermost(layer: object) -> composed_once | None:
-    """The innermost open context of this thread that holds the layer; None without one."""
+    """Return the innermost open context of this thread that holds the layer, or None."""
     if _open:
         thread = get_ident()
         for once in reversed(_open):
@@ -247,23 +252,26 @@ def _innermost(layer: object) -> composed_once | None:
     return None
 
 
-def _compose(layer: ComposingLayer, name: str, factors: Mapping[str, Tensor]) -> _Kept:
-    known = tuple(
+def _compose(layer: ComposingLayer, name: str, factors: Mapping[str, Tensor]) -> _KeptWeight:
+    states = tuple(
         _Factor(layer.factor_key(name, f), t, t._version, t.requires_grad)
         for f, t in factors.items()
     )
     phase = layer.phase if layer.training else "joint"
     grad = is_grad_enabled()
     device = next(iter(factors.values())).device.type
-    with without_autocast(device), _saved_as_they_are() if grad else nullcontext():
+    with without_autocast(device), _without_saved_tensors_hooks() if grad else nullcontext():
         graph = layer.plans[name].compose(layer.factors_now(name))
     if not graph.requires_grad:
-        return _Kept(graph, known, grad, phase, None)
-    return _Kept(graph.detach().requires_grad_(), known, grad, phase, graph)
+        return _KeptWeight(graph, states, grad, phase, None)
+    return _KeptWeight(graph.detach().requires_grad_(), states, grad, phase, graph)
 
 
-def _saved_as_they_are() -> AbstractContextManager[Any]:
-    """A checkpoint that is open counts what it saves, and runs again when the weight is kept."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+def _without_saved_tensors_hooks() -> AbstractContextManager[Any]:
+    """Return a context that hides saved tensors from an open `torch.utils.checkpoint`.
+
+    A checkpoint counts them. When it runs again, the weight is kept and saves none.
+    """
+    if not saved_tensors_hooks_are_enabled():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)

@@ -1,4 +1,4 @@
-"""Kinds for layers of packages that this one must not import."""
+"""Kinds for the layers of packages that this package must not import."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["LazyLayer"]
 
 @dataclass(frozen=True, kw_only=True)
 class LazyLayer:
-    """Where a kind is to be found once the dense layer's package has been imported by others.
+    """The place of a kind that is loaded when the dense layer's package has been imported.
 
-    Registered like a kind. As long as nobody has imported the dense class's module, no model can
-    hold such a layer, and the kind is not needed.
+    It is registered like a kind. Until somebody imports the dense class's module, no model can hold
+    such a layer and the kind is not needed.
 
     Attributes:
         dense_class: the dense class as ``package.module:Class``, with the module that defines it.
-        kind: the `FactorisedLayer` for it, written the same way. Its module may import the
-            dense class's.
+        kind: its `FactorisedLayer`, written the same way. Its module may import the dense class's
+            module.
     """
 
     dense_class: str
@@ -32,14 +32,14 @@ class LazyLayer:
 
     @property
     def dense_module(self) -> str:
-        """Name of the module whose import makes the kind necessary."""
+        """The module whose import makes the kind necessary."""
         return self.dense_class.partition(":")[0]
 
     def load(self) -> type[FactorisedLayer]:
-        """The kind.
+        """Import and return the kind.
 
         Raises:
-            PluginError: it cannot be imported, or it is a kind for another dense class.
+            PluginError: it cannot be imported, or it replaces another dense class.
         """
         module, _, name = self.kind.partition(":")
         try:

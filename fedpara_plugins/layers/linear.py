@@ -1,4 +1,4 @@
-"""`nn.Linear` from factors: y = x Wᵀ + b with W (out, in) composed."""
+"""Factorised `nn.Linear`: y = x Wᵀ + b with W (out, in) composed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
     """A linear layer whose weight is composed at every forward (Proposition 1).
 
     For few inputs, and for weights too large for the cache, the output is computed from the factors
-    with the same result; see `fedpara_plugins.factors.fast.linear`.
+    directly, with the same result; see `fedpara_plugins.factors.fast.linear`.
     """
 
     kind = "linear"
@@ -27,21 +27,21 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
 
     @classmethod
     def slots(cls, dense: nn.Module) -> list[WeightSlot]:
-        """One weight of shape (out_features, in_features)."""
+        """Return the one weight, shape (out_features, in_features)."""
         assert isinstance(dense, nn.Linear)
         fan_in = dense.in_features
         shape = (dense.out_features, fan_in)
-        # kaiming_uniform_(a=sqrt(5)), the layer's default, has this variance.
+        # The default, kaiming_uniform_(a=sqrt(5)), has this variance.
         return [WeightSlot("weight", shape, fan_in, 1 / (3 * fan_in))]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name for it)
-        """Shape (..., out_features)."""
+        """Return the outputs, shape (..., out_features)."""
         plan = self.plans.get("weight")
         if plan is None or self.on_composed is not None:
             return super().forward(input)
         kept = kept_weight(self, "weight")
         if kept is not None:
-            # Not as an attribute where it can be had otherwise: torch's modules look in Python.
+            # From the dictionary where possible, since `getattr` of a module takes long.
             own = self._parameters
             return linear(input, kept, own["bias"] if "bias" in own else self.bias)  # noqa: SIM401
         output = linear_from_factors(plan, self.factors_now("weight"), input, self.bias)

@@ -1,4 +1,4 @@
-"""`nn.LSTM` and `nn.GRU` from factors: every matrix of every layer and direction on its own."""
+"""Factorised `nn.LSTM` and `nn.GRU`: each matrix of each layer and direction by itself."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from torch import Tensor, nn
 
 from fedpara_plugins.factors.plan import WeightPlan, WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, layers_alive
+from fedpara_plugins.support.torch_seams import own_parameters
 
 __all__ = ["FactorisedGRU", "FactorisedLSTM", "FactorisedRecurrent"]
 
 
 class FactorisedRecurrent(FactorisedLayer, nn.RNNBase):
-    """What recurrent layers share: each matrix is composed once per forward, not per time step.
+    """The base of recurrent kinds: a matrix is composed once per forward, not per time step.
 
     Weights are named as in torch (``weight_ih_l0``, ``weight_hh_l0_reverse``, ``weight_hr_l0``),
-    their factors ``weight_ih_l0_x1`` and so on. Those too small to save stay parameters.
+    their factors ``weight_ih_l0_x1`` and so on. Weights too small to save stay parameters.
 
-    The dense layer keeps a list of its weights, ``_flat_weights``, beside the parameters. Here it
-    is composed when it is read: nothing that belongs to a graph stays in the layer, which can
-    therefore be copied and pickled after any training step.
+    The dense layer keeps a list of its weights, ``_flat_weights``, beside the parameters (see
+    `torch_seams.OVERRIDDEN_NAMES`). Here the list is composed whenever it is read. No tensor of a
+    graph stays in the layer, so it can be copied and pickled after any training step.
     """
 
     @classmethod
     def slots(cls, dense: nn.Module) -> list[WeightSlot]:
-        """All matrices: (gates * hidden, input), (gates * hidden, hidden), (proj, hidden)."""
+        """Return all matrices: (gates * hidden, input or hidden) and (proj, hidden)."""
         assert isinstance(dense, nn.RNNBase)
-        # uniform(-1/sqrt(hidden), 1/sqrt(hidden)), the default of all, has this variance.
+        # All weights start as uniform(-1/sqrt(hidden), 1/sqrt(hidden)), which has this variance.
         variance = 1 / (3 * dense.hidden_size)
         return [
             WeightSlot(name, tuple(parameter.shape), parameter.shape[1], variance)
-            for name, parameter in dense._parameters.items()
+            for name, parameter in own_parameters(dense).items()
             if parameter is not None and parameter.dim() == 2
         ]
 
@@ -41,40 +42,40 @@ class FactorisedRecurrent(FactorisedLayer, nn.RNNBase):
     def from_dense(
         cls, dense: nn.Module, plans: Mapping[str, WeightPlan], **options: Any
     ) -> FactorisedLayer:
-        """As for every kind, without the list that would keep the dense weights alive."""
+        """Return the layer without the list that would keep the dense weights alive."""
         layer = super().from_dense(dense, plans, **options)
         del layer.__dict__["_flat_weights"]
         layer.__dict__["_flat_weight_refs"] = []
         return layer
 
     def to_dense(self) -> nn.Module:
-        """The ordinary layer, its list of weights filled again."""
+        """Return the dense layer with its list of weights filled again."""
         dense = cast(nn.RNNBase, super().to_dense())
         dense._init_flat_weights()
         return dense
 
     def reset_parameters(self) -> None:
-        """Draw everything anew: dense weights and biases as the dense layer does, then factors."""
+        """Draw dense weights and biases anew as the dense layer does, then the factors."""
         nn.RNNBase.reset_parameters(self)
         super().reset_parameters()
 
     def __getattr__(self, name: str) -> Any:
-        # Names differ from instance to instance, so no `composed` can be declared for them.
+        # The names differ between instances, so the class cannot declare them with `composed`.
         if name in self.__dict__.get("plans", ()):
             return self.composed_weight(name)
         return super().__getattr__(name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # nn.RNNBase would compose every weight here, only to remember where it was.
+        # nn.RNNBase would compose every weight here, only to keep weak references to them.
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
         layers_alive.add(self)
         self._flat_weight_refs = []
 
-    # The dense layer's bookkeeping of a list that is not kept here
+    # Methods with which the dense layer maintains its list of weights
 
     @property
     def _flat_weights(self) -> list[Any]:
-        # Biases as what they are: to look for attributes of modules takes long.
+        # Biases come from the dictionary, since `getattr` of a module takes long.
         found = {**self._parameters, **self.composed_weights()}
         names = self._flat_weights_names
         return [found[name] if name in found else getattr(self, name) for name in names]
@@ -90,18 +91,18 @@ class FactorisedRecurrent(FactorisedLayer, nn.RNNBase):
         pass
 
     def flatten_parameters(self) -> None:
-        """Nothing to lay out in one chunk: composed weights are new at every forward."""
+        """Do nothing: composed weights are new at each forward, with nothing to lay out."""
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:  # noqa: A002
-        """The dense layer's checks, which would compose every weight to learn the dtype of one.
+        """Check dtype and shape of the input without composing a weight, as the dense layer would.
 
         Args:
             input: (length, batch, input_size) or batch first; (total, input_size) if packed.
-            batch_sizes: of a packed sequence, else None.
+            batch_sizes: those of a packed sequence, else None.
 
         Raises:
-            ValueError: the input has another dtype than the weights.
-            RuntimeError: it has another shape.
+            ValueError: the input's dtype is not that of the weights.
+            RuntimeError: the input's shape is wrong.
         """
         dtype = next(iter(self.factors(next(iter(self.plans))).values())).dtype
         if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
@@ -119,14 +120,14 @@ class FactorisedRecurrent(FactorisedLayer, nn.RNNBase):
 
 
 class FactorisedLSTM(FactorisedRecurrent, nn.LSTM):
-    """An LSTM whose matrices are composed at every forward (Proposition 1)."""
+    """`nn.LSTM` with composed matrices (Proposition 1)."""
 
     kind = "lstm"
     dense_class = nn.LSTM
 
 
 class FactorisedGRU(FactorisedRecurrent, nn.GRU):
-    """A GRU whose matrices are composed at every forward (Proposition 1)."""
+    """`nn.GRU` with composed matrices (Proposition 1)."""
 
     kind = "gru"
     dense_class = nn.GRU

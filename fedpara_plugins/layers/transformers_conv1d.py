@@ -1,8 +1,8 @@
-"""Hugging Face's ``Conv1D`` from factors: y = x W + b with W (in, out) composed.
+"""Factorised ``Conv1D`` of Hugging Face: y = x W + b with W (in, out) composed.
 
-GPT-2 and its kin use it where others use `nn.Linear`; its weight stands the other way round. This
-module imports transformers, and is itself imported only where transformers already is (`LazyLayer`)
-or where a converted model is unpickled.
+GPT-2 and related models use it in place of `nn.Linear`; its weight is transposed. This module
+imports transformers. It is imported itself when transformers already is (`LazyLayer`), or when a
+converted model is unpickled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedpara_plugins.layers.base import FactorisedLayer, composed
 __all__ = ["FactorisedConv1D"]
 
 DEFAULT_STD = 0.02
-"""Of a fresh weight, whatever its shape."""
+"""Standard deviation of a fresh weight of any shape."""
 
 
 class FactorisedConv1D(FactorisedLayer, Conv1D):  # type: ignore[misc,unused-ignore]
@@ -25,15 +25,15 @@ class FactorisedConv1D(FactorisedLayer, Conv1D):  # type: ignore[misc,unused-ign
     kind = "transformers_conv1d"
     dense_class = Conv1D
     weight = composed()
-    # The dense class writes its own without the text of `extra_repr`.
+    # The dense class has a `__repr__` that leaves `extra_repr` out.
     __repr__ = nn.Module.__repr__
 
     @classmethod
     def slots(cls, dense: nn.Module) -> list[WeightSlot]:
-        """One weight of shape (nx, nf), inputs first; X belongs to the inputs."""
+        """Return the one weight, shape (nx, nf) with inputs first; X belongs to the inputs."""
         shape = tuple(dense.get_parameter("weight").shape)
         return [WeightSlot("weight", shape, shape[0], DEFAULT_STD**2)]
 
     def extra_repr(self) -> str:
-        """The dense layer's sizes, then method and rank."""
+        """Return the dense layer's sizes, then method and rank."""
         return f"nf={self.nf}, nx={self.nx}, {super().extra_repr()}"

@@ -1,6 +1,7 @@
-"""A model in, a model out: convert, back to dense, describe, split, report, save.
+"""Models: conversion and the way back, description, split of the state, report, checkpoints.
 
-May import ``plugins``, ``training`` and what stands below them.
+The room may import ``plugins``, ``training`` and what stands below them. It offers the functions
+that take a model and return one or describe it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The config that a converted model carries."""
+"""The config that is attached to a converted model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fedpara_plugins.config import FedParaConfig
 __all__ = ["CONFIG_ATTRIBUTE", "config_of"]
 
 CONFIG_ATTRIBUTE = "_fedpara_config"
-"""Where a converted model keeps its config: a plain attribute, so it is copied and pickled."""
+"""The attribute that holds it: a plain one, so that it is copied and pickled with the model."""
 
 
 def config_of(model: nn.Module) -> FedParaConfig:
-    """The config that a model was converted with; method ``none`` if it never was."""
+    """Return the config that a model was converted with; method ``none`` if it never was."""
     found = model.__dict__.get(CONFIG_ATTRIBUTE)
     return found if isinstance(found, FedParaConfig) else FedParaConfig()

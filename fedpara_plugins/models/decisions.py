@@ -1,173 +1,179 @@
-"""Which weights of a model are factorised, and why the others stay dense."""
+"""The decision about a whole model: every check of a conversion, before anything is changed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 
 from fedpara_plugins.config import FedParaConfig
-from fedpara_plugins.errors import ConfigError, ConversionError
-from fedpara_plugins.factors.plan import WeightPlan, plan_weight
+from fedpara_plugins.errors import ConversionError
+from fedpara_plugins.factors.plan import WeightPlan
+from fedpara_plugins.factors.ratio_check import refuse_unreachable_ratios
 from fedpara_plugins.layers import FactorisedLayer
-from fedpara_plugins.models.private import matches
-from fedpara_plugins.models.weight_checks import (
-    is_quantised,
-    refuse_unsound,
-    refuse_unusable_weight,
-    why_no_kind,
-)
-from fedpara_plugins.models.wrapped import (
-    why_bound,
-    why_frozen,
-)
-from fedpara_plugins.plugins import layers, method_named
+from fedpara_plugins.layers.base import full_name
+from fedpara_plugins.models.head import choose_head
+from fedpara_plugins.models.layer_decisions import LEFT_OUT, LayerDecision, decide_layers
+from fedpara_plugins.models.looks_trained import looks_trained, norm_has_moved
+from fedpara_plugins.models.private import private_tensors
+from fedpara_plugins.models.weight_checks import check_model
+from fedpara_plugins.models.wrapped import lost_hooks, refuse_wrapped
+from fedpara_plugins.plugins import method_named
+from fedpara_plugins.support.torch_seams import own_parameters
 
-LEFT_OUT = "left out by the include or exclude patterns"
+__all__ = ["Conversion", "decide", "repeated_modules"]
 
 
-NAMES_SHOWN = 30
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """Everything that a conversion is going to do to a model.
 
-
-__all__ = ["LEFT_OUT", "Decision", "decisions"]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What happens to one layer of a model.
+    It holds the dense layers. Drop it after the conversion, so that they can be freed.
 
     Attributes:
-        name: of the layer in the model ("" for the model itself).
-        layer: the dense layer.
-        plans: its weights that are factorised, by attribute; empty if none is.
-        reasons: why the others stay dense, by attribute ("" for the layer as a whole).
+        config: the options.
+        layers: the layers that are replaced, in the model's order.
+        head: name of the layer that ``private_head`` and ``label_prior`` are about, or None.
+        warnings: texts that the user should read.
     """
 
-    name: str
-    layer: nn.Module
-    plans: dict[str, WeightPlan]
-    reasons: dict[str, str]
+    config: FedParaConfig
+    layers: tuple[LayerDecision, ...] = ()
+    head: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The dense weights that are replaced, by full name."""
+        return _planned_weights(self.layers)
 
 
-def decisions(
-    model: nn.Module,
-    config: FedParaConfig,
-    *,
-    refused: dict[str, ConversionError] | None = None,
-) -> list[Decision]:
-    """What `convert` would do or did, for every layer that owns tensors, in the model's order.
+def decide(model: nn.Module, config: FedParaConfig) -> Conversion:
+    """Decide what a conversion does to a model, and check that it can be done.
 
     Args:
-        model: converted or not.
-        config: how it was or would be converted.
-        refused: receives the errors by layer, instead of the first one being raised.
+        model: not converted; it is not changed.
+        config: the options.
+
+    Returns:
+        The decision. With method ``none`` it replaces no layer.
 
     Raises:
-        ConfigError: an include or exclude pattern matches no layer.
-        ConversionError: a layer is in a state that cannot be converted.
+        ConfigError: an option is out of range for this model, or a pattern matches nothing.
+        ConversionError: nothing to convert, or a layer that cannot be (the message names it).
     """
-    found = [
-        (n, layer)
-        for n, layer in model.named_modules()
-        if layer._parameters or layer._buffers or is_quantised(layer)
-    ]
-    _check_patterns(config, [name for name, _ in found])
-    owners = _parameter_owners(found)
-    decided = []
-    for name, layer in found:
-        try:
-            decided.append(_decide(name, layer, config.for_layer(name), owners))
-        except ConversionError as error:
-            if refused is None:
-                raise
-            refused[name] = error
-    return decided
-
-
-def _decide(
-    name: str,
-    layer: nn.Module,
-    config: FedParaConfig,
-    owners: dict[int, list[str]],
-) -> Decision:
-    if isinstance(layer, FactorisedLayer):
-        return Decision(name, layer, layer.plans, layer.left_dense)
+    check_model(model)
     method = method_named(config.method)
+    private_tensors(model, config.private)  # raises for patterns that cannot be meant
     if method is None:
-        return Decision(name, layer, {}, {"": "method none"})
-    if not _selected(name, config):
-        return Decision(name, layer, {}, {"": LEFT_OUT})
-    refuse_unsound(name, layer, layers())
-    kind = layers().get(type(layer))
-    if kind is None:
-        return Decision(name, layer, {}, {"": why_no_kind(layer, layers())})
-    if any(p is not None and not p.numel() for p in layer._parameters.values()):
-        return Decision(name, layer, {}, {"": "it has a weight without entries"})
-    if bound := why_bound(layer):
-        return Decision(name, layer, {}, {"": bound})
-    plans: dict[str, WeightPlan] = {}
-    reasons: dict[str, str] = {}
-    for slot in kind.slots(layer):
-        if matches(f"{name}.{slot.name}" if name else slot.name, config.private):
-            reasons[slot.name] = "private, so it never travels: factors would save nothing"
+        return Conversion(config=config)
+    _refuse_converted(model)
+    refuse_wrapped(model)
+    found = decide_layers(model, config)
+    _refuse_repeated_modules(model, found)
+    refuse_unreachable_ratios(_by_ratio(found, config))
+    if not any(decision.plans for decision in found):
+        reasons = "\n".join(_reason_lines(found))
+        raise ConversionError(f"no layer of the model can be factorised:\n{reasons}")
+    plans = [plan for decision in found for plan in decision.plans.values()]
+    head = choose_head(model, config, private_factors=any(p.private_names for p in plans))
+    return Conversion(
+        config=config,
+        layers=tuple(decision for decision in found if decision.plans or decision.name == head),
+        head=head,
+        warnings=tuple(_warnings(found, config)),
+    )
+
+
+def repeated_modules(model: nn.Module, layers: Sequence[LayerDecision]) -> list[list[str]]:
+    """Return the names of each dense layer that is factorised and stands in several places."""
+    names: dict[int, list[str]] = {
+        id(decision.layer): []
+        for decision in layers
+        if decision.plans and not isinstance(decision.layer, FactorisedLayer)
+    }
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if id(layer) in names:
+            names[id(layer)].append(name)
+    return [places for places in names.values() if len(places) > 1]
+
+
+def _refuse_converted(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, FactorisedLayer):
+            raise ConversionError(
+                f"layer {name!r} is already factorised: convert a fresh model, or go back with "
+                f"to_dense() first"
+            )
+
+
+def _refuse_repeated_modules(model: nn.Module, found: Sequence[LayerDecision]) -> None:
+    """Raise for a module in two places: replacing it in one of them would untie the two."""
+    for first, second, *_ in repeated_modules(model, found):
+        raise ConversionError(
+            f"layers {first!r} and {second!r} are one and the same module: give each place a "
+            f"module of its own (copy.deepcopy), or exclude {first!r} from conversion"
+        )
+
+
+def _by_ratio(
+    found: Sequence[LayerDecision], config: FedParaConfig
+) -> Iterator[tuple[str, WeightPlan, float]]:
+    """Yield name, plan and ratio of every weight that is factorised by a ratio."""
+    for decision in found:
+        ratio = config.for_layer(decision.name).ratio
+        if ratio is None:
             continue
-        parameter = layer._parameters.get(slot.name)
-        refuse_unusable_weight(name, slot.name, parameter)
-        tied = owners[_memory(parameter)]
-        if len(tied) > 1:
-            others = [t for t in tied if t != name] or ["another weight of the layer"]
-            reasons[slot.name] = f"tied to {', '.join(others)}"
-            continue
-        plan = why_frozen(parameter, config.init) or plan_weight(slot, method, config)
-        if isinstance(plan, str):
-            reasons[slot.name] = plan
-        else:
-            plans[slot.name] = plan
-    return Decision(name, layer, plans, reasons)
+        for weight, plan in decision.plans.items():
+            yield full_name(decision.name, weight), plan, ratio
 
 
-def _parameter_owners(found: list[tuple[str, nn.Module]]) -> dict[int, list[str]]:
-    owners: dict[int, list[str]] = {}
-    for name, layer in found:
-        for parameter in layer._parameters.values():
-            owners.setdefault(_memory(parameter), []).append(name)
-    return owners
+def _reason_lines(found: Sequence[LayerDecision]) -> Iterator[str]:
+    if not found:
+        yield "  it has no parameters"
+    for decision in found:
+        for weight, reason in decision.reasons.items():
+            yield f"  {full_name(decision.name, weight) or '(model)'}: {reason}"
 
 
-def _memory(parameter: Tensor | None) -> int:
-    """Two parameters over the same memory are tied as well; what has no memory is told by itself.
+def _planned_weights(found: Sequence[LayerDecision]) -> dict[str, Tensor]:
+    return {
+        full_name(decision.name, weight): parameter
+        for decision in found
+        for weight, parameter in own_parameters(decision.layer).items()
+        if weight in decision.plans and parameter is not None
+    }
 
-    A lazy parameter has no memory to ask for.
+
+def _warnings(found: Sequence[LayerDecision], config: FedParaConfig) -> Iterator[str]:
+    weights = _planned_weights(found)
+    signs = _signs_of_training(found, weights) if config.init is None else []
+    if signs:
+        yield (
+            f"the model looks trained ({_first_three(signs)}), and {len(weights)} weights are "
+            f"replaced by fresh factors. Say which you want: init='fit' starts from the closest "
+            f"factors, init='random' from fresh ones."
+        )
+    if lost := lost_hooks(weights):
+        yield (
+            f"hooks were registered on {_first_three(lost)} before the model was converted; a "
+            f"composed weight does not have them. Register them on the factors, after convert()."
+        )
+
+
+def _signs_of_training(found: Sequence[LayerDecision], weights: dict[str, Tensor]) -> list[str]:
+    """Return the names of weights and norms that look trained.
+
+    A norm that the patterns leave out says nothing about the layers that they select.
     """
-    if parameter is None or isinstance(parameter, nn.parameter.UninitializedParameter):
-        return id(parameter)
-    if type(parameter) not in (nn.Parameter, Tensor) or parameter.layout != torch.strided:
-        return id(parameter)
-    return parameter.data_ptr() or id(parameter)
+    moved = [
+        decision.name
+        for decision in found
+        if decision.reasons.get("") != LEFT_OUT and norm_has_moved(decision.layer)
+    ]
+    return [name for name, weight in weights.items() if looks_trained(weight)] + moved
 
 
-def _selected(name: str, config: FedParaConfig) -> bool:
-    included = not config.include or any(fnmatchcase(name, p) for p in config.include)
-    return included and not any(fnmatchcase(name, p) for p in config.exclude)
-
-
-def _check_patterns(config: FedParaConfig, names: list[str]) -> None:
-    overridden = tuple(pattern for pattern, _ in config.overrides)
-    for option, patterns in (
-        ("include", config.include),
-        ("exclude", config.exclude),
-        ("overrides", overridden),
-    ):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                near = get_close_matches(pattern, names, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
-                listed = ", ".join(names[:NAMES_SHOWN])
-                more = len(names) - NAMES_SHOWN
-                raise ConfigError(
-                    f"option {option!r}: pattern {pattern!r} matches no layer{hint} The model has: "
-                    f"{listed}{f', and {more} more' if more > 0 else ''}"
-                )
+def _first_three(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -9,11 +9,9 @@ from torch import nn
 from fedpara_plugins.errors import ConversionError
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.models.attached_config import CONFIG_ATTRIBUTE
-from fedpara_plugins.models.surgery import copy_of, replace_layers
-from fedpara_plugins.models.weight_checks import (
-    check_model,
-    holds_nan,
-)
+from fedpara_plugins.models.surgery import copy_model, replace_layers
+from fedpara_plugins.models.weight_checks import check_model, holds_nan
+from fedpara_plugins.support.torch_seams import own_parameters
 
 __all__ = ["to_dense"]
 
@@ -21,16 +19,17 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def to_dense(model: M) -> M:
-    """A dense copy of a converted model, whose state the unconverted model loads strictly.
+    """Return a dense copy of a converted model; the unconverted model loads its state strictly.
 
-    The copy shares no tensor with ``model``, which stays as it is. For pFedPara it is the model
-    of whoever calls: with private factors at zero, the shared W1.
+    The copy shares no tensor with ``model``, which stays as it is. For pFedPara it is the model of
+    the client that calls; with private factors at zero it is the shared W1.
 
     Raises:
-        ConversionError: a value is NaN, or a factorised layer's infinite; or not a model.
+        ConversionError: a parameter holds NaN, or one of a factorised layer infinity; or ``model``
+            is not a module.
     """
     check_model(model)
-    dense = copy_of(model)
+    dense = copy_model(model)
     dense.__dict__.pop(CONFIG_ATTRIBUTE, None)
     layers_by_id: dict[int, nn.Module] = {}
     for name, layer in dense.named_modules():
@@ -47,7 +46,7 @@ def to_dense(model: M) -> M:
 
 
 def _refuse_nan(name: str, layer: nn.Module) -> None:
-    for attribute, parameter in layer._parameters.items():
+    for attribute, parameter in own_parameters(layer).items():
         if parameter is None or isinstance(parameter, nn.parameter.UninitializedParameter):
             continue
         if holds_nan(parameter):

@@ -1,36 +1,24 @@
-"""The classification layer: which one it is, and a client's label counts in its logits.
-
-A client that has seen classes with frequencies n_k / n adds log((n_k + 0.1) / (n + 1)) to its
-logits, in training and in prediction. The shared layers then need not learn, and forget each round,
-how often a class occurs at whom.
-"""
+"""The classification head that ``private_head`` and ``label_prior`` are about."""
 
 from __future__ import annotations
-
-import logging
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, ConversionError
+from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.layers.personal import ADDED, PersonalLinear
-from fedpara_plugins.models.private import OwnTensor, matches
+from fedpara_plugins.models.private import PrivateTensor, matches
 
-__all__ = ["added_tensors", "choose_head"]
-
-log = logging.getLogger(__name__)
-
+__all__ = ["choose_head", "head_tensors"]
 
 LISTED = 10
-"""How many layers an error names, counted from the model's end."""
-
-
-# Which layer
+"""Number of layers that an error names, counted from the model's end."""
 
 
 def choose_head(model: nn.Module, config: FedParaConfig, *, private_factors: bool) -> str | None:
-    """The name of the layer that ``private_head`` and ``label_prior`` are about; None without them.
+    """Return the name of the model's head; None unless ``private_head`` or ``label_prior`` is set.
 
     Args:
         model: not converted yet.
@@ -38,8 +26,9 @@ def choose_head(model: nn.Module, config: FedParaConfig, *, private_factors: boo
         private_factors: whether any weight of the model will have private factors.
 
     Raises:
-        ConfigError: the option ``head`` names no layer, or private steps would train nothing else.
-        ConversionError: the layer cannot have what is asked for.
+        ConfigError: the option ``head`` names no layer, or private steps would train the head
+            alone.
+        ConversionError: the layer does not suit the options.
     """
     if not (config.private_head or config.label_prior):
         return None
@@ -79,7 +68,7 @@ def _check_head(model: nn.Module, name: str, config: FedParaConfig, known: str) 
             f"label_prior: layer {name!r} has one output, and label counts need one per class. "
             f"Name another layer with the option head, or set label_prior=False"
         )
-    if config.private_head and matches(f"{name}.weight".strip("."), config.private):
+    if config.private_head and matches(full_name(name, "weight"), config.private):
         raise ConfigError(
             f"option 'private_head': the whole of layer {name!r} is private already, by the option "
             f"private; leave it out of that, or set private_head=False"
@@ -94,7 +83,7 @@ def _check_untied(model: nn.Module, name: str, config: FedParaConfig) -> None:
             for other, parameter in model.named_parameters(remove_duplicate=False)
             if parameter is getattr(layer, attribute)
         }
-        others = sorted(places - {f"{name}.{attribute}".strip(".")})
+        others = sorted(places - {full_name(name, attribute)})
         if changed and others:
             raise ConversionError(
                 f"{_options(config)}: {attribute} of layer {name!r} stands at {', '.join(others)} "
@@ -103,20 +92,17 @@ def _check_untied(model: nn.Module, name: str, config: FedParaConfig) -> None:
             )
 
 
-def added_tensors(model: nn.Module) -> dict[str, OwnTensor]:
-    """The private parts of the model's head by full name, as `ModelSpec` describes them."""
+def head_tensors(model: nn.Module) -> dict[str, PrivateTensor]:
+    """Return the private parameters of the model's head by full name, for `ModelSpec`."""
     found = {}
-    for prefix, layer in model.named_modules():
+    for path, layer in model.named_modules():
         if isinstance(layer, PersonalLinear):
-            path = f"{prefix}." if prefix else ""
             for name, value in layer.added.items():
                 dtype = str(value.dtype).removeprefix("torch.")
-                found[path + name] = OwnTensor(tuple(value.shape), dtype, onto=path + ADDED[name])
+                target = full_name(path, ADDED[name])
+                found[full_name(path, name)] = PrivateTensor(tuple(value.shape), dtype, onto=target)
     return found
 
 
 def _options(config: FedParaConfig) -> str:
     return " and ".join(n for n in ("private_head", "label_prior") if getattr(config, n))
-
-
-# Label counts

@@ -1,9 +1,9 @@
-"""Does a weight look as it was drawn, or trained? Converting would silently lose the latter.
+"""A test for trained weights, which a conversion would otherwise silently drop.
 
-Entries that were drawn independently keep the largest singular value of a matrix at its edge,
+If the entries of a matrix are drawn independently, its largest singular value lies near the edge
 std (sqrt m + sqrt n), with fluctuations of known size (Johnstone 2001, Ann. Statist. 29:295; for
-entries of any distribution by universality). Orthogonal weights stay below it. Training adds
-directions that stand out. Which initialiser drew a weight, and of what variance, does not matter.
+entries of any distribution by universality). Orthogonal weights lie below it. Training adds
+directions beyond it. The initialiser and its variance do not matter.
 """
 
 from __future__ import annotations
@@ -13,31 +13,36 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
+from fedpara_plugins.support.torch_seams import own_parameters
+
 __all__ = ["looks_trained", "norm_has_moved"]
 
 LANCZOS_STEPS = 25
 ABOVE_EDGE = 4.0
-"""In units of the fluctuation, whose own mean is -1.2 and standard deviation 1.3."""
+"""How far beyond the edge counts as trained, in fluctuations (mean -1.2, deviation 1.3)."""
 
 LARGEST_MEAN = 2.5
-"""In standard deviations; that of uniform values between 0 and 1 is 1.7, all others' is 0."""
+"""The mean, in standard deviations, that counts as trained.
+
+Uniform values between 0 and 1 have 1.7, all other initialisers 0.
+"""
 
 
 def looks_trained(weight: Tensor) -> bool:
-    """A guess, made to be silent about fresh weights and right about those trained for long.
+    """Guess whether a weight is trained: never true of fresh ones, true after long training.
 
-    Rows and columns are brought to one size first, since some initialisers draw gates, heads or
-    rows with different variances.
+    Rows and columns are scaled to one size first, since some initialisers draw gates, heads or rows
+    with different variances.
 
     Args:
-        weight: at least two-dimensional; kernels count as (O, I k1 ...).
+        weight: at least two-dimensional; a kernel counts as (O, I k1 ...).
     """
     rows = weight.detach().flatten(1).float().cpu()
     mean = float(rows.mean())
     rows = rows - mean
     std = float(rows.square().mean().sqrt())
     if std <= 1e-6 * abs(mean):
-        return False  # a constant, drawn by nobody and trained by nobody
+        return False  # a constant is neither drawn nor trained
     if abs(mean) > LARGEST_MEAN * std:
         return True
     for side in (1, 0):
@@ -51,24 +56,24 @@ def looks_trained(weight: Tensor) -> bool:
 
 
 def norm_has_moved(layer: nn.Module) -> bool:
-    """Whether a normalisation layer's weights differ among each other, and so do its biases.
+    """Return whether the weights of a normalisation layer differ, and its biases too.
 
-    All that start it at constants are recognised; some recipes draw the weights, never both.
+    Both start as constants. Some recipes draw the weights, none draws both.
     """
     if "Norm" not in type(layer).__name__:
         return False
-    own = [p for p in layer._parameters.values() if p is not None and p.numel() > 1]
+    own = [p for p in own_parameters(layer).values() if p is not None and p.numel() > 1]
     return bool(own) and all(p.dim() == 1 and bool((p != p[0]).any()) for p in own)
 
 
 def _largest_eigenvalue(rows: Tensor) -> float:
-    """Of rowsᵀ rows, from below, by Lanczos' method from a fixed start."""
+    """Return that of rowsᵀ rows, from below, by Lanczos' method from a fixed start."""
     generator = torch.Generator("cpu").manual_seed(0)
     vector = torch.randn(rows.shape[1], generator=generator, dtype=rows.dtype, device="cpu")
     vector = vector / vector.norm()
     before, beta = torch.zeros_like(vector), 0.0
     diagonal: list[float] = []
-    beside: list[float] = []
+    off_diagonal: list[float] = []
     for _ in range(min(LANCZOS_STEPS, *rows.shape)):
         image = rows.T @ (rows @ vector) - beta * before
         diagonal.append(float(image @ vector))
@@ -76,11 +81,11 @@ def _largest_eigenvalue(rows: Tensor) -> float:
         beta = float(image.norm())
         if beta <= 1e-6 * diagonal[0]:
             break
-        beside.append(beta)
+        off_diagonal.append(beta)
         before, vector = vector, image / beta
     size = len(diagonal)
-    both = torch.diag(torch.tensor(diagonal, dtype=rows.dtype, device="cpu"))
-    both[range(size - 1), range(1, size)] = torch.tensor(
-        beside[: size - 1], dtype=rows.dtype, device="cpu"
+    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=rows.dtype, device="cpu"))
+    tridiagonal[range(size - 1), range(1, size)] = torch.tensor(
+        off_diagonal[: size - 1], dtype=rows.dtype, device="cpu"
     )
-    return float(torch.linalg.eigvalsh(both, UPLO="U")[-1])
+    return float(torch.linalg.eigvalsh(tridiagonal, UPLO="U")[-1])

@@ -1,4 +1,4 @@
-"""What a conversion did: a row per weight, and what was left alone and why."""
+"""The report about a model: a row per weight, with the reason where it stayed dense."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.layers import FactorisedLayer
+from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.layers.personal import ADDED, PersonalLinear
 from fedpara_plugins.models.attached_config import config_of
-from fedpara_plugins.models.decisions import Decision, decisions
+from fedpara_plugins.models.layer_decisions import LayerDecision, decide_layers
 from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.support.torch_seams import own_parameters, persistent_buffers
 
 __all__ = ["Report", "ReportRow", "report"]
 
@@ -22,17 +24,17 @@ _HEAD = ("layer", "kind", "shape", "rank", "dense", "now", "bytes dense", "bytes
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRow:
-    """One weight, or what else a layer holds.
+    """One factorised weight, or the remaining tensors of a layer.
 
     Attributes:
         name: full name of the weight, or of the layer.
-        kind: of the layer.
-        shape: of the dense weight; () for a row that sums up several tensors.
-        rank: of the factors; None if dense.
-        dense_parameters: what the unconverted model has here.
-        parameters: what the model has here now, private factors included.
-        shared_bytes: what of it travels uncoded, buffers included.
-        dense_bytes: what of the unconverted model would travel, buffers included.
+        kind: the layer's class in the dense model.
+        shape: the dense weight's shape; () for a row about several tensors.
+        rank: R of the factors; None if dense.
+        dense_parameters: number of parameters in the unconverted model.
+        parameters: number of parameters now, private factors included.
+        shared_bytes: bytes that travel, uncoded, buffers included.
+        dense_bytes: bytes that would travel of the unconverted model, buffers included.
         note: the method, or the reason why this stays dense.
     """
 
@@ -49,18 +51,18 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows and their totals; ``str(report)`` is a table."""
+    """The rows and their totals. ``str(report)`` is a table."""
 
     rows: tuple[ReportRow, ...]
 
     @property
     def dense_parameters(self) -> int:
-        """Parameters of the unconverted model."""
+        """Number of parameters of the unconverted model."""
         return sum(row.dense_parameters for row in self.rows)
 
     @property
     def parameters(self) -> int:
-        """Parameters of the model, private factors included."""
+        """Number of parameters of the model, private factors included."""
         return sum(row.parameters for row in self.rows)
 
     @property
@@ -94,19 +96,19 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Rows for every layer that has parameters or buffers, in the model's order.
+    """Return rows for every layer with parameters or buffers, in the model's order.
 
-    For a model that was never converted every row says so. A tensor that several layers share is
-    one of the model's parameters, counted where it first stands; its bytes are counted everywhere,
-    since a state, and so a message, holds it under each name.
+    Every row of an unconverted model says that it is dense. A parameter that several layers share
+    is counted where it first occurs. Its bytes are counted everywhere, since a state, and therefore
+    a message, holds it under each name.
     """
     seen: set[int] = set()
     rows: list[ReportRow] = []
-    kept = frozenset(ModelSpec.of(model).own)
-    for decision in decisions(model, config_of(model)):
+    private = frozenset(ModelSpec.of(model).own)
+    for decision in decide_layers(model, config_of(model)):
         if isinstance(decision.layer, FactorisedLayer):
             rows.extend(_factorised_rows(decision.name, decision.layer))
-        rows.extend(_remaining_row(decision, seen, kept))
+        rows.extend(_remaining_row(decision, seen, private))
         if isinstance(decision.layer, PersonalLinear):
             rows.extend(_head_rows(decision.name, decision.layer))
     return Report(tuple(rows))
@@ -117,7 +119,7 @@ def _factorised_rows(name: str, layer: FactorisedLayer) -> Iterator[ReportRow]:
         item = next(iter(layer.factors(weight).values())).element_size()
         dense = prod(plan.shape)
         yield ReportRow(
-            name=_join(name, weight),
+            name=full_name(name, weight),
             kind=_kind(layer),
             shape=plan.shape,
             rank=plan.rank,
@@ -130,10 +132,10 @@ def _factorised_rows(name: str, layer: FactorisedLayer) -> Iterator[ReportRow]:
 
 
 def _head_rows(name: str, layer: PersonalLinear) -> Iterator[ReportRow]:
-    """What stands in the model beside what the dense model has, and never travels."""
+    """Yield rows of the head's private parameters, which the dense model does not have."""
     for added, value in layer.added.items():
         yield ReportRow(
-            name=_join(name, added),
+            name=full_name(name, added),
             kind=_kind(layer),
             shape=tuple(value.shape),
             rank=None,
@@ -145,41 +147,52 @@ def _head_rows(name: str, layer: PersonalLinear) -> Iterator[ReportRow]:
         )
 
 
-def _remaining_row(decision: Decision, seen: set[int], kept: frozenset[str]) -> Iterator[ReportRow]:
-    layer = decision.layer
-    factors: set[int] = set()
-    if isinstance(layer, FactorisedLayer):
-        factors = {id(f) for weight in layer.plans for f in layer.factors(weight).values()}
-    apart = layer.added if isinstance(layer, PersonalLinear) else {}
-    own = {k: p for k, p in layer._parameters.items() if p is not None and k not in apart}
-    own = {k: p for k, p in own.items() if id(p) not in factors}
-    rest = {k: p for k, p in own.items() if id(p) not in seen}
-    seen.update(id(p) for p in rest.values())
-    entries = sum(p.numel() for p in rest.values())
-    tensors = {**own, **_buffers(layer)}
+def _remaining_row(
+    decision: LayerDecision, seen: set[int], private: frozenset[str]
+) -> Iterator[ReportRow]:
+    """Yield a row of a layer's dense parameters and buffers, if there are any.
+
+    Args:
+        decision: about the layer.
+        seen: ids of the parameters that earlier rows count; those of this row are added.
+        private: full names of the private tensors that are no factors.
+    """
+    dense = _dense_parameters(decision.layer)
+    counted = {k: p for k, p in dense.items() if id(p) not in seen}
+    seen.update(id(p) for p in counted.values())
+    entries = sum(p.numel() for p in counted.values())
+    tensors = {**dense, **persistent_buffers(decision.layer)}
     size = sum(map(_bytes, tensors.values()))
-    if not rest and not size:
+    if not counted and not size:
         return
-    private = [key for key in tensors if _join(decision.name, key) in kept]
+    kept = [key for key in tensors if full_name(decision.name, key) in private]
+    factorised = isinstance(decision.layer, FactorisedLayer) and decision.plans
+    names = "+".join(counted or dense) if factorised else ""
     yield ReportRow(
-        name=_join(decision.name, "+".join(rest or own)) if factors else decision.name,
-        kind=_kind(layer),
-        shape=tuple(next(iter(rest.values())).shape) if len(rest) == 1 else (),
+        name=full_name(decision.name, names),
+        kind=_kind(decision.layer),
+        shape=tuple(next(iter(counted.values())).shape) if len(counted) == 1 else (),
         rank=None,
         dense_parameters=entries,
         parameters=entries,
-        shared_bytes=size - sum(_bytes(tensors[key]) for key in private),
+        shared_bytes=size - sum(_bytes(tensors[key]) for key in kept),
         dense_bytes=size,
-        note=_dense_note(decision) + (f" (private: {', '.join(private)})" if private else ""),
+        note=_dense_note(decision) + (f" (private: {', '.join(kept)})" if kept else ""),
     )
 
 
-def _buffers(layer: nn.Module) -> dict[str, Tensor]:
-    skipped = layer._non_persistent_buffers_set
-    return {k: b for k, b in layer._buffers.items() if b is not None and k not in skipped}
+def _dense_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a layer that are neither factors nor the head's private ones."""
+    excluded: set[int] = set()
+    if isinstance(layer, FactorisedLayer):
+        excluded = {id(f) for weight in layer.plans for f in layer.factors(weight).values()}
+    if isinstance(layer, PersonalLinear):
+        excluded |= {id(p) for p in layer.added.values()}
+    own = own_parameters(layer).items()
+    return {k: p for k, p in own if p is not None and id(p) not in excluded}
 
 
-def _dense_note(decision: Decision) -> str:
+def _dense_note(decision: LayerDecision) -> str:
     if decision.reasons:
         several = len(decision.reasons) > 1 or decision.plans
         texts = [f"{k}: {v}" if k and several else v for k, v in decision.reasons.items()]
@@ -203,10 +216,6 @@ def _cells(row: ReportRow) -> tuple[str, ...]:
     counts = (row.dense_parameters, row.parameters, row.dense_bytes, row.shared_bytes)
     numbers = (f"{n:,}" for n in counts)
     return (row.name or "(model)", row.kind, shape, rank, *numbers, row.note)
-
-
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -1,8 +1,8 @@
-"""State that the user keeps on the device by name: heads (FedPer), norms (FedBN), anything.
+"""Tensors that the user keeps private by name: heads (FedPer), norms (FedBN), or any others.
 
-The option ``private`` lists patterns of full names, such as ``head.*`` or ``*.norm*``. What matches
-never enters a message. A client that has none of it yet, or lost it, starts from values that every
-side derives alike: what torch gives the kind of layer, drawn from the config's seed.
+The option ``private`` lists patterns of full names, such as ``head.*`` or ``*.norm*``. A tensor
+whose name matches never enters a message. A client that has no value for it, or lost it, starts
+from one that every side derives alike: torch's default for the layer, drawn from the config's seed.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from torch import Tensor, nn
 from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.factors.initialise import seeded_normal
 from fedpara_plugins.factors.plan import portable
+from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.plugins import layers
+from fedpara_plugins.support.torch_seams import own_buffers, own_parameters
 
-__all__ = ["OwnTensor", "matches", "own_tensors"]
+__all__ = ["PrivateTensor", "matches", "private_tensors"]
 
 
 @dataclass(frozen=True)
-class OwnTensor:
-    """One tensor that stays on the device, and its first value.
+class PrivateTensor:
+    """A tensor that stays on the device, and its initial value.
 
     Attributes:
-        shape: of the tensor.
+        shape: the tensor's shape.
         dtype: its name in torch, such as ``float32``.
         fill: the value of all entries, if ``std`` is 0.
         std: standard deviation of normal entries with mean 0.
-        onto: full name of the dense model's tensor that it is added to, of the same shape; "" for
-            one that stands in the dense model by itself.
+        onto: full name of the dense model's tensor, of the same shape, that it is added to; "" if
+            it is a tensor of the dense model itself.
     """
 
     shape: tuple[int, ...]
@@ -46,28 +48,28 @@ class OwnTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Size in bytes."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return prod(self.shape) * dtype.itemsize
 
-    def first(self, *, seed: int, key: str) -> Tensor:
-        """The first value, the same on every device with the same seed and name."""
+    def initial_value(self, *, seed: int, key: str) -> Tensor:
+        """Return the initial value: the same on every device with this seed and full name."""
         dtype = getattr(torch, self.dtype)
         if self.std:
             return seeded_normal(self.shape, std=self.std, seed=seed, key=key).to(dtype)
         return torch.full(self.shape, self.fill).to(dtype)
 
     def to_row(self) -> list[Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         row = [list(self.shape), self.dtype, self.fill, self.std]
         return [*row, self.onto] if self.onto else row
 
     @classmethod
-    def from_row(cls, row: list[Any]) -> OwnTensor:
-        """Undo `to_row`.
+    def from_row(cls, row: list[Any]) -> PrivateTensor:
+        """Return the tensor that `to_row` described.
 
         Raises:
-            ValueError: not such a row, or a dtype that torch does not have.
+            ValueError: the row is malformed, or torch has no such dtype.
         """
         shape, dtype, fill, std, *rest = row
         (onto,) = rest or ("",)
@@ -81,23 +83,23 @@ class OwnTensor:
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a full name of the state (``head.weight``) is among those that the user keeps."""
+    """Return whether a full name of the state (``head.weight``) matches a pattern."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def own_tensors(
+def private_tensors(
     model: nn.Module, patterns: tuple[str, ...], *, factors: frozenset[str] = frozenset()
-) -> dict[str, OwnTensor]:
-    """The tensors of a model's state that stay on the device, by full name.
+) -> dict[str, PrivateTensor]:
+    """Return the tensors of a model's state that the patterns keep private, by full name.
 
     Args:
         model: converted or not.
         patterns: the option ``private``.
-        factors: names that are factors, and private or shared by the method's rule alone.
+        factors: names of factors, which only the method makes private or shared.
 
     Raises:
         ConfigError: a pattern matches no name of the state, nothing is left to share, or a tensor
-            is tied to one that is shared, under whose name it would travel after all.
+            is tied to a shared one and would travel under that name.
     """
     if not patterns:
         return {}
@@ -108,44 +110,47 @@ def own_tensors(
                 f"option 'private': pattern {pattern!r} matches no name of the model's state. "
                 f"The model has: {', '.join(state)}"
             )
-    kept = {name for name in state if matches(name, patterns)}
-    if len(kept) == len(model.state_dict()):
+    private = {name for name in state if matches(name, patterns)}
+    if len(private) == len(model.state_dict()):
         raise ConfigError(
             f"option 'private': {', '.join(patterns)} keeps the whole state on the device, so "
             f"nothing is left to send; name the parts that are to stay"
         )
-    _refuse_tied(model, kept)
-    return {name: own for name, own in _described(model) if name in kept}
+    _refuse_tied(model, private)
+    return {name: tensor for name, tensor in _described(model) if name in private}
 
 
-def _refuse_tied(model: nn.Module, kept: set[str]) -> None:
-    shared = {id(t): n for n, t in model.state_dict(keep_vars=True).items() if n not in kept}
+def _refuse_tied(model: nn.Module, private: set[str]) -> None:
+    shared = {id(t): n for n, t in model.state_dict(keep_vars=True).items() if n not in private}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in kept and id(tensor) in shared:
+        if name in private and id(tensor) in shared:
             raise ConfigError(
                 f"option 'private': {name!r} is the same tensor as {shared[id(tensor)]!r}, which "
                 f"is shared, so it would travel under that name; keep both or neither"
             )
 
 
-def _described(model: nn.Module) -> Iterator[tuple[str, OwnTensor]]:
+def _described(model: nn.Module) -> Iterator[tuple[str, PrivateTensor]]:
     for prefix, layer in model.named_modules():
         kind = layers().get(type(layer))
         variances = {s.name: s.variance for s in kind.slots(layer)} if kind is not None else {}
-        tensors: Mapping[str, Tensor | None] = {**layer._parameters, **layer._buffers}
+        tensors: Mapping[str, Tensor | None] = {
+            **own_parameters(layer),
+            **own_buffers(layer),
+        }
         for attribute, tensor in tensors.items():
             if tensor is not None:
-                name = f"{prefix}.{attribute}" if prefix else attribute
-                yield name, _first_value(attribute, tensor, variances.get(attribute))
+                described = _describe(attribute, tensor, variances.get(attribute))
+                yield full_name(prefix, attribute), described
 
 
-def _first_value(attribute: str, tensor: Tensor, variance: float | None) -> OwnTensor:
-    """By the kind of layer and the name, never by the values: those may differ between sides."""
+def _describe(attribute: str, tensor: Tensor, variance: float | None) -> PrivateTensor:
+    """Describe a tensor by kind of layer and name, not by values, which sides do not share."""
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     if tensor.ndim >= 2 and tensor.is_floating_point():
-        # What torch's linear and convolution layers have, for kinds that say nothing else.
+        # Without a kind that says otherwise: the default of torch's linear and convolution layers.
         std = (variance if variance is not None else 1 / (3 * max(1, prod(shape[1:])))) ** 0.5
-        return OwnTensor(shape, dtype, std=portable(std))
-    # Vectors called weight are the scales of norms, torch's and everybody else's.
+        return PrivateTensor(shape, dtype, std=portable(std))
+    # Vectors called weight are the scales of norms, in torch and elsewhere.
     ones = attribute in ("weight", "running_var")
-    return OwnTensor(shape, dtype, fill=1.0 if ones else 0.0)
+    return PrivateTensor(shape, dtype, fill=1.0 if ones else 0.0)

@@ -1,16 +1,15 @@
-"""What two sides must agree on about a converted model, and what one needs to rebuild the other.
+"""The description of a converted model that two sides must agree on.
 
-A `ModelSpec` is taken from a converted model, fits into a payload's header as JSON, and knows
-without the model's code: which keys are private and where they stand, their seeded first values,
-and how to turn a state of factors into the dense state.
+A `ModelSpec` is taken from a converted model and fits into a payload's header as JSON. Without the
+model's code it knows which names are private and where they stand in the state, their seeded
+initial values, and how to turn a state of factors into the dense state.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -22,64 +21,69 @@ from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.factors.fast.conditions import without_autocast
 from fedpara_plugins.factors.initialise import initial_private
 from fedpara_plugins.factors.plan import WeightPlan
-from fedpara_plugins.layers.base import FactorisedLayer
+from fedpara_plugins.layers.base import FactorisedLayer, full_name
 from fedpara_plugins.models.attached_config import config_of
-from fedpara_plugins.models.head import added_tensors
-from fedpara_plugins.models.private import OwnTensor, own_tensors
-from fedpara_plugins.plugins import methods
+from fedpara_plugins.models.head import head_tensors
+from fedpara_plugins.models.private import PrivateTensor, private_tensors
+from fedpara_plugins.models.spec_rows import (
+    check_same_rows,
+    merged_names,
+    plan_from_row,
+    row_of_plan,
+)
 from fedpara_plugins.stages.stage import check_limit
 
-__all__ = ["ModelSpec", "plan_from_row"]
+__all__ = ["ModelSpec"]
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The factorised weights of a model.
+    """The names of a model's state, its factorised weights, and its private tensors.
 
     Attributes:
-        weights: plan by full name of the dense weight (``conv1.weight``), in the model's order.
+        weights: plans by full name of the dense weight (``conv1.weight``), in the model's order.
         keys: all names of the model's state, in order.
-        seed: of the private tensors' first values.
-        own: by full name, further tensors that stay on the device (options ``private``,
+        seed: the seed of the private tensors' initial values.
+        own: private tensors that are no factors, by full name (options ``private``,
             ``private_head`` and ``label_prior``).
     """
 
     weights: Mapping[str, WeightPlan]
     keys: tuple[str, ...]
     seed: int
-    own: Mapping[str, OwnTensor] = field(default_factory=dict)
+    own: Mapping[str, PrivateTensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelSpec:
-        """The spec of a model as it stands; an unconverted model has no weights in it."""
+        """Return the spec of a model; that of an unconverted model has no weights."""
         weights = {
-            f"{name}.{weight}" if name else weight: plan
+            full_name(name, weight): plan
             for name, layer in model.named_modules()
             if isinstance(layer, FactorisedLayer)
             for weight, plan in layer.plans.items()
         }
         config = config_of(model)
         spec = cls(weights=weights, keys=tuple(model.state_dict()), seed=config.seed)
-        own = own_tensors(model, config.private, factors=spec._factors) | added_tensors(model)
+        private = private_tensors(model, config.private, factors=spec._factors)
+        own = private | head_tensors(model)
         return replace(spec, own=own) if own else spec
 
     # Names
 
     def factor_keys(self, weight: str) -> dict[str, str]:
-        """Full names in the state by factor name, for one dense weight."""
+        """Return the full names of one dense weight's factors in the state, by factor name."""
         path, _, attribute = weight.rpartition(".")
-        prefix = f"{path}." if path else ""
         names = self.weights[weight].factor_names
-        return {name: prefix + FactorisedLayer.factor_key(attribute, name) for name in names}
+        return {n: full_name(path, FactorisedLayer.factor_key(attribute, n)) for n in names}
 
     @property
     def private_keys(self) -> frozenset[str]:
-        """Full names of everything that never leaves the device."""
+        """Full names of all tensors that never leave the device."""
         return self.private_factors | frozenset(self.own)
 
     @property
     def private_factors(self) -> frozenset[str]:
-        """Those of `private_keys` that are factors."""
+        """Full names of the private factors."""
         return frozenset(
             self.factor_keys(weight)[name]
             for weight, plan in self.weights.items()
@@ -88,7 +92,7 @@ class ModelSpec:
 
     @property
     def private_bytes(self) -> int:
-        """Bytes of all private tensors, factors taken as float32."""
+        """Bytes of all private tensors, with factors in float32."""
         factors = (
             4 * prod(plan.factor_shape(name))
             for plan in self.weights.values()
@@ -102,17 +106,17 @@ class ModelSpec:
 
     @property
     def shared_keys(self) -> tuple[str, ...]:
-        """All other names of the state, in order."""
+        """The names of the state that are not private, in order."""
         private = self.private_keys
         return tuple(key for key in self.keys if key not in private)
 
     # Values
 
     def initial_private(self, shared: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Seeded first values of all private tensors by full name.
+        """Return seeded initial values of all private tensors, by full name.
 
         Args:
-            shared: shared state, whose dtypes the factors get; float32 without it.
+            shared: shared state whose dtypes the factors get; float32 without it.
         """
         values = {}
         for weight, plan in self.weights.items():
@@ -121,19 +125,19 @@ class ModelSpec:
             like = torch.float32 if shared is None else _get(shared, keys["x1"]).dtype
             values.update({keys[name]: value.to(like) for name, value in first.items()})
         for key, own in self.own.items():
-            values[key] = own.first(seed=self.seed, key=key)
+            values[key] = own.initial_value(seed=self.seed, key=key)
         return values
 
     def dense_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The dense model's state, with the names and order of the unconverted model.
+        """Return the dense model's state, with the names and order of the unconverted model.
 
         Args:
-            state: the converted model's state; missing private factors count as zero, so the
-                shared keys alone give W1. Other private tensors that are missing get their first
-                values.
+            state: the converted model's state. Missing private factors count as zero, so the
+                shared names alone give W1. Other missing private tensors get their initial values.
 
         Raises:
-            PayloadError: a shared factor is missing, or a private part does not fit its place.
+            PayloadError: a shared tensor is missing, or a private one does not fit the tensor that
+                it is added to.
         """
         first_keys = {next(iter(self.factor_keys(w).values())): w for w in self.weights}
         factors = self._factors
@@ -146,7 +150,7 @@ class ModelSpec:
             elif key in added:
                 continue
             elif key in self.own and key not in state:
-                dense[key] = self.own[key].first(seed=self.seed, key=key)
+                dense[key] = self.own[key].initial_value(seed=self.seed, key=key)
             elif key not in factors:
                 dense[key] = _get(state, key).detach().clone()
         for key, onto in added.items():
@@ -155,12 +159,11 @@ class ModelSpec:
         return dense
 
     def dense_bytes(self, state: Mapping[str, Tensor]) -> int:
-        """Bytes of the dense model's tensors that stand behind some tensors of the state.
+        """Return the bytes of the dense tensors that a part of the state represents.
 
         Args:
-            state: any part of the converted model's state. A weight counts once, by its first
-                factor; a name that is no factor counts as what it is, and what is only added to
-                another tensor counts as nothing.
+            state: any part of the converted model's state. A weight counts once, for its first
+                factor. Other tensors count themselves, but for those that are added to another.
         """
         weight_of = {
             key: (weight, name == plan.factor_names[0])
@@ -191,20 +194,25 @@ class ModelSpec:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that two sides share exactly when their models match."""
-        content = [self.seed, list(self.keys), [list(row) for row in self._rows()]]
+        """16 hexadecimal digits, the same on two sides exactly when their models match."""
+        content = [self.seed, list(self.keys), self._rows()]
         content += [self._own_rows()] if self.own else []
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def check_equal(self, other: ModelSpec, *, here: str, there: str) -> None:
-        """Raise unless the two are the same model, converted in the same way.
+        """Raise unless two specs are of the same model, converted in the same way.
+
+        Args:
+            other: the other side's spec.
+            here: this side, in words.
+            there: the other side, in words.
 
         Raises:
-            MismatchError: names the first difference with both sides' values.
+            MismatchError: the message names the first difference and both values.
         """
         if self.fingerprint == other.fingerprint:
             return
-        self._check_rows(other.to_json(), here=here, there=there)
+        check_same_rows(self._described(), other._described(), here=here, there=there)
         unlike = sorted(set(self.keys) ^ set(other.keys)) or "the order of the same names"
         raise MismatchError(
             f"the model's state differs between {here} ({len(self.keys)} names) and {there} "
@@ -212,16 +220,21 @@ class ModelSpec:
         )
 
     def check_described(self, data: Mapping[str, Any], *, here: str, there: str) -> None:
-        """Raise unless ``data``, the other side's `to_json`, describes this very model.
+        """Raise unless ``data``, the other side's `to_json`, describes this model.
 
-        The names of the other side's state need not be known, so a receiver can ask before it
+        The names of the other side's state need not be known, so a receiver can check before it
         decodes a tensor.
 
+        Args:
+            data: the other side's `to_json`.
+            here: this side, in words.
+            there: the other side, in words.
+
         Raises:
-            MismatchError: names the first difference with both sides' values.
-            PayloadError: malformed data.
+            MismatchError: the message names the first difference and both values.
+            PayloadError: the data are malformed.
         """
-        self._check_rows(data, here=here, there=there)
+        check_same_rows(self._described(), data, here=here, there=there)
         if data.get("fingerprint") != self.fingerprint:
             raise MismatchError(
                 f"the names of the model's state differ between {here} (fingerprint "
@@ -230,40 +243,8 @@ class ModelSpec:
                 f"the same model on both sides."
             )
 
-    def _check_rows(self, data: Mapping[str, Any], *, here: str, there: str) -> None:
-        """The part of a comparison that needs no names of the state."""
-        try:
-            mine = {weight: _row_text(row) for weight, *row in self._rows()}
-            theirs = {str(weight): _row_text(row) for weight, *row in data["weights"]}
-            seed, own = data["seed"], data.get("own", {})
-            if not isinstance(own, Mapping) or not all(isinstance(key, str) for key in own):
-                raise TypeError("'own' is no object with names as keys")
-        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
-            raise PayloadError(f"the header's model description is malformed: {error!r}") from error
-        for weight in [*mine, *theirs]:
-            if mine.get(weight) != theirs.get(weight):
-                raise MismatchError(
-                    f"the model differs at {weight[:200]!r}: {here} has "
-                    f"{mine.get(weight, 'dense')}, {there} has {theirs.get(weight, 'dense')}. "
-                    f"Build the same model with the same fedpara options (method; gamma, ratio or "
-                    f"rank) on both sides."
-                )
-        if own != self._own_rows():
-            apart = sorted(set(self.own) ^ set(own)) or sorted(self.own)
-            raise MismatchError(
-                f"the option private differs: {here} keeps {sorted(self.own)}, {there} keeps "
-                f"{str(sorted(own))[:500]} (differing: {str(apart)[:500]}). Set the same fedpara "
-                f"option private on both sides."
-            )
-        if seed != self.seed:
-            raise MismatchError(
-                f"the private factors start from another seed: {here} has seed {self.seed}, "
-                f"{there} has seed {str(seed)[:40]}. Set the same fedpara option seed on both "
-                f"sides."
-            )
-
     def shared_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the shared factors by full name; other tensors' shapes are not known."""
+        """Return the shapes of the shared factors, by full name; a spec knows no others."""
         private = self.private_keys
         return {
             key: plan.factor_shape(name)
@@ -272,10 +253,8 @@ class ModelSpec:
             if key not in private
         }
 
-    def _rows(self) -> Iterator[tuple[Any, ...]]:
-        for weight, plan in self.weights.items():
-            numbers = [plan.scale, plan.factor_std, plan.private_std, plan.variance]
-            yield weight, plan.method.name, list(plan.shape), plan.rank, numbers, plan.tanh
+    def _rows(self) -> list[list[Any]]:
+        return [row_of_plan(weight, plan) for weight, plan in self.weights.items()]
 
     def _own_rows(self) -> dict[str, list[Any]]:
         return {key: own.to_row() for key, own in self.own.items()}
@@ -283,36 +262,43 @@ class ModelSpec:
     # As JSON
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a payload's header. Names of ``keys`` are left to the payload itself."""
+        """Return plain values for a payload's header; the payload itself has the shared names."""
         private = self.private_keys
+        places = [[i, key] for i, key in enumerate(self.keys) if key in private]
         described = {
             "fingerprint": self.fingerprint,
             "seed": self.seed,
-            "weights": [list(row) for row in self._rows()],
-            "private": [[i, key] for i, key in enumerate(self.keys) if key in private],
+            "weights": self._rows(),
+            "private": places,
         }
         return {**described, "own": self._own_rows()} if self.own else described
+
+    def _described(self) -> dict[str, Any]:
+        """Return what `check_same_rows` compares."""
+        return {"seed": self.seed, "weights": self._rows(), "own": self._own_rows()}
 
     @classmethod
     def from_json(
         cls, data: Mapping[str, Any], shared_keys: tuple[str, ...], *, limit: int | None = None
     ) -> ModelSpec:
-        """Rebuild a spec from `to_json` and the names that the payload carried.
+        """Rebuild a spec from `to_json` and the names that the payload carries.
 
         Args:
             data: anything that claims to be a description.
-            shared_keys: the names, in order.
-            limit: bytes that the private tensors may have, which this side makes itself and which
-                no payload bounds; None for any number.
+            shared_keys: the shared names, in order.
+            limit: most bytes of the private tensors, which this side creates and no payload
+                bounds; None for any number.
 
         Raises:
-            PayloadError: malformed data, a method that is not installed here, or larger private
-                tensors than the limit allows.
+            PayloadError: the data are malformed, a method is not installed here, or the private
+                tensors are larger than the limit.
         """
         try:
-            keys = _merged(shared_keys, data["private"])
+            keys = merged_names(shared_keys, data["private"])
             weights = {str(row[0]): plan_from_row(row) for row in data["weights"]}
-            own = {str(key): OwnTensor.from_row(row) for key, row in data.get("own", {}).items()}
+            own = {
+                str(key): PrivateTensor.from_row(row) for key, row in data.get("own", {}).items()
+            }
             spec = cls(weights=weights, keys=keys, seed=int(data["seed"]), own=own)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise PayloadError(f"the header's model description is malformed: {error!r}") from error
@@ -325,57 +311,6 @@ class ModelSpec:
         if limit is not None:
             check_limit(spec.private_bytes, limit, "the private tensors")
         return spec
-
-
-def _merged(shared: Sequence[str], private: Sequence[Sequence[Any]]) -> tuple[str, ...]:
-    """All names in order, from the shared ones and the places of the private ones among all."""
-    placed = {place: str(key) for place, key in private}
-    count = len(shared) + len(private)
-    # bool is an int to isinstance, not to the wire.
-    if len(placed) != len(private) or not all(type(n) is int and 0 <= n < count for n in placed):
-        raise ValueError("the places of the private names are not distinct places")
-    rest = iter(shared)
-    return tuple(placed[place] if place in placed else next(rest) for place in range(count))
-
-
-def _row_text(row: list[Any]) -> str:
-    """All that must be alike in a weight's row, its name left out, as people read it."""
-    method, shape, rank, (scale, *std), tanh = row
-    text = f"{str(method)[:40]} rank {str(rank)[:20]} shape {str(tuple(shape))[:60]} "
-    text += f"scale {scale:.9g} first spread {', '.join(f'{number:.9g}' for number in std)}"
-    return text + (" tanh" if tanh else "")
-
-
-def plan_from_row(row: list[Any]) -> WeightPlan:
-    """One of the ``weights`` of `ModelSpec.to_json`, its name in front.
-
-    Raises:
-        PayloadError: a method that is not installed here.
-        ValueError, TypeError: not such a row.
-    """
-    weight, method, shape, rank, numbers, tanh = row
-    scale, factor_std, private_std, variance = map(float, numbers)
-    sizes = [*shape, rank]
-    if not (len(shape) >= 2 and all(type(size) is int and 1 <= size < 2**40 for size in sizes)):
-        raise ValueError(f"no weight can have shape {str(shape)[:60]} and rank {str(rank)[:20]}")
-    if not all(map(math.isfinite, (scale, factor_std, private_std, variance))):
-        raise ValueError(f"numbers that are not finite: {str(numbers)[:80]}")
-    if method not in methods():
-        raise PayloadError(
-            f"{str(weight)[:200]!r}: the other side uses method {str(method)[:40]!r}, which is not "
-            f"installed here (known: {', '.join(methods())}). Install the plugin that provides it."
-        )
-    return WeightPlan(
-        name=str(weight).rpartition(".")[2],
-        shape=tuple(shape),
-        method=methods()[method],
-        rank=rank,
-        scale=scale,
-        factor_std=factor_std,
-        private_std=private_std,
-        variance=variance,
-        tanh=bool(tanh),
-    )
 
 
 def _sum(dense: Mapping[str, Tensor], onto: str, private: Tensor, key: str) -> Tensor:

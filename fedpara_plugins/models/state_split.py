@@ -1,4 +1,4 @@
-"""Which state is shared and which is private, and how the whole is put together again."""
+"""The division of a model's state into shared and private parts, and the way back."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ __all__ = ["Split", "merge", "shared_names", "split"]
 
 
 class Split(NamedTuple):
-    """A model's state in two parts; both keep the state's order."""
+    """The two parts of a model's state, each in the state's order."""
 
     shared: dict[str, Tensor]
-    """Everything that may travel: shared factors, biases, norms, dense layers, buffers."""
+    """Tensors that may travel: shared factors, biases, norms, dense layers, buffers."""
     private: dict[str, Tensor]
-    """What never leaves the device: pFedPara's second operand (paper, section 2.3)."""
+    """Tensors that never leave the device, such as pFedPara's second operand (section 2.3)."""
 
 
 def shared_names(spec: ModelSpec) -> tuple[str, ...]:
-    """The names of the state that may enter a message, in order.
+    """Return the names of the state that may enter a message, in order.
 
-    The one place that decides this: every sender asks here.
+    Every sender asks this function; nothing else decides it.
     """
     return spec.shared_keys
 
 
 def split(model: nn.Module) -> Split:
-    """Split a converted model's state into what is shared and what is private.
+    """Split a converted model's state into its shared and its private part.
 
-    The tensors are detached but share memory with the model, as ``state_dict()`` does.
+    The tensors are detached and share memory with the model, as those of ``state_dict()`` do.
     """
     state = model.state_dict()
     shared = set(shared_names(ModelSpec.of(model)))
@@ -46,16 +46,16 @@ def split(model: nn.Module) -> Split:
 def merge(
     spec: ModelSpec, shared: Mapping[str, Tensor], private: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The complete state, in the model's order, ready for ``load_state_dict(strict=True)``.
+    """Return the whole state in the model's order, for ``load_state_dict(strict=True)``.
 
     Raises:
         PayloadError: a name of the model is in neither part, or a part has a name too many.
     """
-    have = {**shared, **private}
-    missing = [key for key in spec.keys if key not in have]
-    extra = [key for key in have if key not in set(spec.keys)]
+    state = {**shared, **private}
+    missing = [key for key in spec.keys if key not in state]
+    extra = [key for key in state if key not in set(spec.keys)]
     if missing or extra:
         raise PayloadError(
             f"the parts do not make up the model's state: missing {missing}, not expected {extra}"
         )
-    return {key: have[key] for key in spec.keys}
+    return {key: state[key] for key in spec.keys}

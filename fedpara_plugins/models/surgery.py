@@ -1,4 +1,4 @@
-"""Layers in the place of others, wherever a model keeps them, and copies of models in use."""
+"""Replacement of layers wherever a model keeps them, and copies of models in use."""
 
 from __future__ import annotations
 
@@ -8,46 +8,47 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["copy_of", "replace_layers"]
+from fedpara_plugins.support.torch_seams import MODULE_ATTRIBUTES, own_children
+
+__all__ = ["copy_model", "replace_layers"]
 
 M = TypeVar("M", bound=nn.Module)
 
-_OF_TORCH = frozenset(vars(nn.Module()))
-
 
 def replace_layers(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
-    """Put new layers in every place that the old ones have.
+    """Replace layers in every place of a model.
 
-    Also in plain lists, tuples and dictionaries among a module's attributes: a forward that takes
-    its layers from there would go on with the old ones.
+    Plain lists, tuples and dictionaries among a module's attributes count as well, since a forward
+    may take its layers from there.
 
     Args:
-        model: itself none of those to be replaced.
-        new: by the id of the old layer, which must be alive.
+        model: none of the layers to be replaced.
+        new: the new layers by the id of the old one, which must be alive.
     """
     for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
+        for name, child in list(own_children(module).items()):
             if id(child) in new:
                 setattr(module, name, new[id(child)])
-        for name, value in _further_attributes(module):
+        for name, value in _user_attributes(module):
             module.__dict__[name] = _replaced(value, new, set())
 
 
-def copy_of(model: M) -> M:
-    """A deep copy, also of a model that holds results of its last forward (they are detached)."""
+def copy_model(model: M) -> M:
+    """Return a deep copy; results of the last forward that the model holds are detached."""
     memo = {
         id(tensor): tensor.detach().clone()
         for module in model.modules()
-        for _, value in _further_attributes(module)
+        for _, value in _user_attributes(module)
         for tensor in _tensors(value, set())
         if not tensor.is_leaf
     }
     return copy.deepcopy(model, memo)
 
 
-def _further_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What the module's author has put there, beside parameters, buffers and submodules."""
-    return ((name, value) for name, value in list(vars(module).items()) if name not in _OF_TORCH)
+def _user_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Return the attributes that are neither torch's nor parameters, buffers or submodules."""
+    attributes = list(vars(module).items())
+    return ((name, value) for name, value in attributes if name not in MODULE_ATTRIBUTES)
 
 
 def _replaced(value: Any, new: Mapping[int, nn.Module], seen: set[int]) -> Any:

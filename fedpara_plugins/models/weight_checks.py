@@ -1,7 +1,7 @@
-"""Layers in a state that cannot be factorised: named, with what to do about it.
+"""Checks of layers and weights that cannot be factorised; each error names the remedy.
 
-Whatever stands here would otherwise end in an error of torch's from the middle of a conversion, or
-in factors in place of a weight that was something else than it seemed.
+Without them a conversion would fail halfway with an error of torch's, or would replace a weight
+that only looks like an ordinary parameter.
 """
 
 from __future__ import annotations
@@ -14,11 +14,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fedpara_plugins.errors import ConversionError
+from fedpara_plugins.support.torch_seams import (
+    is_quantised,
+    own_buffers,
+    own_parameters,
+    trains_for_quantisation,
+    weight_hooks,
+)
 
 __all__ = [
     "check_model",
     "holds_nan",
-    "is_quantised",
     "refuse_unsound",
     "refuse_unusable_weight",
     "why_no_kind",
@@ -28,39 +34,32 @@ _REMOVERS = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm",
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
 }
-"""What undoes torch's older wrappers, which compute a weight in a hook before each forward."""
+"""The functions that undo torch's older wrappers, which compute a weight in a hook."""
 
 
 def check_model(model: Any) -> None:
-    """Raise ConversionError for what is no module."""
+    """Raise ConversionError unless ``model`` is a module."""
     if not isinstance(model, nn.Module):
         what = "the class" if isinstance(model, type) else f"a {type(model).__name__}"
         hint = f"call it: {model.__name__}()" if isinstance(model, type) else "give the model"
         raise ConversionError(f"model: expected a torch.nn.Module, got {what}; {hint}")
 
 
-def is_quantised(layer: nn.Module) -> bool:
-    """Whether a layer is one of torch's quantised ones, whose weight is no parameter."""
-    kind = type(layer)
-    owns_weight = hasattr(kind, "weight") or hasattr(layer, "weight") or "RNN" in str(kind.__mro__)
-    return ".quantized." in f"{kind.__module__}." and owns_weight
-
-
 def holds_nan(tensor: Tensor) -> bool:
-    """Whether a tensor holds NaN; infinities are ordinary in masks."""
+    """Return whether a tensor holds NaN. Infinities do not count: masks hold them."""
     return _is_plain(tensor) and bool(tensor.isnan().any())
 
 
 def why_no_kind(layer: nn.Module, kinds: Iterable[type[nn.Module]]) -> str:
-    """The reason in the report for a layer that no kind is registered for."""
+    """Return the report's reason for a layer that no kind is registered for."""
     name = type(layer).__name__
     if isinstance(layer, parametrize.ParametrizationList):
         return "it holds the original weight of a parametrised layer"
-    if ".qat." in f"{type(layer).__module__}.":
+    if trains_for_quantisation(layer):
         return f"{name} trains for quantisation: convert the float model, then prepare it"
     if isinstance(layer, torch.jit.ScriptModule):
         return "it is scripted: convert the model first, then trace it (torch.jit.trace)"
-    own = [p for p in layer._parameters.values() if p is not None and p.dim() >= 2]
+    own = [p for p in own_parameters(layer).values() if p is not None and p.dim() >= 2]
     if own and not any(isinstance(layer, kind) for kind in kinds):
         return f"no factorised kind is registered for {name}"
     return f"{name} is no kind of layer that can be factorised"
@@ -70,12 +69,12 @@ def refuse_unsound(name: str, layer: nn.Module, kinds: Iterable[type[nn.Module]]
     """Raise if a layer is lazy, quantised, parametrised or holds values that are not finite.
 
     Args:
-        name: of the layer in the model.
+        name: the layer's name in the model.
         layer: one that neither include nor exclude leaves out.
-        kinds: dense classes that can be factorised.
+        kinds: the dense classes that can be factorised.
 
     Raises:
-        ConversionError: it names the layer, what was found, and the remedy.
+        ConversionError: the message names the layer, what was found, and the remedy.
     """
     if is_quantised(layer):
         raise ConversionError(
@@ -91,24 +90,24 @@ def refuse_unsound(name: str, layer: nn.Module, kinds: Iterable[type[nn.Module]]
         )
     if of_a_kind:
         _refuse_hooked(name, layer)
-    for attribute, parameter in layer._parameters.items():
+    for attribute, parameter in own_parameters(layer).items():
         if parameter is not None:
             _refuse_values(name, attribute, parameter)
-    for attribute, buffer in layer._buffers.items():
+    for attribute, buffer in own_buffers(layer).items():
         if buffer is not None and holds_nan(buffer):
             raise ConversionError(_not_finite(name, attribute))
 
 
 def refuse_unusable_weight(name: str, attribute: str, weight: Tensor | None) -> None:
-    """Raise if what should be factorised is not an ordinary dense floating-point parameter.
+    """Raise unless a weight is an ordinary dense floating-point parameter.
 
     Args:
-        name: of the layer.
-        attribute: of the layer, such as ``weight``.
-        weight: what it has there.
+        name: the layer's name.
+        attribute: the layer's attribute, such as ``weight``.
+        weight: the value of the attribute.
 
     Raises:
-        ConversionError: it names layer and attribute, what was found, and the remedy.
+        ConversionError: the message names layer and attribute, what was found, and the remedy.
     """
     if weight is None:
         raise ConversionError(
@@ -130,13 +129,10 @@ def refuse_unusable_weight(name: str, attribute: str, weight: Tensor | None) -> 
 
 
 def _refuse_hooked(name: str, layer: nn.Module) -> None:
-    for hook in layer._forward_pre_hooks.values():
-        kind = type(hook)
-        if not kind.__module__.startswith("torch.nn.utils."):
-            continue
-        remover = _REMOVERS.get(kind.__name__, "torch.nn.utils.prune.remove")
+    for module, kind in weight_hooks(layer):
+        remover = _REMOVERS.get(kind, "torch.nn.utils.prune.remove")
         raise ConversionError(
-            f"{_layer(name)} computes its weight in a hook ({kind.__module__}, {kind.__name__}): "
+            f"{_layer(name)} computes its weight in a hook ({module}, {kind}): "
             f"undo that first ({remover}), or exclude the layer"
         )
 
@@ -161,7 +157,7 @@ def _layer(name: str) -> str:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether torch can be asked about the values: dense, floating, and not of one byte."""
+    """Return whether torch can check the values: dense, floating, of more than one byte."""
     wide = tensor.is_floating_point() and tensor.element_size() >= 2
     return wide and tensor.layout == torch.strided and not tensor.is_meta
 

@@ -1,27 +1,27 @@
-"""What hangs on a dense layer or weight itself, and would not follow it into factors.
+"""Wrappers, hooks and replaced forwards, which refer to a dense layer or weight itself.
 
-A conversion puts a new layer with new parameters in the old one's place. Who holds the old ones
-(a wrapper, a function in place of ``forward``, a hook on a tensor) would go on with them in
-silence; here it is refused, left dense or said.
+A conversion replaces a layer by a new one with new parameters. A wrapper, a function in place of
+``forward`` or a hook on a tensor would silently keep the old ones. Such a model is refused, such a
+layer stays dense, and the user is warned of such hooks.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from fedpara_plugins.errors import ConversionError
+from fedpara_plugins.support.torch_seams import has_hooks
 
-__all__ = ["refuse_wrapped", "warn_of_weight_hooks", "why_bound", "why_frozen"]
+__all__ = ["lost_hooks", "refuse_wrapped", "why_forward_replaced", "why_frozen"]
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise if `DistributedDataParallel` already watches the dense weights.
+    """Raise if `DistributedDataParallel` already holds the dense weights.
 
     Raises:
-        ConversionError: it names the wrapper and the remedy.
+        ConversionError: the message names the wrapper and the remedy.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, nn.parallel.DistributedDataParallel):
@@ -32,8 +32,8 @@ def refuse_wrapped(model: nn.Module) -> None:
             )
 
 
-def why_bound(layer: nn.Module) -> str:
-    """Why a layer must stay as it is, a clause for the report; "" if nothing is against it."""
+def why_forward_replaced(layer: nn.Module) -> str:
+    """Return why a layer with a replaced forward stays dense (for the report), or ""."""
     if "forward" in layer.__dict__:
         return (
             "its forward was replaced on this very object (by hooks of accelerate, say), and the "
@@ -43,7 +43,7 @@ def why_bound(layer: nn.Module) -> str:
 
 
 def why_frozen(weight: Tensor | None, init: str | None) -> str:
-    """Why a weight that is not trained must stay as it is; "" if it is trained, or fitted."""
+    """Return why a frozen weight stays dense (for the report); "" if it is trained or fitted."""
     if weight is None or weight.requires_grad or init == "fit":
         return ""
     return (
@@ -52,21 +52,10 @@ def why_frozen(weight: Tensor | None, init: str | None) -> str:
     )
 
 
-def warn_of_weight_hooks(weights: Mapping[str, Tensor]) -> None:
-    """Warn of hooks on tensors (`Tensor.register_hook` and its kin) that are about to be lost.
+def lost_hooks(weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of weights with hooks on the tensor, which a composed weight does not have.
 
     Args:
         weights: the dense weights that are replaced, by full name.
     """
-    lost = [
-        name
-        for name, weight in weights.items()
-        if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None)
-    ]
-    if lost:
-        warnings.warn(
-            f"hooks were registered on {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''} "
-            f"before the model was converted; a composed weight does not have them. Register them "
-            f"on the factors, after convert().",
-            stacklevel=3,
-        )
+    return [name for name, weight in weights.items() if has_hooks(weight)]

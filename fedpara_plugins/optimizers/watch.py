@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 # Its hook must be in front of ours, so that clip bounds the gradient and not what is added to it.
 import fedpara_plugins.training.step_hooks  # noqa: F401
+from fedpara_plugins.support.torch_seams import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 __all__ = ["Watch", "watching"]
 

@@ -1,7 +1,7 @@
 """Plugins: layer kinds, methods, codec stages and framework adapters, found through pluggy.
 
-A distribution takes part by naming a module in the entry-point group ``fedpara_plugins`` and
-marking functions of that module with `hookimpl`::
+A distribution is a plugin if it names a module in the entry-point group ``fedpara_plugins`` and
+marks functions of that module with `hookimpl`::
 
     from fedpara_plugins import hookimpl
 
@@ -9,12 +9,15 @@ marking functions of that module with `hookimpl`::
     def fedpara_register_layers(register):
         register(MyFactorisedLayer)
 
-The built-in parts register through the same hooks. Plugins are loaded at the first look into a
-registry, never at import, and never consulted per tensor or step.
+The built-in parts register through the same hooks. Plugins are loaded at the first access to a
+registry, never at import, and are not consulted per tensor or step.
 
 A plugin that cannot be loaded is an error that names it. ``FEDPARA_PLUGINS_DISABLE=name,other``, in
 the environment of every process that uses the core, leaves plugins out by the names of their entry
-points; ``fedpara doctor`` lists these.
+points; ``fedpara doctor`` lists these names.
+
+The room may import ``layers``, ``stages`` and what stands below them. It offers the registries, and
+the classes that plugins register or derive from.
 """
 
 from __future__ import annotations

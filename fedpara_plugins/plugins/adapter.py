@@ -1,4 +1,4 @@
-"""What an adapter registers."""
+"""The description that an adapter registers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is known of a framework's adapter without importing the framework.
+    """A framework's adapter, described without an import of the framework.
 
     Attributes:
-        name: of the framework, such as ``flower``.
+        name: the framework's name, such as ``flower``.
         module: import name of the adapter.
         requires: the requirement on the framework, such as ``flwr>=1.22``.
-        lacks: what the adapter cannot do yet, a sentence each.
-        findings: what `fedpara doctor` says of an environment that has the framework; it must not
-            import the framework.
+        lacks: missing features of the adapter, a sentence each.
+        findings: returns what `fedpara doctor` says about an environment that has the framework; it
+            must not import the framework.
     """
 
     name: str
@@ -32,5 +32,5 @@ class Adapter:
     findings: Callable[[], Iterable[Finding]] | None = None
 
     def load(self) -> ModuleType:
-        """Import the adapter (and with it, as far as it is used, the framework)."""
+        """Import the adapter, and with it the framework."""
         return import_module(self.module)

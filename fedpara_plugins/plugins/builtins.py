@@ -1,4 +1,4 @@
-"""What this distribution itself registers, through the hooks that everyone uses."""
+"""The plugin that registers the built-in parts, through the hooks that all plugins use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The project name under which hooks are marked and found."""
+"""The markers of hooks, and the entry-point group in which plugins are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registries, filled once from built-in and installed plugins."""
+"""The registries, filled once from the built-in parts and the installed plugins."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ __all__ = [
 ]
 
 DISABLE_VARIABLE = "FEDPARA_PLUGINS_DISABLE"
-"""Comma-separated names of entry points to leave out, to find out which plugin misbehaves."""
+"""Comma-separated names of entry points to leave out, to find the plugin that misbehaves."""
 
 BUILTINS = "builtins"
-"""Name of the plugin that is this distribution itself."""
+"""Name of the plugin with the built-in parts."""
 
 _left_out: set[str] = set()
-"""Names of plugins that were found broken, see `leave_out_broken`."""
+"""Names of plugins that `leave_out_broken` found."""
 
 
 @dataclass
@@ -57,39 +57,39 @@ class _Registries:
 
 
 def layers() -> Mapping[type[nn.Module], type[FactorisedLayer]]:
-    """Factorised layer classes by the dense class that they replace.
+    """Return factorised layer classes by the dense class that they replace.
 
-    Lazy kinds are in it from the moment somebody has imported the module of their dense class.
+    Lazy kinds are included once somebody has imported the module of their dense class.
     """
     found = _registries()
-    due = [lazy for lazy in found.lazy_layers if lazy.dense_module in sys.modules]
-    for lazy in due:
+    loadable = [lazy for lazy in found.lazy_layers if lazy.dense_module in sys.modules]
+    for lazy in loadable:
         kind = lazy.load()
         found.layers[kind.dense_class] = kind
-    found.lazy_layers = [lazy for lazy in found.lazy_layers if lazy not in due]
+    found.lazy_layers = [lazy for lazy in found.lazy_layers if lazy not in loadable]
     return found.layers
 
 
 def methods() -> Mapping[str, Method]:
-    """Methods by name, without ``none``, which is the absence of one."""
+    """Return methods by name, without ``none``, the absence of a method."""
     return _registries().methods
 
 
 def stages() -> Mapping[str, Stage]:
-    """Codec stages by name."""
+    """Return codec stages by name."""
     return _registries().stages
 
 
 def adapters() -> Mapping[str, Adapter]:
-    """Adapters by the framework's name."""
+    """Return adapters by the framework's name."""
     return _registries().adapters
 
 
 def method_named(name: str) -> Method | None:
-    """The method with that name; None for ``none``.
+    """Return the method with that name; None for ``none``.
 
     Raises:
-        ConfigError: no such method; the message lists those there are.
+        ConfigError: there is no such method; the message lists the known ones.
     """
     if name == "none":
         return None
@@ -100,7 +100,7 @@ def method_named(name: str) -> Method | None:
 
 
 def reload() -> None:
-    """Forget all plugins; the next look into a registry loads them anew, broken ones too."""
+    """Forget all plugins; the next access to a registry loads them again, broken ones too."""
     _left_out.clear()
     _registries.cache_clear()
 
@@ -108,26 +108,26 @@ def reload() -> None:
 def leave_out_broken() -> dict[str, str]:
     """Leave out, in this process, the plugins that cannot be loaded.
 
-    Everywhere else one of them is an error: a run must not go on without a part that was installed
-    for it. This is for who looks into the installation itself.
+    Only tools that inspect the installation call this. Elsewhere such a plugin is an error, since a
+    run must not go on without a part that was installed for it.
 
     Returns:
-        Why each of them cannot be loaded, by the plugin's name.
+        Reasons why plugins cannot be loaded, by plugin name.
 
     Raises:
-        PluginError: the fault is no plugin's that could be left out.
+        PluginError: the fault lies with no plugin that can be left out.
     """
-    why: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     while True:
         try:
             _registries()
         except PluginError as error:
             if error.plugin is None or error.plugin in _left_out:
                 raise
-            why[error.plugin] = str(error)
+            reasons[error.plugin] = str(error)
             _left_out.add(error.plugin)
         else:
-            return why
+            return reasons
 
 
 @lru_cache(maxsize=1)
@@ -150,20 +150,20 @@ def _registries() -> _Registries:
 def _collect(
     hook: pluggy.HookCaller, into: dict[str, Any], what: str, name_of: Callable[[Any], str]
 ) -> None:
-    """Let every plugin register its things, one plugin after the other, to know whose they are."""
+    """Let every plugin register its objects, one plugin after the other, to know their owners."""
     owners: dict[str, str] = {}
     for implementation in hook.get_hookimpls():
         plugin = implementation.plugin_name
 
-        def register(thing: Any, plugin: str = plugin) -> None:
-            name = name_of(thing)
+        def register(registered: Any, plugin: str = plugin) -> None:
+            name = name_of(registered)
             if name in into:
                 raise PluginError(
                     f"{what} {name!r} is registered twice: by plugin {owners[name]!r} and by "
                     f"plugin {plugin!r}. Uninstall one of them, or name it in {DISABLE_VARIABLE}.",
                     plugin=plugin if plugin != BUILTINS else owners[name],
                 )
-            into[name], owners[name] = thing, plugin
+            into[name], owners[name] = registered, plugin
 
         try:
             implementation.function(*[register for _ in implementation.argnames])
@@ -178,7 +178,7 @@ def _collect(
 
 
 def _dense_name(kind: type[FactorisedLayer] | LazyLayer) -> str:
-    """What a kind replaces, in the one way of writing that lazy kinds have too."""
+    """Return the dense class of a kind as ``package.module:Class``, as lazy kinds write it."""
     dense = kind.dense_class
     return dense if isinstance(dense, str) else f"{dense.__module__}:{dense.__qualname__}"
 
@@ -196,7 +196,7 @@ def _load_plugins() -> pluggy.PluginManager:
 
 
 def _load(manager: pluggy.PluginManager, point: EntryPoint) -> None:
-    """One plugin at a time, so that an error can say which it was."""
+    """Load one plugin, so that an error can name it."""
     try:
         manager.register(point.load(), name=point.name)
         manager.check_pending()

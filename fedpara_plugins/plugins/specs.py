@@ -1,4 +1,4 @@
-"""The hooks a plugin may implement. Each receives ``register`` and calls it once per thing."""
+"""The hooks that a plugin may implement. Each calls ``register`` once per object."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 def fedpara_register_layers(
     register: Callable[[type[FactorisedLayer] | LazyLayer], None],
 ) -> None:
-    """Register kinds of factorised layer, one per dense class; lazily, if of another package."""
+    """Register kinds of factorised layer, one per dense class (`LazyLayer` for other packages)."""
 
 
 @hookspec
 def fedpara_register_methods(register: Callable[[Method], None]) -> None:
-    """Register methods; the name is what users write in ``method = "..."``."""
+    """Register methods; users write their names in ``method = "..."``."""
 
 
 @hookspec
 def fedpara_register_stages(register: Callable[[Stage], None]) -> None:
-    """Register codec stages; the name is what users write in ``codec = "a+b"``."""
+    """Register codec stages; users write their names in ``codec = "a+b"``."""
 
 
 @hookspec
 def fedpara_register_adapters(register: Callable[[Adapter], None]) -> None:
-    """Register the adapter of a framework; must not import the framework."""
+    """Register the adapter of a framework, without importing the framework."""

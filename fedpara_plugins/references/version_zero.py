@@ -25,7 +25,8 @@ from fedpara_plugins.codecs.json_reader import strict_json
 from fedpara_plugins.codecs.reference import reference_hash
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.factors.initialise import PART, seeded_shared
-from fedpara_plugins.models.spec import ModelSpec, plan_from_row
+from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.spec_rows import plan_from_row
 from fedpara_plugins.stages.stage import (
     DTYPES,
     REAL_DTYPES,

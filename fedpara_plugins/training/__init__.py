@@ -1,7 +1,9 @@
-"""What acts on a user's training steps: clip, decay, schedule, label counts, the Jacobian term.
+"""Everything that acts on a user's training steps.
 
-May import ``layers`` and what stands below it. Importing it registers the hook that torch calls
-before every optimizer's step.
+These are gradient clipping, weight decay, the decoupled schedule, label counts and the Jacobian
+correction. The room may import ``layers`` and what stands below them. It offers adapters the start
+of a round and a model's progress in it. Its import registers the hook that torch calls before each
+step of every optimizer.
 """
 
 from __future__ import annotations
@@ -9,15 +11,20 @@ from __future__ import annotations
 from fedpara_plugins.training.jacobian import JacobianCorrection
 from fedpara_plugins.training.label_counts import lacks_label_counts, set_label_counts
 from fedpara_plugins.training.optimizer_check import check_optimizer
-from fedpara_plugins.training.step_hooks import Training, shared_phase, start_round, training_of
+from fedpara_plugins.training.step_hooks import (
+    RoundProgress,
+    round_progress,
+    shared_phase,
+    start_round,
+)
 
 __all__ = [
     "JacobianCorrection",
-    "Training",
+    "RoundProgress",
     "check_optimizer",
     "lacks_label_counts",
+    "round_progress",
     "set_label_counts",
     "shared_phase",
     "start_round",
-    "training_of",
 ]

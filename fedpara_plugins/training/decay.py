@@ -1,9 +1,9 @@
 """Weight decay that shrinks a composed weight as it would shrink a dense one.
 
 An optimizer that decays each of F factors by (1 - lr wd) shrinks their product by (1 - lr wd)^F,
-about F times as fast as the user asked for. Just before the step, what it is about to do too much
-is taken back: from the gradient where the decay is part of it (SGD, Adam), from the factor where
-the optimizer shrinks that itself (AdamW, Muon, Adafactor).
+about F times as fast as the user asked for. The excess is compensated just before the step: in the
+gradient if the decay is a term of it (SGD, Adam), in the factor if the optimizer shrinks the factor
+itself (AdamW, Muon, Adafactor).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COUPLED = (
 DECOUPLED = tuple(
     getattr(torch.optim, name)
     for name in ("AdamW", "Adafactor", "Muon")
-    if hasattr(torch.optim, name)  # as far as the installed torch has them
+    if hasattr(torch.optim, name)  # older versions of torch lack some
 )
 """Optimizers that multiply the parameter itself by 1 - lr * weight_decay."""
 
@@ -42,11 +42,12 @@ _unknown: set[type[torch.optim.Optimizer]] = set()
 
 
 def compose_decay(optimizer: torch.optim.Optimizer, counts: Mapping[int, int]) -> None:
-    """Correct the step that is about to come for factors under weight decay.
+    """Correct an optimizer's next step for factors under weight decay.
 
     Args:
-        optimizer: any of torch's; of another kind the decay stays on the factors, with a warning.
-        counts: for each factor, by id, how many factors shrink together.
+        optimizer: one of torch's. With another kind the decay stays on the factors, and a warning
+            is logged.
+        counts: for each factor, by id, the number of factors that shrink together.
     """
     for group in optimizer.param_groups:
         decay = float(group.get("weight_decay", 0.0))
@@ -64,7 +65,7 @@ def compose_decay(optimizer: torch.optim.Optimizer, counts: Mapping[int, int]) -
                     shrink = 1 - float(group["lr"]) * decay
                     factor.mul_(shrink**-excess if shrink > 0 else 1.0)
                 else:
-                    # With maximize the optimizer turns the gradient before it adds the decay.
+                    # With maximize the optimizer negates the gradient, then adds the decay.
                     sign = 1 if group.get("maximize") else -1
                     factor.grad.add_(factor, alpha=sign * decay * excess)
 

@@ -1,7 +1,8 @@
-"""The paper's Jacobian correction, a loss term that a user may add (section 3, Eq. 9)."""
+"""The paper's Jacobian correction, a term that a user may add to the loss (section 3, Eq. 9)."""
 
 from __future__ import annotations
 
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -14,21 +15,21 @@ __all__ = ["JacobianCorrection"]
 
 
 class JacobianCorrection:
-    r"""Pull a step on the factors towards the step that the dense weight would have made.
+    r"""A penalty that draws a step on the factors towards the step of the dense weight.
 
-    With J_W the loss's gradient by a composed weight W, and W' what one SGD step of size ``lr`` on
-    every factor would compose,
+    Let J_W be the gradient of the loss with respect to a composed weight W, and W' the weight
+    composed from the factors after one SGD step of size ``lr``. Then
 
     .. math:: R = \frac{\lambda}{2} \sum_{layers} \lVert W' - (W - lr J_W) \rVert^2
 
-    W' is composed from the stepped factors directly. J_W is a constant in it, which the paper
-    leaves open; momentum and weight decay count as none, as there.
+    J_W is a constant in R; the paper leaves that open. Like the paper, R ignores momentum and
+    weight decay.
 
     Args:
         model: a converted model.
         lr: size of the virtual step, the user's learning rate.
-        weight: lambda; the paper trained with 1 and showed 10 in its ablation, where no effect
-            could be told from noise. Each use costs one more backward pass through the model.
+        weight: lambda. The paper trained with 1, and showed 10 in an ablation whose effect is
+            within noise. Each use costs one more backward pass through the model.
 
     Raises:
         ConversionError: the model has no factorised layer.
@@ -36,7 +37,7 @@ class JacobianCorrection:
     Example:
         >>> model = convert(nn.Linear(64, 64), method="fedpara")
         >>> correction = JacobianCorrection(model, lr=0.1, weight=1.0)
-        >>> with correction:                    # notes the weights that the forward composes
+        >>> with correction:                    # records the weights that the forward composes
         ...     loss = model(torch.ones(2, 64)).square().mean()
         >>> (loss + correction(loss)).backward()
     """
@@ -53,7 +54,7 @@ class JacobianCorrection:
     def __enter__(self) -> JacobianCorrection:
         self._composed = {}
         for index, layer in enumerate(self._layers):
-            layer.__dict__["on_composed"] = self._recorder(index)
+            layer.__dict__["on_composed"] = partial(self._record, index)
         return self
 
     def __exit__(
@@ -66,12 +67,12 @@ class JacobianCorrection:
             del layer.__dict__["on_composed"]
 
     def __call__(self, loss: Tensor) -> Tensor:
-        """The term to add to ``loss``, a scalar computed inside the ``with`` block."""
+        """Return the term to add to ``loss``, a scalar computed inside the ``with`` block."""
         weights = [weight for uses in self._composed.values() for weight in uses]
         gradients = iter(torch.autograd.grad(loss, weights, retain_graph=True))
         total = loss.new_zeros(())
         for (index, name), uses in self._composed.items():
-            # A layer that is called twice composes twice; its weight's gradient is the sum.
+            # A layer that is called twice composes twice: its weight's gradient is the sum.
             jacobian = sum((next(gradients) for _ in uses), torch.zeros_like(uses[0])).detach()
             total = total + self._term(self._layers[index], name, jacobian)
         return 0.5 * self._weight * total
@@ -88,15 +89,5 @@ class JacobianCorrection:
         gap = plan.compose(moved) - (weight - self._lr * jacobian)
         return gap.square().sum()
 
-    def _recorder(self, index: int) -> _Recorder:
-        return _Recorder(self._composed, index)
-
-
-class _Recorder:
-    """What a layer calls with each weight it composes."""
-
-    def __init__(self, into: dict[tuple[int, str], list[Tensor]], index: int) -> None:
-        self._into, self._index = into, index
-
-    def __call__(self, name: str, weight: Tensor) -> None:
-        self._into.setdefault((self._index, name), []).append(weight)
+    def _record(self, index: int, name: str, weight: Tensor) -> None:
+        self._composed.setdefault((index, name), []).append(weight)

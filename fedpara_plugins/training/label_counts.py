@@ -1,8 +1,8 @@
 """A client's label counts, which its classification layer adds to the logits.
 
-A client that has seen classes with frequencies n_k / n adds log((n_k + 0.1) / (n + 1)) to its
-logits, in training and in prediction. The shared layers then need not learn, and forget each round,
-how often a class occurs at whom.
+A client with n_k of n labels in class k adds log((n_k + 0.1) / (n + 1)) to its logits, in training
+and in prediction. The shared layers then need not learn each client's class frequencies, only to
+forget them in the next round.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ __all__ = ["lacks_label_counts", "set_label_counts", "warn_without_counts"]
 log = logging.getLogger(__name__)
 
 UNSEEN = 0.1
-"""What every class is counted more often than it occurs, so that no logit is minus infinity."""
-
+"""Added to every class's count, so that no logit is minus infinity."""
 
 _warned: set[str] = set()
 
@@ -34,19 +33,20 @@ def set_label_counts(
     *,
     counts: Tensor | Iterable[Any] | None = None,
 ) -> None:
-    """Tell a client's model how often each class occurs in the client's training data.
+    """Set how often each class occurs in a client's training data.
 
     Call it on the client, after the model has loaded its state and before training. The counts
-    stay in the client's private state from then on, and never enter a message. On a model without
-    the option ``label_prior`` nothing happens, so that the line can stay when options change.
+    stay in the client's private state and never enter a message. Without the option
+    ``label_prior`` nothing happens, so the call can stay when options change.
 
     Args:
         model: converted, or not.
         labels: class index of every training example, shape (n,), integers.
-        counts: instead of labels, how often each class occurs, shape (classes,).
+        counts: instead of labels, number of examples of each class, shape (classes,).
 
     Raises:
-        ConfigError: labels that are no class indices, a wrong number of counts, or none at all.
+        ConfigError: labels are no class indices, the number of counts is wrong, or nothing is
+            given.
 
     Example:
         >>> model = convert(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)),
@@ -69,7 +69,7 @@ def set_label_counts(
 def lacks_label_counts(model: nn.Module) -> bool:
     """Return whether the model's head adds label counts to its logits and has none yet.
 
-    Counts give exactly zero for no class, so zeros throughout mean that none were given.
+    No counts give exactly zero for any class, so a prior of zeros has not been set.
     """
     priors = [
         layer.added["label_prior"]
@@ -80,16 +80,15 @@ def lacks_label_counts(model: nn.Module) -> bool:
 
 
 def warn_without_counts(layers: Iterable[nn.Module], *, given: bool) -> None:
-    """Say once that training begins without label counts.
+    """Log one warning per process if training begins without label counts.
 
     Args:
-        layers: of one model.
-        given: whether there were counts, before a state was loaded.
+        layers: the layers of one model.
+        given: whether counts were set before a state was loaded.
     """
     for layer in layers:
         prior = layer.added.get("label_prior") if isinstance(layer, PersonalLinear) else None
-        # No counts give exactly zero for any class.
-        if prior is None or "counts" in _warned or bool(prior.any()):
+        if prior is None or "counts" in _warned or bool(prior.any()):  # as in `lacks_label_counts`
             continue
         _warned.add("counts")
         log.warning(

@@ -1,9 +1,8 @@
-"""What happens around a user's optimizer steps, without an edit in the training loop.
+"""The hook before each optimizer step, which needs no edit in the user's training loop.
 
 Three options act there: ``decay`` keeps the meaning of the optimizer's weight decay, ``clip``
 bounds the gradient's norm, and ``schedule="decoupled"`` makes the first steps of a round private
-and the others shared. All hang on a hook that torch calls before every optimizer's step; it touches
-only optimizers that hold factors.
+and the others shared. The hook acts only on optimizers that hold factors.
 """
 
 from __future__ import annotations
@@ -16,26 +15,32 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.layers.base import FactorisedLayer, Phase, layers_alive
 from fedpara_plugins.layers.kept_weights import before_step
+from fedpara_plugins.support.torch_seams import register_optimizer_step_pre_hook
 from fedpara_plugins.training.decay import compose_decay
 from fedpara_plugins.training.label_counts import warn_without_counts
 
-__all__ = ["Training", "attach", "shared_phase", "start_round", "training_of"]
+__all__ = [
+    "RoundProgress",
+    "attach_progress",
+    "round_progress",
+    "shared_phase",
+    "start_round",
+]
 
 
 @dataclass
-class Training:
-    """Where a model is in its round. One object for all its layers; copies of it have their own.
+class RoundProgress:
+    """The progress of a model in its round: one object for all layers, another for each copy.
 
     Attributes:
         config: the options that the model was converted with.
-        decoupled: whether private and shared steps are apart.
-        private_steps: number of steps at the start of this round that are private.
-        steps: steps made in this round so far.
+        decoupled: whether private and shared steps are separate.
+        private_steps: number of private steps at the start of this round.
+        steps: number of steps made in this round so far.
         counts_given: whether `fedpara_plugins.set_label_counts` was called on the model.
     """
 
@@ -47,57 +52,57 @@ class Training:
 
     @property
     def phase(self) -> Phase:
-        """What the next step trains."""
+        """Which factors the next step moves."""
         if not self.decoupled:
             return "joint"
         return "private" if self.steps < self.private_steps else "shared"
 
 
-def attach(model: nn.Module, config: FedParaConfig) -> None:
-    """Give the layers of a freshly converted model their common `Training`."""
+def attach_progress(model: nn.Module, config: FedParaConfig) -> None:
+    """Attach a common `RoundProgress` to the layers of a freshly converted model."""
     layers = _layers_of(model)
     private = any(plan.private_names for layer in layers for plan in layer.plans.values())
     decoupled = config.schedule == "decoupled" and private
-    training = Training(config, decoupled, config.first_private_steps)
+    progress = RoundProgress(config, decoupled, config.first_private_steps)
     for layer in layers:
-        layer.__dict__["progress"] = training
+        layer.__dict__["progress"] = progress
         layers_alive.add(layer)
     start_round(model)
 
 
-def training_of(model: nn.Module) -> Training | None:
-    """A converted model's `Training`; None if it has no factorised layer."""
+def round_progress(model: nn.Module) -> RoundProgress | None:
+    """Return a converted model's `RoundProgress`; None if it has no factorised layer."""
     found = next((layer.progress for layer in _layers_of(model)), None)
-    return found if isinstance(found, Training) else None
+    return found if isinstance(found, RoundProgress) else None
 
 
 def start_round(model: nn.Module, *, previous_steps: int | None = None) -> None:
-    """Begin a round: under ``schedule="decoupled"`` the next steps are private ones again.
+    """Begin a round: under ``schedule="decoupled"`` the next steps are private again.
 
     Args:
-        model: any module; without factorised layers there is nothing to do.
-        previous_steps: steps of the round before, of which the option ``private_steps`` may be a
-            share; without them ``first_private_steps`` counts.
+        model: any module; one without factorised layers is left alone.
+        previous_steps: number of steps in the previous round. The option ``private_steps`` may be a
+            share of it; without it ``first_private_steps`` counts.
     """
-    training = training_of(model)
-    if training is None:
+    progress = round_progress(model)
+    if progress is None:
         return
-    wanted = training.config.private_steps
+    wanted = progress.config.private_steps
     if wanted >= 1:
-        training.private_steps = int(wanted)
+        progress.private_steps = int(wanted)
     elif previous_steps:
-        training.private_steps = max(1, round(wanted * previous_steps))
+        progress.private_steps = max(1, round(wanted * previous_steps))
     else:
-        training.private_steps = training.config.first_private_steps
-    training.steps = 0
-    _set_phase(_layers_of(model), training.phase)
+        progress.private_steps = progress.config.first_private_steps
+    progress.steps = 0
+    _set_phase(_layers_of(model), progress.phase)
 
 
 @contextmanager
 def shared_phase(model: nn.Module) -> Iterator[None]:
-    """Within this context a model is as its shared steps see it, wherever in a round it stands."""
-    training = training_of(model)
-    if training is None or not training.decoupled:
+    """Set a model to its shared phase inside a context, wherever it is in its round."""
+    progress = round_progress(model)
+    if progress is None or not progress.decoupled:
         yield
         return
     layers = _layers_of(model)
@@ -105,29 +110,29 @@ def shared_phase(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        _set_phase(layers, training.phase)
+        _set_phase(layers, progress.phase)
 
 
 _held: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, list[Any]]]
 _held = weakref.WeakKeyDictionary()
-"""For each optimizer the layers whose factors it holds, and how many layers were alive then."""
+"""For each optimizer its number of parameters, and weak references to the layers that own them."""
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     layers = _layers_held_by(optimizer)
     before_step(layers)
-    for training in {id(layer.progress): layer.progress for layer in layers}.values():
-        of_model = [layer for layer in layers if layer.progress is training]
-        if training.config.label_prior and training.steps == 0:
-            warn_without_counts(of_model, given=training.counts_given)
-        if training.decoupled:
-            _drop_other_gradients(optimizer, of_model, training.phase)
-        if training.config.decay == "composed":
+    for progress in {id(layer.progress): layer.progress for layer in layers}.values():
+        of_model = [layer for layer in layers if layer.progress is progress]
+        if progress.config.label_prior and progress.steps == 0:
+            warn_without_counts(of_model, given=progress.counts_given)
+        if progress.decoupled:
+            _drop_other_gradients(optimizer, of_model, progress.phase)
+        if progress.config.decay == "composed":
             compose_decay(optimizer, _factor_counts(of_model))
-        if training.config.clip is not None:
-            nn.utils.clip_grad_norm_(_parameters(optimizer), training.config.clip)
-        training.steps += 1
-        _set_phase(of_model, training.phase)
+        if progress.config.clip is not None:
+            nn.utils.clip_grad_norm_(_parameters(optimizer), progress.config.clip)
+        progress.steps += 1
+        _set_phase(of_model, progress.phase)
 
 
 register_optimizer_step_pre_hook(_before_step)
@@ -153,7 +158,10 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def _drop_other_gradients(
     optimizer: torch.optim.Optimizer, layers: Iterable[FactorisedLayer], phase: Phase
 ) -> None:
-    """A parameter without a gradient is left alone by every optimizer, momentum and decay too."""
+    """Drop the gradients of the other phase: optimizers skip such parameters entirely.
+
+    Neither momentum nor decay moves a parameter without a gradient.
+    """
     private = {id(parameter) for layer in layers for parameter in layer.private_parameters()}
     for parameter in _parameters(optimizer):
         if (id(parameter) in private) != (phase == "private"):
@@ -161,7 +169,7 @@ def _drop_other_gradients(
 
 
 def _factor_counts(layers: Iterable[FactorisedLayer]) -> dict[int, int]:
-    """For each factor (by id), how many factors shrink its part of the weight together."""
+    """Return for each factor, by id, how many factors shrink its part of the weight together."""
     counts: dict[int, int] = {}
     for layer in layers:
         for weight, plan in layer.plans.items():

@@ -16,15 +16,9 @@ from torch import nn
 import fedpara_plugins as fedpara
 from fedpara_plugins import MismatchError, PayloadError
 from fedpara_plugins.codecs import encode_payload, parse_codec
-from fedpara_plugins.models.checkpoints import (
-    METADATA_KEY,
-    load_factors,
-    read_about,
-    read_checkpoint,
-    save_dense,
-    save_factors,
-)
-from fedpara_plugins.models.spec import plan_from_row
+from fedpara_plugins.models.checkpoint_files import METADATA_KEY, read_about, read_checkpoint
+from fedpara_plugins.models.checkpoints import load_factors, save_dense, save_factors
+from fedpara_plugins.models.spec_rows import plan_from_row
 
 USER_MODELS = runpy.run_path(str(Path(__file__).with_name("user_models.py")))
 Net = USER_MODELS["Net"]

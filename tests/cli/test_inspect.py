@@ -17,13 +17,8 @@ from fedpara_plugins import FedParaError, PayloadError
 from fedpara_plugins.cli.export import dense_from
 from fedpara_plugins.cli.inspect_file import inspect_file
 from fedpara_plugins.codecs import encode_payload, parse_codec, reference_hash
-from fedpara_plugins.models.checkpoints import (
-    METADATA_KEY,
-    read_about,
-    read_checkpoint,
-    save_dense,
-    save_factors,
-)
+from fedpara_plugins.models.checkpoint_files import METADATA_KEY, read_about, read_checkpoint
+from fedpara_plugins.models.checkpoints import save_dense, save_factors
 from fedpara_plugins.text import printable
 
 

@@ -13,7 +13,8 @@ import fedpara_plugins as fedpara
 from fedpara_plugins import ConfigError, ConversionError, MismatchError, ModelSpec, PayloadError
 from fedpara_plugins.cli.export import dense_from
 from fedpara_plugins.cli.inspect_file import inspect_file
-from fedpara_plugins.models.checkpoints import load_factors, read_checkpoint, save_factors
+from fedpara_plugins.models.checkpoint_files import read_checkpoint
+from fedpara_plugins.models.checkpoints import load_factors, save_factors
 
 BOTH = {"private_head": True, "label_prior": True, "schedule": "decoupled"}
 CLASSES = 40

@@ -9,7 +9,7 @@ from torch import nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins.layers.base import layers_alive
-from fedpara_plugins.training.step_hooks import start_round, training_of
+from fedpara_plugins.training.step_hooks import round_progress, start_round
 
 
 def build(**options):
@@ -87,17 +87,17 @@ def test_the_dense_export_has_both_halves_in_every_phase():
         model[0].x2.normal_()
     expected = fedpara.to_dense(model)[0].weight
     step(model, torch.optim.SGD(model.parameters(), lr=0.0))
-    assert training_of(model).phase == "shared"
+    assert round_progress(model).phase == "shared"
     torch.testing.assert_close(fedpara.to_dense(model)[0].weight, expected)
 
 
 def test_number_of_private_steps():
     model = build(schedule="decoupled", private_steps=0.25, first_private_steps=7)
-    assert training_of(model).private_steps == 7
+    assert round_progress(model).private_steps == 7
     start_round(model, previous_steps=40)
-    assert training_of(model).private_steps == 10
+    assert round_progress(model).private_steps == 10
     start_round(model, previous_steps=1)
-    assert training_of(model).private_steps == 1
+    assert round_progress(model).private_steps == 1
 
 
 def test_survives_copies():
@@ -105,7 +105,7 @@ def test_survives_copies():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         moved = step(other, torch.optim.SGD(other.parameters(), lr=0.1))
         assert moved == private(moved)
-        assert training_of(model).steps == 0
+        assert round_progress(model).steps == 0
 
 
 @pytest.mark.parametrize("method", ["lowrank", "fedpara", "pfedpara"])
@@ -160,7 +160,7 @@ def test_without_the_options_a_step_is_the_optimizer_s_own():
         step(other, torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9))
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    assert not training_of(build(method="fedpara", schedule="decoupled")).decoupled
-    assert training_of(nn.Linear(2, 2)) is None
-    assert training_of(fedpara.to_dense(build(clip=1.0))) is None
+    assert not round_progress(build(method="fedpara", schedule="decoupled")).decoupled
+    assert round_progress(nn.Linear(2, 2)) is None
+    assert round_progress(fedpara.to_dense(build(clip=1.0))) is None
     assert set(vars(fedpara.to_dense(build(clip=1.0))[0])) == set(vars(nn.Linear(2, 2)))

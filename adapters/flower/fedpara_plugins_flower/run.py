@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fedpara_plugins import ConfigError, FedParaConfig, ModelSpec, convert
 from fedpara_plugins.exchange import DenseRound, converted_copy
 from fedpara_plugins.support import Storage
-from fedpara_plugins.training import Training, start_round, training_of
+from fedpara_plugins.training import RoundProgress, round_progress, start_round
 from fedpara_plugins_flower.settings import Settings
 
 __all__ = ["Run", "Start", "StartHook", "active_run", "open_run", "to_dense"]
@@ -74,7 +74,7 @@ class Run:
     start: DenseRound | None = None
     storage: Storage | None = None
     starts: bool = False
-    trainings: list[Training] = field(default_factory=list)
+    trainings: list[RoundProgress] = field(default_factory=list)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     on_loaded: Callable[[dict[str, Tensor]], None] | None = None
     on_encoded: Callable[[Mapping[str, Mapping[str, Tensor]]], None] | None = None
@@ -102,7 +102,7 @@ class Run:
         if self.side == "server":
             _zero_private_factors(model, spec)
         start_round(model, previous_steps=self.previous_steps)
-        if (training := training_of(model)) is not None:
+        if (training := round_progress(model)) is not None:
             self.trainings.append(training)
         if self.on_loaded is not None:
             model.register_load_state_dict_post_hook(_announce_loaded)  # type: ignore[no-untyped-call]

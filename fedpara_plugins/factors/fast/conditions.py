@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from fedpara_plugins.support.torch_seams import (
+    are_functorch_transforms_active,
+    count_dispatch_modes,
+    in_forward_mode,
+    is_legacy_batchedtensor,
+    is_tracing,
+)
 
 __all__ = [
     "FALLBACKS",
@@ -36,15 +43,13 @@ _PLAIN = (Tensor, nn.Parameter)
 
 def rewritten() -> bool:
     """Whether operations are compiled, traced, transformed, dualised or unrecorded just now."""
-    # Of these states two have no public question; torch's own `Function.apply` asks the one so.
-    # `torch.jit.is_tracing` asks what is asked here, in two more functions of Python.
     return (
         torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or is_tracing()
+        or are_functorch_transforms_active()
+        or in_forward_mode()
         # Fake tensors, counters of operations, selective checkpoints: they must see operations.
-        or torch._C._len_torch_dispatch_stack() > 0
+        or count_dispatch_modes() > 0
         # torch's own operations record nothing then, whatever is enabled inside; a `Function` does.
         or (torch.is_inference_mode_enabled() and torch.is_grad_enabled())
     )
@@ -56,8 +61,7 @@ def differentiates(gradient: Tensor) -> bool:
     Somebody differentiates it again, rewrites it, or takes many gradients at once.
     """
     # By `autograd.grad(..., is_grads_batched=True)`, which is no transform of torch.func.
-    batched = torch._C._functorch.is_legacy_batchedtensor(gradient)
-    return torch.is_grad_enabled() or rewritten() or batched
+    return torch.is_grad_enabled() or rewritten() or is_legacy_batchedtensor(gradient)
 
 
 def may_run(tensors: Sequence[Tensor | None]) -> bool:

@@ -18,6 +18,7 @@ from fedpara_plugins.factors.compose import core_product
 from fedpara_plugins.factors.fast import buffers, native
 from fedpara_plugins.factors.fast.conditions import differentiates
 from fedpara_plugins.factors.fast.form import Form, by_operand
+from fedpara_plugins.support.torch_seams import tanh_backward
 
 __all__ = [
     "FactorGradients",
@@ -142,7 +143,7 @@ def pulled_back(form: Form, values: Sequence[Tensor], gradient: Tensor, index: i
         else:
             pulled = gradient * other
     if form.tanh:
-        pulled = torch.ops.aten.tanh_backward(pulled, values[index])
+        pulled = tanh_backward(pulled, values[index])
     return pulled
 
 

@@ -19,7 +19,7 @@ from fedpara_plugins.codecs import decoders
 from fedpara_plugins.exchange import ClientState, DenseRound, check_finite
 from fedpara_plugins.references import LostReferenceError
 from fedpara_plugins.support import PrefixView, Storage
-from fedpara_plugins.training import start_round, training_of
+from fedpara_plugins.training import round_progress, start_round
 from fedpara_plugins_fedml.engine.client_models import ClientModels
 from fedpara_plugins_fedml.engine.labels import count_once
 from fedpara_plugins_fedml.engine.models import plain_state, to_state
@@ -153,7 +153,7 @@ class ClientHalf(ClientModels):
             payloads = self._payloads(task, {MODEL: after, **work.records}, work, kept)
             private = {k: v for k, v in after.items() if k in self._spec.private_keys}
             kept.keep_private(self._spec, private)
-            if (training := training_of(trainer.model)) is not None:
+            if (training := round_progress(trainer.model)) is not None:
                 kept.keep_steps(training.steps)
         answer = Head(
             round=head.round,

@@ -1,0 +1,291 @@
+"""Everything this project uses of torch that torch does not document as public.
+
+A new version of torch may change any of it without notice. Each entry says which versions it was
+seen in and why no public way exists; ``tests/support/test_torch_seams.py`` fails when an entry is
+gone or means something else. This module imports nothing of the project.
+
+Plain names are torch's own functions, so a call costs nothing more. `HOT_ATTRIBUTES` and
+`OVERRIDDEN_NAMES` list what cannot pass through here: attributes that are read for every layer in
+every step, and methods that subclasses replace by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+__all__ = [
+    "HOT_ATTRIBUTES",
+    "MODULE_ATTRIBUTES",
+    "OVERRIDDEN_NAMES",
+    "NonDynamicallyQuantizableLinear",
+    "are_functorch_transforms_active",
+    "assembled_module",
+    "attributes_of",
+    "count_dispatch_modes",
+    "has_hooks",
+    "in_forward_mode",
+    "is_legacy_batchedtensor",
+    "is_quantised",
+    "is_tracing",
+    "multi_head_attention_forward",
+    "own_buffers",
+    "own_children",
+    "own_parameters",
+    "persistent_buffers",
+    "projects_jointly",
+    "register_optimizer_step_post_hook",
+    "register_optimizer_step_pre_hook",
+    "saved_tensors_hooks_are_enabled",
+    "tanh_backward",
+    "trains_for_quantisation",
+    "weight_hooks",
+]
+
+M = TypeVar("M", bound=nn.Module)
+
+# Names that torch exports and does not document, torch 2.4.0 to 2.13.0.
+#
+# `NonDynamicallyQuantizableLinear`: the class of `nn.MultiheadAttention.out_proj`. Conversion
+# matches classes exactly, so it needs the name.
+#
+# `register_optimizer_step_pre_hook` and its twin: hooks around the steps of every optimizer of the
+# process. The documented hooks belong to one optimizer, which users build out of our sight.
+
+# Functions of torch's C++ part
+
+is_tracing = torch._C._is_tracing
+"""Return whether `torch.jit.trace` runs. Seen in torch 2.4.0 to 2.13.0.
+
+The public `torch.jit.is_tracing` asks the same through two more functions of Python; this one is
+asked before each use of a weight.
+"""
+
+are_functorch_transforms_active = torch._C._are_functorch_transforms_active
+"""Return whether a transform of `torch.func` runs. Seen in torch 2.4.0 to 2.13.0.
+
+No public function says so. `torch.autograd.Function.apply` asks this one.
+"""
+
+count_dispatch_modes = torch._C._len_torch_dispatch_stack
+"""Return how many modes of dispatch are active. Seen in torch 2.4.0 to 2.13.0.
+
+Fake tensors, counters of operations and selective checkpoints are such modes. No public function
+counts them.
+"""
+
+is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
+"""Return whether a tensor stands for many. Seen in torch 2.4.0 to 2.13.0.
+
+Gradients do under ``torch.autograd.grad(..., is_grads_batched=True)``, which is no transform of
+`torch.func`. They look like ordinary tensors otherwise.
+"""
+
+saved_tensors_hooks_are_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+"""Return whether hooks on saved tensors may be in force. Seen in torch 2.4.0 to 2.13.0.
+
+Publicly such hooks can be set and forbidden, and not asked about.
+"""
+
+tanh_backward = torch.ops.aten.tanh_backward
+"""Return the gradient before tanh, from that behind it and tanh's result.
+
+Seen in torch 2.4.0 to 2.13.0. One pass through memory, where ``gradient * (1 - result**2)`` from
+public functions takes three.
+"""
+
+# Attributes and methods of torch's classes
+
+HOT_ATTRIBUTES = {nn.Module: ("_parameters",), Tensor: ("_version",)}
+"""Private attributes that layers read at each use of a weight, without a function between.
+
+Seen in torch 2.4.0 to 2.13.0. ``Module._parameters`` is the dictionary behind `own_parameters`.
+``Tensor._version`` counts changes in place; autograd checks saved tensors by it, and no public
+function returns it.
+"""
+
+OVERRIDDEN_NAMES = {
+    nn.Module: ("_apply", "__setstate__", "__setattr__", "__getattr__"),
+    nn.RNNBase: (
+        "_flat_weights",
+        "_flat_weights_names",
+        "_flat_weight_refs",
+        "_init_flat_weights",
+        "_update_flat_weights",
+        "check_input",
+    ),
+    nn.MultiheadAttention: ("_reset_parameters",),
+}
+"""Methods and attributes that factorised layers replace, or maintain for torch, by name.
+
+Seen in torch 2.4.0 to 2.13.0. ``_apply`` is how ``to``, ``double`` and ``cuda`` write parameters,
+and tells nobody else. ``RNNBase`` hands ``_flat_weights`` to its kernels, a list that it fills by
+``_flat_weights_names`` in ``__init__`` and ``_init_flat_weights``; it has no other place for a
+weight that is no parameter.
+``MultiheadAttention`` calls its ``reset_parameters`` by another name.
+"""
+
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""What torch itself keeps in every module. Seen in torch 2.4.0 to 2.13.0.
+
+All else in a module's ``__dict__`` is its author's. torch has no list of its own.
+"""
+
+_COMPILED_CALL = "_compiled_call_impl"
+"""Where ``Module.compile`` puts the compiled call. Seen in torch 2.4.0 to 2.13.0.
+
+There is no public way to clear it.
+"""
+
+
+# Autograd
+
+
+def in_forward_mode() -> bool:
+    """Return whether `torch.autograd.forward_ad.dual_level` is open.
+
+    Seen in torch 2.4.0 to 2.13.0. The level is a private global of the module; nothing public
+    returns it.
+    """
+    return forward_ad._current_level >= 0
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Return whether ``register_hook`` or ``register_post_accumulate_grad_hook`` was called on it.
+
+    Seen in torch 2.4.0 to 2.13.0. The public methods add and remove hooks, and do not tell of them.
+    """
+    accumulated = getattr(tensor, "_post_accumulate_grad_hooks", None)
+    return bool(tensor._backward_hooks or accumulated)
+
+
+# Modules
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return a module's own parameters by attribute, the very dictionary that torch keeps.
+
+    Seen in torch 2.4.0 to 2.13.0. ``named_parameters(recurse=False)`` is public; it leaves out
+    parameters that are None, a user's class may override it, and nothing can be put back through
+    it.
+    """
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return a module's own buffers by attribute, the very dictionary that torch keeps.
+
+    Seen in torch 2.4.0 to 2.13.0. See `own_parameters` for why ``named_buffers`` does not do.
+    """
+    return module._buffers
+
+
+def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return a module's children by attribute, one that has two names under both.
+
+    Seen in torch 2.4.0 to 2.13.0. ``named_children`` gives such a child once.
+    """
+    return module._modules
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the own buffers that ``state_dict`` holds.
+
+    Seen in torch 2.4.0 to 2.13.0. Nothing public tells persistent buffers from others but a whole
+    ``state_dict``, which hooks may change.
+    """
+    skipped = module._non_persistent_buffers_set
+    return {k: b for k, b in module._buffers.items() if b is not None and k not in skipped}
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """Return all attributes of a module but its compiled call, which would run the old module.
+
+    Seen in torch 2.4.0 to 2.13.0. Parameters, buffers, children and hooks are entries of
+    ``__dict__``; torch's ``__getstate__`` leaves the compiled call out as well.
+    """
+    attributes = module.__dict__.copy()
+    attributes.pop(_COMPILED_CALL, None)
+    return attributes
+
+
+def assembled_module(
+    kind: type[M], attributes: Mapping[str, Any], parameters: Mapping[str, nn.Parameter | None]
+) -> M:
+    """Return a module of a class with these attributes and parameters, without its ``__init__``.
+
+    Seen in torch 2.4.0 to 2.13.0. A module is what its ``__dict__`` holds. ``__init__`` would draw
+    weights only to drop them, and ``copy`` cannot change the class.
+
+    Args:
+        kind: the class.
+        attributes: as `attributes_of` returns them.
+        parameters: by attribute, in the order they shall have.
+    """
+    module = kind.__new__(kind)
+    module.__dict__ = {**attributes, "_parameters": dict(parameters)}
+    return module
+
+
+def multi_head_attention_forward(*args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """Compute what `nn.MultiheadAttention` computes, from given weights.
+
+    Seen in torch 2.4.0 to 2.13.0, exported and not documented. The documented
+    ``scaled_dot_product_attention`` is a part of it, without projections and attention weights.
+    The name is looked up at each call, as `nn.MultiheadAttention` does it.
+    """
+    return functional.multi_head_attention_forward(*args, **options)
+
+
+def projects_jointly(attention: nn.MultiheadAttention) -> bool:
+    """Return whether queries, keys and values have one projection matrix between them.
+
+    Seen in torch 2.4.0 to 2.13.0. The public sizes say so as well, and torch's forward asks this
+    flag.
+    """
+    jointly: bool = attention._qkv_same_embed_dim
+    return jointly
+
+
+# Weights that are no ordinary parameters
+
+
+def weight_hooks(layer: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield module and class of each hook of `torch.nn.utils` that computes a weight.
+
+    Seen in torch 2.4.0 to 2.13.0. ``weight_norm``, ``spectral_norm`` and ``prune`` register an
+    object of such a class to run before the forward; only ``prune`` has a public question for it.
+    """
+    for hook in layer._forward_pre_hooks.values():
+        kind = type(hook)
+        if kind.__module__.startswith("torch.nn.utils."):
+            yield kind.__module__, kind.__name__
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Return whether a layer is one of torch's quantised ones, whose weight is no parameter.
+
+    Seen in torch 2.4.0 to 2.13.0. These classes share no base class and no flag; they share the
+    word ``quantized`` in their modules' names.
+    """
+    kind = type(layer)
+    owns_weight = hasattr(kind, "weight") or hasattr(layer, "weight") or "RNN" in str(kind.__mro__)
+    return ".quantized." in f"{kind.__module__}." and owns_weight
+
+
+def trains_for_quantisation(layer: nn.Module) -> bool:
+    """Return whether a layer is one of torch's for quantisation-aware training.
+
+    Seen in torch 2.4.0 to 2.13.0. See `is_quantised`; here the modules' names hold ``qat``.
+    """
+    return ".qat." in f"{type(layer).__module__}."
