@@ -46,12 +46,11 @@ def _private_factors_forgotten(patch: Patch) -> None:
 
 
 def _private_factors_sent(patch: Patch) -> None:
-    from fedpara_plugins.exchange import coding
-    from fedpara_plugins.exchange import outbox as core_outbox
+    from fedpara_plugins.exchange import coding, downlink_encoder
     from fedpara_plugins.references import grid as schemes
     from fedpara_plugins.references import per_client
 
-    for module in (client, coding, outbox, core_outbox, per_client, schemes):
+    for module in (client, coding, outbox, downlink_encoder, per_client, schemes):
         patch.setattr(module, "shared_part", lambda spec, tensors: dict(tensors))
 
 

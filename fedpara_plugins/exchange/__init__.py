@@ -27,7 +27,7 @@ from fedpara_plugins.exchange.dense_round import (
     refuse_in_factor_space,
     tell_idle,
 )
-from fedpara_plugins.exchange.outbox import Outbox, cast
+from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder, cast
 from fedpara_plugins.exchange.plain_values import pack_plain, unpack_plain
 from fedpara_plugins.exchange.settings import ExchangeSettings, codecs_in_words, to_number
 from fedpara_plugins.exchange.sizes import Size, codec_text, size_of
@@ -35,8 +35,8 @@ from fedpara_plugins.exchange.sizes import Size, codec_text, size_of
 __all__ = [
     "ClientState",
     "DenseRound",
+    "DownlinkEncoder",
     "ExchangeSettings",
-    "Outbox",
     "Size",
     "blind_limit",
     "cast",

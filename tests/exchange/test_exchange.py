@@ -12,7 +12,7 @@ import fedpara_plugins as fedpara
 from fedpara_plugins import ConfigError, MismatchError, ModelSpec
 from fedpara_plugins.codecs import parse_codec
 from fedpara_plugins.exchange.coding import check_names, encode
-from fedpara_plugins.exchange.outbox import Outbox, cast
+from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder, cast
 from fedpara_plugins.exchange.plain_values import pack_plain, unpack_plain
 from fedpara_plugins.exchange.settings import ExchangeSettings, codecs_in_words
 from fedpara_plugins.references import ClientReferences
@@ -93,47 +93,47 @@ def test_a_users_home_in_a_path_is_found(monkeypatch, tmp_path):
 
 
 def test_what_a_client_answers_is_completed_and_checked():
-    outbox = Outbox(settings(codec="balanced"))
+    encoder = DownlinkEncoder(settings(codec="balanced"))
     state = {"a": torch.randn(3, 4), "b": torch.arange(5)}
-    outbox.put("model", state, plain("a", "b"))
+    encoder.put("model", state, plain("a", "b"))
     other = {"a": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.int64)}
-    assert outbox.completed("model", other) == other
+    assert encoder.completed("model", other) == other
     with pytest.raises(MismatchError, match="'a' of shape"):
-        outbox.completed("model", {**other, "a": torch.zeros(4, 3)})
+        encoder.completed("model", {**other, "a": torch.zeros(4, 3)})
     with pytest.raises(MismatchError, match="other names"):
-        outbox.completed("model", {"a": other["a"]})
-    assert set(outbox.completed("model", {"a": other["a"]}, partial=True)) == {"a"}
-    assert outbox.limit("model") == outbox.limit(None) == 2 * (12 * 4 + 5 * 8) + 1_000_000
+        encoder.completed("model", {"a": other["a"]})
+    assert set(encoder.completed("model", {"a": other["a"]}, partial=True)) == {"a"}
+    assert encoder.limit("model") == encoder.limit(None) == 2 * (12 * 4 + 5 * 8) + 1_000_000
 
 
 def test_a_client_that_lost_records_which_were_never_sent_fills_no_table():
-    outbox = Outbox(settings(codec="balanced"))
-    outbox.put("model", {"a": torch.zeros(3)}, plain("a"))
+    encoder = DownlinkEncoder(settings(codec="balanced"))
+    encoder.put("model", {"a": torch.zeros(3)}, plain("a"))
     told = []
-    outbox._downlink.refused = lambda client, record, held: told.append(record)
-    outbox.refused("7", {**{f"r{number}": () for number in range(100)}, "model": ()})
+    encoder._downlink.refused = lambda client, record, held: told.append(record)
+    encoder.refused("7", {**{f"r{number}": () for number in range(100)}, "model": ()})
     assert told == ["model"]
 
 
 def test_a_client_that_lost_it_gets_what_it_can_decode():
-    outbox, client = Outbox(settings(codec="balanced")), ClientReferences()
+    encoder, client = DownlinkEncoder(settings(codec="balanced")), ClientReferences()
     sizes = []
     for round_ in range(4):
         # It forgets everything before the third message, and says so.
         if round_ == 2:
             client = ClientReferences()
-            outbox.refused("7", {"model": ()})
+            encoder.refused("7", {"model": ()})
         torch.manual_seed(round_)
         state = {"a": torch.randn(40, 50)}
-        outbox.put("model", state, plain("a"))
-        data = outbox.encode("7", "model")
+        encoder.put("model", state, plain("a"))
+        data = encoder.encode("7", "model")
         received = client.receive("model", data, limit=10**6)
         client.keep("model", received)
-        outbox.acknowledge("7", {"model": received.reference}, ())
+        encoder.acknowledge("7", {"model": received.reference}, ())
         sizes.append(len(data))
         assert (received.tensors["a"] - state["a"]).abs().max() < 4
     assert sizes[2] > sizes[1]
-    assert torch.equal(outbox.references[received.reference]["a"], received.tensors["a"])
+    assert torch.equal(encoder.references[received.reference]["a"], received.tensors["a"])
 
 
 def test_integers_are_rounded_and_floats_are_not():

@@ -10,7 +10,7 @@ import torch
 
 from fedpara_plugins import MismatchError, ModelSpec, PayloadError
 from fedpara_plugins.codecs import decode_payload
-from fedpara_plugins.exchange import Outbox, Size, check_finite, size_of
+from fedpara_plugins.exchange import DownlinkEncoder, Size, check_finite, size_of
 from fedpara_plugins.models import save_dense
 from fedpara_plugins.optimizers import trained_parameters
 from fedpara_plugins_fedml.engine.accounting import Accounting
@@ -71,7 +71,7 @@ class ServerHalf:
         self._spec = spec_for(aggregator.model, self._x)
         rule.trained = frozenset(trained_parameters(aggregator.model)) & self._x.keys()
         self._aggregation = Aggregation(aggregator, args, self._spec)
-        self._outbox = Outbox(settings)
+        self._encoder = DownlinkEncoder(settings)
         self._answers = Answers(0, ())
         self._fresh = 0
         self._file = ServerFile(settings.state_dir)
@@ -127,9 +127,9 @@ class ServerHalf:
         self._put()
 
     def _put(self) -> None:
-        self._outbox.put(MODEL, self._x, self._spec)
+        self._encoder.put(MODEL, self._x, self._spec)
         for name, tensors in self.rule.records().items():
-            self._outbox.put(name, dict(tensors), no_model(tensors), sized_as=self._spec)
+            self._encoder.put(name, dict(tensors), no_model(tensors), sized_as=self._spec)
 
     def message(self, client: str, purpose: Purpose = "train") -> bytes:
         """The message for one client, coded against what that client holds.
@@ -142,10 +142,10 @@ class ServerHalf:
         records = [MODEL, *self.rule.records()] if purpose == "train" else [MODEL]
         task = dict(self.rule.task(client))
         head = Head(round=self.round, purpose=purpose, task=task)
-        payloads = {name: self._outbox.encode(client, name) for name in records}
+        payloads = {name: self._encoder.encode(client, name) for name in records}
         data = pack(head.to_json(), payloads)
-        self.accounting.describe_layers(lambda: self._outbox.layers(MODEL))
-        size = sum((self._outbox.size(name) for name in records), Size())
+        self.accounting.describe_layers(lambda: self._encoder.layers(MODEL))
+        size = sum((self._encoder.size(name) for name in records), Size())
         self.accounting.message(self.round, "down", client, data, size, kind=purpose)
         return data
 
@@ -168,7 +168,7 @@ class ServerHalf:
             if head.round != self.round:
                 raise MismatchError(f"a reply of round {head.round} in round {self.round}")
             if head.lost:
-                self._outbox.refused(client, head.has)
+                self._encoder.refused(client, head.has)
                 return False
             head.raise_error(client)
             size = self._take(client, head, envelope)
@@ -184,8 +184,8 @@ class ServerHalf:
         for name, payload in envelope.payloads.items():
             decoded = decode_payload(
                 payload,
-                references=self._outbox.references,
-                limit=self._outbox.limit(name),
+                references=self._encoder.references,
+                limit=self._encoder.limit(name),
             ).tensors
             check_finite(decoded)
             size += size_of(decoded, self._spec)
@@ -195,11 +195,11 @@ class ServerHalf:
         model = records.pop(MODEL, None)
         if head.purpose == "train" and model is None:
             raise PayloadError("the reply holds no model")
-        state = self._x if model is None else self._outbox.completed(MODEL, model)
-        received = self._outbox.references.get(head.holds.get(MODEL, ""))
+        state = self._x if model is None else self._encoder.completed(MODEL, model)
+        received = self._encoder.references.get(head.holds.get(MODEL, ""))
         self._answers.take(Answer(client, head.examples, state, records, head.report, received))
         self._fresh += head.fresh
-        self._outbox.acknowledge(client, head.holds, head.decoders)
+        self._encoder.acknowledge(client, head.holds, head.decoders)
         return size
 
     def exclude(self, client: str, reason: object) -> None:
@@ -221,7 +221,7 @@ class ServerHalf:
         answers = self._answers.enough(self.settings.min_clients)
         if self._fresh and self._spec.private_keys:
             log.info("fedpara: %d clients started from the seeded private factors", self._fresh)
-        self._outbox.tell_first_contacts()
+        self._encoder.tell_first_contacts()
         self._x = self._aggregation.next_state(self._x, answers, self.rule)
         self._aggregator.set_model_params(plain_state(self._x))
         self._file.write(self._completed())
@@ -241,7 +241,7 @@ class ServerHalf:
     def close(self) -> None:
         """The run is over: say what it cost, and write the dense checkpoint."""
         self.accounting.log_run()
-        self._outbox.close()
+        self._encoder.close()
 
     def save_checkpoint(self) -> None:
         """Write the server's dense model, where ``fedpara_checkpoint`` is set."""

@@ -9,8 +9,7 @@ from flwr.common import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, ModelSpec
-from fedpara_plugins.exchange import Outbox as CoreOutbox
-from fedpara_plugins.exchange import Size, cast, size_of
+from fedpara_plugins.exchange import DownlinkEncoder, Size, cast, size_of
 from fedpara_plugins.ledger import LayerSize
 from fedpara_plugins.references import shared_part
 from fedpara_plugins_flower.messages.records import (
@@ -36,7 +35,7 @@ class Outbox:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._core = CoreOutbox(run.settings)
+        self._core = DownlinkEncoder(run.settings)
         # Strategies send one record object to many nodes.
         self._records: dict[str, ArrayRecord] = {}
         self._dtypes: dict[str, dict[str, torch.dtype]] = {}

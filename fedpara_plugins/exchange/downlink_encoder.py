@@ -19,7 +19,7 @@ from fedpara_plugins.ledger import LayerSize, layer_sizes
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references import GridDownlink, PerClientDownlink, shared_part
 
-__all__ = ["Outbox", "cast", "downlink_of"]
+__all__ = ["DownlinkEncoder", "cast", "downlink_of"]
 
 log = logging.getLogger("fedpara")
 
@@ -38,7 +38,7 @@ class _Content:
     sized_as: ModelSpec
 
 
-class Outbox:
+class DownlinkEncoder:
     """Holds what is to be sent under each record's name, and codes it for each client.
 
     Args:
