@@ -16,7 +16,7 @@ from torch import Tensor
 from fedpara_plugins import MismatchError, ModelSpec
 from fedpara_plugins.exchange import cast
 from fedpara_plugins_fedml.engine.models import plain_state, to_state
-from fedpara_plugins_fedml.rules import Answer, Rule, State
+from fedpara_plugins_fedml.rules import ClientReply, Rule, State
 
 __all__ = ["Aggregation"]
 
@@ -41,7 +41,7 @@ class Aggregation:
         self._args = args
         self._spec = spec
 
-    def next_state(self, x: State, answers: Sequence[Answer], rule: Rule) -> State:
+    def next_state(self, x: State, answers: Sequence[ClientReply], rule: Rule) -> State:
         """The server's next state; x itself if it came to NaN or infinity.
 
         Args:
@@ -61,7 +61,7 @@ class Aggregation:
             after = self._aggregator.on_after_aggregation(self._placed(new))
         return self._sound(x, after)
 
-    def _before(self, answers: Sequence[Answer]) -> list[Answer]:
+    def _before(self, answers: Sequence[ClientReply]) -> list[ClientReply]:
         """What the hook makes of the answers; defences change, leave out, or pick some."""
         raw = self._weighed(answers)
         found, kept = self._aggregator.on_before_aggregation(list(raw))
@@ -72,17 +72,17 @@ class Aggregation:
         return [
             replace(
                 # Of nobody in particular: what belongs to one client counts for none.
-                Answer("", 0, {}) if place is None else answers[place],
+                ClientReply("", 0, {}) if place is None else answers[place],
                 examples=float(examples),
                 state=to_state(state),
             )
             for place, (examples, state) in zip(places, found, strict=True)
         ]
 
-    def _mean(self, x: State, answers: Sequence[Answer]) -> State:
+    def _mean(self, x: State, answers: Sequence[ClientReply]) -> State:
         return self._named(x, self._aggregator.aggregate(self._weighed(answers)))
 
-    def _weighed(self, answers: Sequence[Answer]) -> Weighed:
+    def _weighed(self, answers: Sequence[ClientReply]) -> Weighed:
         return [(answer.examples, self._placed(answer.state)) for answer in answers]
 
     def _placed(self, state: State) -> OrderedDict[str, Tensor]:

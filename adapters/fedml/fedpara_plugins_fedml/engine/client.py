@@ -29,7 +29,7 @@ from fedpara_plugins_fedml.messages.head import MODEL, Head
 from fedpara_plugins_fedml.rules import LocalRule, LocalWork, State, Visit
 from fedpara_plugins_fedml.settings import Settings
 
-__all__ = ["ClientHalf"]
+__all__ = ["ClientEngine"]
 
 log = logging.getLogger("fedpara.fedml")
 
@@ -37,7 +37,7 @@ FATAL = (ConfigError, ConversionError, MismatchError)
 """No other round will mend them."""
 
 
-class ClientHalf(ClientModels):
+class ClientEngine(ClientModels):
     """All clients of a process, one after the other.
 
     Args:
@@ -74,7 +74,7 @@ class ClientHalf(ClientModels):
         *,
         loaded: Callable[[], None] | None = None,
     ) -> bytes:
-        """Answer a message that asks for training, or for what goes before it (`Rule.prepares`).
+        """ClientReply a message that asks for training, or for what goes before it (`Rule.prepares`).
 
         Whatever goes wrong here is said in the reply: the server leaves this client out, or ends
         the run. What the client keeps changes when the reply is complete, and not before.

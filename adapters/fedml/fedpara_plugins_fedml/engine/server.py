@@ -15,20 +15,20 @@ from fedpara_plugins.models import save_dense
 from fedpara_plugins.optimizers import trained_parameters
 from fedpara_plugins_fedml.engine.accounting import Accounting
 from fedpara_plugins_fedml.engine.aggregation import Aggregation
-from fedpara_plugins_fedml.engine.answers import Answers
 from fedpara_plugins_fedml.engine.models import dense_of, no_model, plain_state, spec_for, to_state
+from fedpara_plugins_fedml.engine.replies import Replies
 from fedpara_plugins_fedml.engine.server_state import CompletedRound, ServerFile
 from fedpara_plugins_fedml.messages.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.messages.head import MODEL, Head, Purpose
-from fedpara_plugins_fedml.rules import Answer, Rule, State
+from fedpara_plugins_fedml.rules import ClientReply, Rule, State
 from fedpara_plugins_fedml.settings import Settings
 
-__all__ = ["ServerHalf"]
+__all__ = ["ServerEngine"]
 
 log = logging.getLogger("fedpara.fedml")
 
 
-class ServerHalf:
+class ServerEngine:
     """One server, whatever carries its messages.
 
         server.begin(["3", "5"])
@@ -72,7 +72,7 @@ class ServerHalf:
         rule.trained = frozenset(trained_parameters(aggregator.model)) & self._x.keys()
         self._aggregation = Aggregation(aggregator, args, self._spec)
         self._encoder = DownlinkEncoder(settings)
-        self._answers = Answers(0, ())
+        self._answers = Replies(0, ())
         self._fresh = 0
         self._file = ServerFile(settings.state_dir)
         self._go_on()
@@ -121,7 +121,7 @@ class ServerHalf:
         """
         self.round += 1
         self._args.round_idx = self.round - 1
-        self._answers = Answers(self.round, clients)
+        self._answers = Replies(self.round, clients)
         self._fresh = 0
         self.rule.begin(self.round, self._x, self._answers.asked)
         self._put()
@@ -197,7 +197,9 @@ class ServerHalf:
             raise PayloadError("the reply holds no model")
         state = self._x if model is None else self._encoder.completed(MODEL, model)
         received = self._encoder.references.get(head.holds.get(MODEL, ""))
-        self._answers.take(Answer(client, head.examples, state, records, head.report, received))
+        self._answers.take(
+            ClientReply(client, head.examples, state, records, head.report, received)
+        )
         self._fresh += head.fresh
         self._encoder.acknowledge(client, head.holds, head.decoders)
         return size

@@ -6,14 +6,14 @@ import logging
 from collections.abc import Sequence
 
 from fedpara_plugins import FedParaError, MismatchError
-from fedpara_plugins_fedml.rules import Answer
+from fedpara_plugins_fedml.rules import ClientReply
 
-__all__ = ["Answers"]
+__all__ = ["Replies"]
 
 log = logging.getLogger("fedpara.fedml")
 
 
-class Answers:
+class Replies:
     """Of one round.
 
     Args:
@@ -24,7 +24,7 @@ class Answers:
     def __init__(self, number: int, asked: Sequence[str]) -> None:
         self.asked = tuple(asked)
         self._number = number
-        self._found: dict[str, Answer] = {}
+        self._found: dict[str, ClientReply] = {}
         self._excluded: dict[str, str] = {}
 
     def check_awaited(self, client: str) -> None:
@@ -36,7 +36,7 @@ class Answers:
         if client not in self.asked or client in self._excluded:
             raise MismatchError(f"client {client} answers, and was not asked in this round")
 
-    def take(self, answer: Answer) -> None:
+    def take(self, answer: ClientReply) -> None:
         """Take one in; a client's later one replaces its earlier one."""
         self._found[answer.client] = answer
 
@@ -51,7 +51,7 @@ class Answers:
         """All that were asked answer once more; who is excluded stays so."""
         self._found = {}
 
-    def enough(self, needed: int) -> list[Answer]:
+    def enough(self, needed: int) -> list[ClientReply]:
         """The usable answers, in the order in which clients were asked.
 
         Args:
