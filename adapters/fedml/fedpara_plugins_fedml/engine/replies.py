@@ -1,4 +1,4 @@
-"""A round's answers: who was asked, who answered, and who was left out for which reason."""
+"""A round's replies: who was asked, who answered, and who was left out for which reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("fedpara.fedml")
 
 
 class Replies:
-    """Of one round.
+    """The replies of one round.
 
     Args:
         number: of the round.
@@ -28,17 +28,17 @@ class Replies:
         self._excluded: dict[str, str] = {}
 
     def check_awaited(self, client: str) -> None:
-        """Raise unless a client was asked, and counts still.
+        """Raise unless a client was asked and is not excluded.
 
         Raises:
-            MismatchError: it does not.
+            MismatchError: its reply does not count.
         """
         if client not in self.asked or client in self._excluded:
             raise MismatchError(f"client {client} answers, and was not asked in this round")
 
-    def take(self, answer: ClientReply) -> None:
-        """Take one in; a client's later one replaces its earlier one."""
-        self._found[answer.client] = answer
+    def take(self, reply: ClientReply) -> None:
+        """Take in a reply; a client's later one replaces its earlier one."""
+        self._found[reply.client] = reply
 
     def exclude(self, client: str, reason: object) -> None:
         """Leave a client out, with a line in the log that names it."""
@@ -48,11 +48,11 @@ class Replies:
         self._found.pop(client, None)
 
     def forget(self) -> None:
-        """All that were asked answer once more; who is excluded stays so."""
+        """Forget all replies: everybody answers once more, except who is excluded."""
         self._found = {}
 
     def enough(self, needed: int) -> list[ClientReply]:
-        """The usable answers, in the order in which clients were asked.
+        """Return the usable replies, in the order in which clients were asked.
 
         Args:
             needed: how many at least; 0 asks for one.
