@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fedpara_plugins import Ledger
 from fedpara_plugins.codecs import parse_codec
-from fedpara_plugins.exchange.client_state import ClientState
+from fedpara_plugins.exchange import ClientState, ReplyReader, client_round
 from fedpara_plugins_flower import run as adapter_run
 from fedpara_plugins_flower.client import mod as client
-from fedpara_plugins_flower.server import accounting, grid, outbox
+from fedpara_plugins_flower.server import accounting, grid, outbox, reply_decoder
 from harness.cells.cells import Cell, installed_version
 from harness.cells.refusals import refusal
 from harness.flower import apps
@@ -38,7 +38,7 @@ def _a_tensor_dropped(patch: Patch) -> None:
 
 
 def _no_fill_in_on_the_server(patch: Patch) -> None:
-    patch.setattr(outbox.Outbox, "completed", lambda self, name, shared: dict(shared))
+    patch.setattr(ReplyReader, "completed", lambda self, record, shared: dict(shared))
 
 
 def _private_factors_forgotten(patch: Patch) -> None:
@@ -46,12 +46,11 @@ def _private_factors_forgotten(patch: Patch) -> None:
 
 
 def _private_factors_sent(patch: Patch) -> None:
-    from fedpara_plugins.exchange import coding
-    from fedpara_plugins.exchange import outbox as core_outbox
+    from fedpara_plugins.exchange import downlink_encoder, outgoing, reply_reader
     from fedpara_plugins.references import grid as schemes
     from fedpara_plugins.references import per_client
 
-    for module in (client, coding, outbox, core_outbox, per_client, schemes):
+    for module in (outgoing, reply_reader, downlink_encoder, per_client, schemes):
         patch.setattr(module, "shared_part", lambda spec, tensors: dict(tensors))
 
 
@@ -64,7 +63,7 @@ def _weights_halved_in_precision(patch: Patch) -> None:
 
 
 def _weights(patch: Patch, change: Callable[[Tensor], Tensor]) -> None:
-    original = grid.averageable
+    original = reply_decoder.averageable
 
     def changed(tensors: State) -> State:
         return {
@@ -72,7 +71,7 @@ def _weights(patch: Patch, change: Callable[[Tensor], Tensor]) -> None:
             for key, value in original(tensors).items()
         }
 
-    patch.setattr(grid, "averageable", changed)
+    patch.setattr(reply_decoder, "averageable", changed)
 
 
 def _a_stale_model_sent(patch: Patch) -> None:
@@ -120,20 +119,20 @@ def _evaluations_not_counted(patch: Patch) -> None:
 
 
 def _another_codec(patch: Patch) -> None:
-    original = client.encode
+    original = client_round.encode_record
 
     def lossy(*args: Any, codec: Any, **kwargs: Any) -> Any:
         return original(*args, codec=parse_codec("int8"), **kwargs)
 
-    patch.setattr(client, "encode", lossy)
+    patch.setattr(client_round, "encode_record", lossy)
 
 
 def _seeded_private_factors_on_the_server(patch: Patch) -> None:
-    patch.setattr(adapter_run, "_zero_private_factors", lambda model, spec: None)
+    patch.setattr(adapter_run, "zero_private_factors", lambda model: None)
 
 
 def _integers_left_as_they_are(patch: Patch) -> None:
-    patch.setattr(grid, "averageable", dict)
+    patch.setattr(reply_decoder, "averageable", dict)
 
 
 def _no_refusal_on_the_server(patch: Patch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-import fedpara_plugins_flower.client.mod as client_side
+from fedpara_plugins.exchange import client_round
+from fedpara_plugins.exchange.coding import CodedRecord
+from fedpara_plugins.exchange.outgoing import Outgoing
 from harness.cells.cells import GAMMA, STRATEGIES
 from harness.flower.apps import Apps, Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.flower.inprocess_grid import Engine, Sent
@@ -207,7 +209,7 @@ def test_a_client_that_sends_nan_all_the_same_is_left_out(
     codec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server does not rely on the client's own check."""
-    monkeypatch.setattr(client_side, "check_finite", lambda tensors: None)
+    monkeypatch.setattr(client_round, "check_finite", lambda tensors: None)
     outcome = _one_fails(_diverging, "fedpara", codec)
     _check_named(outcome, "'fc2.weight' holds 1 NaN")
     _check_as_without_the_client(outcome, "fedpara", codec)
@@ -218,17 +220,18 @@ def test_a_client_that_sends_damaged_bytes_is_left_out(
     codec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now: list[tuple[int, int]] = []
-    encode: Callable[..., tuple[bytes, dict[str, Tensor]]] = vars(client_side)["encode"]
+    encode: Callable[..., CodedRecord] = vars(client_round)["encode_record"]
 
-    def damaging(*args: Any, **kwargs: Any) -> tuple[bytes, dict[str, Tensor]]:
-        payload, residual = encode(*args, **kwargs)
-        wrong = now[-1] == (CULPRIT, ROUND)
-        return (payload[:-1] + bytes([payload[-1] ^ 1]) if wrong else payload), residual
+    def damaging(*args: Any, **kwargs: Any) -> CodedRecord:
+        coded = encode(*args, **kwargs)
+        if now[-1] != (CULPRIT, ROUND):
+            return coded
+        return replace(coded, payload=coded.payload[:-1] + bytes([coded.payload[-1] ^ 1]))
 
     def noting(model: nn.Module, client: int, server_round: int) -> None:
         now.append((client, server_round))
 
-    monkeypatch.setattr(client_side, "encode", damaging)
+    monkeypatch.setattr(client_round, "encode_record", damaging)
     outcome = _one_fails(noting, "fedpara", codec)
     _check_named(outcome, "checksum")
     _check_as_without_the_client(outcome, "fedpara", codec)
@@ -240,16 +243,17 @@ def test_a_client_that_sends_another_shape_is_left_out(
 ) -> None:
     """Its payload is sound, and no strategy can average what is in it with the others' replies."""
     now: list[tuple[int, int]] = []
-    encode: Callable[..., tuple[bytes, dict[str, Tensor]]] = vars(client_side)["encode"]
+    encode: Callable[..., CodedRecord] = vars(client_round)["encode_record"]
 
-    def other(tensors: Mapping[str, Tensor], **kwargs: Any) -> tuple[bytes, dict[str, Tensor]]:
-        wrong = now[-1] == (CULPRIT, ROUND)
-        return encode({**tensors, "fc2.bias": torch.zeros(3)} if wrong else tensors, **kwargs)
+    def other(record: Outgoing, **kwargs: Any) -> CodedRecord:
+        if now[-1] == (CULPRIT, ROUND):
+            record = replace(record, shared={**record.shared, "fc2.bias": torch.zeros(3)})
+        return encode(record, **kwargs)
 
     def noting(model: nn.Module, client: int, server_round: int) -> None:
         now.append((client, server_round))
 
-    monkeypatch.setattr(client_side, "encode", other)
+    monkeypatch.setattr(client_round, "encode_record", other)
     outcome = _one_fails(noting, "fedpara", codec)
     _check_named(outcome, "'fc2.bias' of shape (3,), this server sent it with shape (10,)")
     _check_as_without_the_client(outcome, "fedpara", codec)
@@ -285,7 +289,7 @@ def test_nan_on_every_client_is_told_as_what_it_is(
             model.get_parameter("fc2.weight")[3, 5] = float("nan")
 
     if checked_by == "server":
-        monkeypatch.setattr(client_side, "check_finite", lambda tensors: None)
+        monkeypatch.setattr(client_round, "check_finite", lambda tensors: None)
         codec = codec if method != "none" else "lossless"  # a lossy one cannot even code it
     apps = plugin_apps(Experiment(TASK, hooks=Hooks(trained=diverging)))
     outcome = federate(apps, _section(method, codec), raises=False)

@@ -7,6 +7,7 @@ import torch
 
 import fedpara_plugins_flower.client.mod as client_side
 from fedpara_plugins.codecs import decoders, peek_header
+from fedpara_plugins.exchange import ClientState
 from harness.cells.cells import GAMMA
 from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
 from harness.flower.inprocess_grid import Sent
@@ -75,7 +76,7 @@ def test_what_a_coarse_uplink_lost_is_sent_later(monkeypatch: pytest.MonkeyPatch
     for partition in range(TASK.clients):
         kept = outcome.grid.client_state(partition).array_records
         assert any("residual" in name for name in kept)
-    monkeypatch.setattr(client_side.ClientState, "residual", lambda self, record: None)
+    monkeypatch.setattr(ClientState, "residual", lambda self, record: None)
     forgetful = _run("small")
     assert not all(
         torch.equal(outcome.state[name], forgetful.state[name]) for name in outcome.state

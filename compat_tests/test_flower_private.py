@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
 import fedpara_plugins.references.coded as coded
-import fedpara_plugins_flower.client.mod as client_side
 from fedpara_plugins import FedParaError
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
+from fedpara_plugins.exchange import client_round
+from fedpara_plugins.exchange.outgoing import Outgoing
 from fedpara_plugins.references.version_zero import base_from_header
 from harness.cells.cells import CODECS, GAMMA
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plain_apps, plugin_apps
@@ -105,14 +106,14 @@ def test_no_byte_of_a_private_factor_is_on_the_wire() -> None:
 def test_the_search_finds_private_factors_when_the_split_is_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encode: Callable[..., tuple[bytes, State]] = vars(client_side)["encode"]
+    outgoing: Callable[..., Outgoing] = vars(client_round)["outgoing"]
 
-    def encode_everything(*args: Any, **kwargs: Any) -> tuple[bytes, State]:
+    def everything(*args: Any, **kwargs: Any) -> Outgoing:
         with monkeypatch.context() as patch:
             patch.setattr(coded, "shared_names", lambda spec: spec.keys)
-            return encode(*args, **kwargs)
+            return outgoing(*args, **kwargs)
 
-    monkeypatch.setattr(client_side, "encode", encode_everything)
+    monkeypatch.setattr(client_round, "outgoing", everything)
     diary = Diary()
     outcome = _federate(diary.hooks)
     replies = [sent for sent in outcome.sent if (sent.direction, sent.kind) == ("up", "train")]

@@ -119,9 +119,9 @@ def die_writing() -> None:
 
 def send_garbage() -> None:
     """Replies of the rounds in question are no message at all, or a damaged one, or never sent."""
-    from fedpara_plugins_fedml.engine.client import ClientHalf
+    from fedpara_plugins_fedml.engine.client import ClientEngine
 
-    train = ClientHalf.train
+    train = ClientEngine.train
 
     def damaged(self: Any, *args: Any, **options: Any) -> bytes:
         reply = train(self, *args, **options)
@@ -132,7 +132,7 @@ def send_garbage() -> None:
             return b"garbage" * 1000
         return reply[: len(reply) // 2] if what == "cut" else reply
 
-    ClientHalf.train = damaged  # type: ignore[method-assign]
+    ClientEngine.train = damaged  # type: ignore[method-assign]
 
 
 def leak() -> None:

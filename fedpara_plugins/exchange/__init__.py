@@ -1,4 +1,10 @@
-"""What every adapter does with a message's tensors, on either side, whatever the framework.
+"""A message on its way through either side, whatever framework carries it.
+
+- A client: `ClientRound` decodes a message, says what the user's code gets, decides what of the
+  answer may leave the device (`outgoing.py`, the one place), encodes it, and keeps the rest in
+  `ClientState`.
+- A server: `DownlinkEncoder` encodes for each client, `ReplyReader` decodes, checks and completes
+  what comes back, and `RunAccounting` counts both.
 
 A record is a named group of tensors in a message: the model, or an optimizer's variates beside it.
 May import everything of the core but ``cli`` and ``testing``.
@@ -6,59 +12,46 @@ May import everything of the core but ``cli`` and ``testing``.
 
 from __future__ import annotations
 
-from fedpara_plugins.exchange.client_state import ClientState, private_key
-from fedpara_plugins.exchange.coding import (
-    blind_limit,
-    check_finite,
-    check_names,
-    codecs_of,
-    decoders_of,
-    difference,
-    encode,
-    fitting,
-    loss_known,
-    spec_of,
-    update_codec,
-)
+from fedpara_plugins.exchange.accounting import RunAccounting
+from fedpara_plugins.exchange.client_round import ClientRound, OnEncoded, ReceivedRecord
+from fedpara_plugins.exchange.client_state import ClientState
 from fedpara_plugins.exchange.dense_round import (
     DenseRound,
-    check_agreement,
     converted_copy,
     refuse_in_factor_space,
     tell_idle,
 )
-from fedpara_plugins.exchange.outbox import Outbox, cast
+from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
 from fedpara_plugins.exchange.plain_values import pack_plain, unpack_plain
+from fedpara_plugins.exchange.records import KindOf, RecordKind, cast, plain_spec
+from fedpara_plugins.exchange.reply_reader import ReadRecord, ReplyReader
+from fedpara_plugins.exchange.server_model import server_state, zero_private_factors
 from fedpara_plugins.exchange.settings import ExchangeSettings, codecs_in_words, to_number
-from fedpara_plugins.exchange.sizes import Size, codec_text, size_of
+from fedpara_plugins.exchange.sizes import Size
 
 __all__ = [
+    "ClientRound",
     "ClientState",
     "DenseRound",
+    "DownlinkEncoder",
     "ExchangeSettings",
-    "Outbox",
+    "KindOf",
+    "OnEncoded",
+    "ReadRecord",
+    "ReceivedRecord",
+    "RecordKind",
+    "ReplyReader",
+    "RunAccounting",
     "Size",
-    "blind_limit",
     "cast",
-    "check_agreement",
-    "check_finite",
-    "check_names",
-    "codec_text",
     "codecs_in_words",
-    "codecs_of",
     "converted_copy",
-    "decoders_of",
-    "difference",
-    "encode",
-    "fitting",
-    "loss_known",
     "pack_plain",
-    "private_key",
+    "plain_spec",
     "refuse_in_factor_space",
-    "size_of",
-    "spec_of",
+    "server_state",
     "tell_idle",
     "to_number",
     "unpack_plain",
-    "update_codec",
+    "zero_private_factors",
 ]

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, MutableMapping
 
+import torch
 from torch import Tensor
 
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
@@ -15,13 +16,13 @@ from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references import ClientReferences
 from fedpara_plugins.support.storage import PrefixView
 
-__all__ = ["ClientState", "private_key"]
+__all__ = ["ClientState", "PrivateParts"]
 
 log = logging.getLogger("fedpara")
 
 PRIVATE = "private/"
-"""The entries of different models, or of one that was converted in different ways, are apart: none
-is ever written over by another's."""
+"""Prefix of private state. Each model has an entry of its own, and so has each way of converting
+one: no state is ever written over by another model's."""
 
 STEPS = "steps"
 REFERENCE = "reference/"
@@ -29,12 +30,12 @@ RESIDUAL = "residual/"
 
 
 class ClientState:
-    """The client's private state, what it received, and what its codec lost.
+    """A client's private state, what it received, and what its codec lost.
 
     Args:
         storage: written only by the ``keep`` methods; to be committed by the caller.
-        client: what it is called, in the log.
-        place: where the storage is, in the log.
+        client: its name in the log.
+        place: where the storage is, for the log.
     """
 
     def __init__(
@@ -51,10 +52,10 @@ class ClientState:
     def private(
         self, spec: ModelSpec, shared: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], bool]:
-        """The private tensors by name, and whether they are the seeded first ones.
+        """Return the private tensors by name, and whether they are the seeded first ones.
 
-        Those of another model or other options count as none; they stay where they are, and the log
-        says so.
+        Those of another model or other options do not count. They stay where they are, with a line
+        in the log.
 
         Args:
             spec: the model.
@@ -92,7 +93,7 @@ class ClientState:
             return
 
     def residual(self, record: str) -> dict[str, Tensor] | None:
-        """What the codec lost of the last reply in that record; None if nothing is known."""
+        """Return what the codec lost of a record's last reply; None if nothing is known."""
         return self._load(RESIDUAL + record)
 
     def keep_residual(self, record: str, tensors: Mapping[str, Tensor]) -> None:
@@ -103,7 +104,7 @@ class ClientState:
             self._storage.pop(RESIDUAL + record, None)
 
     def steps(self) -> int | None:
-        """Optimizer steps of the last round that this client trained; None before the first."""
+        """Return the optimizer steps of the last round that was trained here; None before it."""
         text = self._storage.get(STEPS, b"").decode("ascii", "replace")
         return int(text) if text.isdecimal() else None
 
@@ -125,8 +126,50 @@ class ClientState:
         self._storage[key] = encode_payload(dict(tensors), codec=parse_codec("none"))
 
 
+class PrivateParts:
+    """The private values in one answer: one state of a model, however many records hold it."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[str, ModelSpec, dict[str, Tensor]]] = {}
+
+    def add(self, record: str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+        """Take in the private part of a record.
+
+        Args:
+            record: its name.
+            spec: the model that it is a state of.
+            tensors: the state, or part of it; shared tensors are passed over.
+
+        Raises:
+            PayloadError: another record of the same model has other private values.
+        """
+        own = {name: value for name, value in tensors.items() if name in spec.private_keys}
+        if not own:
+            return
+        key = private_key(spec)
+        if key in self._found:
+            self._check_alike(key, record, own)
+        self._found[key] = record, spec, own
+
+    def _check_alike(self, key: str, record: str, own: Mapping[str, Tensor]) -> None:
+        earlier, _, values = self._found[key]
+        unlike = [k for k, v in own.items() if k in values and not torch.equal(v, values[k])]
+        if unlike or values.keys() != own.keys():
+            raise PayloadError(
+                f"fedpara: records {earlier!r} and {record!r} of the reply are of one model, and "
+                f"their private values differ{f' in {unlike[0]!r}' if unlike else ''}: this client "
+                f"can keep one of them. Answer with private names in the trained record alone "
+                f"(fedpara_plugins.split(model).shared for the other)"
+            )
+
+    def keep(self, state: ClientState) -> None:
+        """Replace the private tensors of all these models in a client's state."""
+        for _, spec, own in self._found.values():
+            state.keep_private(spec, own)
+
+
 def private_key(spec: ModelSpec) -> str:
-    """Where the private state of a model is kept: the same for all that can be loaded for it.
+    """Return where the private state of a model is kept: the same for all that can load it.
 
     Names and shapes alone would not do: factors mean another weight under another scale.
     """
@@ -144,7 +187,7 @@ def _same_shapes(kept: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> boo
 
 
 def _unlike(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """The first difference, in words."""
+    """Return the first difference, in words."""
     for name in {**expected, **found}:
         there, here = (
             f"of shape {tuple(tensors[name].shape)}" if name in tensors else "not private"

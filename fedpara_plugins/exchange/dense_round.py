@@ -33,7 +33,7 @@ _told: set[str] = set()
 
 
 class DenseRound:
-    """From the state of factors to the dense one that is trained, and back.
+    """The way from a state of factors to the dense one that is trained, and back.
 
     Args:
         spec: of the model.
@@ -51,7 +51,7 @@ class DenseRound:
         self.kept: dict[str, float] = {}
 
     def after(self, trained: Mapping[str, Tensor]) -> State:
-        """The state of factors that a dense state stands for after training.
+        """Return the state of factors that a dense state stands for after training.
 
         Composed weights are projected (`factors.projection.project`), private factors
         moving with the shared ones; everything else (biases, norms, dense layers, buffers) is taken
@@ -94,7 +94,7 @@ class DenseRound:
 
 
 def converted_copy(model: nn.Module, config: FedParaConfig) -> nn.Module:
-    """What a plain model is as factors; neither the model nor the random state is touched.
+    """Return a plain model as factors; neither the model nor the random state is touched.
 
     Args:
         model: plain.
@@ -107,7 +107,7 @@ def converted_copy(model: nn.Module, config: FedParaConfig) -> nn.Module:
 def check_agreement(spec: ModelSpec, config: FedParaConfig) -> None:
     """Raise unless a described model keeps on this client what the client's own options keep.
 
-    Without the client's model at hand its names and methods can be compared, and no more.
+    Without the client's model at hand, only names and methods can be compared.
 
     Raises:
         MismatchError: the server's options are others.
@@ -152,7 +152,7 @@ def refuse_in_factor_space(algorithm: str, config: FedParaConfig) -> None:
 
 
 def tell_idle(config: FedParaConfig) -> None:
-    """Say once which options have nothing to act on."""
+    """Log once which options have nothing to act on."""
     for name, does in IDLE.items():
         if getattr(config, name) is not None and name not in _told:
             _told.add(name)

@@ -15,17 +15,17 @@ __all__ = ["Others", "pack_plain", "unpack_plain"]
 Tensors = dict[str, Tensor]
 
 Others = Callable[[Any], "tuple[str, Any] | None"]
-"""From a value of another kind to that kind's name and a value that can be packed; None for one
-that it does not know."""
+"""Turns a value of another kind into that kind's name and a value that can be packed; None for a
+value that it does not know."""
 
 _SCALARS = (bool, int, float, str, type(None))
 
 
 def pack_plain(value: Any, tensors: Tensors, others: Others = lambda value: None) -> Any:
-    """A value as plain JSON; arrays and tensors go to ``tensors``.
+    """Return a value as plain JSON; arrays and tensors go to ``tensors``.
 
     Args:
-        value: scalars, lists, tuples, dicts, arrays and tensors, nested as they like.
+        value: scalars, lists, tuples, dicts, arrays and tensors, nested to any depth.
         tensors: gets the tensors, by new names.
         others: for further kinds.
 
@@ -69,7 +69,7 @@ def unpack_plain(
     Args:
         value: what it returned.
         tensors: those that it put aside.
-        others: by name of a kind, how it is made again.
+        others: by name of a kind, what makes it again.
 
     Raises:
         KeyError, TypeError, ValueError: not such a value.

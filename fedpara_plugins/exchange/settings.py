@@ -1,4 +1,4 @@
-"""What the user may set for a run, beyond the core's options: the same words in every adapter."""
+"""The options of a run beyond the core's own: the same words in every adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REFERENCES = ("client", "grid")
 
 @dataclass(frozen=True)
 class ExchangeSettings:
-    """Everything that is not an option of one framework's adapter.
+    """All options that are not those of one framework's adapter.
 
     Attributes:
         config: the options of the core: method, gamma, codec, ...
@@ -60,7 +60,7 @@ class ExchangeSettings:
 
     @staticmethod
     def read(section: MutableMapping[str, Any]) -> dict[str, Any]:
-        """The fields of this class from a section of options, which is emptied.
+        """Return the fields of this class from a section of options, which is emptied.
 
         Args:
             section: options by name, with ``_``; an empty text is the default. A ``~`` at the
@@ -106,7 +106,7 @@ class ExchangeSettings:
 
 
 def codecs_in_words(chains: Sequence[str]) -> str:
-    """The codecs of both directions as a user writes them: presets by their names.
+    """Return the codecs of both directions as a user writes them: presets by their names.
 
     Args:
         chains: `ExchangeSettings.codec_names`, of this side or of another.
@@ -124,7 +124,7 @@ def _downlink(codec: Codec) -> Codec:
 
 
 def _to_path(name: str, value: str) -> Path | None:
-    """An option's value as a path, ``~`` and ``~user`` expanded; None for an empty text."""
+    """Return an option's value as a path, ``~`` and ``~user`` expanded; None for an empty text."""
     try:
         return Path(value).expanduser() if value else None
     except RuntimeError as error:
@@ -135,7 +135,7 @@ def _to_path(name: str, value: str) -> Path | None:
 
 
 def to_number(name: str, value: Any) -> float | None:
-    """An option's value as a number; None for an empty text.
+    """Return an option's value as a number; None for an empty text.
 
     Raises:
         ConfigError: it is none.

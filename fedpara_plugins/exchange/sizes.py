@@ -1,4 +1,4 @@
-"""What a message holds before coding, for the ledger."""
+"""The size of a message before coding, for the ledger."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Size", "codec_text", "size_of", "tensor_bytes"]
 
 @dataclass(frozen=True)
 class Size:
-    """What a message holds before encoding.
+    """The size of a message before coding.
 
     Attributes:
         tensors: number of tensors that are sent.
@@ -32,16 +32,16 @@ class Size:
 
 
 def size_of(shared: Mapping[str, Tensor], spec: ModelSpec) -> Size:
-    """Of tensors that are sent, which belong to the model of ``spec``."""
+    """Return the size of tensors that are sent, which belong to the model of ``spec``."""
     return Size(len(shared), tensor_bytes(shared), spec.dense_bytes(shared))
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of all values."""
+    """Return the bytes of all values."""
     return sum(value.numel() * value.element_size() for value in tensors.values())
 
 
 def codec_text(config: FedParaConfig) -> str:
-    """A run's codecs in words, for the ledger's first line."""
+    """Return a run's codecs in words, for the ledger's first line."""
     up, down = config.uplink_codec or config.codec, config.downlink_codec or config.codec
     return up if up == down else f"up {up}, down {down}"

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from fedpara_plugins.support.storage import FileStorage, PrefixView
+from fedpara_plugins.support.storage import FileStorage, PrefixView, replace_file
 
 KILLS = 20
 SIZE = 300_000
@@ -109,3 +109,16 @@ def _commit_for_ever(path, last, says):
         storage.commit()
         if number == last + 1:
             os.write(says, b"1")
+
+
+def test_a_file_is_written_whole(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    replace_file(path, b"first")
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, b"second")
+    assert path.read_bytes() == b"first"

@@ -24,9 +24,9 @@ from fedpara_plugins_fedml.checks.supported import (
     lacks_optimizer,
     looks_distributed,
 )
-from fedpara_plugins_fedml.engine.client import ClientHalf
+from fedpara_plugins_fedml.engine.client import ClientEngine
 from fedpara_plugins_fedml.engine.models import client_model, server_copy
-from fedpara_plugins_fedml.engine.server import ServerHalf
+from fedpara_plugins_fedml.engine.server import ServerEngine
 from fedpara_plugins_fedml.logs import follow_fedml
 from fedpara_plugins_fedml.modes.distributed import Distributed, telling_others
 from fedpara_plugins_fedml.modes.single_process import SingleProcess
@@ -131,7 +131,7 @@ def _single_process(
         trainer = local.trainer(model, args) or create_model_trainer(model, args)
     aggregator.model, trainer.model = own, model
     aggregator.set_id(-1)
-    server = ServerHalf(settings, args, device, dataset, aggregator, rule)
-    halves = server, ClientHalf(settings, args, device, trainer, local, factors)
+    server = ServerEngine(settings, args, device, dataset, aggregator, rule)
+    engines = server, ClientEngine(settings, args, device, trainer, local, factors)
     users = given["server_aggregator"] is not None
-    return SingleProcess(args, dataset, *halves, ask_aggregator=users)
+    return SingleProcess(args, dataset, *engines, ask_aggregator=users)

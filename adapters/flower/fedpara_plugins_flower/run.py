@@ -20,7 +20,12 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError, FedParaConfig, ModelSpec, convert
-from fedpara_plugins.exchange import DenseRound, converted_copy
+from fedpara_plugins.exchange import (
+    DenseRound,
+    converted_copy,
+    plain_spec,
+    zero_private_factors,
+)
 from fedpara_plugins.support import Storage
 from fedpara_plugins.training import RoundProgress, round_progress, start_round
 from fedpara_plugins_flower.settings import Settings
@@ -98,9 +103,9 @@ class Run:
         if self.trains_dense:
             return self._compared(model)
         model = convert(model, self._config())
-        spec = self._remembered(model)
+        self._remembered(model)
         if self.side == "server":
-            _zero_private_factors(model, spec)
+            zero_private_factors(model)
         start_round(model, previous_steps=self.previous_steps)
         if (training := round_progress(model)) is not None:
             self.trainings.append(training)
@@ -125,7 +130,7 @@ class Run:
             self.start = DenseRound(spec, factors.state_dict())
             model.load_state_dict(self.start.dense)
             lists = tuple(self.start.dense), tuple(name for name, _ in model.named_parameters())
-            self.plain = {frozenset(names): ModelSpec({}, names, seed=0) for names in lists}
+            self.plain = {frozenset(names): plain_spec(names) for names in lists}
         return model
 
     def _config(self) -> FedParaConfig:
@@ -178,18 +183,6 @@ def to_dense(arrays: ArrayRecord | Mapping[str, Tensor]) -> dict[str, Tensor]:
             "and none of them has these names; call it inside the app's main function"
         )
     return spec.dense_state(state)
-
-
-@torch.no_grad()
-def _zero_private_factors(model: nn.Module, spec: ModelSpec) -> None:
-    """The server's model is W1. Strategies see its private factors in every reply, the same in all.
-
-    Their seeded values are larger than weights: distances between replies, which Krum takes in
-    float32, would drown in them.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name in spec.private_factors:
-        parameters[name].zero_()
 
 
 def _announce_loaded(module: nn.Module, incompatible_keys: Any) -> None:

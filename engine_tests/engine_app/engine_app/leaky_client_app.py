@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import fedpara_plugins_flower.client.mod as client_side
 from engine_app import client_app
+from fedpara_plugins.exchange import client_round
 from fedpara_plugins.references import coded
 
 app = client_app.app
 
-_encode = client_side.encode
+_outgoing = client_round.outgoing
 _shared_names = coded.shared_names
 
 
-def _encode_everything(*args: Any, **kwargs: Any) -> Any:
+def _everything(*args: Any, **kwargs: Any) -> Any:
     coded.shared_names = lambda spec: spec.keys
     try:
-        return _encode(*args, **kwargs)
+        return _outgoing(*args, **kwargs)
     finally:
         coded.shared_names = _shared_names
 
 
-client_side.encode = _encode_everything
+client_round.outgoing = _everything

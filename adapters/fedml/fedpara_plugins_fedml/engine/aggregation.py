@@ -1,4 +1,4 @@
-"""The user's ServerAggregator between the answers and the rule, as in FedML's cross-silo mode."""
+"""The user's ServerAggregator between replies and rule, as in FedML's cross-silo mode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from fedpara_plugins import MismatchError, ModelSpec
 from fedpara_plugins.exchange import cast
 from fedpara_plugins_fedml.engine.models import plain_state, to_state
-from fedpara_plugins_fedml.rules import Answer, Rule, State
+from fedpara_plugins_fedml.rules import ClientReply, Rule, State
 
 __all__ = ["Aggregation"]
 
@@ -41,19 +41,19 @@ class Aggregation:
         self._args = args
         self._spec = spec
 
-    def next_state(self, x: State, answers: Sequence[Answer], rule: Rule) -> State:
-        """The server's next state; x itself if it came to NaN or infinity.
+    def next_state(self, x: State, replies: Sequence[ClientReply], rule: Rule) -> State:
+        """Return the server's next state; x itself if it came to NaN or infinity.
 
         Args:
             x: the state that the clients started from.
-            answers: of the round, at least one.
+            replies: of the round, at least one.
             rule: of the optimizer.
 
         Raises:
             MismatchError: a hook has changed names or shapes.
         """
         with _averaging(self._args):
-            usable = self._before(answers)
+            usable = self._before(replies)
             if not usable:
                 log.error("fedpara: on_before_aggregation left nobody: the model stays as it was")
                 return x
@@ -61,9 +61,9 @@ class Aggregation:
             after = self._aggregator.on_after_aggregation(self._placed(new))
         return self._sound(x, after)
 
-    def _before(self, answers: Sequence[Answer]) -> list[Answer]:
-        """What the hook makes of the answers; defences change, leave out, or pick some."""
-        raw = self._weighed(answers)
+    def _before(self, replies: Sequence[ClientReply]) -> list[ClientReply]:
+        """Return what the hook makes of the replies; defences change, leave out, or pick some."""
+        raw = self._weighed(replies)
         found, kept = self._aggregator.on_before_aggregation(list(raw))
         if getattr(self._args, "enable_contribution", False):  # for assess_contribution
             models = [(examples, plain_state(to_state(state))) for examples, state in found]
@@ -72,27 +72,27 @@ class Aggregation:
         return [
             replace(
                 # Of nobody in particular: what belongs to one client counts for none.
-                Answer("", 0, {}) if place is None else answers[place],
+                ClientReply("", 0, {}) if place is None else replies[place],
                 examples=float(examples),
                 state=to_state(state),
             )
             for place, (examples, state) in zip(places, found, strict=True)
         ]
 
-    def _mean(self, x: State, answers: Sequence[Answer]) -> State:
-        return self._named(x, self._aggregator.aggregate(self._weighed(answers)))
+    def _mean(self, x: State, replies: Sequence[ClientReply]) -> State:
+        return self._named(x, self._aggregator.aggregate(self._weighed(replies)))
 
-    def _weighed(self, answers: Sequence[Answer]) -> Weighed:
-        return [(answer.examples, self._placed(answer.state)) for answer in answers]
+    def _weighed(self, replies: Sequence[ClientReply]) -> Weighed:
+        return [(reply.examples, self._placed(reply.state)) for reply in replies]
 
     def _placed(self, state: State) -> OrderedDict[str, Tensor]:
-        """Where the aggregator's model is, which a test may have moved: hooks compare with that."""
+        """Copy to where the aggregator's model is, which tests move and hooks compare with."""
         parameter = next(iter(self._aggregator.model.parameters()), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         return OrderedDict((name, value.to(device)) for name, value in plain_state(state).items())
 
     def _named(self, x: State, found: Mapping[str, Any]) -> State:
-        """In the order and the dtypes of x: integers are averaged as floats."""
+        """Return a state in the order and the dtypes of x: integers are averaged as floats."""
         if unlike := sorted(x.keys() ^ found.keys()):
             raise MismatchError(
                 f"the aggregator returned other names than it was given: {unlike[:5]} "
@@ -119,7 +119,7 @@ class Aggregation:
 
 
 def _places(raw: Weighed, found: Weighed, kept: Any) -> list[int | None]:
-    """Whose answers the hook returned: FedML's own say so only in part."""
+    """Return whose replies the hook returned: FedML's own hooks say so only in part."""
     objects = {id(state): place for place, (_, state) in enumerate(raw)}
     if all(id(state) in objects for _, state in found):
         return [objects[id(state)] for _, state in found]
@@ -132,7 +132,7 @@ def _places(raw: Weighed, found: Weighed, kept: Any) -> list[int | None]:
 
 @contextlib.contextmanager
 def _averaging(args: Any) -> Iterator[None]:
-    """FedML's aggregation looks at the optimizer's name, and averages under FedAvg's alone."""
+    """Let FedML's aggregation average: it does so under the name of FedAvg alone."""
     name = getattr(args, "federated_optimizer", "FedAvg")
     args.federated_optimizer = "FedAvg"
     try:

@@ -1,4 +1,4 @@
-"""The clients' half of a run: decode, train with the user's trainer, encode.
+"""The clients' side of a run: decode, train with the user's trainer, encode.
 
 What else is done with their models, tests and exports, is in `client_models`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
@@ -16,20 +16,19 @@ from torch import nn
 
 from fedpara_plugins import ConfigError, ConversionError, FedParaError, MismatchError
 from fedpara_plugins.codecs import decoders
-from fedpara_plugins.exchange import ClientState, DenseRound, check_finite
+from fedpara_plugins.exchange import ClientRound, ClientState
 from fedpara_plugins.references import LostReferenceError
 from fedpara_plugins.support import PrefixView, Storage
 from fedpara_plugins.training import round_progress, start_round
-from fedpara_plugins_fedml.engine.client_models import ClientModels
+from fedpara_plugins_fedml.engine.client_models import ClientModels, received_model
 from fedpara_plugins_fedml.engine.labels import count_once
 from fedpara_plugins_fedml.engine.models import plain_state, to_state
-from fedpara_plugins_fedml.engine.tasks import Task, encoded
 from fedpara_plugins_fedml.messages.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.messages.head import MODEL, Head
 from fedpara_plugins_fedml.rules import LocalRule, LocalWork, State, Visit
 from fedpara_plugins_fedml.settings import Settings
 
-__all__ = ["ClientHalf"]
+__all__ = ["ClientEngine"]
 
 log = logging.getLogger("fedpara.fedml")
 
@@ -37,7 +36,13 @@ FATAL = (ConfigError, ConversionError, MismatchError)
 """No other round will mend them."""
 
 
-class ClientHalf(ClientModels):
+class _Data(NamedTuple):
+    train: Any
+    test: Any
+    examples: float
+
+
+class ClientEngine(ClientModels):
     """All clients of a process, one after the other.
 
     Args:
@@ -59,10 +64,8 @@ class ClientHalf(ClientModels):
         local_rule: LocalRule,
         factors: nn.Module | None = None,
     ) -> None:
-        super().__init__(settings, args, device, trainer, factors)
+        super().__init__(settings, args, device, trainer, factors, updates=local_rule.updates)
         self._rule = local_rule
-
-    # Training
 
     def train(
         self,
@@ -87,17 +90,24 @@ class ClientHalf(ClientModels):
             examples: number of its training examples.
             loaded: called when the trainer holds the model, before it trains.
         """
-        head, envelope = Head(round=0), Envelope()
+        head = Head(round=0)
         with contextlib.closing(self._storages.open(client)) as storage:
+            client_round = self._round_of(ClientState(storage, client))
             try:
                 envelope = unpack(data)
                 head = Head.from_json(envelope.head)
-                return self._trained(
-                    client, head, envelope, storage, (train_data, test_data, examples), loaded
-                )
+                visit = self._loaded(
+                    client, head, envelope, client_round, storage,
+                    _Data(train_data, test_data, examples),
+                )  # fmt: skip
+                if loaded is not None:
+                    loaded()
+                return self._answer(head, visit, client_round, storage, examples)
             except LostReferenceError as error:
                 log.warning("fedpara: the server is asked to send again: %s", error)
-                return self._lost(head, envelope, storage)
+                has = client_round.holdings()
+                lost = Head(round=head.round, purpose=head.purpose, lost=True, has=has)
+                return pack(lost.to_json(), {})
             except Exception as error:
                 fatal = isinstance(error, FATAL)
                 log.log(
@@ -107,33 +117,30 @@ class ClientHalf(ClientModels):
                 )  # fmt: skip
                 return pack(head.failed(error, fatal=fatal).to_json(), {})
 
-    def _trained(
+    def _loaded(
         self,
         client: str,
         head: Head,
         envelope: Envelope,
+        client_round: ClientRound,
         storage: Storage,
-        data: tuple[Any, Any, float],
-        loaded: Callable[[], None] | None,
-    ) -> bytes:
+        data: _Data,
+    ) -> Visit:
+        """Decode a message, and give the trainer the model and the client's data."""
         if head.purpose not in ("train", "prepare"):
             raise MismatchError(f"a message for {head.purpose!r} came where training was due")
-        train_data, test_data, examples = data
-        self._args.round_idx = head.round - 1
-        kept = ClientState(storage, client)
-        task = self._task(head, envelope, kept)
         trainer = self._trainer
+        self._args.round_idx = head.round - 1
+        model = received_model(client_round, envelope.payloads)
         trainer.set_id(int(client))
-        trainer.update_dataset(train_data, test_data, examples)
-        dense = self._dense(task.full)
-        trainer.set_model_params(plain_state(task.full if dense is None else dense.dense))
-        if loaded is not None:
-            loaded()
-        visit = Visit(
+        trainer.update_dataset(*data)
+        trainer.set_model_params(plain_state(model.given))
+        beside = {name: part.given for name, part in client_round.received.items() if name != MODEL}
+        return Visit(
             client=client,
             server_round=head.round,
             task=head.task,
-            records={n: r.tensors for n, r in task.received.items() if n != MODEL},
+            records=beside,
             storage=PrefixView(storage, "rule/"),
             train_data=trainer.local_train_dataset,
             device=self._device,
@@ -141,27 +148,36 @@ class ClientHalf(ClientModels):
             trainer=trainer,
             exchanged=self._names,
         )
+
+    def _answer(
+        self,
+        head: Head,
+        visit: Visit,
+        client_round: ClientRound,
+        storage: Storage,
+        examples: float,
+    ) -> bytes:
+        """Do what was asked, encode what came of it, and keep the rest."""
+        steps = 0
         if head.purpose == "prepare":
-            work = self._rule.prepare(trainer.model, visit)
-            payloads = self._payloads(task, work.records, work, kept)
+            work = self._rule.prepare(self._trainer.model, visit)
+            records: Mapping[str, State] = work.records
         else:
-            start_round(trainer.model, previous_steps=kept.steps())
+            start_round(self._trainer.model, previous_steps=client_round.previous_steps)
             after, work = self._after_training(visit)
-            if dense is not None:
-                after = dense.after(after)
-                check_finite(after)
-            payloads = self._payloads(task, {MODEL: after, **work.records}, work, kept)
-            private = {k: v for k, v in after.items() if k in self._spec.private_keys}
-            kept.keep_private(self._spec, private)
-            if (training := round_progress(trainer.model)) is not None:
-                kept.keep_steps(training.steps)
+            records = {MODEL: after, **work.records}
+            training = round_progress(self._trainer.model)
+            steps = 0 if training is None else training.steps
+        leaving = client_round.outgoing(records)
+        payloads = client_round.encode(leaving, on_encoded=work.on_encoded)
+        client_round.keep(steps=steps)
         answer = Head(
             round=head.round,
             purpose=head.purpose,
             examples=examples,
-            holds={name: part.reference for name, part in task.received.items()},
+            holds=client_round.holds,
             decoders=list(decoders()),
-            fresh=task.fresh,
+            fresh=client_round.fresh,
             report=work.report,
         )
         reply = pack(answer.to_json(), payloads)
@@ -170,7 +186,7 @@ class ClientHalf(ClientModels):
         return reply
 
     def _after_training(self, visit: Visit) -> tuple[State, LocalWork]:
-        """The client's state after its training, and what the rule adds."""
+        """Return the client's state after its training, and what the rule adds."""
         trainer, args = self._trainer, self._args
         count_once(trainer.model, visit.train_data)
         trainer.on_before_local_training(visit.train_data, self._device, args)
@@ -182,27 +198,4 @@ class ClientHalf(ClientModels):
         if FedMLDifferentialPrivacy.get_instance().is_local_dp_enabled():
             # What never leaves needs no noise.
             after |= {name: trained[name] for name in self._spec.private_keys}
-        check_finite(after)
         return after, work
-
-    def _lost(self, head: Head, envelope: Envelope, storage: Storage) -> bytes:
-        references = ClientState(storage).references
-        has = {name: list(references.holds(name)) for name in envelope.payloads}
-        return pack(Head(round=head.round, purpose=head.purpose, lost=True, has=has).to_json(), {})
-
-    def _payloads(
-        self, task: Task, records: Mapping[str, State], work: LocalWork, kept: ClientState
-    ) -> dict[str, bytes]:
-        """The payloads of an answer; what the codec lost of them is kept."""
-        coded = encoded(
-            task, records, work, kept,
-            spec=self._spec, codec=self._settings.uplink, updates=self._rule.updates,
-        )  # fmt: skip
-        if self._settings.downlink.needs_reference:
-            for name, part in task.received.items():
-                kept.references.keep(name, part)
-        return coded
-
-    def _dense(self, full: State) -> DenseRound | None:
-        """The round of an ordinary model, where clients train one."""
-        return DenseRound(self._spec, full) if self._settings.trains_dense else None

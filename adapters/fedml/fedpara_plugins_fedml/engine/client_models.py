@@ -1,30 +1,31 @@
-"""The models of a process's clients: the server's part, and of each client its own."""
+"""The models of a process's clients: the server's part, and each client's own."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedpara_plugins import merge
-from fedpara_plugins.exchange import ClientState
+from fedpara_plugins import MismatchError, merge
+from fedpara_plugins.exchange import ClientRound, ClientState, ReceivedRecord, RecordKind
 from fedpara_plugins.models import save_dense
 from fedpara_plugins_fedml.engine.client_storage import ClientStorages
 from fedpara_plugins_fedml.engine.models import dense_of, exchanged, plain_state, spec_for, to_state
-from fedpara_plugins_fedml.engine.tasks import Task, read_task
-from fedpara_plugins_fedml.messages.envelope import Envelope, unpack
+from fedpara_plugins_fedml.messages.envelope import unpack
 from fedpara_plugins_fedml.messages.head import MODEL, Head
 from fedpara_plugins_fedml.rules import State
 from fedpara_plugins_fedml.settings import Settings
 
-__all__ = ["ClientModels"]
+__all__ = ["ClientModels", "received_model"]
+
+REMEDY = "Set the same fedpara_codec in the YAML of both"
 
 
 class ClientModels:
-    """Loads them into the trainer's one model, tests and exports them.
+    """Loads clients' models into the trainer's one model, tests and exports them.
 
     Args:
         settings: of the run.
@@ -33,6 +34,7 @@ class ClientModels:
         trainer: the user's ClientTrainer or FedML's default; its model is converted, or plain where
             clients train dense.
         factors: the same model, converted; None for the trainer's own.
+        updates: names of the optimizer's records that are differences already.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class ClientModels:
         device: torch.device,
         trainer: Any,
         factors: nn.Module | None = None,
+        *,
+        updates: Collection[str] = (),
     ) -> None:
         self._settings = settings
         self._args = args
@@ -54,6 +58,7 @@ class ClientModels:
         else:
             self._spec = exchanged(factors, names)
         self._storages = ClientStorages(settings.state_dir)
+        self._updates = updates
 
     def take_final(self, client: str, data: object) -> State:
         """Give the trainer's model the state of a message, with this client's private part.
@@ -65,11 +70,12 @@ class ClientModels:
             FedParaError: the message cannot be used.
         """
         envelope = unpack(data)
+        Head.from_json(envelope.head)  # a message without a sound head is refused as a whole
         with contextlib.closing(self._storages.open(client)) as storage:
-            task = self._task(Head.from_json(envelope.head), envelope, ClientState(storage))
+            model = received_model(self._round_of(ClientState(storage)), envelope.payloads)
         self._trainer.set_id(int(client))
-        self._trainer.set_model_params(plain_state(self._loadable(task.full)))
-        return dict(task.received[MODEL].tensors)
+        self._trainer.set_model_params(plain_state(model.given))
+        return dict(model.held.tensors)
 
     def load(self, client: str | None, state: Mapping[str, Tensor]) -> None:
         """Give the trainer's model a server's state, completed with this client's private part.
@@ -103,12 +109,33 @@ class ClientModels:
             )
 
     def test(self, data: Any) -> Any:
-        """What the trainer's ``test`` says of the model that was loaded last."""
+        """Return what the trainer's ``test`` says of the model that was loaded last."""
         return self._trainer.test(data, self._device, self._args)
 
-    def _task(self, head: Head, envelope: Envelope, kept: ClientState) -> Task:
-        return read_task(head, envelope, kept, spec=self._spec, codecs=self._settings.codec_names)
+    def _round_of(self, state: ClientState) -> ClientRound:
+        """Return the round of a message to the client that has this state."""
+        return ClientRound(
+            self._settings, state, kind_of=self._kind_of, own=self._spec, remedy=REMEDY
+        )
+
+    def _kind_of(self, record: str) -> RecordKind:
+        if record == MODEL:
+            return "model"
+        return "update" if record in self._updates else "side"
 
     def _loadable(self, full: State) -> State:
-        """What the trainer's model loads."""
+        """Return what the trainer's model loads."""
         return self._spec.dense_state(full) if self._settings.trains_dense else full
+
+
+def received_model(client_round: ClientRound, payloads: Mapping[str, bytes]) -> ReceivedRecord:
+    """Decode a message, and return the model in it.
+
+    Raises:
+        LostReferenceError, ConfigError, PayloadError: see `ClientRound.receive`.
+        MismatchError: the server's model is another, or there is none.
+    """
+    received = client_round.receive(payloads)
+    if MODEL not in received:
+        raise MismatchError("the server's message holds no model")
+    return received[MODEL]

@@ -1,4 +1,4 @@
-"""Where each client keeps what must last between rounds: in memory, or a file of its own."""
+"""The storage of what each client keeps between rounds: in memory, or a file of its own."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ClientStorages:
         self._memory: dict[str, dict[str, bytes]] = {}
 
     def open(self, client: str) -> Storage:
-        """The client's storage; to be closed by the caller."""
+        """Return the client's storage; to be closed by the caller."""
         if self._folder is not None:
             return FileStorage(self._folder / f"{client}.sqlite")
         return MemoryStorage(self._memory.setdefault(client, {}))

@@ -1,4 +1,4 @@
-"""The server's tests after a round, as FedML's cross-silo server makes them."""
+"""The server's tests after a round, as FedML's cross-silo server runs them."""
 
 from __future__ import annotations
 

@@ -8,11 +8,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fedpara_plugins import ConversionError, ModelSpec, convert
-from fedpara_plugins.exchange import converted_copy, tell_idle
+from fedpara_plugins.exchange import converted_copy, tell_idle, zero_private_factors
 from fedpara_plugins_fedml.settings import Settings, naming_keys
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "converted",
     "dense_of",
     "exchanged",
-    "no_model",
     "plain_state",
     "server_copy",
     "spec_for",
@@ -32,7 +30,7 @@ State = dict[str, Tensor]
 
 
 def converted(model: Any, settings: Settings) -> nn.Module:
-    """The project's model, converted in place.
+    """Convert the project's model in place, and return it.
 
     Raises:
         ConversionError: it cannot be converted; the message names the layer and the remedy.
@@ -48,7 +46,7 @@ def converted(model: Any, settings: Settings) -> nn.Module:
 
 
 def client_model(model: Any, settings: Settings) -> tuple[nn.Module, nn.Module]:
-    """What a client trains, and the same model as factors: one and the same where it trains these.
+    """Return what a client trains, and that model as factors: the same object if it trains these.
 
     With the key ``fedpara_local: dense`` the first is the project's own model as it is.
 
@@ -63,18 +61,15 @@ def client_model(model: Any, settings: Settings) -> tuple[nn.Module, nn.Module]:
         return model, converted_copy(model, settings.config)
 
 
-@torch.no_grad()
 def server_copy(model: nn.Module) -> nn.Module:
-    """The server's model, of its own memory: W1, with private factors at zero."""
+    """Return the server's model, of its own memory: W1, with private factors at zero."""
     own = copy.deepcopy(model)
-    parameters = dict(own.named_parameters(remove_duplicate=False))
-    for name in ModelSpec.of(own).private_factors:
-        parameters[name].zero_()
+    zero_private_factors(own)
     return own
 
 
 def exchanged(model: nn.Module, names: Collection[str]) -> ModelSpec:
-    """The spec of what a project exchanges of its plain model.
+    """Return the spec of what a project exchanges of its plain model.
 
     Args:
         model: the same, converted.
@@ -89,7 +84,7 @@ def exchanged(model: nn.Module, names: Collection[str]) -> ModelSpec:
 
 
 def spec_for(model: nn.Module, names: Collection[str]) -> ModelSpec:
-    """The spec of what a project exchanges of its model: all of the state, or a part.
+    """Return the spec of what a project exchanges of its model: all of the state, or a part.
 
     A factorised weight that does not travel at all is the project's own, like all other names that
     do not.
@@ -127,7 +122,7 @@ def spec_for(model: nn.Module, names: Collection[str]) -> ModelSpec:
 
 
 def dense_of(model: nn.Module, exchanged: Mapping[str, Tensor], *, private: bool) -> State:
-    """The plain model's state, ready for ``load_state_dict(strict=True)``.
+    """Return the plain model's state, ready for ``load_state_dict(strict=True)``.
 
     Args:
         model: converted; what the project does not exchange is taken from it.
@@ -140,16 +135,11 @@ def dense_of(model: nn.Module, exchanged: Mapping[str, Tensor], *, private: bool
     return spec.dense_state({k: v for k, v in state.items() if k not in left_out})
 
 
-def no_model(tensors: Mapping[str, Any]) -> ModelSpec:
-    """What a record is coded as that is no model: names, and no factors."""
-    return ModelSpec(weights={}, keys=tuple(tensors), seed=0)
-
-
 def to_state(params: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Copies, on the CPU: FedML's trainers hand out the very tensors that they go on training."""
+    """Copy to the CPU: FedML's trainers hand out the very tensors that they go on training."""
     return {str(name): value.detach().cpu().clone() for name, value in params.items()}
 
 
 def plain_state(state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """Copies in the form that FedML's hooks expect (a plain dict means something else there)."""
+    """Copy in the form that FedML's hooks expect (a plain dict means something else there)."""
     return OrderedDict((name, value.clone()) for name, value in state.items())

@@ -1,4 +1,4 @@
-"""The server's half of a run: what is sent to whom, what comes back, and the next state."""
+"""The server's side of a run: what is sent to whom, what comes back, and the next state."""
 
 from __future__ import annotations
 
@@ -9,26 +9,24 @@ from typing import Any
 import torch
 
 from fedpara_plugins import MismatchError, ModelSpec, PayloadError
-from fedpara_plugins.codecs import decode_payload
-from fedpara_plugins.exchange import Outbox, Size, check_finite, size_of
+from fedpara_plugins.exchange import DownlinkEncoder, ReplyReader, RunAccounting, Size, plain_spec
 from fedpara_plugins.models import save_dense
 from fedpara_plugins.optimizers import trained_parameters
-from fedpara_plugins_fedml.engine.accounting import Accounting
 from fedpara_plugins_fedml.engine.aggregation import Aggregation
-from fedpara_plugins_fedml.engine.answers import Answers
-from fedpara_plugins_fedml.engine.models import dense_of, no_model, plain_state, spec_for, to_state
+from fedpara_plugins_fedml.engine.models import dense_of, plain_state, spec_for, to_state
+from fedpara_plugins_fedml.engine.replies import Replies
 from fedpara_plugins_fedml.engine.server_state import CompletedRound, ServerFile
 from fedpara_plugins_fedml.messages.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.messages.head import MODEL, Head, Purpose
-from fedpara_plugins_fedml.rules import Answer, Rule, State
+from fedpara_plugins_fedml.rules import ClientReply, Rule, State
 from fedpara_plugins_fedml.settings import Settings
 
-__all__ = ["ServerHalf"]
+__all__ = ["ServerEngine"]
 
 log = logging.getLogger("fedpara.fedml")
 
 
-class ServerHalf:
+class ServerEngine:
     """One server, whatever carries its messages.
 
         server.begin(["3", "5"])
@@ -62,7 +60,7 @@ class ServerHalf:
         self.settings = settings
         self.rule = rule
         self.round = 0
-        self.accounting = Accounting(settings.ledger, settings.config)
+        self.accounting = RunAccounting(settings.ledger, settings.config, log)
         self._args = args
         self._device = device
         self._dataset = dataset
@@ -71,14 +69,14 @@ class ServerHalf:
         self._spec = spec_for(aggregator.model, self._x)
         rule.trained = frozenset(trained_parameters(aggregator.model)) & self._x.keys()
         self._aggregation = Aggregation(aggregator, args, self._spec)
-        self._outbox = Outbox(settings)
-        self._answers = Answers(0, ())
+        self._encoder = DownlinkEncoder(settings)
+        self._replies = Replies(0, ())
         self._fresh = 0
         self._file = ServerFile(settings.state_dir)
         self._go_on()
 
     def _go_on(self) -> None:
-        """Where an earlier process was killed, after its last complete round."""
+        """Go on after the last complete round of a process that was killed."""
         saved = self._file.read(self._completed())
         if saved is None:
             return
@@ -121,18 +119,18 @@ class ServerHalf:
         """
         self.round += 1
         self._args.round_idx = self.round - 1
-        self._answers = Answers(self.round, clients)
+        self._replies = Replies(self.round, clients)
         self._fresh = 0
-        self.rule.begin(self.round, self._x, self._answers.asked)
+        self.rule.begin(self.round, self._x, self._replies.asked)
         self._put()
 
     def _put(self) -> None:
-        self._outbox.put(MODEL, self._x, self._spec)
+        self._encoder.put(MODEL, self._x, self._spec)
         for name, tensors in self.rule.records().items():
-            self._outbox.put(name, dict(tensors), no_model(tensors), sized_as=self._spec)
+            self._encoder.put(name, dict(tensors), plain_spec(tensors), sized_as=self._spec)
 
     def message(self, client: str, purpose: Purpose = "train") -> bytes:
-        """The message for one client, coded against what that client holds.
+        """Return the message for one client, coded against what that client holds.
 
         Args:
             client: its name.
@@ -142,11 +140,11 @@ class ServerHalf:
         records = [MODEL, *self.rule.records()] if purpose == "train" else [MODEL]
         task = dict(self.rule.task(client))
         head = Head(round=self.round, purpose=purpose, task=task)
-        payloads = {name: self._outbox.encode(client, name) for name in records}
+        payloads = {name: self._encoder.encode(client, name) for name in records}
         data = pack(head.to_json(), payloads)
-        self.accounting.describe_layers(lambda: self._outbox.layers(MODEL))
-        size = sum((self._outbox.size(name) for name in records), Size())
-        self.accounting.message(self.round, "down", client, data, size, kind=purpose)
+        self.accounting.describe_layers(lambda: self._encoder.layers(MODEL))
+        size = sum((self._encoder.size(name) for name in records), Size())
+        self.accounting.message(self.round, "down", client, size, encoded=len(data), kind=purpose)
         return data
 
     def receive(self, client: str, data: object) -> bool:
@@ -161,87 +159,88 @@ class ServerHalf:
                 option of its own is wrong: no round can succeed.
             FedParaError: the reply cannot be used: `exclude` the client.
         """
-        size, head = Size(), Head(round=self.round)
+        head, reader = Head(round=self.round), self._reader()
         try:
             envelope = unpack(data)
             head = Head.from_json(envelope.head)
             if head.round != self.round:
                 raise MismatchError(f"a reply of round {head.round} in round {self.round}")
             if head.lost:
-                self._outbox.refused(client, head.has)
+                self._encoder.refused(client, head.has)
                 return False
             head.raise_error(client)
-            size = self._take(client, head, envelope)
+            self._take(client, head, reader, envelope)
             return True
         finally:
             if isinstance(data, bytes):
-                self.accounting.message(self.round, "up", client, data, size, kind=head.purpose)
+                self.accounting.message(
+                    self.round, "up", client, reader.size, encoded=len(data), kind=head.purpose
+                )
 
-    def _take(self, client: str, head: Head, envelope: Envelope) -> Size:
-        self._answers.check_awaited(client)
-        size = Size()
-        records: dict[str, State] = {}
-        for name, payload in envelope.payloads.items():
-            decoded = decode_payload(
-                payload,
-                references=self._outbox.references,
-                limit=self._outbox.limit(name),
-            ).tensors
-            check_finite(decoded)
-            size += size_of(decoded, self._spec)
-            records[name] = decoded
+    def _reader(self) -> ReplyReader:
+        return ReplyReader(
+            self._encoder,
+            kind_of=lambda record: "model" if record == MODEL else "side",
+            model_of=lambda tensors: self._spec,
+            strict=True,
+        )
+
+    def _take(self, client: str, head: Head, reader: ReplyReader, envelope: Envelope) -> None:
+        self._replies.check_awaited(client)
+        records = {name: reader.read(name, data).state for name, data in envelope.payloads.items()}
         if not 0 < head.examples < float("inf"):
             raise PayloadError(f"the reply names {head.examples} training examples")
         model = records.pop(MODEL, None)
         if head.purpose == "train" and model is None:
             raise PayloadError("the reply holds no model")
-        state = self._x if model is None else self._outbox.completed(MODEL, model)
-        received = self._outbox.references.get(head.holds.get(MODEL, ""))
-        self._answers.take(Answer(client, head.examples, state, records, head.report, received))
+        state = self._x if model is None else model
+        received = self._encoder.references.get(head.holds.get(MODEL, ""))
+        self._replies.take(
+            ClientReply(client, head.examples, state, records, head.report, received)
+        )
         self._fresh += head.fresh
-        self._outbox.acknowledge(client, head.holds, head.decoders)
-        return size
+        self._encoder.acknowledge(client, head.holds, head.decoders)
 
     def exclude(self, client: str, reason: object) -> None:
         """Leave a client out of this round, with a line in the log that names it."""
-        self._answers.exclude(client, reason)
+        self._replies.exclude(client, reason)
 
     def end_preparation(self) -> None:
-        """All that were asked to prepare have answered or are excluded: training may begin."""
-        self.rule.prepared(self._answers.enough(self.settings.min_clients))
-        self._answers.forget()
+        """End what goes before training: all that were asked have answered or are excluded."""
+        self.rule.prepared(self._replies.enough(self.settings.min_clients))
+        self._replies.forget()
         self._put()
 
     def end(self) -> None:
-        """Aggregate what came back: the round is over.
+        """End the round: aggregate what came back.
 
         Raises:
             FedParaError: fewer usable answers than ``fedpara_min_clients``.
         """
-        answers = self._answers.enough(self.settings.min_clients)
+        replies = self._replies.enough(self.settings.min_clients)
         if self._fresh and self._spec.private_keys:
             log.info("fedpara: %d clients started from the seeded private factors", self._fresh)
-        self._outbox.tell_first_contacts()
-        self._x = self._aggregation.next_state(self._x, answers, self.rule)
+        self._encoder.tell_first_contacts()
+        self._x = self._aggregation.next_state(self._x, replies, self.rule)
         self._aggregator.set_model_params(plain_state(self._x))
         self._file.write(self._completed())
         self.accounting.log_round(self.round)
 
     def tests_itself(self) -> bool:
-        """Whether the user's aggregator has tested all clients, as in FedML's other modes."""
+        """Return whether the user's aggregator tests all clients, as in FedML's other modes."""
         (_, _, _, _, _, train, test, _) = self._dataset
         return bool(self._aggregator.test_all(train, test, self._device, self._args))
 
     # The end
 
     def put_final(self) -> None:
-        """The next messages carry the state after the last round."""
+        """Let the next messages carry the state after the last round."""
         self._put()
 
     def close(self) -> None:
-        """The run is over: say what it cost, and write the dense checkpoint."""
+        """End the run: log what it cost."""
         self.accounting.log_run()
-        self._outbox.close()
+        self._encoder.close()
 
     def save_checkpoint(self) -> None:
         """Write the server's dense model, where ``fedpara_checkpoint`` is set."""

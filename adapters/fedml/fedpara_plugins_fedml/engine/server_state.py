@@ -1,4 +1,4 @@
-"""The server's half on disk: a server that is killed goes on after the last round it completed."""
+"""The server's state on disk: a killed server goes on after the last round that it completed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ MODEL = "model/"
 
 @dataclass(frozen=True)
 class CompletedRound:
-    """What the server knows after a round.
+    """The server's knowledge after a round.
 
     Attributes:
         round: 1 for the first.
         x: its state.
-        rule: of the optimizer's server half.
+        rule: state of the optimizer's rule.
         optimizer: its name.
         model: method and fingerprint of the converted model, "" for method none.
     """
@@ -43,7 +43,7 @@ class CompletedRound:
 
 
 class ServerFile:
-    """Keeps the last completed round in one file.
+    """Keeps the last completed round in a file.
 
     Args:
         state_dir: the option of that name; None keeps nothing.
@@ -72,7 +72,7 @@ class ServerFile:
             log.error("fedpara: round %d is not kept in %s: %s", done.round, self._path, error)
 
     def read(self, now: CompletedRound) -> CompletedRound | None:
-        """What was kept last; None if nothing was.
+        """Return what was kept last; None if nothing was.
 
         Args:
             now: what this run begins with, to compare.

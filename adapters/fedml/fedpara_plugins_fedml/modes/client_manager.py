@@ -11,7 +11,7 @@ from uuid import uuid4
 from fedml import mlops
 
 from fedpara_plugins import FedParaError, MismatchError
-from fedpara_plugins_fedml.engine.client import ClientHalf
+from fedpara_plugins_fedml.engine.client import ClientEngine
 from fedpara_plugins_fedml.transport.peers import Post
 from fedpara_plugins_fedml.transport.protocol import (
     ANSWER,
@@ -62,17 +62,22 @@ class ClientManager:
     Args:
         args: FedML's.
         post: to the server.
-        half: the client's.
+        engine: the client's.
         dataset: FedML's eight entries.
         start_timeout: seconds that the server has to answer.
     """
 
     def __init__(
-        self, args: Any, post: Post, half: ClientHalf, dataset: Sequence[Any], start_timeout: float
+        self,
+        args: Any,
+        post: Post,
+        engine: ClientEngine,
+        dataset: Sequence[Any],
+        start_timeout: float,
     ) -> None:
         self._args = args
         self._post = post
-        self._half = half
+        self._engine = engine
         (_, _, _, _, self._sizes, self._train, self._test, _) = dataset
         self._start_timeout = start_timeout
         self._tests = str(getattr(args, "test_on_clients", None) or "no")
@@ -110,7 +115,7 @@ class ClientManager:
         silo = event.number("silo")
         number = str(getattr(self._args, "round_idx", 0))
         mlops.event("train", event_started=True, event_value=number)
-        reply = self._half.train(
+        reply = self._engine.train(
             str(silo),
             event.data,
             self._train.get(silo),
@@ -129,16 +134,16 @@ class ClientManager:
         if self._tests not in (when, "both") or (when == "after_aggregation" and first):
             return
         try:
-            self._half.test(self._test.get(silo))
+            self._engine.test(self._test.get(silo))
         except Exception:
             log.exception("fedpara: the test of data silo %d has failed", silo)
 
     def _finished(self, event: Event) -> None:
         silo = event.number("silo")
         try:
-            state = self._half.take_final(str(silo), event.data)
+            state = self._engine.take_final(str(silo), event.data)
             for name in event.text("silos").split():
-                self._half.export(name, state)
+                self._engine.export(name, state)
         except FedParaError as error:
             log.warning("fedpara: the last model cannot be used: %s", error)
             self._post.send(SERVER, ANSWER, None, silo=silo)

@@ -15,10 +15,10 @@ from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.exchange import codecs_in_words
 from fedpara_plugins_fedml.checks.arguments import check_contribution
 from fedpara_plugins_fedml.checks.supported import is_distributed, lacks_optimizer
-from fedpara_plugins_fedml.engine.client import ClientHalf
+from fedpara_plugins_fedml.engine.client import ClientEngine
 from fedpara_plugins_fedml.engine.evaluation import Evaluation
 from fedpara_plugins_fedml.engine.models import client_model, converted, server_copy
-from fedpara_plugins_fedml.engine.server import ServerHalf
+from fedpara_plugins_fedml.engine.server import ServerEngine
 from fedpara_plugins_fedml.modes.client_manager import TESTS, ClientManager, introduce
 from fedpara_plugins_fedml.modes.placement import Silos
 from fedpara_plugins_fedml.modes.run_end import dismiss
@@ -98,11 +98,11 @@ class Distributed:
         check_contribution(args, aggregator)
         aggregator.model = own
         aggregator.set_id(0 if args.training_type == "cross_silo" else -1)
-        half = ServerHalf(settings, args, self._device, self._dataset, aggregator, rule)
+        engine = ServerEngine(settings, args, self._device, self._dataset, aggregator, rule)
         silos = Silos(total, a_round, keep=total > a_round)
         evaluation = Evaluation(args, self._device, self._dataset, aggregator, a_round)
         return lambda post: ServerManager(
-            args, post, half, silos, evaluation, settings.start_timeout
+            args, post, engine, silos, evaluation, settings.start_timeout
         )
 
     def _client(self, model: Any, trainer: Any) -> Callable[[Post], ClientManager]:
@@ -118,9 +118,9 @@ class Distributed:
             trainer = local.trainer(model, args) or create_model_trainer(model, args)
         trainer.model = model
         trainer.set_id(self._rank - 1)
-        half = ClientHalf(settings, args, self._device, trainer, local, factors)
+        engine = ClientEngine(settings, args, self._device, trainer, local, factors)
         manager = ClientManager
-        return lambda post: manager(args, post, half, self._dataset, settings.start_timeout)
+        return lambda post: manager(args, post, engine, self._dataset, settings.start_timeout)
 
 
 class telling_others:  # noqa: N801

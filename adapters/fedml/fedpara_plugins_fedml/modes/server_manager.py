@@ -11,7 +11,7 @@ from fedml import mlops
 
 from fedpara_plugins import ConfigError, FedParaError, MismatchError
 from fedpara_plugins_fedml.engine.evaluation import Evaluation
-from fedpara_plugins_fedml.engine.server import ServerHalf
+from fedpara_plugins_fedml.engine.server import ServerEngine
 from fedpara_plugins_fedml.modes.placement import Silos
 from fedpara_plugins_fedml.modes.run_end import dismiss, part
 from fedpara_plugins_fedml.transport.peers import Post
@@ -45,7 +45,7 @@ class ServerManager:
     Args:
         args: FedML's.
         post: to the clients.
-        half: the server's.
+        engine: the server's.
         silos: of the run.
         evaluation: after each round.
         start_timeout: seconds that all clients have to come.
@@ -55,14 +55,14 @@ class ServerManager:
         self,
         args: Any,
         post: Post,
-        half: ServerHalf,
+        engine: ServerEngine,
         silos: Silos,
         evaluation: Evaluation,
         start_timeout: float,
     ) -> None:
         self._args = args
         self._post = post
-        self._half = half
+        self._engine = engine
         self._silos = silos
         self._evaluation = evaluation
         self._start_timeout = start_timeout
@@ -81,16 +81,16 @@ class ServerManager:
             self._gather()
             mlops.log_aggregation_status(mlops.ServerConstants.MSG_MLOPS_SERVER_STATUS_RUNNING)
             mlops.log_round_info(self._args.comm_round, -1)
-            while self._half.round < self._args.comm_round:
+            while self._engine.round < self._args.comm_round:
                 self._round()
-            self._half.save_checkpoint()
+            self._engine.save_checkpoint()
             self._finish()
             mlops.log_aggregation_finished_status()
         except BaseException as error:
             dismiss(self._post, self._post.peers, error)
             raise
         finally:
-            self._half.close()
+            self._engine.close()
 
     # Who is there
 
@@ -153,11 +153,11 @@ class ServerManager:
         log.error("fedpara: %s", text)
         for silo in [silo for silo, home in self._waiting.items() if home == peer]:
             del self._waiting[silo]
-            self._half.exclude(str(silo), text)
+            self._engine.exclude(str(silo), text)
         self._check_alive(text)
 
     def _check_alive(self, reason: str) -> None:
-        needed = self._half.settings.min_clients
+        needed = self._engine.settings.min_clients
         if not needed or len(self._alive) < needed:
             hint = f"fedpara_min_clients is {needed}" if needed else "fedpara_min_clients is unset"
             raise FedParaError(
@@ -168,11 +168,11 @@ class ServerManager:
     # A round
 
     def _round(self) -> None:
-        number = self._half.round
+        number = self._engine.round
         silos = self._silos.of_round(number)
         self._waiting = self._silos.homes(silos, self._post.peers)
         self._tries = dict.fromkeys(silos, 0)
-        self._half.begin([str(silo) for silo in silos])
+        self._engine.begin([str(silo) for silo in silos])
         mlops.event("server.wait", event_started=True, event_value=str(number))
         for silo, peer in list(self._waiting.items()):
             self._ask(silo, peer)
@@ -185,7 +185,7 @@ class ServerManager:
                 self._handle(event)
         mlops.event("server.wait", event_started=False, event_value=str(number))
         mlops.event("server.agg_and_eval", event_started=True, event_value=str(number))
-        self._half.end()
+        self._engine.end()
         self._evaluation.after(number, silos)
         mlops.event("server.agg_and_eval", event_started=False, event_value=str(number))
         mlops.log_round_info(self._args.comm_round, number)
@@ -193,21 +193,21 @@ class ServerManager:
     def _ask(self, silo: int, peer: int) -> None:
         if peer not in self._alive:
             self._waiting.pop(silo)
-            self._half.exclude(str(silo), f"client process {peer} is gone")
+            self._engine.exclude(str(silo), f"client process {peer} is gone")
             return
-        self._post.send(peer, TASK, self._half.message(str(silo)), silo=silo)
+        self._post.send(peer, TASK, self._engine.message(str(silo)), silo=silo)
 
     def _answer(self, silo: int, event: Event) -> None:
         name = str(silo)
         mlops.event(
             "comm_c2s",
             event_started=False,
-            event_value=str(self._half.round - 1),
+            event_value=str(self._engine.round - 1),
             event_edge_id=event.peer,
         )
         self._tries[silo] += 1
         try:
-            if self._half.receive(name, event.data):
+            if self._engine.receive(name, event.data):
                 del self._waiting[silo]
                 return
             if self._tries[silo] < TRIES:
@@ -218,16 +218,16 @@ class ServerManager:
             raise
         except FedParaError as error:
             self._waiting.pop(silo, None)
-            self._half.exclude(name, error)
+            self._engine.exclude(name, error)
 
     # The end
 
     def _finish(self) -> None:
         """Send everybody the last model, and wait until all have it."""
-        self._half.put_final()
+        self._engine.put_final()
         for peer in sorted(self._alive):
             if silos := self._silos.of_process(peer):
-                final = self._half.message(str(silos[0]), "evaluate")
+                final = self._engine.message(str(silos[0]), "evaluate")
                 names = " ".join(map(str, silos))
                 self._post.send(peer, FINISH, final, silo=silos[0], silos=names)
             self._post.send(peer, FINISH)

@@ -11,8 +11,8 @@ from fedml import mlops
 from fedml.simulation.sp.fedavg.fedavg_api import FedAvgAPI
 
 from fedpara_plugins import ConfigError, FedParaError
-from fedpara_plugins_fedml.engine.client import ClientHalf
-from fedpara_plugins_fedml.engine.server import ServerHalf
+from fedpara_plugins_fedml.engine.client import ClientEngine
+from fedpara_plugins_fedml.engine.server import ServerEngine
 from fedpara_plugins_fedml.messages.head import Purpose
 
 __all__ = ["SingleProcess"]
@@ -31,7 +31,7 @@ class SingleProcess:
     Args:
         args: FedML's.
         dataset: FedML's eight entries.
-        server: the server's half.
+        server: the server's engine.
         clients: the clients'.
         ask_aggregator: whether the aggregator is the user's, who may test in ``test_all``.
     """
@@ -40,8 +40,8 @@ class SingleProcess:
         self,
         args: Any,
         dataset: Sequence[Any],
-        server: ServerHalf,
-        clients: ClientHalf,
+        server: ServerEngine,
+        clients: ClientEngine,
         *,
         ask_aggregator: bool = False,
     ) -> None:

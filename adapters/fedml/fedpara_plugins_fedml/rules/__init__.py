@@ -9,7 +9,15 @@ from typing import Any
 from fedpara_plugins import ConfigError
 from fedpara_plugins.exchange import refuse_in_factor_space
 from fedpara_plugins.optimizers import Weighting
-from fedpara_plugins_fedml.rules.base import Answer, LocalRule, LocalWork, Mean, Rule, State, Visit
+from fedpara_plugins_fedml.rules.base import (
+    ClientReply,
+    LocalRule,
+    LocalWork,
+    Mean,
+    Rule,
+    State,
+    Visit,
+)
 from fedpara_plugins_fedml.rules.fedavg import FedAvg
 from fedpara_plugins_fedml.rules.feddyn import FedDyn, LocalFedDynRule
 from fedpara_plugins_fedml.rules.fednova import FedNova, LocalFedNova
@@ -23,7 +31,7 @@ from fedpara_plugins_fedml.settings import Settings
 
 __all__ = [
     "RULES",
-    "Answer",
+    "ClientReply",
     "LocalRule",
     "LocalWork",
     "Mean",

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from fedpara_plugins import MismatchError
 
-__all__ = ["Answer", "LocalRule", "LocalWork", "Mean", "Rule", "State", "Visit"]
+__all__ = ["ClientReply", "LocalRule", "LocalWork", "Mean", "Rule", "State", "Visit"]
 
 State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Answer:
+class ClientReply:
     """What the server has of one client's round, decoded, finite and of the right shapes.
 
     Attributes:
@@ -46,7 +46,7 @@ class Answer:
     received: State | None = None
 
 
-Mean = Callable[[Sequence[Answer]], State]
+Mean = Callable[[Sequence[ClientReply]], State]
 """The user's own ``ServerAggregator.aggregate``, over models, weighted by examples."""
 
 
@@ -76,7 +76,7 @@ class Rule(ABC):
             clients: who is asked.
         """
 
-    def prepared(self, answers: Sequence[Answer]) -> None:  # noqa: B027
+    def prepared(self, answers: Sequence[ClientReply]) -> None:  # noqa: B027
         """Take in what the clients found at x; only where `prepares`; ``state`` is x itself."""
 
     def records(self) -> Mapping[str, State]:
@@ -88,7 +88,7 @@ class Rule(ABC):
         return {}
 
     @abstractmethod
-    def step(self, x: State, answers: Sequence[Answer], mean: Mean) -> State:
+    def step(self, x: State, answers: Sequence[ClientReply], mean: Mean) -> State:
         """The server's next state, with the same names.
 
         Args:

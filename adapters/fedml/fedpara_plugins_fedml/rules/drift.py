@@ -25,7 +25,7 @@ from fedpara_plugins.optimizers import (
     norm,
     tell_verdict,
 )
-from fedpara_plugins_fedml.rules.base import Answer, Mean, Rule
+from fedpara_plugins_fedml.rules.base import ClientReply, Mean, Rule
 
 __all__ = ["CHANGE", "DriftRule", "Usable"]
 
@@ -45,7 +45,7 @@ class Usable:
         change: of its variate; {} where the server derives it.
     """
 
-    answer: Answer
+    answer: ClientReply
     reply: Reply
     change: State
 
@@ -90,7 +90,7 @@ class DriftRule(Rule):
             "bound": self._bound or 0.0,
         }
 
-    def step(self, x: State, answers: Sequence[Answer], mean: Mean) -> State:
+    def step(self, x: State, answers: Sequence[ClientReply], mean: Mean) -> State:
         """The next state, from the answers that can be used.
 
         Raises:
@@ -147,7 +147,7 @@ class DriftRule(Rule):
 
     # Parts
 
-    def _usable(self, answer: Answer) -> Usable | None:
+    def _usable(self, answer: ClientReply) -> Usable | None:
         change = dict(answer.records.get(CHANGE, {}))
         why = self._why_not(answer, change)
         if why is not None:
@@ -155,7 +155,7 @@ class DriftRule(Rule):
             return None
         return Usable(answer, Reply(answer.state, self.trained, answer.examples), change)
 
-    def _why_not(self, answer: Answer, change: State) -> str | None:
+    def _why_not(self, answer: ClientReply, change: State) -> str | None:
         if not _reports(answer):
             return (
                 f"it answers without its half of {self.name}; set federated_optimizer: "
@@ -181,7 +181,7 @@ class DriftRule(Rule):
         )
 
 
-def _reports(answer: Answer) -> bool:
+def _reports(answer: ClientReply) -> bool:
     """Whether an answer tells what the client's half tells."""
     values = [answer.report.get(key) for key in ("since", "kept")]
     return all(isinstance(v, int | float) and math.isfinite(v) for v in values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedpara_plugins_fedml.rules.base import Answer, Mean, Rule, State
+from fedpara_plugins_fedml.rules.base import ClientReply, Mean, Rule, State
 
 __all__ = ["FedAvg"]
 
@@ -15,6 +15,6 @@ class FedAvg(Rule):
     name = "FedAvg"
     mends = "FedML lets the clients of the first round train on each other's result"
 
-    def step(self, x: State, answers: Sequence[Answer], mean: Mean) -> State:
+    def step(self, x: State, answers: Sequence[ClientReply], mean: Mean) -> State:
         """The mean of the answers."""
         return mean(answers)

@@ -32,7 +32,15 @@ from fedpara_plugins.optimizers import (
     trained_parameters,
     watching,
 )
-from fedpara_plugins_fedml.rules.base import Answer, LocalRule, LocalWork, Mean, Rule, State, Visit
+from fedpara_plugins_fedml.rules.base import (
+    ClientReply,
+    LocalRule,
+    LocalWork,
+    Mean,
+    Rule,
+    State,
+    Visit,
+)
 from fedpara_plugins_fedml.rules.keys import flag, number
 from fedpara_plugins_fedml.rules.own_trainer import OwnTrainer
 
@@ -56,7 +64,7 @@ class FedNova(Rule):
         self.gmf, self.mu = gmf, mu
         self._buffer: State = {}
 
-    def step(self, x: State, answers: Sequence[Answer], mean: Mean) -> State:
+    def step(self, x: State, answers: Sequence[ClientReply], mean: Mean) -> State:
         """One normalised step; buffers are averaged."""
         told = [(answer, report) for answer in answers if (report := _report(answer)) is not None]
         if not told:
@@ -244,7 +252,7 @@ def _stepping(parameters: Mapping[str, Tensor], way: UnitWay) -> Iterator[None]:
         yield
 
 
-def _report(answer: Answer) -> tuple[float, float] | None:
+def _report(answer: ClientReply) -> tuple[float, float] | None:
     """|a| and the number of steps; None, with a line in the log, if a client told neither."""
     found = [answer.report.get(key) for key in ("normaliser", "steps")]
     values = [float(v) for v in found if isinstance(v, int | float) and math.isfinite(v) and v > 0]

@@ -16,7 +16,7 @@ import torch
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins.optimizers import finite
-from fedpara_plugins_fedml.rules.base import Answer, Mean, Rule, State
+from fedpara_plugins_fedml.rules.base import ClientReply, Mean, Rule, State
 from fedpara_plugins_fedml.rules.keys import number, text
 from fedpara_plugins_fedml.rules.server_optimizers import (
     CommonAdagrad,
@@ -47,7 +47,7 @@ class FedOpt(Rule):
     def __init__(self, optimizer: ServerOptimizer) -> None:
         self.optimizer = optimizer
 
-    def step(self, x: State, answers: Sequence[Answer], mean: Mean) -> State:
+    def step(self, x: State, answers: Sequence[ClientReply], mean: Mean) -> State:
         """One step of the server's optimizer."""
         average = mean(answers)
         if not finite(average.values()):

@@ -23,7 +23,7 @@ from torch import nn
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins.optimizers import State, gradient_at, trained_parameters
-from fedpara_plugins_fedml.rules.base import Answer, LocalRule, LocalWork, Mean, Rule, Visit
+from fedpara_plugins_fedml.rules.base import ClientReply, LocalRule, LocalWork, Mean, Rule, Visit
 from fedpara_plugins_fedml.rules.mime_statistics import Base
 from fedpara_plugins_fedml.rules.mime_trainer import MimeTrainer
 
@@ -58,7 +58,7 @@ class Mime(Rule):
         self._like = {name: x[name] for name in sorted(self.trained)}
         self._correction = {}
 
-    def prepared(self, answers: Sequence[Answer]) -> None:
+    def prepared(self, answers: Sequence[ClientReply]) -> None:
         """The clients' full gradients at x, for c."""
         self._correction = self._gradient(answers)
 
@@ -71,7 +71,7 @@ class Mime(Rule):
             if tensors
         }
 
-    def step(self, x: State, answers: Sequence[Answer], mean: Mean) -> State:
+    def step(self, x: State, answers: Sequence[ClientReply], mean: Mean) -> State:
         """The clients' mean; and the statistics with the gradients at the old x."""
         gradient = self._gradient(answers) if self.lite else self._correction
         if gradient:
@@ -86,12 +86,12 @@ class Mime(Rule):
         """Undo `state_dict`."""
         self._statistics = {kind: dict(part) for kind, part in state["statistics"].items()}
 
-    def _weighed(self, answers: Sequence[Answer]) -> list[Answer]:
+    def _weighed(self, answers: Sequence[ClientReply]) -> list[ClientReply]:
         if self.weighting == "examples":
             return list(answers)
         return [replace(answer, examples=1.0) for answer in answers]
 
-    def _gradient(self, answers: Sequence[Answer]) -> State:
+    def _gradient(self, answers: Sequence[ClientReply]) -> State:
         """The mean of the clients' full gradients, float64."""
         total: State = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in self._like.items()}
         whole = 0.0

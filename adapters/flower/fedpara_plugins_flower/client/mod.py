@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from flwr.common import Context, Message, RecordDict
-from torch import Tensor
 
-from fedpara_plugins import ConfigError, FedParaError, ModelSpec, PayloadError, merge
+from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.codecs import decoders
-from fedpara_plugins.exchange import (
-    ClientState,
-    DenseRound,
-    blind_limit,
-    check_agreement,
-    check_finite,
-    check_names,
-    codecs_in_words,
-    codecs_of,
-    decoders_of,
-    difference,
-    encode,
-    fitting,
-    loss_known,
-    private_key,
-    spec_of,
-    tell_idle,
-    update_codec,
-)
+from fedpara_plugins.exchange import ClientRound
 from fedpara_plugins.models import save_dense
-from fedpara_plugins.references import LostReferenceError, Received, shared_part
+from fedpara_plugins.references import LostReferenceError
 from fedpara_plugins.support import Storage
 from fedpara_plugins_flower.client.storage import client_state, client_storage
 from fedpara_plugins_flower.factories import plain_model_hint
@@ -43,7 +22,7 @@ from fedpara_plugins_flower.logs import show_core_logs
 from fedpara_plugins_flower.messages import legacy_lists as positional
 from fedpara_plugins_flower.messages.records import (
     carried_payload,
-    is_side,
+    kind_of,
     payload_record,
     to_record,
     to_tensors,
@@ -63,27 +42,6 @@ App = Callable[[Message, Context], Message]
 Mod = Callable[[Message, Context, App], Message]
 
 
-@dataclass(frozen=True)
-class _Received:
-    """One record of a message, decoded."""
-
-    spec: ModelSpec
-    held: Received
-    full: dict[str, Tensor]
-    fresh: bool
-    decoders: tuple[str, ...]
-    dense: DenseRound | None = None
-
-    @property
-    def given(self) -> dict[str, Tensor]:
-        """What the app gets."""
-        return self.full if self.dense is None else self.dense.dense
-
-    def taken(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is answered, from what the app answers."""
-        return tensors if self.dense is None else self.dense.after(tensors)
-
-
 def client_mod(message: Message, context: Context, call_next: App) -> Message:
     """Decode the message, run the app on ordinary arrays, encode the reply.
 
@@ -101,7 +59,7 @@ def client_mod(message: Message, context: Context, call_next: App) -> Message:
 
 
 def client_mod_with(**options: Any) -> Mod:
-    """`client_mod` with options set in Python, for ``run_simulation``, whose config is empty.
+    """Return `client_mod` with options set in Python, for ``run_simulation`` without a config.
 
     Where the run's config has the same option, that one wins. Give the server the same ones:
     ``fedpara.server_app(app, method="fedpara", gamma=0.1)``.
@@ -161,74 +119,53 @@ def _answer(
     storage: Storage,
 ) -> Message:
     state = client_state(context, settings.state_dir, storage)
+    client_round = ClientRound(settings, state, kind_of=kind_of)
     try:
-        received = {
-            name: _receive(name, payload, state, settings) for name, payload in payloads.items()
-        }
+        received = client_round.receive(payloads)
     except LostReferenceError as error:
         log.warning("fedpara: the server is asked to send again: %s", error)
-        has = {name: state.references.holds(name) for name in payloads}
-        lost = Marker(lost=True, has=has, decoders=decoders())
+        lost = Marker(lost=True, has=client_round.holdings(), decoders=decoders())
         return Message(lost.attached_to(RecordDict()), reply_to=message)
     for name, part in received.items():
         check_clipping_mods(call_next, settings, part.given)
         message.content[name] = to_record(part.given)
     positional.unname_request(message)
-    expected = next((part.spec for name, part in received.items() if not is_side(name)), None)
-    secagg.check_order(message, private=expected is not None and bool(expected.private_keys))
-    run = Run(
-        settings,
-        side="client",
-        expected=expected,
-        previous_steps=state.steps(),
-        storage=storage,
-        starts=positional.asks_for_parameters(message),
-    )
+    run = _run_of(message, client_round, settings, storage)
     reply = _call_app(message, context, call_next, run)
     if reply.has_error() or secagg.is_step_without_app(message):
         return reply
     named = received.get(positional.PARAMETERS)
     names = tuple(named.given) if named else None
     positional.name_reply(reply, names, run.plain or run.specs)
-    _export(message, context, settings, received)
-    masked = secagg.masks_reply(message)
-    encoded = _encode_reply(reply, settings, state, received, run, masked=masked)
-    state.keep_steps(max((training.steps for training in run.trainings), default=0))
+    _export(message, context, settings, client_round)
+    _encode_in_place(reply, client_round, run, masked=secagg.masks_reply(message))
+    client_round.keep(steps=max((training.steps for training in run.trainings), default=0))
     # Only now: a round that fails leaves no trace, and one that is killed none or all of it.
     storage.commit()
-    return encoded
+    return reply
 
 
-def _receive(name: str, payload: bytes, state: ClientState, settings: Settings) -> _Received:
-    limit = blind_limit(payload)
-    held = state.references.receive(name, payload, limit=limit)
-    _check_codecs(codecs_of(held.header), settings)
-    spec = spec_of(held.header, held.tensors, limit=limit)
-    private, fresh = state.private(spec, held.tensors)
-    full = merge(spec, held.tensors, private)
-    dense = None
-    if settings.trains_dense and not is_side(name):
-        check_agreement(spec, settings.config)
-        tell_idle(settings.config)
-        dense = DenseRound(spec, full)
-    return _Received(
-        spec=spec,
-        held=held,
-        full=full,
-        fresh=fresh and bool(private),
-        decoders=decoders_of(held.header),
-        dense=dense,
+def _run_of(
+    message: Message,
+    client_round: ClientRound,
+    settings: Settings,
+    storage: Storage,
+) -> Run:
+    """Return the run around the app.
+
+    Raises:
+        ConfigError: private values would be masked and sent.
+    """
+    expected = client_round.models[0].spec if client_round.models else None
+    secagg.check_order(message, private=expected is not None and bool(expected.private_keys))
+    return Run(
+        settings,
+        side="client",
+        expected=expected,
+        previous_steps=client_round.previous_steps,
+        storage=storage,
+        starts=positional.asks_for_parameters(message),
     )
-
-
-def _check_codecs(theirs: tuple[str, ...], settings: Settings) -> None:
-    """Raise if the two sides code in different ways: each would go on sending whole models."""
-    mine = settings.codec_names
-    if theirs and theirs != mine:
-        raise ConfigError(
-            f"the codec differs: this client has {codecs_in_words(mine)}, the server has "
-            f"{codecs_in_words(theirs)}. Set the same fedpara option codec on both sides"
-        )
 
 
 def _call_app(message: Message, context: Context, call_next: App, run: Run) -> Message:
@@ -249,147 +186,46 @@ def _call_app(message: Message, context: Context, call_next: App, run: Run) -> M
             raise
 
 
-def _encode_reply(
-    reply: Message,
-    settings: Settings,
-    state: ClientState,
-    received: Mapping[str, _Received],
-    run: Run,
-    *,
-    masked: bool,
-) -> Message:
-    private: dict[str, tuple[str, ModelSpec, dict[str, Tensor]]] = {}
-    in_clear: dict[str, dict[str, Tensor]] = {}
-    outgoing: dict[str, bytes] = {}
-    residuals: dict[str, dict[str, Tensor]] = {}
-    kept: list[str] = []
-    lost: dict[str, dict[str, Tensor]] = {}
-    models = [part for name, part in received.items() if not is_side(name)]
-    for name, record in reply.content.array_records.items():
-        if positional.carries_nothing(record):
-            continue
-        part = received.get(name) or next(iter(models), None)
-        tensors = to_tensors(record)
-        check_finite(tensors)
-        if not is_side(name):
-            tensors = _projected(tensors, part, run)
-        spec = part.spec if part else _built_spec(run.specs, tensors)
-        if is_side(name):
-            _check_shared_only(name, tensors, models)
-            spec = ModelSpec(weights={}, keys=tuple(tensors), seed=0)
-        if name in received:
-            check_names(spec, tensors)
-            own = {k: v for k, v in tensors.items() if k in spec.private_keys}
-            _check_one_state(name, own, private.get(private_key(spec)))
-            if own:
-                private[private_key(spec)] = name, spec, own
-        if masked:
-            check_names(spec, tensors, others=True)
-            in_clear[name] = shared_part(spec, tensors)
-            continue
-        held = received[name].held if name in received else None
-        codec = settings.uplink.resolved(part.decoders if part else None)
-        if is_side(name):
-            codec = update_codec(codec)
-        residual = state.residual(name) if codec.feedback else None
-        outgoing[name], residuals[name] = encode(
-            tensors,
-            spec=spec,
-            codec=codec if run.on_encoded is None else loss_known(codec),
-            reference=held.tensors if held else None,
-            digest=held.reference if held else None,
-            residual=residual,
-        )
-        lost[name] = difference(residuals[name], fitting(residual or {}, tensors))
-        if codec.feedback:
-            kept.append(name)
-    for name, shared in in_clear.items():
-        secagg.take_shared(reply.content, name, shared)
-    for name, payload in outgoing.items():
+def _encode_in_place(reply: Message, client_round: ClientRound, run: Run, *, masked: bool) -> None:
+    """Replace the arrays of a reply by what travels, and add the marker.
+
+    Args:
+        reply: of the app, its arrays named.
+        client_round: the round that it ends.
+        run: that the app ran in.
+        masked: whether `secaggplus_mod` masks the numbers, which then leave uncoded.
+
+    Raises:
+        PayloadError: see `ClientRound.outgoing` and `ClientRound.encode`.
+    """
+    records = {
+        name: to_tensors(record)
+        for name, record in reply.content.array_records.items()
+        if not positional.carries_nothing(record)
+    }
+    leaving = client_round.outgoing(records, built=run.specs, start=run.start)
+    if masked:
+        for name, part in leaving.items():
+            secagg.take_shared(reply.content, name, part.shared)
+    coded = client_round.encode({} if masked else leaving, on_encoded=run.on_encoded)
+    for name, payload in coded.items():
         reply.content[name] = payload_record(payload)
-    if run.on_encoded is not None:
-        run.on_encoded(lost)
-    for _, spec, own in private.values():
-        state.keep_private(spec, own)
-    for name in kept:
-        state.keep_residual(name, residuals[name])
-    if settings.downlink.needs_reference:
-        for name, part in received.items():
-            state.references.keep(name, part.held)
-    marker = Marker(
-        holds={name: part.held.reference for name, part in received.items()},
-        fresh=any(part.fresh for part in received.values()),
-        decoders=decoders(),
-    )
+    marker = Marker(holds=client_round.holds, fresh=client_round.fresh, decoders=decoders())
     reply.content = marker.attached_to(reply.content)
-    return reply
-
-
-def _projected(tensors: dict[str, Tensor], part: _Received | None, run: Run) -> dict[str, Tensor]:
-    """The state of factors that an app's answer stands for; itself where factors are trained."""
-    if part is not None:
-        found = part.taken(tensors)
-    else:
-        found = tensors if run.start is None else run.start.after(tensors)
-    if found is not tensors:
-        check_finite(found)
-    return found
-
-
-def _built_spec(
-    built: Mapping[frozenset[str], ModelSpec], tensors: Mapping[str, Tensor]
-) -> ModelSpec:
-    """The model that an answer is about which nobody sent: private names must not leave here."""
-    for spec in (built.get(frozenset(tensors)), *built.values()):
-        if spec is not None and set(tensors) <= set(spec.keys):
-            return spec
-    for spec in built.values():
-        check_names(spec, tensors, others=True)
-    return ModelSpec(weights={}, keys=tuple(tensors), seed=0)
-
-
-def _check_one_state(
-    name: str,
-    own: Mapping[str, Tensor],
-    other: tuple[str, ModelSpec, Mapping[str, Tensor]] | None,
-) -> None:
-    """A client has one private state of a model, however many records of it a reply holds."""
-    earlier, values = ("", {}) if other is None else (other[0], other[2])
-    unlike = [k for k, v in own.items() if k in values and not torch.equal(v, values[k])]
-    if unlike or (values and own and values.keys() != own.keys()):
-        raise PayloadError(
-            f"fedpara: records {earlier!r} and {name!r} of the reply are of one model, and their "
-            f"private values differ{f' in {unlike[0]!r}' if unlike else ''}: this client can keep "
-            f"one of them. Answer with private names in the trained record alone "
-            f"(fedpara_plugins.split(model).shared for the other)"
-        )
-
-
-def _check_shared_only(
-    name: str, tensors: Mapping[str, Tensor], models: Sequence[_Received]
-) -> None:
-    """Nothing is held back from such a record, so nothing private may be in it."""
-    private = [key for key in tensors for part in models if key in part.spec.private_keys]
-    if private:
-        raise PayloadError(
-            f"fedpara: record {name!r} of the reply holds {private[0]!r}, which stays on the "
-            f"device: leave private names out of it"
-        )
 
 
 def _export(
-    message: Message, context: Context, settings: Settings, received: Mapping[str, _Received]
+    message: Message, context: Context, settings: Settings, client_round: ClientRound
 ) -> None:
     """Write the client's own dense model, where it lives, each time it has been evaluated."""
     folder = settings.client_checkpoints
     if folder is None or not message.metadata.message_type.startswith("evaluate"):
         return
     who = context.node_config.get("partition-id", context.node_id)
-    for part in received.values():
+    for part in client_round.models[:1]:
         save_dense(
             folder / f"client-{who}.safetensors",
             part.spec.dense_state(part.full),
             model=f"the own model of client {who}",
             method=settings.config.method,
         )
-        return

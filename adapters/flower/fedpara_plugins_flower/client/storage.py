@@ -1,4 +1,4 @@
-"""Where a client keeps what must last between rounds: a file of its own, or Flower's context."""
+"""The storage of what a client keeps between rounds: a file of its own, or Flower's context."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = ("fedpara-id", "partition-id")
 
 
 def client_name(context: Context) -> str:
-    """What this client is called after a restart too.
+    """Return what this client is called after a restart too.
 
     Raises:
         ConfigError: the node's config names it in no way that lasts.
@@ -40,7 +40,7 @@ def client_name(context: Context) -> str:
 
 
 def client_storage(context: Context, state_dir: Path | None) -> Storage:
-    """Where this client keeps what must last: a file of its own, or Flower's ``Context.state``.
+    """Open where this client keeps what must last: a file of its own, or ``Context.state``.
 
     Raises:
         ConfigError: see `client_name`.
@@ -51,7 +51,7 @@ def client_storage(context: Context, state_dir: Path | None) -> Storage:
 
 
 def client_state(context: Context, state_dir: Path | None, storage: Storage) -> ClientState:
-    """What a client keeps, with the words that name it in the log."""
+    """Return what a client keeps, with the words that name it in the log."""
     if state_dir is None:
         return ClientState(storage, lasting_name(context) or context.node_id, "its Context.state")
     return ClientState(storage, client_name(context), _file(context, state_dir))
@@ -62,7 +62,7 @@ def _file(context: Context, state_dir: Path) -> Path:
 
 
 def lasting_name(context: Context) -> str | None:
-    """What this client is called after a restart too; None if its node's config does not say."""
+    """Return what this client is called after a restart too; None if its config does not say."""
     found = (str(context.node_config[key]) for key in NAMES if key in context.node_config)
     return next(found, None)
 

@@ -9,6 +9,8 @@ import torch
 from flwr.common import Array, ArrayRecord, Message, RecordDict
 from torch import Tensor
 
+from fedpara_plugins.exchange import RecordKind
+
 __all__ = [
     "CHANGE",
     "PAYLOAD_KEY",
@@ -16,6 +18,7 @@ __all__ = [
     "array_bytes",
     "carried_payload",
     "is_side",
+    "kind_of",
     "payload_record",
     "raw_bytes",
     "to_record",
@@ -38,6 +41,11 @@ def is_side(name: str) -> bool:
     They are tensors of the model's shared names, but no model: nothing is filled in.
     """
     return name in (VARIATE, CHANGE)
+
+
+def kind_of(name: str) -> RecordKind:
+    """Return what a record holds; all of the plugin's own are updates."""
+    return "update" if is_side(name) else "model"
 
 
 def payload_record(payload: bytes) -> ArrayRecord:

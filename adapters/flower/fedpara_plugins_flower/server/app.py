@@ -20,7 +20,8 @@ from fedpara_plugins_flower.run import Run, open_run
 from fedpara_plugins_flower.server.accounting import Accounting
 from fedpara_plugins_flower.server.evaluation import noting_evaluations
 from fedpara_plugins_flower.server.final_state import FinalState
-from fedpara_plugins_flower.server.grid import CodecGrid, ObservingGrid
+from fedpara_plugins_flower.server.grid import CodecGrid
+from fedpara_plugins_flower.server.observing_grid import ObservingGrid
 from fedpara_plugins_flower.server.paths import tell_relative_paths
 from fedpara_plugins_flower.server.resume import Rounds
 from fedpara_plugins_flower.server.strategy_arrays import explained, noting_strategy

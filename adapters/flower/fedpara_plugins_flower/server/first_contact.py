@@ -1,4 +1,4 @@
-"""Ends a run in its first round if no client of it can work with the plugin, and says why."""
+"""The end of a run in its first round, if none of its clients can work with the plugin."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ OWN = "fedpara: "
 class FirstContact:
     """Watches replies until one can be used.
 
-    An app of its own accord goes on for all its rounds when every client fails, so a set-up that
-    cannot work would show itself at the very end.
+    An app goes on for all its rounds when every client fails, so a set-up that cannot work would
+    show itself at the very end.
     """
 
     def __init__(self) -> None:
@@ -63,17 +63,18 @@ class FirstContact:
             )
 
     def used(self) -> None:
-        """A reply has been decoded: from now on, failures are one client's own."""
+        """Note that a reply has been decoded: from now on, failures are one client's own."""
         self._met = True
 
     def left_out(self, node: int, reason: str) -> None:
-        """A reply could not be decoded."""
+        """Note that a reply could not be decoded."""
         self._left_out[node] = reason.removeprefix(OWN)
 
     def check(self) -> None:
-        """All replies to the first messages are in: raise if they show that none can be used.
+        """Raise if the replies to the first messages show that none can be used.
 
-        Clients that fail for reasons of their own are the app's business.
+        To be called when all of them are in. Clients that fail for reasons of their own are the
+        app's business.
 
         Raises:
             FedParaError: with the words of the first client that speaks of the plugin.

@@ -1,4 +1,4 @@
-"""What the server sends, each record coded against what its receiver holds."""
+"""The strategy's messages, each record coded against what its receiver holds."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from flwr.common import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, ModelSpec
-from fedpara_plugins.exchange import Outbox as CoreOutbox
-from fedpara_plugins.exchange import Size, cast, size_of
-from fedpara_plugins.ledger import LayerSize
-from fedpara_plugins.references import shared_part
+from fedpara_plugins.exchange import DownlinkEncoder, ReplyReader, cast, plain_spec
 from fedpara_plugins_flower.messages.records import (
     is_side,
+    kind_of,
     payload_record,
     to_tensors,
     with_content,
@@ -27,7 +25,7 @@ __all__ = ["Outbox"]
 State = dict[str, Tensor]
 
 
-class Outbox:
+class Outbox(DownlinkEncoder):
     """Encodes the strategy's records, each against what its receiver holds.
 
     Args:
@@ -35,8 +33,8 @@ class Outbox:
     """
 
     def __init__(self, run: Run) -> None:
+        super().__init__(run.settings)
         self._run = run
-        self._core = CoreOutbox(run.settings)
         # Strategies send one record object to many nodes.
         self._records: dict[str, ArrayRecord] = {}
         self._dtypes: dict[str, dict[str, torch.dtype]] = {}
@@ -44,12 +42,12 @@ class Outbox:
     # Sending
 
     def encoded(self, message: Message) -> Message:
-        """A new message with payloads in place of the records of arrays."""
+        """Return a new message with payloads in the place of the records of arrays."""
         client = str(message.metadata.dst_node_id)
         content = RecordDict(dict(message.content.items()))
         for name, record in message.content.array_records.items():
             self._put(name, record)
-            content[name] = payload_record(self._core.encode(client, name))
+            content[name] = payload_record(self.encode(client, name))
         return with_content(message, content)
 
     def _put(self, name: str, record: ArrayRecord) -> None:
@@ -57,7 +55,7 @@ class Outbox:
             full = self._with_first_dtypes(name, to_tensors(record))
             spec = self._spec(name, full)
             sized_as = self._model_of(full) if is_side(name) else None
-            self._core.put(name, full, spec, sized_as=sized_as)
+            self.put(name, full, spec, sized_as=sized_as)
             self._records[name] = record
 
     def _with_first_dtypes(self, name: str, tensors: State) -> State:
@@ -73,13 +71,13 @@ class Outbox:
 
     def _spec(self, name: str, tensors: Mapping[str, Tensor]) -> ModelSpec:
         if is_side(name):
-            return ModelSpec(weights={}, keys=tuple(tensors), seed=0)
+            return plain_spec(tensors)
         spec = self._run.specs.get(frozenset(tensors))
         if spec is not None:
             return spec
         config = self._run.settings.config
         if config.method == "none" and not config.private:
-            return ModelSpec(weights={}, keys=tuple(tensors), seed=0)
+            return plain_spec(tensors)
         for known in self._run.specs.values():
             if set(tensors) <= set(known.keys):
                 return known
@@ -92,68 +90,17 @@ class Outbox:
         )
 
     def _model_of(self, tensors: Mapping[str, Tensor]) -> ModelSpec | None:
-        """The model among whose names these are."""
+        """Return the model among whose names these are."""
         specs = self._run.specs.values()
         return next((spec for spec in specs if set(tensors) <= set(spec.keys)), None)
 
     # Receiving
 
-    @property
-    def references(self) -> Mapping[str, State]:
-        """Everything that some client may have taken a delta against, by hash."""
-        return self._core.references
+    def reader(self) -> ReplyReader:
+        """Return what reads one reply; a record of other names is the strategy's business."""
+        return ReplyReader(self, kind_of=kind_of, model_of=self._model_of, strict=False)
 
     def note_reply(self, node: int, marker: Marker) -> None:
-        """A client has answered, and said by hash what it holds now, and what it can decode."""
-        self._core.acknowledge(str(node), marker.holds, marker.decoders)
-        self._core.refused(str(node), marker.has)
-
-    def tell_first_contacts(self) -> None:
-        """Log how many clients were sent more than an update since the last time."""
-        self._core.tell_first_contacts()
-
-    def close(self) -> None:
-        """The run is over; files stay for the next one."""
-        self._core.close()
-
-    def completed(self, name: str, shared: State) -> State:
-        """The model's complete state: private names are filled from what the server itself has.
-
-        Strategies then see the same names in every reply that they sent themselves.
-
-        Raises:
-            MismatchError: a tensor has another shape than the one of its name that was sent.
-        """
-        if not self._core.holds(name):
-            return shared
-        return self._core.completed(name, shared, partial=True)
-
-    def shared_names(self, name: str) -> tuple[str, ...]:
-        """What of the record of that name that was encoded last has been sent, in order."""
-        return self._core.shared_names(name) if self._core.holds(name) else ()
-
-    def last_state(self, name: str) -> State:
-        """The complete state that was encoded last under that name."""
-        return self._core.content(name)
-
-    def limit(self, name: str) -> int:
-        """Bytes that a reply's record may decode to: a model's worth, and some slack."""
-        return self._core.limit(name)
-
-    # Accounting
-
-    def size(self, name: str) -> Size:
-        """Of the record of that name that was encoded last."""
-        return self._core.size(name)
-
-    def layers(self, name: str) -> list[LayerSize]:
-        """Of the record of that name that was encoded last, before coding."""
-        return self._core.layers(name)
-
-    def size_of(self, name: str, tensors: Mapping[str, Tensor]) -> Size:
-        """Of the shared part of a record's tensors."""
-        known = self._core.spec(name) if self._core.holds(name) else None
-        spec = known or ModelSpec({}, tuple(tensors), seed=0)
-        if is_side(name):
-            spec = self._model_of(tensors) or spec
-        return size_of(shared_part(spec, tensors), spec)
+        """Take in what a client has said: by hash what it holds, and what it can decode."""
+        self.acknowledge(str(node), marker.holds, marker.decoders)
+        self.refused(str(node), marker.has)

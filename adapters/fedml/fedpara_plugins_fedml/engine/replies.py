@@ -1,4 +1,4 @@
-"""A round's answers: who was asked, who answered, and who was left out for which reason."""
+"""A round's replies: who was asked, who answered, and who was left out for which reason."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import logging
 from collections.abc import Sequence
 
 from fedpara_plugins import FedParaError, MismatchError
-from fedpara_plugins_fedml.rules import Answer
+from fedpara_plugins_fedml.rules import ClientReply
 
-__all__ = ["Answers"]
+__all__ = ["Replies"]
 
 log = logging.getLogger("fedpara.fedml")
 
 
-class Answers:
-    """Of one round.
+class Replies:
+    """The replies of one round.
 
     Args:
         number: of the round.
@@ -24,21 +24,21 @@ class Answers:
     def __init__(self, number: int, asked: Sequence[str]) -> None:
         self.asked = tuple(asked)
         self._number = number
-        self._found: dict[str, Answer] = {}
+        self._found: dict[str, ClientReply] = {}
         self._excluded: dict[str, str] = {}
 
     def check_awaited(self, client: str) -> None:
-        """Raise unless a client was asked, and counts still.
+        """Raise unless a client was asked and is not excluded.
 
         Raises:
-            MismatchError: it does not.
+            MismatchError: its reply does not count.
         """
         if client not in self.asked or client in self._excluded:
             raise MismatchError(f"client {client} answers, and was not asked in this round")
 
-    def take(self, answer: Answer) -> None:
-        """Take one in; a client's later one replaces its earlier one."""
-        self._found[answer.client] = answer
+    def take(self, reply: ClientReply) -> None:
+        """Take in a reply; a client's later one replaces its earlier one."""
+        self._found[reply.client] = reply
 
     def exclude(self, client: str, reason: object) -> None:
         """Leave a client out, with a line in the log that names it."""
@@ -48,11 +48,11 @@ class Answers:
         self._found.pop(client, None)
 
     def forget(self) -> None:
-        """All that were asked answer once more; who is excluded stays so."""
+        """Forget all replies: everybody answers once more, except who is excluded."""
         self._found = {}
 
-    def enough(self, needed: int) -> list[Answer]:
-        """The usable answers, in the order in which clients were asked.
+    def enough(self, needed: int) -> list[ClientReply]:
+        """Return the usable replies, in the order in which clients were asked.
 
         Args:
             needed: how many at least; 0 asks for one.

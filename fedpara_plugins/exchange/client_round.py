@@ -1,0 +1,275 @@
+"""One message at one client: what it holds, what the user's code makes of it, and the answer.
+
+    client_round = ClientRound(settings, state, kind_of=kind_of)
+    received = client_round.receive(payloads)               # LostReferenceError: tell `holdings()`
+    answered = ...(received["model"].given)                 # the user's code
+    leaving = client_round.outgoing({"model": answered})    # what may leave the device
+    payloads = client_round.encode(leaving)
+    client_round.keep()                                     # nothing has changed before this line
+
+Adapters carry the payloads, call the user's code, and commit the client's storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedpara_plugins.exchange.client_state import ClientState, PrivateParts
+from fedpara_plugins.exchange.coding import CodedRecord, encode_record, update_codec
+from fedpara_plugins.exchange.dense_round import DenseRound, check_agreement, tell_idle
+from fedpara_plugins.exchange.headers import blind_limit, check_codecs, decoders_of, spec_of
+from fedpara_plugins.exchange.outgoing import Outgoing, outgoing, spec_among
+from fedpara_plugins.exchange.records import KindOf, State, check_finite, plain_spec
+from fedpara_plugins.exchange.settings import ExchangeSettings
+from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.state_split import merge
+from fedpara_plugins.references import Received
+
+__all__ = ["ClientRound", "OnEncoded", "ReceivedRecord"]
+
+OnEncoded = Callable[[Mapping[str, State]], None]
+"""Called with what the codec lost of each record: the tensors given minus those that the server
+will decode."""
+
+REMEDY = "Set the same fedpara option codec on both sides"
+
+
+@dataclass(frozen=True)
+class ReceivedRecord:
+    """One record of a message, decoded.
+
+    Attributes:
+        spec: of the model that it belongs to; without private names for a side record.
+        held: as it was received.
+        full: all tensors: shared ones as received, private ones of this client.
+        fresh: the private ones are the seeded first ones.
+        dense: the round of an ordinary model, where the client trains one.
+    """
+
+    spec: ModelSpec
+    held: Received
+    full: State
+    fresh: bool = False
+    dense: DenseRound | None = None
+
+    @property
+    def given(self) -> State:
+        """What the user's code gets."""
+        return self.full if self.dense is None else self.dense.dense
+
+
+class ClientRound:
+    """A message on its way through a client.
+
+    Args:
+        settings: of the run.
+        state: what the client keeps; changed by `keep` alone.
+        kind_of: tells of a record's name what it holds.
+        own: the client's model, where it is known before the message is read. Without it the model
+            that the message describes counts.
+        remedy: the sentence that says where a user sets the codec.
+
+    Attributes:
+        received: what `receive` returned.
+    """
+
+    def __init__(
+        self,
+        settings: ExchangeSettings,
+        state: ClientState,
+        *,
+        kind_of: KindOf,
+        own: ModelSpec | None = None,
+        remedy: str = REMEDY,
+    ) -> None:
+        self.received: Mapping[str, ReceivedRecord] = {}
+        self._settings = settings
+        self._state = state
+        self._kind_of = kind_of
+        self._own = own
+        self._remedy = remedy
+        self._asked: tuple[str, ...] = ()
+        self._private = PrivateParts()
+        self._residuals: dict[str, State] = {}
+
+    # In
+
+    def receive(self, payloads: Mapping[str, bytes]) -> Mapping[str, ReceivedRecord]:
+        """Decode a message with what the client keeps.
+
+        Args:
+            payloads: by name of the record.
+
+        Raises:
+            LostReferenceError: the client does not hold what the message was coded against.
+            ConfigError: the server codes otherwise.
+            MismatchError: the server's model is another than this client's.
+            PayloadError: a payload is damaged.
+        """
+        self._asked = tuple(payloads)
+        held = {name: self._decoded(name, payload) for name, payload in payloads.items()}
+        self.received = {
+            name: self._read(name, part, blind_limit(payloads[name])) for name, part in held.items()
+        }
+        return self.received
+
+    def _decoded(self, name: str, payload: bytes) -> Received:
+        held = self._state.references.receive(name, payload, limit=blind_limit(payload))
+        check_codecs(held.header, self._settings.codec_names, remedy=self._remedy)
+        return held
+
+    def _read(self, name: str, held: Received, limit: int) -> ReceivedRecord:
+        if self._kind_of(name) != "model":
+            return ReceivedRecord(plain_spec(held.tensors), held, held.tensors)
+        spec = self._agreed(held, limit)
+        private, first = self._state.private(spec, held.tensors)
+        full = merge(spec, held.tensors, private)
+        dense = DenseRound(spec, full) if self._settings.trains_dense else None
+        return ReceivedRecord(spec, held, full, first and bool(private), dense)
+
+    def _agreed(self, held: Received, limit: int) -> ModelSpec:
+        theirs = spec_of(held.header, held.tensors, limit=limit)
+        if self._own is not None:
+            self._own.check_equal(theirs, here="this client", there="the server")
+            return self._own
+        if self._settings.trains_dense:
+            check_agreement(theirs, self._settings.config)
+            tell_idle(self._settings.config)
+        return theirs
+
+    @property
+    def previous_steps(self) -> int | None:
+        """Optimizer steps of the last round that this client trained; None before the first."""
+        return self._state.steps()
+
+    # What the server is told beside the payloads
+
+    def holdings(self) -> dict[str, tuple[str, ...]]:
+        """Return, by record of the message, the hashes of what the client holds of it."""
+        return {name: self._state.references.holds(name) for name in self._asked}
+
+    @property
+    def holds(self) -> dict[str, str]:
+        """By record, the hash of what the client has received."""
+        return {name: part.held.reference for name, part in self.received.items()}
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the client started from the seeded private values."""
+        return any(part.fresh for part in self.received.values())
+
+    # Out
+
+    @property
+    def models(self) -> list[ReceivedRecord]:
+        """The records received that are models, in order."""
+        return [part for name, part in self.received.items() if self._kind_of(name) == "model"]
+
+    def outgoing(
+        self,
+        records: Mapping[str, Mapping[str, Tensor]],
+        *,
+        built: Mapping[frozenset[str], ModelSpec] = {},
+        start: DenseRound | None = None,
+    ) -> dict[str, Outgoing]:
+        """Check the tensors that the user's code answers, and take out what stays on the device.
+
+        Args:
+            records: the tensors by name of the record.
+            built: the models that the client's own code has built, by their set of names, for an
+                answer to a message without a model.
+            start: the dense round of such an answer.
+
+        Raises:
+            PayloadError: NaN or infinity, a private tensor in a side record, or two private states
+                of one model.
+            MismatchError: names or shapes that the model does not have.
+        """
+        return {
+            name: self._leaving(name, tensors, built, start) for name, tensors in records.items()
+        }
+
+    def _leaving(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        built: Mapping[frozenset[str], ModelSpec],
+        start: DenseRound | None,
+    ) -> Outgoing:
+        check_finite(tensors)
+        kind = self._kind_of(name)
+        if kind != "model":
+            return outgoing(name, tensors, [part.spec for part in self.models], kind=kind)
+        part = self._counterpart(name)
+        tensors = _projected(tensors, start if part is None else part.dense)
+        spec = spec_among(built, tensors) if part is None else part.spec
+        leaving = outgoing(name, tensors, [spec], others=name not in self.received)
+        if name in self.received:
+            self._private.add(name, spec, tensors)
+        return leaving
+
+    def encode(
+        self, leaving: Mapping[str, Outgoing], *, on_encoded: OnEncoded | None = None
+    ) -> dict[str, bytes]:
+        """Return the payloads of an answer, by record.
+
+        Args:
+            leaving: what `outgoing` returned, or the part of it that is to be coded.
+            on_encoded: called when all is coded and nothing has been kept yet.
+
+        Raises:
+            PayloadError: a tensor cannot be coded.
+        """
+        tell_loss = on_encoded is not None
+        coded = {name: self._coded(name, part, tell_loss) for name, part in leaving.items()}
+        if on_encoded is not None:
+            on_encoded({name: part.lost for name, part in coded.items()})
+        return {name: part.payload for name, part in coded.items()}
+
+    def _coded(self, name: str, leaving: Outgoing, tell_loss: bool) -> CodedRecord:
+        part, told = self.received.get(name), self._counterpart(name)
+        codec = self._settings.uplink.resolved(
+            None if told is None else decoders_of(told.held.header)
+        )
+        if self._kind_of(name) == "update":
+            codec = update_codec(codec)
+        coded = encode_record(
+            leaving,
+            codec=codec,
+            received=None if part is None else part.held,
+            residual=self._state.residual(name) if codec.feedback else None,
+            tell_loss=tell_loss,
+        )
+        if codec.feedback:
+            self._residuals[name] = coded.residual
+        return coded
+
+    def _counterpart(self, name: str) -> ReceivedRecord | None:
+        """Return what came under a record's name, else the first model that came."""
+        return self.received.get(name) or next(iter(self.models), None)
+
+    def keep(self, *, steps: int = 0) -> None:
+        """Put what this round changes into the client's state, for the caller to commit.
+
+        Args:
+            steps: optimizer steps of the round; 0 where nothing was trained.
+        """
+        self._private.keep(self._state)
+        for name, residual in self._residuals.items():
+            self._state.keep_residual(name, residual)
+        if self._settings.downlink.needs_reference:
+            for name, part in self.received.items():
+                self._state.references.keep(name, part.held)
+        self._state.keep_steps(steps)
+
+
+def _projected(tensors: Mapping[str, Tensor], dense: DenseRound | None) -> Mapping[str, Tensor]:
+    """Return the state of factors that an answer stands for; itself if factors were trained."""
+    if dense is None:
+        return tensors
+    factors = dense.after(tensors)
+    check_finite(factors)
+    return factors

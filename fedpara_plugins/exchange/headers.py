@@ -1,0 +1,86 @@
+"""What the two sides tell each other in a payload's header, and what is checked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from fedpara_plugins.codecs import PayloadHeader, decoders
+from fedpara_plugins.errors import ConfigError, PayloadError
+from fedpara_plugins.exchange.settings import codecs_in_words
+from fedpara_plugins.models.spec import ModelSpec
+
+__all__ = ["blind_limit", "check_codecs", "decoders_of", "header_extra", "spec_of"]
+
+DECODERS = "decoders"
+CODECS = "codecs"
+
+DEFLATE_BOUND = 1100
+"""zlib cannot expand by more."""
+
+SMALLEST_BOUND = 2**30
+"""Bytes that a message may decode to in any case. A receiver without a model at hand has nothing
+that bounds it better, and a message that says "no change" may be smaller than any coder's rate
+suggests."""
+
+
+def header_extra(codecs: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Return what this side says of itself in a payload's header: the decoders it has.
+
+    Args:
+        codecs: its settings, for a receiver that is to compare them with its own; () leaves them
+            out.
+    """
+    words = {DECODERS: list(decoders())}
+    return {**words, CODECS: list(codecs)} if codecs else words
+
+
+def decoders_of(header: PayloadHeader) -> tuple[str, ...]:
+    """Return the entropy decoders that the sender of a payload has."""
+    return _texts(header, DECODERS)
+
+
+def check_codecs(header: PayloadHeader, mine: tuple[str, str], *, remedy: str) -> None:
+    """Raise if the sender of a payload codes otherwise than this side.
+
+    Each side would go on sending whole models. A header without codecs passes.
+
+    Args:
+        header: of the payload.
+        mine: `ExchangeSettings.codec_names` of this side.
+        remedy: the sentence that says where a user sets the codec.
+
+    Raises:
+        ConfigError: names both codecs.
+    """
+    theirs = _texts(header, CODECS)
+    if theirs and theirs != mine:
+        raise ConfigError(
+            f"the codec differs: this client has {codecs_in_words(mine)}, the server has "
+            f"{codecs_in_words(theirs)}. {remedy}"
+        )
+
+
+def spec_of(header: PayloadHeader, names: Iterable[str], *, limit: int) -> ModelSpec:
+    """Return the model that a payload describes.
+
+    Args:
+        header: of the payload.
+        names: of its tensors.
+        limit: bytes that the private tensors may have.
+
+    Raises:
+        PayloadError: it describes none, or an unsound one.
+    """
+    if header.model is None:
+        raise PayloadError("fedpara: the message describes no model; was it made by this plugin?")
+    return ModelSpec.from_json(header.model, tuple(names), limit=limit)
+
+
+def blind_limit(payload: bytes) -> int:
+    """Return the bytes that a payload may decode to, where no model at hand bounds it better."""
+    return max(DEFLATE_BOUND * len(payload), SMALLEST_BOUND)
+
+
+def _texts(header: PayloadHeader, name: str) -> tuple[str, ...]:
+    found = (header.extra or {}).get(name)
+    return tuple(map(str, found)) if isinstance(found, list) else ()

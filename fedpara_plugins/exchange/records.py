@@ -1,0 +1,55 @@
+"""Records of a message: named groups of tensors, of which the model is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.models.spec import ModelSpec
+
+__all__ = ["KindOf", "RecordKind", "State", "cast", "check_finite", "plain_spec"]
+
+State: TypeAlias = dict[str, Tensor]
+"""Named tensors."""
+
+RecordKind = Literal["model", "side", "update"]
+"""The content of a record: ``model``, the state of a model or a part of it; ``side``, tensors that
+go beside it, such as an optimizer's, none of them private; ``update``, side tensors that are a
+difference already, such as the change of a variate."""
+
+KindOf = Callable[[str], RecordKind]
+"""The kind of a record, from its name."""
+
+
+def plain_spec(names: Iterable[str]) -> ModelSpec:
+    """Return the spec of tensors that belong to no converted model: nothing in it is private."""
+    return ModelSpec(weights={}, keys=tuple(names), seed=0)
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise for the first tensor that holds NaN or infinity.
+
+    Raises:
+        PayloadError: names the tensor and counts the values.
+    """
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            bad = int((~torch.isfinite(value)).sum())
+            raise PayloadError(
+                f"fedpara: tensor {name!r} holds {bad} NaN or infinite values of {value.numel()}; "
+                f"training has diverged; lower the rate, or set the fedpara option clip = 1.0 "
+                f"(with local='dense' clip gradients in your own training)"
+            )
+
+
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in another dtype, rounded if that holds integers."""
+    if value.dtype == dtype:
+        return value
+    if not dtype.is_floating_point and value.is_floating_point():
+        value = value.round()
+    return value.to(dtype)

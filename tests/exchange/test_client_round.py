@@ -1,0 +1,269 @@
+"""One message at one client, from its payloads to those of the answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedpara_plugins import ConfigError, MismatchError, ModelSpec, PayloadError
+from fedpara_plugins.codecs import decode_payload, peek_header
+from fedpara_plugins.exchange import ClientState
+from fedpara_plugins.exchange.outgoing import Outgoing
+from fedpara_plugins.references import LostReferenceError
+
+
+def answered(client_round, helpers, **options):
+    """The payloads of an answer after some training, and the state that was trained."""
+    after = helpers.moved(client_round.received["model"].given)
+    return client_round.encode(client_round.outgoing({"model": after}), **options), after
+
+
+@pytest.mark.parametrize("method", ["lowrank", "fedpara", "pfedpara"])
+@pytest.mark.parametrize("codec", ["none", "lossless"])
+def test_what_a_client_answers_is_what_the_server_reads(helpers, method, codec):
+    pair = helpers.Pair(method, codec=codec)
+    client_round = pair.received()
+    given = client_round.received["model"].given
+    assert tuple(given) == pair.spec.keys
+    assert all(torch.equal(given[key], value) for key, value in pair.shared.items())
+    payloads, after = answered(client_round, helpers)
+    read = pair.reader().read("model", payloads["model"])
+    assert set(read.shared) == set(pair.spec.shared_keys)
+    assert all(torch.equal(read.shared[key], after[key]) for key in read.shared)
+    assert tuple(read.state) == pair.spec.keys
+    assert all(torch.equal(read.state[key], pair.state[key]) for key in pair.spec.private_keys)
+
+
+def test_private_values_stay_and_come_back(helpers):
+    pair = helpers.Pair(private="3.*")
+    first = pair.received()
+    assert first.fresh
+    payloads, after = answered(first, helpers)
+    assert not set(decode_payload(payloads["model"], limit=10**6).tensors) & pair.spec.private_keys
+    first.keep()
+    second = pair.received()
+    assert not second.fresh
+    given = second.received["model"].given
+    assert all(torch.equal(given[key], after[key]) for key in pair.spec.private_keys)
+    assert pair.spec.private_keys >= {"3.weight", "3.running_mean", "0.x2"}
+
+
+def test_nothing_is_kept_before_the_end(helpers):
+    pair = helpers.Pair(codec="small")
+    client_round = pair.received()
+    answered(client_round, helpers)
+    assert pair.storage == {}
+    client_round.keep(steps=3)
+    assert {key.partition("/")[0] for key in pair.storage} == {
+        "private", "reference", "residual", "steps",
+    }  # fmt: skip
+    assert pair.round().previous_steps == 3
+
+
+def test_both_directions_go_on_from_what_was_received(helpers):
+    pair = helpers.Pair(codec="small")
+    first = pair.received()
+    first.keep()
+    pair.encoder.acknowledge("7", first.holds, ())
+    pair.encoder.put("model", helpers.moved(pair.state, 5), pair.spec)
+    payloads = pair.payloads()
+    assert peek_header(payloads["model"]).reference == first.holds["model"]
+    second = pair.round()
+    second.receive(payloads)
+    answer, after = answered(second, helpers)
+    assert peek_header(answer["model"]).reference == second.holds["model"]
+    read = pair.reader().read("model", answer["model"]).shared
+    assert (read["0.x1"] - after["0.x1"]).abs().max() < 0.1
+
+
+def test_a_client_that_lost_what_a_message_was_coded_against_says_what_it_holds(helpers):
+    pair = helpers.Pair(codec="small")
+    pair.encoder.put("variate", pair.shared, ModelSpec({}, tuple(pair.shared), seed=0))
+    first = pair.round()
+    first.receive(pair.payloads("model", "variate"))
+    first.keep()
+    pair.encoder.acknowledge("7", first.holds, ())
+    pair.encoder.put("model", helpers.moved(pair.state, 5), pair.spec)
+    lost = [key for key in pair.storage if key.startswith("reference/model")]
+    for key in lost:
+        del pair.storage[key]
+    second = pair.round()
+    with pytest.raises(LostReferenceError):
+        second.receive(pair.payloads("model", "variate"))
+    assert second.holdings() == {"model": (), "variate": (first.holds["variate"],)}
+
+
+def test_another_codec_is_refused_with_the_adapters_remedy(helpers):
+    pair = helpers.Pair(codec="lossless")
+    payloads = pair.payloads()
+    pair.settings = helpers.settings_of(codec="int8")
+    remedy = "Set it here"
+    with pytest.raises(ConfigError, match=r"this client has int8, the server has lossless\. Set i"):
+        pair.round(remedy=remedy).receive(payloads)
+    with pytest.raises(ConfigError, match="Set the same fedpara option codec on both sides"):
+        pair.round().receive(payloads)
+
+
+def test_another_model_than_the_clients_own_is_refused(helpers):
+    pair = helpers.Pair()
+    other = ModelSpec.of(helpers.converted("fedpara"))
+    with pytest.raises(MismatchError, match="this client"):
+        pair.received(own=other)
+    assert pair.received(own=pair.spec).received["model"].spec is pair.spec
+
+
+def test_without_the_clients_model_dense_training_compares_the_options(helpers):
+    pair = helpers.Pair("fedpara", local="dense")
+    pair.settings = helpers.settings_of(method="lowrank", local="dense")
+    with pytest.raises(MismatchError, match="the server's model has method fedpara"):
+        pair.received()
+
+
+def test_dense_training_is_projected_and_checked(helpers):
+    pair = helpers.Pair(local="dense")
+    client_round = pair.received()
+    given = client_round.received["model"].given
+    assert set(given) == set(pair.spec.dense_state(pair.state))
+    leaving = client_round.outgoing({"model": helpers.moved(given)})["model"]
+    assert set(leaving.shared) == set(pair.spec.shared_keys)
+    assert not torch.equal(leaving.shared["0.x1"], pair.state["0.x1"])
+    client_round.keep()
+    private, first = pair.kept()
+    assert not first
+    assert private["0.x2"].shape == pair.state["0.x2"].shape
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {**s, "2.bias": s["2.bias"] * float("nan")}, "'2.bias' holds 5 NaN"),
+        (lambda s: {f"module.{k}": v for k, v in s.items()}, "model.module.state_dict"),
+        (lambda s: {**s, "extra": torch.ones(1)}, "'extra', which the model does not have"),
+    ],
+)
+def test_an_answer_that_cannot_be_sent_is_refused(helpers, change, words):
+    client_round = helpers.Pair().received()
+    with pytest.raises(PayloadError, match=words):
+        client_round.outgoing({"model": change(client_round.received["model"].given)})
+
+
+@pytest.mark.parametrize("record", ["variate", "change"])
+def test_side_records_hold_nothing_private(helpers, record):
+    pair = helpers.Pair()
+    client_round = pair.received()
+    given = client_round.received["model"].given
+    leaving = client_round.outgoing({record: pair.shared})[record]
+    assert leaving.shared.keys() == pair.shared.keys()
+    with pytest.raises(PayloadError, match=r"'0.[xy]2', which stays on the device"):
+        client_round.outgoing({record: given})
+
+
+def test_a_further_model_record_leaves_its_private_values_out(helpers):
+    pair = helpers.Pair()
+    client_round = pair.received()
+    given = client_round.received["model"].given
+    leaving = client_round.outgoing({"copy": {**given, "note": torch.ones(2)}})["copy"]
+    assert set(leaving.shared) == {*pair.spec.shared_keys, "note"}
+    client_round.keep()
+    assert pair.kept()[1], "only the record that was asked for is kept"
+
+
+def test_a_model_has_one_private_state_however_many_records_hold_it(helpers):
+    pair = helpers.Pair()
+    pair.encoder.put("teacher", pair.state, pair.spec)
+    client_round = pair.round()
+    received = client_round.receive(pair.payloads("model", "teacher"))
+    given = received["model"].given
+    client_round.outgoing({"model": given, "teacher": dict(given)})
+    with pytest.raises(PayloadError, match=r"records 'model' and 'teacher'.*differ in '0.x2'"):
+        client_round.outgoing({"model": given, "teacher": helpers.moved(given)})
+
+
+def test_the_codecs_loss_is_told_and_made_up_for(helpers):
+    pair = helpers.Pair("fedpara", codec="delta+feedback+int8+zlib")
+    told = []
+    first = pair.received()
+    payloads, after = answered(first, helpers, on_encoded=told.append)
+    first.keep()
+    read = pair.reader().read("model", payloads["model"]).shared
+    lost = {key: after[key] - read[key] for key in read if after[key].is_floating_point()}
+    assert any(value.any() for value in lost.values())
+    for key, value in lost.items():
+        assert torch.allclose(told[0]["model"].get(key, torch.zeros(())), value, atol=1e-6), key
+    kept = ClientState(pair.storage, "7").residual("model")
+    assert kept.keys() == told[0]["model"].keys()
+    # The next answer sends it too: what it loses is told without what was lost before.
+    second = pair.received()
+    payloads, again = answered(second, helpers, on_encoded=told.append)
+    read = pair.reader().read("model", payloads["model"]).shared
+    for key in lost:
+        wanted = again[key] - read[key]
+        assert torch.allclose(told[1]["model"].get(key, torch.zeros(())), wanted, atol=1e-6), key
+
+
+def test_the_loss_of_an_update_is_told_and_not_kept(helpers):
+    pair = helpers.Pair("fedpara", codec="small")
+    client_round = pair.received()
+    change = {key: 1e-3 * value for key, value in pair.shared.items() if value.is_floating_point()}
+    told = []
+    leaving = client_round.outgoing({"change": change})
+    payload = client_round.encode(leaving, on_encoded=told.append)["change"]
+    assert "delta" not in peek_header(payload).codec
+    back = decode_payload(payload, limit=10**6).tensors
+    assert any(not torch.equal(back[key], change[key]) for key in change)
+    for key, value in change.items():
+        lost = told[0]["change"].get(key, torch.zeros(()))
+        assert torch.allclose(lost, value - back[key], atol=1e-7), key
+    client_round.keep()
+    assert ClientState(pair.storage, "7").residual("change") is None
+
+
+def test_shared_values_can_leave_uncoded(helpers):
+    """Secure aggregation: the adapter takes the numbers, and nothing is encoded."""
+    pair = helpers.Pair()
+    client_round = pair.received()
+    after = helpers.moved(client_round.received["model"].given)
+    leaving = client_round.outgoing({"model": after})
+    told = []
+    assert client_round.encode({}, on_encoded=told.append) == {}
+    assert told == [{}]
+    assert set(leaving["model"].shared) == set(pair.spec.shared_keys)
+    client_round.keep()
+    private, first = pair.kept()
+    assert not first
+    assert all(torch.equal(private[key], after[key]) for key in private)
+
+
+def test_an_answer_to_no_model_is_split_by_what_the_client_has_built(helpers):
+    pair = helpers.Pair(private="3.*")
+    client_round = pair.round()
+    client_round.receive({})
+    built = {frozenset(pair.spec.keys): pair.spec}
+    leaving = client_round.outgoing({"parameters": pair.state}, built=built)["parameters"]
+    assert set(leaving.shared) == set(pair.spec.shared_keys)
+    payload = client_round.encode({"parameters": leaving})["parameters"]
+    spec, shared = pair.reader().read_first("parameters", payload)
+    spec.check_equal(pair.spec, here="server", there="client")
+    assert set(shared) == set(pair.spec.shared_keys)
+    client_round.keep()
+    assert pair.storage == {}
+
+
+def test_the_uplink_uses_the_coders_that_the_server_has(helpers, monkeypatch):
+    pair = helpers.Pair("fedpara", codec="small")
+    monkeypatch.setattr("fedpara_plugins.exchange.headers.decoders", lambda: ("zlib",))
+    payloads = pair.payloads()
+    monkeypatch.undo()
+    client_round = pair.round()
+    client_round.receive(payloads)
+    coded, _ = answered(client_round, helpers)
+    assert peek_header(coded["model"]).codec.endswith("+zlib")
+    assert not peek_header(answered(pair.received(), helpers)[0]["model"]).codec.endswith("+zlib")
+
+
+def test_only_what_was_decided_on_is_encoded(helpers):
+    """What is encoded comes from `outgoing`, whatever tensors came in or were answered."""
+    pair = helpers.Pair()
+    client_round = pair.received()
+    payloads = client_round.encode({"model": Outgoing(pair.spec, {"2.bias": torch.ones(5)})})
+    assert set(decode_payload(payloads["model"], limit=10**6).tensors) == {"2.bias"}

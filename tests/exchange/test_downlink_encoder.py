@@ -1,0 +1,36 @@
+"""What a server sends, each record coded against what its receiver holds."""
+
+import torch
+
+from fedpara_plugins.exchange import DownlinkEncoder, plain_spec
+from fedpara_plugins.references import ClientReferences
+
+
+def test_a_client_that_lost_records_which_were_never_sent_fills_no_table(helpers):
+    encoder = DownlinkEncoder(helpers.settings_of(codec="balanced"))
+    encoder.put("model", {"a": torch.zeros(3)}, plain_spec(["a"]))
+    told = []
+    encoder._downlink.refused = lambda client, record, held: told.append(record)
+    encoder.refused("7", {**{f"r{number}": () for number in range(100)}, "model": ()})
+    assert told == ["model"]
+
+
+def test_a_client_that_lost_it_gets_what_it_can_decode(helpers):
+    encoder, client = DownlinkEncoder(helpers.settings_of(codec="balanced")), ClientReferences()
+    sizes = []
+    for round_ in range(4):
+        # It forgets everything before the third message, and says so.
+        if round_ == 2:
+            client = ClientReferences()
+            encoder.refused("7", {"model": ()})
+        torch.manual_seed(round_)
+        state = {"a": torch.randn(40, 50)}
+        encoder.put("model", state, plain_spec(["a"]))
+        data = encoder.encode("7", "model")
+        received = client.receive("model", data, limit=10**6)
+        client.keep("model", received)
+        encoder.acknowledge("7", {"model": received.reference}, ())
+        sizes.append(len(data))
+        assert (received.tensors["a"] - state["a"]).abs().max() < 4
+    assert sizes[2] > sizes[1]
+    assert torch.equal(encoder.references[received.reference]["a"], received.tensors["a"])

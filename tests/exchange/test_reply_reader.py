@@ -1,0 +1,152 @@
+"""A client's reply at the server, one record after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedpara_plugins import MismatchError, ModelSpec, PayloadError
+from fedpara_plugins.codecs import encode_payload, parse_codec
+from fedpara_plugins.exchange import DownlinkEncoder, plain_spec
+
+NONE = parse_codec("none")
+
+
+def payload_of(tensors, **options):
+    return encode_payload(tensors, codec=NONE, **options)
+
+
+@pytest.fixture
+def pair(helpers):
+    return helpers.Pair(codec="lossless")
+
+
+def test_a_reply_is_completed_by_what_the_server_has(pair, helpers):
+    sent = helpers.moved(pair.shared)
+    read = pair.reader().read("model", payload_of(sent))
+    assert read.shared.keys() == pair.shared.keys()
+    assert tuple(read.state) == pair.spec.keys
+    for name, value in read.state.items():
+        assert torch.equal(value, sent.get(name, pair.state[name])), name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {**s, "2.bias": torch.zeros(4)}, r"'2.bias' of shape \(4,\), this server sent"),
+        (lambda s: {k: v for k, v in s.items() if k != "2.bias"}, r"other names .*'2.bias'"),
+        (lambda s: {**s, "more": torch.zeros(1)}, r"other names .*'more'"),
+        (lambda s: {**s, "0.x2": torch.zeros(40, 9)}, r"'0.x2' of shape"),
+    ],
+)
+def test_names_and_shapes_are_those_that_were_sent(pair, change, words):
+    with pytest.raises(MismatchError, match=words):
+        pair.reader().read("model", payload_of(change(pair.shared)))
+
+
+def test_a_private_name_is_no_shared_one(pair):
+    with pytest.raises(MismatchError, match=r"other names .*'0.x2'"):
+        pair.reader().read("model", payload_of(pair.state))
+
+
+def test_other_names_can_be_left_to_the_strategy(pair):
+    part = {"2.bias": torch.ones(5), "more": torch.zeros(1)}
+    read = pair.reader(strict=False).read("model", payload_of(part))
+    assert set(read.state) == set(part)
+    with pytest.raises(MismatchError, match=r"shape \(4,\)"):
+        pair.reader(strict=False).read("model", payload_of({"2.bias": torch.ones(4)}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_and_counted(pair, value):
+    bad = {**pair.shared, "2.bias": torch.full((5,), value)}
+    reader = pair.reader()
+    with pytest.raises(PayloadError, match=r"'2.bias' holds 5 NaN or infinite"):
+        reader.read("model", payload_of(bad))
+    assert reader.size.tensors == len(pair.shared)
+
+
+def test_one_damaged_reply_is_nobody_elses(pair):
+    sound = payload_of(pair.shared)
+    damaged = sound[:-1] + bytes([sound[-1] ^ 1])
+    reader = pair.reader()
+    with pytest.raises(PayloadError, match="checksum"):
+        reader.read("model", damaged)
+    assert reader.size.tensors == 0
+    assert pair.reader().read("model", sound).state.keys() == pair.state.keys()
+
+
+def test_a_reply_may_be_as_large_as_the_model_and_no_more(pair):
+    reader = pair.reader()
+    largest = 2 * sum(v.numel() * v.element_size() for v in pair.state.values()) + 1_000_000
+    with pytest.raises(PayloadError, match="limit"):
+        reader.read("model", payload_of({"2.bias": torch.zeros(largest // 4 + 1)}))
+    with pytest.raises(PayloadError, match="limit"):
+        reader.read("unknown", payload_of({"a": torch.zeros(largest // 4 + 1)}))
+    reader.read("unknown", payload_of({"a": torch.zeros(largest // 4)}))
+
+
+def test_a_delta_is_read_against_what_the_client_received(helpers):
+    pair = helpers.Pair(codec="delta+zlib")
+    client_round = pair.received()
+    after = helpers.moved(client_round.received["model"].given)
+    payload = client_round.encode(client_round.outgoing({"model": after}))["model"]
+    # Meanwhile the server has put the next round's model; the old one is still known by its hash.
+    pair.encoder.put("model", helpers.moved(pair.state, 9), pair.spec)
+    read = pair.reader().read("model", payload).shared
+    assert all(torch.equal(read[key], after[key]) for key in read)
+    stranger = helpers.Pair(codec="delta+zlib")
+    with pytest.raises(PayloadError, match="reference"):
+        stranger.reader().read("model", payload)
+
+
+def test_sizes_are_those_of_the_shared_part_and_of_the_dense_model(pair):
+    reader = pair.reader()
+    reader.read("model", payload_of(pair.shared))
+    raw = sum(v.numel() * v.element_size() for v in pair.shared.values())
+    dense = pair.spec.dense_state(pair.state)
+    assert (reader.size.tensors, reader.size.raw) == (len(pair.shared), raw)
+    assert reader.size.dense == sum(v.numel() * v.element_size() for v in dense.values())
+    before = reader.size
+    # An optimizer's tensors stand for as much of the dense model as the factors they belong to.
+    reader.read("change", payload_of({k: pair.shared[k] for k in ("0.x1", "0.y1")}))
+    assert reader.size.dense - before.dense == 4 * 48 * 40
+    plain = pair.reader(model_of=lambda tensors: None)
+    plain.read("change", payload_of({"0.x1": pair.shared["0.x1"]}))
+    assert plain.size.dense == plain.size.raw
+
+
+def test_a_side_record_is_compared_with_what_was_sent_under_its_name_alone(pair):
+    pair.encoder.put("variate", pair.shared, plain_spec(pair.shared))
+    part = {"2.bias": torch.ones(5)}
+    assert set(pair.reader().read("variate", payload_of(part)).state) == {"2.bias"}
+    assert set(pair.reader().read("change", payload_of({"2.bias": torch.ones(9)})).state) == set(
+        part
+    )
+    with pytest.raises(MismatchError, match=r"shape \(9,\)"):
+        pair.reader().read("variate", payload_of({"2.bias": torch.ones(9)}))
+
+
+def test_the_first_weights_bring_their_own_description(pair, helpers):
+    pair.encoder = DownlinkEncoder(pair.settings)
+    payload = payload_of(pair.shared, model=pair.spec.to_json())
+    reader = pair.reader()
+    spec, shared = reader.read_first("parameters", payload)
+    spec.check_equal(pair.spec, here="the server", there="the client")
+    assert spec.keys == pair.spec.keys
+    assert shared.keys() == pair.shared.keys()
+    assert reader.size.tensors == len(shared)
+    with pytest.raises(PayloadError, match="describes no model"):
+        reader.read_first("parameters", payload_of(pair.shared))
+    forged = {**pair.spec.to_json(), "fingerprint": "0" * 16}
+    with pytest.raises(PayloadError, match="fingerprint"):
+        reader.read_first("parameters", payload_of(pair.shared, model=forged))
+    diverged = {**pair.shared, "2.bias": torch.full((5,), float("nan"))}
+    with pytest.raises(PayloadError, match="NaN"):
+        reader.read_first("parameters", payload_of(diverged, model=pair.spec.to_json()))
+
+
+def test_a_model_without_a_private_part_is_itself(helpers):
+    pair = helpers.Pair("fedpara")
+    assert isinstance(pair.spec, ModelSpec)
+    assert tuple(pair.reader().read("model", payload_of(pair.state)).state) == pair.spec.keys
