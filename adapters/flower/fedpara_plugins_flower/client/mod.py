@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from flwr.common import Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError, ModelSpec, PayloadError, merge
@@ -43,17 +43,19 @@ from fedpara_plugins_flower.logs import show_core_logs
 from fedpara_plugins_flower.messages import legacy_lists as positional
 from fedpara_plugins_flower.messages.records import (
     carried_payload,
-    is_side,
     payload_record,
     to_record,
     to_tensors,
+)
+from fedpara_plugins_flower.messages.records import (
+    is_optimizer_record as is_side,
 )
 from fedpara_plugins_flower.messages.refusal import refuse_plain_message
 from fedpara_plugins_flower.messages.reply_marker import Marker
 from fedpara_plugins_flower.privacy import secagg
 from fedpara_plugins_flower.privacy.clipping import check_clipping_mods
 from fedpara_plugins_flower.run import Run, open_run
-from fedpara_plugins_flower.settings import Settings
+from fedpara_plugins_flower.settings import FlowerSettings as Settings
 
 __all__ = ["client_mod", "client_mod_with"]
 

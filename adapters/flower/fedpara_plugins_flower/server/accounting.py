@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flwr.common import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message
 
 from fedpara_plugins import FedParaConfig, Ledger, LedgerEntry, __version__
 from fedpara_plugins.exchange import Size, codec_text

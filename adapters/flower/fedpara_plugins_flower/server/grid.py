@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.common import Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,7 +20,14 @@ from fedpara_plugins import FedParaError, PayloadError, merge
 from fedpara_plugins.codecs import Payload, decode_payload
 from fedpara_plugins.exchange import Size, blind_limit, check_finite, spec_of
 from fedpara_plugins_flower.messages import legacy_lists as positional
-from fedpara_plugins_flower.messages.records import carried_payload, is_side, to_record, to_tensors
+from fedpara_plugins_flower.messages.records import (
+    carried_payload,
+    to_record,
+    to_tensors,
+)
+from fedpara_plugins_flower.messages.records import (
+    is_optimizer_record as is_side,
+)
 from fedpara_plugins_flower.messages.reply_marker import Marker
 from fedpara_plugins_flower.messages.snippets import ADD_MOD
 from fedpara_plugins_flower.privacy import secagg
@@ -30,7 +37,7 @@ from fedpara_plugins_flower.server.accounting import Accounting, Direction
 from fedpara_plugins_flower.server.final_state import FinalState
 from fedpara_plugins_flower.server.first_contact import FirstContact
 from fedpara_plugins_flower.server.outbox import Outbox
-from fedpara_plugins_flower.server.strategy_arrays import averageable, tell_integers
+from fedpara_plugins_flower.server.strategy_arrays import averageable, warn_about_integers
 
 __all__ = ["CodecGrid", "ForwardingGrid", "ObservingGrid"]
 
@@ -358,4 +365,4 @@ class CodecGrid(ForwardingGrid):
     def _tell_once(self, tensors: Mapping[str, Tensor]) -> None:
         if not self._told_integers:
             self._told_integers = True
-            tell_integers(tensors, self._run.strategy)
+            warn_about_integers(tensors, self._run.strategy)

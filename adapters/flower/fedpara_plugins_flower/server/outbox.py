@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from flwr.common import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, ModelSpec
@@ -14,7 +14,9 @@ from fedpara_plugins.exchange import Size, cast, size_of
 from fedpara_plugins.ledger import LayerSize
 from fedpara_plugins.references import shared_part
 from fedpara_plugins_flower.messages.records import (
-    is_side,
+    is_optimizer_record as is_side,
+)
+from fedpara_plugins_flower.messages.records import (
     payload_record,
     to_tensors,
     with_content,
