@@ -21,8 +21,8 @@ from torch import nn
 from fedpara_plugins import ConfigError, convert
 from fedpara_plugins.optimizers.kept_storage import OwnState
 from fedpara_plugins.support.storage import Part
-from fedpara_plugins_fedml.rules import RULES, Answer, Rule, rule_for
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.rules import RULES, ClientUpdate, Rule, rule_for
+from fedpara_plugins_fedml.settings import FedMLSettings
 from harness.fedml.optimizers import (
     CASES,
     CLIENTS,
@@ -293,7 +293,7 @@ def test_clients_that_all_run_another_optimizer_end_the_run() -> None:
 
 def made(optimizer: str, **keys: Any) -> Rule:
     args = arguments(federated_optimizer=optimizer, **keys)
-    rule = rule_for(args, Settings.from_args(args), clients=CLIENTS, a_round=2)
+    rule = rule_for(args, FedMLSettings.from_args(args), clients=CLIENTS)
     rule.trained = frozenset({"w"})
     return rule
 
@@ -310,15 +310,15 @@ STATEFUL = {
 }
 
 
-def answers(seed: int, x: torch.Tensor) -> list[Answer]:
+def answers(seed: int, x: torch.Tensor) -> list[ClientUpdate]:
     source = torch.Generator().manual_seed(seed)
 
-    def one(client: str) -> Answer:
+    def one(client: str) -> ClientUpdate:
         moved = {"w": x + torch.randn(3, generator=source), "b": torch.tensor(seed)}
         gradient = {"w": torch.randn(3, generator=source)}
         report = {"since": 0, "kept": 1.0, "normaliser": 2.0 + seed, "steps": 3}
         records = {"change": gradient, "gradient": gradient}
-        return Answer(client, 10.0 + seed, moved, records, report)
+        return ClientUpdate(client, 10.0 + seed, moved, records, report)
 
     return [one("0"), one("1")]
 

@@ -11,6 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -288,6 +289,18 @@ def test_the_error_of_an_array_of_a_scalar() -> None:
         Array(np.float64(1.0))
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["flwr.supernode.runtime.run_clientapp", "flwr.server.superlink.fleet.vce.vce_api"],
+)
+def test_the_text_of_a_client_s_exception(module: str) -> None:
+    found = find_spec(module)
+    assert found is not None
+    assert found.origin is not None
+    line = f"""reason = str(type(ex)) + ":<'" + str(ex) + "{seams.ERROR_END}\""""
+    assert line in Path(found.origin).read_text()
+
+
 def test_the_round_of_a_message() -> None:
     def main(grid: Any) -> None:
         assert [seams.round_of(sent) for sent in configured(fedavg(), grid, 3)] == [3]
@@ -374,6 +387,12 @@ def test_strategies_keep_their_state_in_attributes() -> None:
     inner = fedavg()
     outer = strategies.DifferentialPrivacyServerSideFixedClipping(inner, 1.0, 0.5, 1)
     assert inner in seams.strategy_attributes(outer).values()
+
+
+def test_the_options_of_fedavg_are_its_attributes() -> None:
+    strategy = FedAvg(weighted_by_key="size", arrayrecord_key="model")
+    assert (strategy.weighted_by_key, strategy.arrayrecord_key) == ("size", "model")
+    assert strategy.train_metrics_aggr_fn([], "size") == MetricRecord()
 
 
 def test_replies_are_checked_as_fedavg_does_it() -> None:

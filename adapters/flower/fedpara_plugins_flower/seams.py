@@ -27,6 +27,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 __all__ = [
     "CLIPPING_MODS",
     "CLIPPING_NORM",
+    "ERROR_END",
     "EVALUATE_METRICS",
     "EXAMPLES",
     "FLOWER_LOGGER",
@@ -205,6 +206,15 @@ SCALAR_ERROR = "Invalid arguments for Array"
 
 Stands on: the text of ``Array``'s TypeError; FedAdam and others run into it up to 1.27.
 Not public: the error has no type of its own.
+Seen: flwr 1.22 to 1.42.
+"""
+
+
+ERROR_END = "'>"
+"""End of the reason in the error reply to an exception, after the exception's text.
+
+Stands on: both engines make it as ``"<class ...>:<'...'>"``.
+Not public: `flwr.app.Error` has one text.
 Seen: flwr 1.22 to 1.42.
 """
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
 from torch import nn
 
 from fedpara_plugins import ConfigError, ConversionError, FedParaError, MismatchError
@@ -26,8 +25,11 @@ from fedpara_plugins_fedml.engine.models import plain_state, to_state
 from fedpara_plugins_fedml.engine.tasks import Task, encoded
 from fedpara_plugins_fedml.messages.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.messages.head import MODEL, Head
-from fedpara_plugins_fedml.rules import LocalRule, LocalWork, State, Visit
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.rules import LocalRound as Visit
+from fedpara_plugins_fedml.rules import LocalRule, State
+from fedpara_plugins_fedml.rules import ReplyExtras as LocalWork
+from fedpara_plugins_fedml.seams import local_dp_is_on
+from fedpara_plugins_fedml.settings import FedMLSettings as Settings
 
 __all__ = ["ClientHalf"]
 
@@ -179,7 +181,7 @@ class ClientHalf(ClientModels):
         trained = to_state(trainer.get_model_params())
         trainer.on_after_local_training(visit.train_data, self._device, args)
         after = to_state(trainer.get_model_params())
-        if FedMLDifferentialPrivacy.get_instance().is_local_dp_enabled():
+        if local_dp_is_on():
             # What never leaves needs no noise.
             after |= {name: trained[name] for name in self._spec.private_keys}
         check_finite(after)

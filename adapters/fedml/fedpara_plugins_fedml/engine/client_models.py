@@ -18,7 +18,7 @@ from fedpara_plugins_fedml.engine.tasks import Task, read_task
 from fedpara_plugins_fedml.messages.envelope import Envelope, unpack
 from fedpara_plugins_fedml.messages.head import MODEL, Head
 from fedpara_plugins_fedml.rules import State
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.settings import FedMLSettings as Settings
 
 __all__ = ["ClientModels"]
 

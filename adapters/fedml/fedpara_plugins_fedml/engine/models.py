@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fedpara_plugins import ConversionError, ModelSpec, convert
 from fedpara_plugins.exchange import converted_copy, tell_idle
-from fedpara_plugins_fedml.settings import Settings, naming_keys
+from fedpara_plugins_fedml.settings import FedMLSettings as Settings
+from fedpara_plugins_fedml.settings import naming_keys
 
 __all__ = [
     "client_model",

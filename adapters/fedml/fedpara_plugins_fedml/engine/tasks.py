@@ -26,7 +26,8 @@ from fedpara_plugins.references import Received
 from fedpara_plugins_fedml.engine.models import no_model
 from fedpara_plugins_fedml.messages.envelope import Envelope
 from fedpara_plugins_fedml.messages.head import MODEL, Head
-from fedpara_plugins_fedml.rules import LocalWork, State
+from fedpara_plugins_fedml.rules import ReplyExtras as LocalWork
+from fedpara_plugins_fedml.rules import State
 
 __all__ = ["Task", "encoded", "read_task"]
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedpara_plugins_fedml.rules.base import Answer, Mean, Rule, State
+from fedpara_plugins_fedml.rules.base import ClientUpdate, Mean, Rule, State
 
 __all__ = ["FedAvg"]
 
 
 class FedAvg(Rule):
-    """The server's half; clients just train."""
+    """The server's part; clients need none."""
 
     name = "FedAvg"
-    mends = "FedML lets the clients of the first round train on each other's result"
+    differs = "FedML lets the clients of the first round train on each other's result"
 
-    def step(self, x: State, answers: Sequence[Answer], mean: Mean) -> State:
-        """The mean of the answers."""
-        return mean(answers)
+    def step(self, x: State, updates: Sequence[ClientUpdate], mean: Mean) -> State:
+        """Return the mean of the updates."""
+        return mean(updates)
