@@ -171,7 +171,7 @@ def _network() -> Finding:
             "fedml.init() asks open.fedml.ai for its configuration and has no time limit: set "
             "FEDML_ENV_VERSION=local in the environment for a run without it",
         )
-    return Finding("ok", subject, "local: fedml.init() asks no server on the internet")
+    return Finding("ok", subject, "local: fedml.init() contacts no server on the internet")
 
 
 def _version(name: str) -> str | None:

@@ -72,8 +72,8 @@ class FedMLRunner(fedml.FedMLRunner):  # type: ignore[misc]
         with reporting_errors(args, None) if looks_distributed(args) else nullcontext():
             settings = FedMLSettings.from_args(args)
         given = client_trainer, server_aggregator
-        engine = settings.active or settings.mend or lacks_optimizer(args)
-        if algorithm_flow is not None or not engine:
+        use_engine = settings.active or settings.mend or lacks_optimizer(args)
+        if algorithm_flow is not None or not use_engine:
             warn_about_files(settings)
             with _naming_optimizer(args):
                 super().__init__(args, device, dataset, model, *given, algorithm_flow)
@@ -135,6 +135,6 @@ def _single_process(
     aggregator.model, trainer.model = own, model
     aggregator.set_id(-1)
     server = ServerHalf(settings, args, device, dataset, aggregator, rule)
-    halves = server, ClientHalf(settings, args, device, trainer, local, factors)
+    engines = server, ClientHalf(settings, args, device, trainer, local, factors)
     own_tests = given["server_aggregator"] is not None
-    return SingleProcess(args, dataset, *halves, aggregator_tests=own_tests)
+    return SingleProcess(args, dataset, *engines, aggregator_tests=own_tests)

@@ -176,7 +176,7 @@ def _refuse_section(values: Mapping[str, Any]) -> None:
     for key in ("fedpara", "fedpara_args"):
         if isinstance(values.get(key), Mapping):
             raise ConfigError(
-                f"the YAML has {key!r} inside another section, where its keys are not seen: put "
+                f"the YAML has {key!r} inside another section, where its keys are not read: put "
                 f"fedpara_args at the left margin, with keys like fedpara_method: pfedpara in it"
             )
 

@@ -34,8 +34,8 @@ def log_engine(settings: FedMLSettings, args: Any, rule: Rule, *, used: list[str
     if acting:
         differs.append(f"{' and '.join(acting)} {_is(acting)} applied, which FedML leaves out")
     log.info(
-        "fedpara: the plugin's engine runs %s: method %s, codec %s. Other than in FedML's own "
-        "single process: %s",
+        "fedpara: the plugin's engine runs %s: method %s, codec %s. Differences from FedML's "
+        "own single process: %s",
         rule.name, settings.config.method, codecs_in_words(settings.codec_names),
         "; ".join(differs) or "nothing",
     )  # fmt: skip

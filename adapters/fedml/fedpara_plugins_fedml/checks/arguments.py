@@ -101,8 +101,8 @@ def _check_privacy(settings: FedMLSettings, args: Any) -> None:
         raise ConfigError(
             f"fedpara: enable_dp with dp_solution_type {kind} bounds clients' updates or adds "
             f"noise to them, and fedpara_local: dense projects them onto the factors and rescales "
-            f"them afterwards, so neither would be what it says: set fedpara_local: factors, or "
-            f"dp_solution_type: cdp, with which the server clips"
+            f"them afterwards, which breaks the bound and changes the noise: set fedpara_local: "
+            f"factors, or dp_solution_type: cdp, with which the server clips"
         )
     if kind in CLIENTS_CLIP and is_lossy(settings.uplink):
         raise ConfigError(
@@ -190,5 +190,5 @@ def check_clients(dataset: Sequence[Any], clients: int) -> None:
             raise ConfigError(
                 f"fedpara: client_num_in_total is {clients}, and entry {place} of the data set, "
                 f"{ENTRIES[place]}, has no client {missing[0]} ({len(missing)} are missing): give "
-                f"it the keys 0 to {clients - 1}, or set client_num_in_total to what there is"
+                f"it the keys 0 to {clients - 1}, or set client_num_in_total to their number"
             )

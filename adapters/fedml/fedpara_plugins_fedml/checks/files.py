@@ -43,7 +43,7 @@ def _try_to_write(key: str, path: Path, *, is_file: bool) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
         if is_file and path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(None, "it is there, and may not be written")
+            raise PermissionError(None, "it exists and is not writable")
     except OSError as error:
         raise ConfigError(
             f"fedpara: {key}: nothing can be written to {path} ({error.strerror}): name a place "

@@ -56,7 +56,7 @@ def is_distributed(args: Any) -> bool:
     if kind == "cross_silo" and scenario != "horizontal":
         raise ConfigError(
             f"scenario {scenario!r}: the plugin runs cross_silo with scenario horizontal (in FedML "
-            f"0.9.6 the hierarchical one ends in its own initialisation)"
+            f"0.9.6 the hierarchical one fails in its own initialisation)"
         )
     if lack := missing_for(backend):
         raise ConfigError(f"backend {backend} {lack}")

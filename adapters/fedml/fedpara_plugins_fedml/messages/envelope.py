@@ -55,13 +55,13 @@ def pack(head: Mapping[str, Any], payloads: Mapping[str, bytes]) -> bytes:
             `NAME`.
     """
     if wrong := [name for name in payloads if not NAME.fullmatch(name)]:
-        raise PayloadError(f"no payload can be called {wrong[0]!r}: expected {NAME.pattern}")
+        raise PayloadError(f"invalid name of a payload {wrong[0]!r}: expected {NAME.pattern}")
     sizes = [[name, len(data)] for name, data in payloads.items()]
     try:
         fields = {"head": dict(head), "payloads": sizes}
         text = json.dumps(fields, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError) as error:
-        raise PayloadError(f"the head of a message is no plain JSON: {error}") from error
+        raise PayloadError(f"the head of a message is not plain JSON: {error}") from error
     if len(text) > MAX_HEAD or len(payloads) > MAX_PAYLOADS:
         raise PayloadError(
             f"a message's head takes {len(text)} bytes and names {len(payloads)} payloads, more "
@@ -85,12 +85,12 @@ def unpack(data: object) -> Envelope:
         )
     data = bytes(data)
     if len(data) < FIXED.size:
-        raise PayloadError(f"a message of {len(data)} bytes is no whole message")
+        raise PayloadError(f"a message of {len(data)} bytes is incomplete")
     magic, size, checksum = FIXED.unpack_from(data)
     if magic != MAGIC:
         raise MismatchError(f"a message begins with {magic!r}, expected {MAGIC!r}")
     if size > MAX_HEAD:
-        raise PayloadError(f"the head of a message says it takes {size} bytes, of {MAX_HEAD}")
+        raise PayloadError(f"the head of a message claims {size} bytes, the limit is {MAX_HEAD}")
     text = data[FIXED.size : FIXED.size + size]
     if len(text) != size or zlib.crc32(text) != checksum:
         raise PayloadError("the head of a message is damaged")
@@ -101,18 +101,18 @@ def unpack(data: object) -> Envelope:
     if not isinstance(fields, dict) or fields.keys() != {"head", "payloads"}:
         raise PayloadError("the head of a message is malformed: not an object of head and payloads")
     if not isinstance(fields["head"], dict):
-        raise PayloadError("the head of a message is no JSON object")
+        raise PayloadError("the head of a message is not a JSON object")
     return Envelope(fields["head"], _split(data, FIXED.size + size, fields["payloads"]))
 
 
 def _split(data: bytes, start: int, sizes: Any) -> dict[str, bytes]:
     sound = isinstance(sizes, list) and len(sizes) <= MAX_PAYLOADS and all(map(_is_size, sizes))
     if not sound or len({name for name, _ in sizes}) != len(sizes):
-        raise PayloadError("the head of a message names its payloads in a way that makes no sense")
+        raise PayloadError("the head of a message lists its payloads in an invalid way")
     if start + sum(count for _, count in sizes) != len(data):
         raise PayloadError(
-            f"a message of {len(data)} bytes does not hold what its head says: it was cut or added "
-            f"to on its way"
+            f"a message of {len(data)} bytes does not have the size in its head: it was "
+            f"truncated or extended on its way"
         )
     payloads = {}
     for name, count in sizes:

@@ -141,4 +141,4 @@ _KINDS: dict[str, Any] = {
 
 def _check_texts(name: str, values: Any) -> None:
     if not all(isinstance(value, str) for value in values):
-        raise PayloadError(f"the head of a message has other than text in {name!r}")
+        raise PayloadError(f"the head of a message has a value other than text in {name!r}")

@@ -25,7 +25,7 @@ class ClientManager:
     Args:
         args: FedML's.
         endpoint: to the server.
-        half: the client's engine.
+        engine: the client's engine.
         dataset: FedML's eight entries.
         start_timeout: seconds within which the server must answer.
     """
@@ -34,13 +34,13 @@ class ClientManager:
         self,
         args: Any,
         endpoint: Endpoint,
-        half: ClientHalf,
+        engine: ClientHalf,
         dataset: Sequence[Any],
         start_timeout: float,
     ) -> None:
         self._args = args
         self._endpoint = endpoint
-        self._half = half
+        self._engine = engine
         (_, _, _, _, self._sizes, self._train, self._test, _) = dataset
         self._start_timeout = start_timeout
         self._tests = str(getattr(args, "test_on_clients", None) or "no")
@@ -78,7 +78,7 @@ class ClientManager:
         silo = event.number("silo")
         number = str(getattr(self._args, "round_idx", 0))
         mlops.event("train", event_started=True, event_value=number)
-        reply = self._half.train(
+        reply = self._engine.train(
             str(silo),
             event.data,
             self._train.get(silo),
@@ -97,16 +97,16 @@ class ClientManager:
         if self._tests not in (when, "both") or (when == "after_aggregation" and first):
             return
         try:
-            self._half.test(self._test.get(silo))
+            self._engine.test(self._test.get(silo))
         except Exception:
             log.exception("fedpara: the test of data silo %d has failed", silo)
 
     def _take_final(self, event: Event) -> None:
         silo = event.number("silo")
         try:
-            state = self._half.take_final(str(silo), event.data)
+            state = self._engine.take_final(str(silo), event.data)
             for name in event.text("silos").split():
-                self._half.export(name, state)
+                self._engine.export(name, state)
         except FedParaError as error:
             log.warning("fedpara: the last model cannot be used: %s", error)
             self._endpoint.send(SERVER, REPLY, None, silo=silo)

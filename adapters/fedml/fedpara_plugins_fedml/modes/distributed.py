@@ -84,7 +84,7 @@ class Distributed:
         if rule.prepares:
             raise ConfigError(
                 f"federated_optimizer {rule.name!r} asks clients for gradients before any of them "
-                f"trains; the plugin offers that in the single-process simulation alone"
+                f"trains; the plugin supports that only in the single-process simulation"
             )
         log.info(
             "fedpara: the plugin's engine runs %s over %s: method %s, codec %s. FedML's hooks of "
@@ -97,11 +97,11 @@ class Distributed:
         check_contribution(args, aggregator)
         aggregator.model = own
         aggregator.set_id(0 if args.training_type == "cross_silo" else -1)
-        half = ServerHalf(settings, args, self._device, self._dataset, aggregator, rule)
+        engine = ServerHalf(settings, args, self._device, self._dataset, aggregator, rule)
         placement = SiloPlacement(total, per_round, keep=total > per_round)
         evaluation = Evaluation(args, self._device, self._dataset, aggregator, per_round)
         return lambda endpoint: ServerManager(
-            args, endpoint, half, placement, evaluation, settings.start_timeout
+            args, endpoint, engine, placement, evaluation, settings.start_timeout
         )
 
     def _client(self, model: Any, trainer: Any) -> Callable[[Endpoint], ClientManager]:
@@ -117,9 +117,9 @@ class Distributed:
             trainer = local.trainer(model, args) or create_model_trainer(model, args)
         trainer.model = model
         trainer.set_id(self._rank - 1)
-        half = ClientHalf(settings, args, self._device, trainer, local, factors)
+        engine = ClientHalf(settings, args, self._device, trainer, local, factors)
         return lambda endpoint: ClientManager(
-            args, endpoint, half, self._dataset, settings.start_timeout
+            args, endpoint, engine, self._dataset, settings.start_timeout
         )
 
 
@@ -138,7 +138,7 @@ class reporting_errors:  # noqa: N801
         self._settings = settings
 
     def __enter__(self) -> None:
-        """Nothing to do yet."""
+        """Do nothing yet."""
 
     def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:
         if not isinstance(error, Exception):
@@ -147,7 +147,7 @@ class reporting_errors:  # noqa: N801
         try:
             endpoint = _endpoint(self._args, self._settings)
         except Exception as other:
-            log.warning("fedpara: the other processes cannot be told: %s", other)
+            log.warning("fedpara: the other processes cannot be notified: %s", other)
             return
         _run_and_close(endpoint, lambda: _report(endpoint, error))
 

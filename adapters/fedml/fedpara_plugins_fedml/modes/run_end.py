@@ -59,7 +59,7 @@ def announce_failure(endpoint: Endpoint, peers: Iterable[int], error: BaseExcept
     try:
         wait_for_byes(endpoint, left, on_other, deadline)
     except FedParaError:
-        log.warning("fedpara: not all clients could be told")
+        log.warning("fedpara: not all clients could be notified")
 
 
 def wait_for_byes(

@@ -42,7 +42,7 @@ class ServerManager:
     Args:
         args: FedML's.
         endpoint: to the clients.
-        half: the server's engine.
+        engine: the server's engine.
         placement: of silos.
         evaluation: after each round.
         start_timeout: seconds within which all clients must come.
@@ -52,14 +52,14 @@ class ServerManager:
         self,
         args: Any,
         endpoint: Endpoint,
-        half: ServerHalf,
+        engine: ServerHalf,
         placement: SiloPlacement,
         evaluation: Evaluation,
         start_timeout: float,
     ) -> None:
         self._args = args
         self._endpoint = endpoint
-        self._half = half
+        self._engine = engine
         self._placement = placement
         self._evaluation = evaluation
         self._start_timeout = start_timeout
@@ -78,16 +78,16 @@ class ServerManager:
             self._gather_clients()
             server_status_running()
             mlops.log_round_info(self._args.comm_round, -1)
-            while self._half.round < self._args.comm_round:
+            while self._engine.round < self._args.comm_round:
                 self._round()
-            self._half.save_checkpoint()
+            self._engine.save_checkpoint()
             self._finish()
             mlops.log_aggregation_finished_status()
         except BaseException as error:
             announce_failure(self._endpoint, self._endpoint.peers, error)
             raise
         finally:
-            self._half.close()
+            self._engine.close()
 
     # Which clients are there
 
@@ -151,14 +151,14 @@ class ServerManager:
         log.error("fedpara: %s", text)
         for silo in self._awaited_from(peer):
             del self._waiting[silo]
-            self._half.exclude(str(silo), text)
+            self._engine.exclude(str(silo), text)
         self._check_alive(text)
 
     def _awaited_from(self, peer: int) -> list[int]:
         return [silo for silo, process in self._waiting.items() if process == peer]
 
     def _check_alive(self, reason: str) -> None:
-        needed = self._half.settings.min_clients
+        needed = self._engine.settings.min_clients
         if not needed or len(self._alive) < needed:
             hint = f"fedpara_min_clients is {needed}" if needed else "fedpara_min_clients is unset"
             raise FedParaError(
@@ -169,11 +169,11 @@ class ServerManager:
     # A round
 
     def _round(self) -> None:
-        number = self._half.round
+        number = self._engine.round
         silos = self._placement.sample(number)
         self._waiting = self._placement.assign(silos, self._endpoint.peers)
         self._tries = dict.fromkeys(silos, 0)
-        self._half.begin([str(silo) for silo in silos])
+        self._engine.begin([str(silo) for silo in silos])
         mlops.event("server.wait", event_started=True, event_value=str(number))
         for silo, peer in list(self._waiting.items()):
             self._send_task(silo, peer)
@@ -186,7 +186,7 @@ class ServerManager:
                 self._handle(event)
         mlops.event("server.wait", event_started=False, event_value=str(number))
         mlops.event("server.agg_and_eval", event_started=True, event_value=str(number))
-        self._half.end()
+        self._engine.end()
         self._evaluation.after(number, silos)
         mlops.event("server.agg_and_eval", event_started=False, event_value=str(number))
         mlops.log_round_info(self._args.comm_round, number)
@@ -194,41 +194,41 @@ class ServerManager:
     def _send_task(self, silo: int, peer: int) -> None:
         if peer not in self._alive:
             self._waiting.pop(silo)
-            self._half.exclude(str(silo), f"client process {peer} is gone")
+            self._engine.exclude(str(silo), f"client process {peer} is gone")
             return
-        self._endpoint.send(peer, TASK, self._half.message(str(silo)), silo=silo)
+        self._endpoint.send(peer, TASK, self._engine.message(str(silo)), silo=silo)
 
     def _handle_reply(self, silo: int, event: Event) -> None:
         name = str(silo)
         mlops.event(
             "comm_c2s",
             event_started=False,
-            event_value=str(self._half.round - 1),
+            event_value=str(self._engine.round - 1),
             event_edge_id=event.peer,
         )
         self._tries[silo] += 1
         try:
-            if self._half.receive(name, event.data):
+            if self._engine.receive(name, event.data):
                 del self._waiting[silo]
                 return
             if self._tries[silo] < TRIES:
                 self._send_task(silo, event.peer)
                 return
-            raise FedParaError("it lost what the message was coded against, twice")
+            raise FedParaError("it lost the reference of the message, twice")
         except ConfigError:
             raise
         except FedParaError as error:
             self._waiting.pop(silo, None)
-            self._half.exclude(name, error)
+            self._engine.exclude(name, error)
 
     # The end
 
     def _finish(self) -> None:
         """Send all clients the last model, and wait until they have it."""
-        self._half.put_final()
+        self._engine.put_final()
         for peer in sorted(self._alive):
             if silos := self._placement.assigned_to(peer):
-                final = self._half.message(str(silos[0]), "evaluate")
+                final = self._engine.message(str(silos[0]), "evaluate")
                 names = " ".join(map(str, silos))
                 self._endpoint.send(peer, FINISH, final, silo=silos[0], silos=names)
             self._endpoint.send(peer, FINISH)

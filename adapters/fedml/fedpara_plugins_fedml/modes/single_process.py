@@ -96,7 +96,7 @@ class SingleProcess:
                 reply = self.clients.train(name, self.server.message(name, purpose), *data)
                 if self.server.receive(name, reply):
                     return True
-            raise FedParaError("it lost what the message was coded against, twice")
+            raise FedParaError("it lost the reference of the message, twice")
         except ConfigError:
             raise
         except FedParaError as error:

@@ -181,7 +181,7 @@ class LocalRule:
         """
         name = getattr(local_round.args, "federated_optimizer", "FedAvg")
         raise MismatchError(
-            f"the server asks for what goes before training, as Mime does, and this client runs "
+            f"the server asks for a step before training, as Mime does, and this client runs "
             f"{name}; set the same federated_optimizer in the YAML of all sides"
         )
 

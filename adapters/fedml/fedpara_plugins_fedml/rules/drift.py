@@ -96,12 +96,12 @@ class DriftRule(Rule):
         """
         if not any(_has_report(update) for update in updates):
             raise ConfigError(
-                f"the clients answer without their half of {self.name}; set federated_optimizer: "
+                f"the clients' replies lack the report of {self.name}; set federated_optimizer: "
                 f"{self.name} in the YAML of all sides"
             )
         usable = [each for update in updates if (each := self._usable(update)) is not None]
         if not usable:
-            log.warning("fedpara: %s: no answer counts: the model stays as it was", self.name)
+            log.warning("fedpara: %s: no reply is usable: the model is unchanged", self.name)
             return x
         new = self.next_x(x, usable)
         self._inform_guard(x, usable)
@@ -156,8 +156,8 @@ class DriftRule(Rule):
     def _why_not(self, update: ClientUpdate, change: State) -> str | None:
         if not _has_report(update):
             return (
-                f"it answers without its half of {self.name}; set federated_optimizer: "
-                f"{self.name} in its YAML"
+                f"its reply lacks the report of {self.name}; set federated_optimizer: {self.name} "
+                f"in its YAML"
             )
         if update.report["kept"] == 0:
             return "its training gave NaN or infinity"

@@ -183,6 +183,6 @@ def _report(update: ClientUpdate) -> tuple[float, float] | None:
     if len(values) == len(found):
         return values[0], values[1]
     log.warning(
-        "fedpara: FedNova: left out client %s: it says of its steps %s", update.client, found
+        "fedpara: FedNova: left out client %s: its report on its steps is %s", update.client, found
     )
     return None

@@ -47,7 +47,7 @@ def losses_of(trainer: Any, train_data: Any, device: torch.device, args: Any) ->
     if not is_default_trainer(trainer):
         raise ConfigError(
             f"SCAFFOLD's option I needs the gradient at the server's model over a client's data, "
-            f"and the loss of {type(trainer).__name__} is its own: give it a method "
+            f"and the loss of {type(trainer).__name__} is not known: give it a method "
             f"losses(self, train_data, device, args) that yields (mean loss of a batch, number of "
             f"its examples) for self.model, or set fedpara_scaffold_option: II"
         )

@@ -78,7 +78,8 @@ def check_sgd(optimizer: Optimizer) -> None:
     if not isinstance(optimizer, torch.optim.SGD):
         raise ConfigError(
             f"FedNova's normaliser is that of torch.optim.SGD, and the training loop uses "
-            f"{type(optimizer).__name__}; use SGD, or FedAvg or FedDyn, which bear any optimizer"
+            f"{type(optimizer).__name__}; use SGD, or FedAvg or FedDyn, which work with any "
+            f"optimizer"
         )
 
 

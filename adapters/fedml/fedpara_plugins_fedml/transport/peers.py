@@ -166,7 +166,7 @@ class Endpoint(FedMLCommManager):  # type: ignore[misc]
             return
         if peer not in self._outgoing:
             log.warning(
-                "fedpara: a message of type %d from unknown party %d is dropped", kind, peer
+                "fedpara: a message of type %d from the unknown process %d is dropped", kind, peer
             )
             return
         self.status.heard(peer, with_plugin=kind not in FEDML_TYPES)
@@ -238,7 +238,7 @@ class Endpoint(FedMLCommManager):  # type: ignore[misc]
                 if self._outgoing[peer].empty() and self.status.has_plugin(peer):
                     self.send(peer, HEARTBEAT)
                 if self.status.silent_for(peer, now) > self.timeout:
-                    self._report_gone(peer, f"nothing was heard of it for {self.timeout:.0f} s")
+                    self._report_gone(peer, f"it has been silent for {self.timeout:.0f} s")
 
     def _report_gone(self, peer: int, reason: str) -> None:
         if self.status.is_gone(peer):
@@ -259,6 +259,6 @@ class Endpoint(FedMLCommManager):  # type: ignore[misc]
 
     def _end_not_up(self, seconds: float) -> None:
         end_process(
-            f"the transport {self.backend} is not up after {seconds:.0f} s: it waits for a party "
-            f"that has not been started, or cannot be reached (process {os.getpid()})"
+            f"the transport {self.backend} is not up after {seconds:.0f} s: it waits for a "
+            f"process that has not been started, or cannot be reached (process {os.getpid()})"
         )

@@ -151,7 +151,7 @@ def name_reply(
     names = asked if asked is not None else _names_for(record, specs.values())
     if names is None and specs:
         raise ConfigError(
-            f"fedpara: get_parameters() returns {len(record)} arrays, which is no list of the "
+            f"fedpara: get_parameters() returns {len(record)} arrays, which is not a list of the "
             f"model that the client built: {EXPECTED_LIST}"
         )
     del reply.content[name]

@@ -57,7 +57,7 @@ def check_settings(message: Message, settings: FlowerSettings) -> None:
     """
     if is_secagg(message.content) and not settings.uncoded:
         raise ConfigError(
-            f"fedpara: SecAgg+ does not go with a codec (uplink {settings.uplink.name}, downlink "
+            f"fedpara: SecAgg+ does not work with a codec (uplink {settings.uplink.name}, downlink "
             f"{settings.downlink.name}). Its masks are random numbers of fixed width, added to "
             f"each quantised weight; they cancel only in the sum of plain numbers, and masked "
             f"numbers cannot be compressed. Set the fedpara option codec to none; the method may "

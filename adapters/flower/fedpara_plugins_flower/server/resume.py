@@ -60,8 +60,7 @@ class _StrategyRun:
         self._first, lost = capture(self._strategy, {})
         if lost:
             log.warning(
-                "fedpara: state-dir cannot keep %s of %s: a server that is killed begins with them "
-                "anew",
+                "fedpara: state-dir cannot keep %s of %s: a restarted server begins without them",
                 ", ".join(lost),
                 type(self._strategy).__name__,
             )

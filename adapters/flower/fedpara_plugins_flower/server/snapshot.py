@@ -140,7 +140,7 @@ class MetricsFile:
             found: Mapping[str, Any] = json.loads(self._path.read_bytes())
         except (OSError, ValueError):
             log.warning(
-                "fedpara: the metrics of the rounds before are lost: %s is not there", self._path
+                "fedpara: the metrics of earlier rounds are lost: %s cannot be read", self._path
             )
             return
         self._metrics |= {name: dict(found.get(name, {})) for name in METRICS}

@@ -55,7 +55,7 @@ def warn_about_integers(tensors: Mapping[str, Tensor], strategy: object | None) 
     names = [name for name, value in tensors.items() if _integer(value)]
     if names and (strategy is None or _takes_norms(strategy)):
         log.warning(
-            "fedpara: %d integer tensors (%s%s) go to the strategy as numbers like the weights. A "
+            "fedpara: %d integer tensors (%s%s) are passed to the strategy like weights. A "
             "rule that takes a norm over all tensors (QFedAvg, Krum, Bulyan, clipping) counts "
             'them: keep them on the clients there, with the option private = "*%s"',
             len(names),
@@ -82,8 +82,8 @@ def with_remedy(error: Exception) -> Exception:
         return error
     return ConfigError(
         f"fedpara: this strategy of this version of Flower cannot handle arrays without dimensions "
-        f"(BatchNorm's num_batches_tracked, for one; {error}). Upgrade to flwr>=1.28, use "
-        f"GroupNorm, or take FedAvg, FedProx, QFedAvg, Krum or MultiKrum, which can"
+        f"(BatchNorm's num_batches_tracked, for example; {error}). Upgrade to flwr>=1.28, use "
+        f"GroupNorm, or use FedAvg, FedProx, QFedAvg, Krum or MultiKrum, which can"
     )
 
 
