@@ -13,7 +13,7 @@ them, or with method and codec ``none``, the project runs exactly as before::
       fedpara_gamma: 0.5
       fedpara_codec: balanced
 
-What this module names in ``__all__`` is public; everything else in the package is internal.
+The names in ``__all__`` are public; everything else in the package is internal.
 """
 
 from __future__ import annotations

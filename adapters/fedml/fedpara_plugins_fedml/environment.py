@@ -1,7 +1,7 @@
 """Checks of the environment: what keeps FedML 0.9.6 from importing or training, and the remedies.
 
-Nothing here imports FedML. Whether torchvision loads depends on how torch was built, so it is
-imported in a process of its own where its version does not tell.
+Nothing here imports FedML. Whether torchvision loads depends on how torch was built; where its
+version leaves that open, it is imported in a process of its own.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ REMEDY = (
     if sys.version_info < (3, 12)
     else "install the torchvision that belongs to your torch, from where your torch comes"
 )
-"""What to do about torchvision; 0.16.2 was built for Python up to 3.11."""
+"""The remedy for torchvision; 0.16.2 was built for Python up to 3.11."""
 
 
 def findings() -> Iterator[Finding]:

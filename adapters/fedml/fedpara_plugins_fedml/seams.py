@@ -6,7 +6,7 @@ and exports everything, so each entry says what it stands on, and why no documen
 public*). All entries were seen in FedML 0.9.6, to which the adapter is pinned; there has been no
 release since February 2025. Each has a test in ``compat_tests/test_fedml_seams.py``.
 
-`environment` is the exception: it tells why FedML does not import, and so imports none of it.
+`environment` is the exception: it finds out why FedML does not import, and imports none of it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ Server side::
 The options stand in the section ``[tool.flwr.app.config.fedpara]`` of the app's pyproject.toml.
 Without it, or with method and codec ``none``, the app runs exactly as before.
 
-What this module names in ``__all__`` is public; everything else in the package is internal.
+The names in ``__all__`` are public; everything else in the package is internal.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def reachable_functions(call_next: Method) -> Iterator[Any]:
     """Yield all callables in a chain of mods: the mods after the current one, and the app.
 
     Stands on: ``make_ffn`` nests closures, so that each holds the next function and its mod.
-    Not public: a mod gets one function and is not told what is in it.
+    Not public: a mod gets one function, and no list of what is in it.
     Seen: flwr 1.22 to 1.42.
     """
     waiting: list[Any] = [call_next]
@@ -194,7 +194,7 @@ Seen: flwr 1.22 to 1.42.
 """
 
 EXAMPLES, LEGACY_EXAMPLES = "num-examples", "num_examples"
-"""Metrics by which strategies weigh clients unless told otherwise; the second is the legacy API's.
+"""Metrics by which strategies weigh clients by default; the second is the legacy API's.
 
 Stands on: the default of ``FedAvg.weighted_by_key``, and ``recorddict_compat``.
 Not public: the first is only a default, the second only on the wire.
@@ -370,7 +370,7 @@ def wrap_unmask_stage(wrap: Callable[[Method], Method]) -> None:
 
     Stands on: that method hands the unmasked sum to ``context.strategy.aggregate_fit``, in one
     object of `Parameters` for all results.
-    Not public: the workflow gives the sum to nobody but the strategy.
+    Not public: the workflow gives the sum to the strategy alone.
     Seen: flwr 1.22 to 1.42.
 
     Args:

@@ -68,13 +68,13 @@ def wait_for_byes(
     on_other: Callable[[Event], None],
     deadline: Callable[[], float] | None,
 ) -> None:
-    """Wait until all of some clients have said BYE, and send them CLOSE.
+    """Wait until each of some clients has sent BYE, and send them CLOSE.
 
     Args:
         endpoint: to the clients.
         peers: their ids; the caller removes those that are gone while this function waits.
         on_other: called with all other events.
-        deadline: returns the monotonic time at which to give up; None to wait until each has said
+        deadline: returns the monotonic time at which to give up; None to wait until each has sent
             BYE or is gone.
     """
     heard: set[int] = set()

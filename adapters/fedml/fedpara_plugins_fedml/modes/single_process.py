@@ -137,7 +137,7 @@ class _NoMetricsError(Exception):
 class _TestView(SimpleNamespace):
     """The object that FedML's tests read, with one client that stands for all.
 
-    The test data tell that client whose turn it is: FedML passes the number 0 for every client.
+    The test data contain the client's number, because FedML passes the number 0 for every client.
     """
 
     def __init__(self, run: SingleProcess) -> None:

@@ -1,4 +1,4 @@
-"""What a process knows about its peers: when they were last heard, and which of them are gone."""
+"""The state of a process's peers: when they were last heard, and which of them are gone."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ logs an unknown type, and ends.
     REPLY     --------------->               its reply, or why there is none
               <---------------    FINISH     the last model        (or FAILED: why the run ends)
     BYE       --------------->
-              <---------------    CLOSE      all clients have said BYE
+              <---------------    CLOSE      all clients have sent BYE
     HEARTBEAT <-------------->    HEARTBEAT  sent all the time
 """
 
@@ -40,7 +40,7 @@ __all__ = [
 ]  # fmt: skip
 
 PLUGIN_FIELDS: Mapping[str, str] = MappingProxyType({**ONLINE_STATUS, "fedpara": "hello"})
-"""Fields of a HELLO or CHECK: FedML's own, and the one that tells the plugin's from FedML's."""
+"""Fields of a HELLO or CHECK: FedML's own, and the one by which the plugin's is recognised."""
 
 REASON_PREFIX = "fedpara: "
 """Beginning of a message type that is a reason."""

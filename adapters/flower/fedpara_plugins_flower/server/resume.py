@@ -164,7 +164,7 @@ class _StrategyRun:
 
 
 def _described(names: Iterable[str]) -> str:
-    """Return how this run converted the model with these names; factors alone do not tell."""
+    """Return how this run converted the model with these names; factors alone do not show it."""
     run = active_run()
     spec = None if run is None else run.specs.get(frozenset(names))
     if run is None or spec is None or not spec.weights:

@@ -1,7 +1,7 @@
 """Hooks around ``Strategy.start``, whatever the strategy.
 
-Flower tells nobody but the strategy itself which round it is, and what an ``evaluate_fn`` returned.
-The hooks therefore see the documented arguments of ``start``. Outside a run that has hooks, the
+Only the strategy itself knows which round it is, and what an ``evaluate_fn`` returned. The hooks
+therefore get the documented arguments of ``start``. Outside a run that has hooks, the
 method does what it did.
 """
 
