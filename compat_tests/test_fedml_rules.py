@@ -21,7 +21,7 @@ from torch import nn
 from fedpara_plugins import ConfigError, convert
 from fedpara_plugins.optimizers.kept_storage import OwnState
 from fedpara_plugins.support.storage import Part
-from fedpara_plugins_fedml.rules import RULES, ClientUpdate, Rule, rule_for
+from fedpara_plugins_fedml.rules import RULES, ClientReply, Rule, rule_for
 from fedpara_plugins_fedml.settings import FedMLSettings
 from harness.fedml.optimizers import (
     CASES,
@@ -310,15 +310,15 @@ STATEFUL = {
 }
 
 
-def answers(seed: int, x: torch.Tensor) -> list[ClientUpdate]:
+def answers(seed: int, x: torch.Tensor) -> list[ClientReply]:
     source = torch.Generator().manual_seed(seed)
 
-    def one(client: str) -> ClientUpdate:
+    def one(client: str) -> ClientReply:
         moved = {"w": x + torch.randn(3, generator=source), "b": torch.tensor(seed)}
         gradient = {"w": torch.randn(3, generator=source)}
         report = {"since": 0, "kept": 1.0, "normaliser": 2.0 + seed, "steps": 3}
         records = {"change": gradient, "gradient": gradient}
-        return ClientUpdate(client, 10.0 + seed, moved, records, report)
+        return ClientReply(client, 10.0 + seed, moved, records, report)
 
     return [one("0"), one("1")]
 

@@ -85,7 +85,7 @@ class Run:
 
     @property
     def trains_dense(self) -> bool:
-        """Whether this side's models stay dense, and the mod projects their updates on factors."""
+        """Return whether this side's models stay dense, and the mod projects their updates."""
         return self.side == "client" and self.settings.trains_dense
 
     def converted(self, model: M) -> M:

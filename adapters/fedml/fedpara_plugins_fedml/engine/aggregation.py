@@ -15,7 +15,7 @@ from torch import Tensor
 from fedpara_plugins import MismatchError, ModelSpec
 from fedpara_plugins.exchange import cast
 from fedpara_plugins_fedml.engine.models import plain_state, to_state
-from fedpara_plugins_fedml.rules import ClientUpdate as Answer
+from fedpara_plugins_fedml.rules import ClientReply as Answer
 from fedpara_plugins_fedml.rules import Rule, State
 from fedpara_plugins_fedml.seams import note_client_models
 

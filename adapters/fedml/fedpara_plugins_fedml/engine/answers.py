@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from fedpara_plugins import FedParaError, MismatchError
-from fedpara_plugins_fedml.rules import ClientUpdate as Answer
+from fedpara_plugins_fedml.rules import ClientReply as Answer
 
 __all__ = ["Answers"]
 

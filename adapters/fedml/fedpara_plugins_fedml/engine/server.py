@@ -20,7 +20,7 @@ from fedpara_plugins_fedml.engine.models import dense_of, no_model, plain_state,
 from fedpara_plugins_fedml.engine.server_state import CompletedRound, ServerFile
 from fedpara_plugins_fedml.messages.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.messages.head import MODEL, Head, Purpose
-from fedpara_plugins_fedml.rules import ClientUpdate as Answer
+from fedpara_plugins_fedml.rules import ClientReply as Answer
 from fedpara_plugins_fedml.rules import Rule, State
 from fedpara_plugins_fedml.settings import FedMLSettings as Settings
 

@@ -16,7 +16,7 @@ from fedpara_plugins import ConfigError
 from fedpara_plugins.exchange import refuse_in_factor_space
 from fedpara_plugins.optimizers import Weighting
 from fedpara_plugins_fedml.rules.base import (
-    ClientUpdate,
+    ClientReply,
     LocalRound,
     LocalRule,
     Mean,
@@ -37,7 +37,7 @@ from fedpara_plugins_fedml.settings import FedMLSettings
 
 __all__ = [
     "RULES",
-    "ClientUpdate",
+    "ClientReply",
     "LocalRound",
     "LocalRule",
     "Mean",

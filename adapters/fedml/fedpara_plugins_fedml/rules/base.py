@@ -18,20 +18,20 @@ from torch import Tensor, nn
 
 from fedpara_plugins import MismatchError
 
-__all__ = ["ClientUpdate", "LocalRound", "LocalRule", "Mean", "ReplyExtras", "Rule", "State"]
+__all__ = ["ClientReply", "LocalRound", "LocalRule", "Mean", "ReplyExtras", "Rule", "State"]
 
 State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class ClientUpdate:
+class ClientReply:
     """A client's reply as the rule uses it: decoded, finite and of the right shapes.
 
     Attributes:
         client: its name.
         examples: its number of training examples.
         state: the client's model by all names of the server's state; the private values are the
-            server's own, the same in every update.
+            server's own, the same in every reply.
         records: the tensors that the client's rule has sent besides the model.
         report: the values that the client's rule has sent.
         received: the shared model as this client received it, if a lossy codec has changed it; else
@@ -46,7 +46,7 @@ class ClientUpdate:
     received: State | None = None
 
 
-Mean = Callable[[Sequence[ClientUpdate]], State]
+Mean = Callable[[Sequence[ClientReply]], State]
 """The user's ``ServerAggregator.aggregate``: the models' mean, weighted by examples."""
 
 
@@ -76,11 +76,11 @@ class Rule(ABC):
             clients: names of the round's clients.
         """
 
-    def prepared(self, updates: Sequence[ClientUpdate]) -> None:  # noqa: B027
+    def prepared(self, replies: Sequence[ClientReply]) -> None:  # noqa: B027
         """Use the clients' results at x; called only where `prepares` is set.
 
         Args:
-            updates: of the round's clients; their ``state`` is x itself.
+            replies: of the round's clients; their ``state`` is x itself.
         """
 
     def records(self) -> Mapping[str, State]:
@@ -95,12 +95,12 @@ class Rule(ABC):
         return {}
 
     @abstractmethod
-    def step(self, x: State, updates: Sequence[ClientUpdate], mean: Mean) -> State:
+    def step(self, x: State, replies: Sequence[ClientReply], mean: Mean) -> State:
         """Return the server's next state, with the same names.
 
         Args:
             x: the state that the clients started from.
-            updates: of the round, at least one.
+            replies: of the round, at least one.
             mean: see `Mean`.
         """
 

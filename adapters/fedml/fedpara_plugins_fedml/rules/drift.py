@@ -25,25 +25,25 @@ from fedpara_plugins.optimizers import (
     tell_verdict,
 )
 from fedpara_plugins_fedml.logs import log
-from fedpara_plugins_fedml.rules.base import ClientUpdate, Mean, Rule
+from fedpara_plugins_fedml.rules.base import ClientReply, Mean, Rule
 
-__all__ = ["CHANGE", "DriftRule", "UsableUpdate"]
+__all__ = ["CHANGE", "DriftRule", "UsableReply"]
 
 CHANGE = "change"
 """The record of a client's change of its variate."""
 
 
 @dataclass(frozen=True)
-class UsableUpdate:
-    """A client's update that has passed all checks.
+class UsableReply:
+    """A client's reply that has passed all checks.
 
     Attributes:
-        update: of the client.
+        client_reply: as the engine gives it.
         reply: the same for the core's arithmetic.
         change: of its variate; {} where the server computes it.
     """
 
-    update: ClientUpdate
+    client_reply: ClientReply
     reply: Reply
     change: State
 
@@ -70,7 +70,7 @@ class DriftRule(Rule):
         self._bound: float | None = None
 
     @abstractmethod
-    def next_x(self, x: State, usable: Sequence[UsableUpdate]) -> State:
+    def next_x(self, x: State, usable: Sequence[UsableReply]) -> State:
         """Return the next state, and add the changes to `sums`."""
 
     # The engine's interface
@@ -88,18 +88,18 @@ class DriftRule(Rule):
             "bound": self._bound or 0.0,
         }
 
-    def step(self, x: State, updates: Sequence[ClientUpdate], mean: Mean) -> State:
-        """Return the next state, from the updates that can be used.
+    def step(self, x: State, replies: Sequence[ClientReply], mean: Mean) -> State:
+        """Return the next state, from the replies that can be used.
 
         Raises:
             ConfigError: if no client runs the algorithm.
         """
-        if not any(_has_report(update) for update in updates):
+        if not any(_has_report(reply) for reply in replies):
             raise ConfigError(
                 f"the clients' replies lack the report of {self.name}; set federated_optimizer: "
                 f"{self.name} in the YAML of all sides"
             )
-        usable = [each for update in updates if (each := self._usable(update)) is not None]
+        usable = [each for reply in replies if (each := self._usable(reply)) is not None]
         if not usable:
             log.warning("fedpara: %s: no reply is usable: the model is unchanged", self.name)
             return x
@@ -128,58 +128,58 @@ class DriftRule(Rule):
 
     # For the algorithms
 
-    def add_change(self, usable: UsableUpdate, change: State) -> None:
+    def add_change(self, usable: UsableReply, change: State) -> None:
         """Add a client's change to the sums, and log anything out of the ordinary."""
-        client = usable.update.client
+        client = usable.client_reply.client
         nodes = {name: node for node, name in self.sums.clients.items()}
-        since = int(usable.update.report["since"])
+        since = int(usable.client_reply.report["since"])
         verdict = self.sums.take(
             change,
             node=nodes.get(client, len(nodes)),
             client=client,
             since=since,
             server_round=self._round,
-            weight=usable.update.examples if self.weighting == "examples" else 1.0,
+            weight=usable.client_reply.examples if self.weighting == "examples" else 1.0,
         )
         tell_verdict(log, self.name, verdict, f"client {client}", since)
 
     # Parts
 
-    def _usable(self, update: ClientUpdate) -> UsableUpdate | None:
-        change = dict(update.records.get(CHANGE, {}))
-        why = self._why_not(update, change)
+    def _usable(self, reply: ClientReply) -> UsableReply | None:
+        change = dict(reply.records.get(CHANGE, {}))
+        why = self._why_not(reply, change)
         if why is not None:
-            log.warning("fedpara: %s: left out client %s: %s", self.name, update.client, why)
+            log.warning("fedpara: %s: left out client %s: %s", self.name, reply.client, why)
             return None
-        return UsableUpdate(update, Reply(update.state, self.trained, update.examples), change)
+        return UsableReply(reply, Reply(reply.state, self.trained, reply.examples), change)
 
-    def _why_not(self, update: ClientUpdate, change: State) -> str | None:
-        if not _has_report(update):
+    def _why_not(self, reply: ClientReply, change: State) -> str | None:
+        if not _has_report(reply):
             return (
                 f"its reply lacks the report of {self.name}; set federated_optimizer: {self.name} "
                 f"in its YAML"
             )
-        if update.report["kept"] == 0:
+        if reply.report["kept"] == 0:
             return "its training gave NaN or infinity"
-        if not finite([*update.state.values(), *change.values()]):
+        if not finite([*reply.state.values(), *change.values()]):
             return "it holds NaN or infinity"
         if self.needs_change and change.keys() != self.trained:
             return "its variate's names are not those of its trained parameters"
-        if any(value.shape != update.state[name].shape for name, value in change.items()):
+        if any(value.shape != reply.state[name].shape for name, value in change.items()):
             return "its variate's shapes are not those of its trained parameters"
         return None
 
-    def _inform_guard(self, x: State, usable: Sequence[UsableUpdate]) -> None:
+    def _inform_guard(self, x: State, usable: Sequence[UsableReply]) -> None:
         """Give the guard the norms of the round's updates and the fractions that clients kept."""
         before = {name: x[name] for name in self.trained}
-        updates = {f"client {each.update.client}": each.update for each in usable}
+        replies = {f"client {each.client_reply.client}": each.client_reply for each in usable}
         self._guarded.note(
-            {who: norm(difference(u.state, before).values()) for who, u in updates.items()},
-            {who: u.report["kept"] for who, u in updates.items()},
+            {who: norm(difference(u.state, before).values()) for who, u in replies.items()},
+            {who: u.report["kept"] for who, u in replies.items()},
         )
 
 
-def _has_report(update: ClientUpdate) -> bool:
-    """Return whether an update has the report of a client that runs the algorithm."""
-    values = [update.report.get(key) for key in ("since", "kept")]
+def _has_report(reply: ClientReply) -> bool:
+    """Return whether a reply has the report of a client that runs the algorithm."""
+    values = [reply.report.get(key) for key in ("since", "kept")]
     return all(isinstance(v, int | float) and math.isfinite(v) for v in values)

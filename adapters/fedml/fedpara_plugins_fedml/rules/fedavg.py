@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedpara_plugins_fedml.rules.base import ClientUpdate, Mean, Rule, State
+from fedpara_plugins_fedml.rules.base import ClientReply, Mean, Rule, State
 
 __all__ = ["FedAvg"]
 
@@ -15,6 +15,6 @@ class FedAvg(Rule):
     name = "FedAvg"
     differs = "FedML lets the clients of the first round train on each other's result"
 
-    def step(self, x: State, updates: Sequence[ClientUpdate], mean: Mean) -> State:
-        """Return the mean of the updates."""
-        return mean(updates)
+    def step(self, x: State, replies: Sequence[ClientReply], mean: Mean) -> State:
+        """Return the mean of the replies."""
+        return mean(replies)

@@ -16,7 +16,7 @@ from fedpara_plugins.optimizers import (
     check_alpha,
 )
 from fedpara_plugins_fedml.rules.base import LocalRound
-from fedpara_plugins_fedml.rules.drift import DriftRule, UsableUpdate
+from fedpara_plugins_fedml.rules.drift import DriftRule, UsableReply
 from fedpara_plugins_fedml.rules.local_drift import LocalDrift
 
 __all__ = ["FedDyn", "LocalFedDynRule"]
@@ -45,10 +45,10 @@ class FedDyn(DriftRule):
         """Return alpha too, so that both sides use the server's."""
         return {**super().task(client), "alpha": self.alpha}
 
-    def next_x(self, x: State, usable: Sequence[UsableUpdate]) -> State:
+    def next_x(self, x: State, usable: Sequence[UsableReply]) -> State:
         """Return the clients' mean minus h / alpha."""
         for each in usable:
-            received = x if each.update.received is None else each.update.received
+            received = x if each.client_reply.received is None else each.client_reply.received
             self.add_change(each, self.server.change(received, each.reply))
         replies = [each.reply for each in usable]
         return self.server.step(x, replies, clients=self.clients, correct=self._correct)

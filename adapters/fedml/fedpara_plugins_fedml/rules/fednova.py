@@ -31,7 +31,7 @@ from fedpara_plugins.optimizers import (
 )
 from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.rules.base import (
-    ClientUpdate,
+    ClientReply,
     LocalRound,
     LocalRule,
     Mean,
@@ -61,14 +61,14 @@ class FedNova(Rule):
         self.gmf, self.mu = gmf, mu
         self._buffer: State = {}
 
-    def step(self, x: State, updates: Sequence[ClientUpdate], mean: Mean) -> State:
+    def step(self, x: State, replies: Sequence[ClientReply], mean: Mean) -> State:
         """Return x after one normalised step; buffers are averaged."""
-        found = [(update, report) for update in updates if (report := _report(update)) is not None]
+        found = [(reply, report) for reply in replies if (report := _report(reply)) is not None]
         if not found:
             return x
-        average = mean([update for update, _ in found])
-        total = sum(update.examples for update, _ in found)
-        parts = [(update.examples / total, *report, update.state) for update, report in found]
+        average = mean([reply for reply, _ in found])
+        total = sum(reply.examples for reply, _ in found)
+        parts = [(reply.examples / total, *report, reply.state) for reply, report in found]
         tau = sum(p * (steps if self.mu else size) for p, size, steps, _ in parts)
         new, moves = dict(average), {}
         for name in sorted(self.trained & x.keys()):
@@ -176,13 +176,13 @@ class SGDTrainer(OwnTrainer):
         return float(loss.detach())
 
 
-def _report(update: ClientUpdate) -> tuple[float, float] | None:
+def _report(reply: ClientReply) -> tuple[float, float] | None:
     """Return |a| and the number of steps; log and return None if the client reports neither."""
-    found = [update.report.get(key) for key in ("normaliser", "steps")]
+    found = [reply.report.get(key) for key in ("normaliser", "steps")]
     values = [float(v) for v in found if isinstance(v, int | float) and math.isfinite(v) and v > 0]
     if len(values) == len(found):
         return values[0], values[1]
     log.warning(
-        "fedpara: FedNova: left out client %s: its report on its steps is %s", update.client, found
+        "fedpara: FedNova: left out client %s: its report on its steps is %s", reply.client, found
     )
     return None

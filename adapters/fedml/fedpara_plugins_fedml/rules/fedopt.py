@@ -16,7 +16,7 @@ import torch
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins.optimizers import finite
-from fedpara_plugins_fedml.rules.base import ClientUpdate, Mean, Rule, State
+from fedpara_plugins_fedml.rules.base import ClientReply, Mean, Rule, State
 from fedpara_plugins_fedml.rules.keys import number, text
 from fedpara_plugins_fedml.rules.server_optimizers import (
     CommonAdagrad,
@@ -47,9 +47,9 @@ class FedOpt(Rule):
     def __init__(self, optimizer: ServerOptimizer) -> None:
         self.optimizer = optimizer
 
-    def step(self, x: State, updates: Sequence[ClientUpdate], mean: Mean) -> State:
+    def step(self, x: State, replies: Sequence[ClientReply], mean: Mean) -> State:
         """Return x after one step of the server's optimizer."""
-        average = mean(updates)
+        average = mean(replies)
         if not finite(average.values()):
             return average  # the engine then keeps x; the optimizer's state must not change
         wide = {name: x[name].to(torch.float64) for name in x if name in self.trained}

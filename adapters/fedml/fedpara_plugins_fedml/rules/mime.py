@@ -24,7 +24,7 @@ from fedpara_plugins import ConfigError
 from fedpara_plugins.optimizers import State, gradient_at, trained_parameters
 from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.rules.base import (
-    ClientUpdate,
+    ClientReply,
     LocalRound,
     LocalRule,
     Mean,
@@ -63,9 +63,9 @@ class Mime(Rule):
         self._like = {name: x[name] for name in sorted(self.trained)}
         self._correction = {}
 
-    def prepared(self, updates: Sequence[ClientUpdate]) -> None:
+    def prepared(self, replies: Sequence[ClientReply]) -> None:
         """Compute c from the clients' full gradients at x."""
-        self._correction = self._gradient(updates)
+        self._correction = self._gradient(replies)
 
     def records(self) -> Mapping[str, State]:
         """Return the statistics and, for Mime, c."""
@@ -76,12 +76,12 @@ class Mime(Rule):
             if tensors
         }
 
-    def step(self, x: State, updates: Sequence[ClientUpdate], mean: Mean) -> State:
+    def step(self, x: State, replies: Sequence[ClientReply], mean: Mean) -> State:
         """Return the clients' mean, and update the statistics with the gradients at the old x."""
-        gradient = self._gradient(updates) if self.lite else self._correction
+        gradient = self._gradient(replies) if self.lite else self._correction
         if gradient:
             self._statistics = self.base.updated(gradient, self._statistics)
-        return mean(self._weighted(updates))
+        return mean(self._weighted(replies))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics."""
@@ -91,26 +91,26 @@ class Mime(Rule):
         """Restore the statistics."""
         self._statistics = {kind: dict(part) for kind, part in state["statistics"].items()}
 
-    def _weighted(self, updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+    def _weighted(self, replies: Sequence[ClientReply]) -> list[ClientReply]:
         if self.weighting == "examples":
-            return list(updates)
-        return [replace(update, examples=1.0) for update in updates]
+            return list(replies)
+        return [replace(reply, examples=1.0) for reply in replies]
 
-    def _gradient(self, updates: Sequence[ClientUpdate]) -> State:
+    def _gradient(self, replies: Sequence[ClientReply]) -> State:
         """Return the mean of the clients' full gradients, float64."""
         total: State = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in self._like.items()}
         weights = 0.0
-        for update in self._weighted(updates):
-            own = update.records.get(GRADIENT, {})
+        for reply in self._weighted(replies):
+            own = reply.records.get(GRADIENT, {})
             if own.keys() != total.keys() or any(own[k].shape != total[k].shape for k in own):
                 log.warning(
                     "fedpara: Mime: the gradient of client %s does not fit the model; left out",
-                    update.client,
+                    reply.client,
                 )
                 continue
-            weights += update.examples
+            weights += reply.examples
             for name, value in own.items():
-                total[name] += update.examples * value.to(torch.float64)
+                total[name] += reply.examples * value.to(torch.float64)
         return {name: value / weights for name, value in total.items()} if weights else {}
 
 

@@ -54,7 +54,7 @@ class BaseAlgorithm:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the statistics: m, v, or both."""
+        """Return the names of the statistics: m, v, or both."""
         if self.kind == "sgd":
             return ("m",) if self.beta_1 else ()
         return ("m", "v") if self.kind == "adam" else ("v",)

@@ -9,7 +9,7 @@ from torch import nn
 
 from fedpara_plugins.optimizers import LocalResult, LocalScaffold, OwnState, ScaffoldServer, State
 from fedpara_plugins_fedml.rules.base import LocalRound
-from fedpara_plugins_fedml.rules.drift import CHANGE, DriftRule, UsableUpdate
+from fedpara_plugins_fedml.rules.drift import CHANGE, DriftRule, UsableReply
 from fedpara_plugins_fedml.rules.local_drift import LocalDrift
 from fedpara_plugins_fedml.rules.losses import losses_of
 
@@ -52,7 +52,7 @@ class Scaffold(DriftRule):
         """Return c; nothing while it is zero, before any client has answered."""
         return {VARIATE: self._variate} if self._variate else {}
 
-    def next_x(self, x: State, usable: Sequence[UsableUpdate]) -> State:
+    def next_x(self, x: State, usable: Sequence[UsableReply]) -> State:
         """Return x after a step towards the clients' mean; c becomes the mean of all variates."""
         for each in usable:
             self.add_change(each, each.change)

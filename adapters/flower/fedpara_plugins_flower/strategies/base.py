@@ -33,11 +33,11 @@ from fedpara_plugins_flower.messages.drift_records import (
 from fedpara_plugins_flower.messages.records import to_record, to_tensors
 from fedpara_plugins_flower.run import active_run
 from fedpara_plugins_flower.seams import checked_replies
-from fedpara_plugins_flower.strategies.client_updates import (
+from fedpara_plugins_flower.strategies.client_replies import (
     LINES,
-    ClientUpdate,
+    ClientReply,
     ReportAndChange,
-    read_update,
+    read_reply,
 )
 
 __all__ = ["DriftStrategy"]
@@ -92,12 +92,12 @@ class DriftStrategy(FedAvg):
         """Return the tensors that are sent besides the model; {} for none."""
 
     @abstractmethod
-    def next_x(self, updates: Sequence[ClientUpdate], server_round: int) -> State:
-        """Return the next model, and add the updates' changes to `sums`."""
+    def next_x(self, replies: Sequence[ClientReply], server_round: int) -> State:
+        """Return the next model, and add the replies' changes to `sums`."""
 
     @property
     def clients(self) -> int:
-        """Number of all clients, in this round."""
+        """Return the number of all clients in this round."""
         return self._clients_given or max(len(self._connected), len(self.sums.rounds))
 
     # Flower's interface
@@ -166,12 +166,12 @@ class DriftStrategy(FedAvg):
         failed = [reply for reply in replies if reply.has_error()]
         found = [(r, ClientReport.pop_from(r.content)) for r in replies if not r.has_error()]
         self._check_first(found, failed)
-        updates = [u for reply, part in found if (u := self._read(reply, part)) is not None]
-        valid = checked_replies(self, [*failed, *(update.message for update in updates)])
+        usable = [u for reply, part in found if (u := self._read(reply, part)) is not None]
+        valid = checked_replies(self, [*failed, *(reply.message for reply in usable)])
         if not valid:
             return None, None
-        x = self.next_x(updates, server_round)
-        self._inform_guard(updates)
+        x = self.next_x(usable, server_round)
+        self._inform_guard(usable)
         contents = [message.content for message in valid]
         return to_record(x), self.train_metrics_aggr_fn(contents, self.weighted_by_key)
 
@@ -197,9 +197,9 @@ class DriftStrategy(FedAvg):
 
     needs_change = False
 
-    def _read(self, message: Message, found: ReportAndChange | None) -> ClientUpdate | None:
+    def _read(self, message: Message, found: ReportAndChange | None) -> ClientReply | None:
         try:
-            return read_update(
+            return read_reply(
                 message,
                 found,
                 model=self._x,
@@ -217,31 +217,29 @@ class DriftStrategy(FedAvg):
         received = None if of_grid is None else of_grid(node, self.arrayrecord_key)
         return self._x if received is None else received
 
-    def add_change(self, update: ClientUpdate, change: State, server_round: int) -> None:
+    def add_change(self, reply: ClientReply, change: State, server_round: int) -> None:
         """Add a client's change to the sums, and log anything out of the ordinary."""
-        report = update.report
+        report = reply.report
         verdict = self.sums.take(
             change,
-            node=update.node,
+            node=reply.node,
             client=report.client,
             since=report.since,
             server_round=server_round,
-            weight=update.reply.examples if self.weighting == "examples" else 1.0,
+            weight=reply.reply.examples if self.weighting == "examples" else 1.0,
             connected=self._connected,
         )
-        who = f"node {update.node} ({report.client})"
+        who = f"node {reply.node} ({report.client})"
         exactly = self.sums.remember
         tell_verdict(log, self.algorithm, verdict, who, report.since, exactly=exactly)
 
-    def _inform_guard(self, updates: Sequence[ClientUpdate]) -> None:
+    def _inform_guard(self, replies: Sequence[ClientReply]) -> None:
         """Give the guard the norms of the round's updates and the fractions that clients kept."""
         norms = {
-            f"node {update.node}": norm(
-                difference(
-                    update.reply.arrays, {k: self._x[k] for k in update.reply.names}
-                ).values()
+            f"node {reply.node}": norm(
+                difference(reply.reply.arrays, {k: self._x[k] for k in reply.reply.names}).values()
             )
-            for update in updates
+            for reply in replies
         }
-        kept = {f"node {update.node}": update.report.kept for update in updates}
+        kept = {f"node {reply.node}": reply.report.kept for reply in replies}
         self._guarded.note(norms, kept)

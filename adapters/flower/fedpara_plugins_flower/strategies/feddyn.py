@@ -8,7 +8,7 @@ from typing import Any
 from fedpara_plugins.optimizers import FedDynServer, Guard, State, Weighting, check_alpha
 from fedpara_plugins_flower.messages.drift_records import ClientTask
 from fedpara_plugins_flower.strategies.base import DriftStrategy
-from fedpara_plugins_flower.strategies.client_updates import ClientUpdate
+from fedpara_plugins_flower.strategies.client_replies import ClientReply
 
 __all__ = ["FedDyn"]
 
@@ -61,14 +61,14 @@ class FedDyn(DriftStrategy):
         """Return nothing: clients do not need h."""
         return {}
 
-    def next_x(self, updates: Sequence[ClientUpdate], server_round: int) -> State:
+    def next_x(self, replies: Sequence[ClientReply], server_round: int) -> State:
         """Return the clients' mean minus h / alpha."""
-        for update in updates:
-            received = self.received_by(update.node)
-            self.add_change(update, self.server.change(received, update.reply), server_round)
+        for reply in replies:
+            received = self.received_by(reply.node)
+            self.add_change(reply, self.server.change(received, reply.reply), server_round)
         return self.server.step(
             self._x,
-            [update.reply for update in updates],
+            [reply.reply for reply in replies],
             clients=self.clients,
             correct=self._correct,
         )

@@ -9,7 +9,7 @@ from fedpara_plugins import ConfigError
 from fedpara_plugins.optimizers import Guard, ScaffoldServer, State, Weighting
 from fedpara_plugins_flower.messages.drift_records import ClientTask
 from fedpara_plugins_flower.strategies.base import DriftStrategy
-from fedpara_plugins_flower.strategies.client_updates import ClientUpdate
+from fedpara_plugins_flower.strategies.client_replies import ClientReply
 
 __all__ = ["Guard", "Scaffold"]
 
@@ -67,8 +67,8 @@ class Scaffold(DriftStrategy):
         """Return c; nothing while it is zero, before any client has answered."""
         return self.server.variate(self.clients, self._x)
 
-    def next_x(self, updates: Sequence[ClientUpdate], server_round: int) -> State:
+    def next_x(self, replies: Sequence[ClientReply], server_round: int) -> State:
         """Return the model after a step towards the clients' mean; c becomes the variates' mean."""
-        for update in updates:
-            self.add_change(update, update.change, server_round)
-        return self.server.step(self._x, [update.reply for update in updates])
+        for reply in replies:
+            self.add_change(reply, reply.change, server_round)
+        return self.server.step(self._x, [reply.reply for reply in replies])

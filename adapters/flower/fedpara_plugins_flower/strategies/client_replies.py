@@ -11,7 +11,7 @@ from fedpara_plugins.optimizers import Reply, State, finite
 from fedpara_plugins_flower.messages.drift_records import ClientReport, from_bitmap
 from fedpara_plugins_flower.messages.records import to_tensors
 
-__all__ = ["LINES", "ClientUpdate", "ReportAndChange", "read_update"]
+__all__ = ["LINES", "ClientReply", "ReportAndChange", "read_reply"]
 
 LINES = (
     "with fedpara.correction(model, msg, context) as correction: train(...), and "
@@ -23,7 +23,7 @@ ReportAndChange = tuple[ClientReport, ArrayRecord | None]
 
 
 @dataclass(frozen=True)
-class ClientUpdate:
+class ClientReply:
     """One client's usable reply.
 
     Attributes:
@@ -41,15 +41,15 @@ class ClientUpdate:
     message: Message
 
 
-def read_update(
+def read_reply(
     message: Message,
     found: ReportAndChange | None,
     *,
     model: State,
     examples_key: str,
     needs_change: bool,
-) -> ClientUpdate:
-    """Return the update in a reply.
+) -> ClientReply:
+    """Return the usable content of a reply.
 
     Args:
         message: the reply, without its report and change.
@@ -80,7 +80,7 @@ def read_update(
     count = metrics.get(examples_key, 1.0)
     examples = float(count) if isinstance(count, int | float) else 1.0
     reply = Reply(arrays, names, examples)
-    return ClientUpdate(message.metadata.src_node_id, report, reply, change, message)
+    return ClientReply(message.metadata.src_node_id, report, reply, change, message)
 
 
 def _check(
