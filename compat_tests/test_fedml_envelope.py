@@ -181,9 +181,9 @@ def test_bounds_of_a_head_and_of_the_number_of_payloads() -> None:
     for head, payloads in (({}, {**most, "more": b""}), ({"text": "x" * MAX_HEAD}, {})):
         with pytest.raises(PayloadError, match="more than"):
             pack(head, payloads)
-    with pytest.raises(PayloadError, match="no payload can be called 'A'"):
+    with pytest.raises(PayloadError, match="invalid name of a payload 'A'"):
         pack({}, {"A": b""})
-    with pytest.raises(PayloadError, match="no plain JSON"):
+    with pytest.raises(PayloadError, match="not plain JSON"):
         pack({"value": float("nan")}, {})
     text = json.dumps({"head": {}, "payloads": [[f"p{n}", 0] for n in range(65)]}).encode()
     for data in (
@@ -207,7 +207,7 @@ def test_memory_is_bounded_by_the_message() -> None:
         assert peak < 80 * MAX_HEAD
     for count in (2**40, 10**99):
         text = json.dumps({"head": {}, "payloads": [["a", count]]}).encode()
-        with pytest.raises(PayloadError, match="does not hold what its head says"):
+        with pytest.raises(PayloadError, match="does not have the size in its head"):
             unpack(struct.pack("<4sII", b"FPE1", len(text), zlib.crc32(text)) + text)
 
 

@@ -20,7 +20,7 @@ from fedpara_plugins import (
 )
 from fedpara_plugins_fedml.messages.envelope import unpack
 from fedpara_plugins_fedml.messages.head import Head
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.settings import FedMLSettings
 from harness.fedml.project import arguments, dataset, model, run
 
 ON = {"fedpara_method": "fedpara"}
@@ -110,9 +110,9 @@ def test_keys_may_be_text_and_nothing_is_on_by_itself() -> None:
     args = arguments(
         fedpara_method="fedpara", fedpara_gamma="0.3", fedpara_mend="yes", fedpara_clip=None
     )
-    settings = Settings.from_args(args)
+    settings = FedMLSettings.from_args(args)
     assert (settings.config.gamma, settings.mend, settings.config.clip) == (0.3, True, None)
-    plain = Settings.from_args(arguments())
+    plain = FedMLSettings.from_args(arguments())
     assert not plain.active
     assert not plain.mend
 
@@ -143,7 +143,7 @@ def test_trying_leaves_nothing_behind(tmp_path: Path) -> None:
     from fedpara_plugins_fedml.checks.files import check_files
 
     paths = {f"fedpara_{key}": str(tmp_path / key) for key in ("checkpoint", "state_dir")}
-    check_files(Settings.from_args(arguments(**ON, **paths)), server=True, client=True)
+    check_files(FedMLSettings.from_args(arguments(**ON, **paths)), server=True, client=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["state_dir"]
 
 

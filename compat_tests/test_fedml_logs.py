@@ -8,13 +8,13 @@ import pytest
 
 pytest.importorskip("fedml", reason="FedML's environments only")
 
-from fedpara_plugins_fedml.logs import OURS, follow_fedml
+from fedpara_plugins_fedml.logs import LOGGERS, show_among_fedml_logs
 
 
 def test_lines_follow_the_logger_that_fedml_puts_in_the_place_of_the_root(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in OURS:
+    for name in LOGGERS:
         ours = logging.getLogger(name)
         monkeypatch.setattr(ours, "parent", ours.parent)
     seen: list[str] = []
@@ -23,9 +23,9 @@ def test_lines_follow_the_logger_that_fedml_puts_in_the_place_of_the_root(
     replaced = logging.getLogger("a-path-of-fedml")
     replaced.addHandler(handler)
     replaced.setLevel(logging.INFO)
-    follow_fedml()
+    show_among_fedml_logs()
     logging.getLogger("fedpara.fedml").info("before")
     monkeypatch.setattr(logging, "root", replaced)
-    follow_fedml()
+    show_among_fedml_logs()
     logging.getLogger("fedpara.fedml").info("after")
     assert seen == ["after"]

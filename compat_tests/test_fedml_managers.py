@@ -24,11 +24,11 @@ from fedml.ml.aggregator.default_aggregator import DefaultServerAggregator
 from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 
 from fedpara_plugins import ConfigError, MismatchError
+from fedpara_plugins_fedml.checks.supported import is_distributed, lacks_optimizer
 from fedpara_plugins_fedml.modes import server_manager
-from fedpara_plugins_fedml.modes.distributed import is_distributed, lacks_optimizer
-from fedpara_plugins_fedml.modes.placement import Silos
-from fedpara_plugins_fedml.transport.blocking_queue import PatientQueue, make_patient
-from fedpara_plugins_fedml.transport.protocol import ANSWER, CHECK, FINISH, ONLINE, PULSE, TASK
+from fedpara_plugins_fedml.modes.placement import SiloPlacement
+from fedpara_plugins_fedml.transport.blocking_queue import BlockingQueue, use_blocking_queue
+from fedpara_plugins_fedml.transport.protocol import CHECK, FINISH, HEARTBEAT, ONLINE, REPLY, TASK
 from fedpara_plugins_fedml.transport.shutdown import close_transport
 from harness.fedml.project import run as run_single
 from harness.fedml.threads import PATIENCE, Line, Parties
@@ -77,7 +77,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def kinds(parties: Parties, rank: int) -> list[int]:
-    return [m.get_type() for m in parties.lines[rank].sent if m.get_type() != PULSE]
+    return [m.get_type() for m in parties.lines[rank].sent if m.get_type() != HEARTBEAT]
 
 
 @pytest.mark.parametrize("keys", [KEYS, PERSONAL, {"fedpara_mend": True}], ids=str)
@@ -139,7 +139,7 @@ def test_a_bad_answer_costs_one_round(
 
     def damaged(message: Message) -> Message:
         nonlocal count
-        if message.get_type() == ANSWER:
+        if message.get_type() == REPLY:
             count += 1
             if count == 3:
                 message.add_params("model_params", "no bytes")
@@ -220,9 +220,9 @@ def test_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_client_that_trains_on_after_the_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedpara_plugins_fedml.transport import peers as post
+    from fedpara_plugins_fedml.transport import peers
 
-    monkeypatch.setattr(post, "UNHEEDED", 0.2)
+    monkeypatch.setattr(peers, "EXIT_DELAY", 0.2)
 
     class Long(ModelTrainerCLS):  # type: ignore[misc]
         def train(self, train_data: Any, device: Any, args: Any, **more: Any) -> None:
@@ -340,7 +340,7 @@ def test_a_client_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_client_without_the_plugin_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first word came before the server and was lost; FedML's client answers when asked."""
-    monkeypatch.setattr(server_manager, "ASK_AGAIN", 1.0)
+    monkeypatch.setattr(server_manager, "CHECK_INTERVAL", 1.0)
     parties = Parties(monkeypatch, keys=KEYS)
     client, heard = Line(2, parties.lines), list[Message]()
 
@@ -438,33 +438,33 @@ def test_what_is_distributed() -> None:
 
 
 def test_silos_stay_where_they_were() -> None:
-    silos = Silos(10, 4, keep=True)
+    silos = SiloPlacement(10, 4, keep=True)
     homes: dict[int, int] = {}
     for number in range(20):
-        drawn = silos.of_round(number)
-        found = silos.homes(drawn, [1, 2, 3, 4])
+        drawn = silos.sample(number)
+        found = silos.assign(drawn, [1, 2, 3, 4])
         assert list(found) == drawn
         for silo, home in found.items():
             assert homes.setdefault(silo, home) == home
     assert set(homes.values()) == {1, 2, 3, 4}
-    assert sorted(s for p in (1, 2, 3, 4) for s in silos.of_process(p)) == sorted(homes)
-    assert Silos(3, 3, keep=False).homes([0, 1, 2], [5, 6, 7]) == {0: 5, 1: 6, 2: 7}
+    assert sorted(s for p in (1, 2, 3, 4) for s in silos.assigned_to(p)) == sorted(homes)
+    assert SiloPlacement(3, 3, keep=False).assign([0, 1, 2], [5, 6, 7]) == {0: 5, 1: 6, 2: 7}
 
 
-def test_a_patient_queue_takes_over_what_waits() -> None:
+def test_a_blocking_queue_takes_over_what_waits() -> None:
     old: queue.Queue[int] = queue.Queue()
     old.put(1)
     thread = SimpleNamespace(q=old)
     mpi = SimpleNamespace(
         q_receiver=old, _server_receive_thread=thread, _client_receive_thread=None
     )
-    make_patient(mpi)
-    assert isinstance(mpi.q_receiver, PatientQueue)
+    use_blocking_queue(mpi)
+    assert isinstance(mpi.q_receiver, BlockingQueue)
     assert thread.q is mpi.q_receiver
     assert (mpi.q_receiver.qsize(), mpi.q_receiver.get(), mpi.q_receiver.qsize()) == (1, 1, 0)
     grpc = SimpleNamespace(grpc_servicer=SimpleNamespace(message_q=queue.Queue()))
-    make_patient(grpc)
-    assert isinstance(grpc.grpc_servicer.message_q, PatientQueue)
+    use_blocking_queue(grpc)
+    assert isinstance(grpc.grpc_servicer.message_q, BlockingQueue)
 
 
 def test_transports_that_cannot_end() -> None:

@@ -22,7 +22,7 @@ from fedpara_plugins import ConfigError, convert
 from fedpara_plugins.optimizers.kept_storage import OwnState
 from fedpara_plugins.support.storage import PrefixView
 from fedpara_plugins_fedml.rules import RULES, ClientReply, Rule, rule_for
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.settings import FedMLSettings
 from harness.fedml.optimizers import (
     CASES,
     CLIENTS,
@@ -293,7 +293,7 @@ def test_clients_that_all_run_another_optimizer_end_the_run() -> None:
 
 def made(optimizer: str, **keys: Any) -> Rule:
     args = arguments(federated_optimizer=optimizer, **keys)
-    rule = rule_for(args, Settings.from_args(args), clients=CLIENTS, a_round=2)
+    rule = rule_for(args, FedMLSettings.from_args(args), clients=CLIENTS)
     rule.trained = frozenset({"w"})
     return rule
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from fedpara_plugins import ConfigError
 from fedpara_plugins_fedml.engine.server_state import CompletedRound, ServerFile
 from fedpara_plugins_fedml.rules import rule_for
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.settings import FedMLSettings
 from harness.fedml.killed_run import FedMLOrder
 from harness.fedml.project import arguments, run
 from harness.processes.killing import Program, assert_equal, assert_little_repeated
@@ -99,7 +99,7 @@ def test_the_kept_round_is_what_makes_them_equal(program: Program, tmp_path: Pat
     assert saved.round == 2
     assert saved.rule
     args = arguments(**keys(None, "FedOpt", "fedpara", "none"))
-    fresh = rule_for(args, Settings.from_args(args), clients=4, a_round=2)
+    fresh = rule_for(args, FedMLSettings.from_args(args), clients=4)
     file.write(replace(saved, rule=fresh.state_dict()))
     ended = program.run(order("killed"))
     assert whole is not None

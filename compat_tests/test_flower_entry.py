@@ -19,7 +19,7 @@ import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
 from fedpara_plugins.layers.base import FactorisedLayer
 from fedpara_plugins_flower.run import Run, open_run
-from fedpara_plugins_flower.settings import Settings
+from fedpara_plugins_flower.settings import FlowerSettings
 from harness.cells.cells import GAMMA
 from harness.flower.apps import (
     Apps,
@@ -279,7 +279,7 @@ class Below(Decorated):
 
 
 def _in_run(method: str = "fedpara") -> Any:
-    return open_run(Run(Settings.from_run_config({}, {"method": method}), side="client"))
+    return open_run(Run(FlowerSettings.from_run_config({}, {"method": method}), side="client"))
 
 
 def _converted(model: nn.Module) -> bool:

@@ -91,9 +91,9 @@ def test_the_strategy_s_own_state_is_what_makes_them_equal(
     whole = program.run(order("whole"))
     assert program.run(order("killed", die_before=3)) is None
     (rounds,) = (tmp_path / "killed" / "server").glob("rounds-0.safetensors")
-    from fedpara_plugins_flower.server.resume import _Snapshot
+    from fedpara_plugins_flower.server.snapshot import Snapshot
 
-    snapshot = _Snapshot.read(rounds)
+    snapshot = Snapshot.read(rounds)
     assert snapshot is not None
     for forgotten in ("m_t", "v_t"):
         assert snapshot.state["attributes"].pop(forgotten)["value"] is not None

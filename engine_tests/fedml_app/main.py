@@ -138,18 +138,18 @@ def send_garbage() -> None:
 def leak() -> None:
     """Before every answer goes a message with the private factors as they are."""
     from fedpara_plugins import split
-    from fedpara_plugins_fedml.transport.peers import Post
-    from fedpara_plugins_fedml.transport.protocol import ANSWER, PULSE
+    from fedpara_plugins_fedml.transport.peers import Endpoint
+    from fedpara_plugins_fedml.transport.protocol import HEARTBEAT, REPLY
 
-    send = Post.send
+    send = Endpoint.send
 
     def leaking(self: Any, peer: int, kind: int, data: Any = None, **fields: Any) -> None:
-        if kind == ANSWER:
+        if kind == REPLY:
             private = split(Trainer.last).private.values()
-            send(self, peer, PULSE, b"".join(v.detach().numpy().tobytes() for v in private))
+            send(self, peer, HEARTBEAT, b"".join(v.detach().numpy().tobytes() for v in private))
         send(self, peer, kind, data, **fields)
 
-    Post.send = leaking  # type: ignore[method-assign]
+    Endpoint.send = leaking  # type: ignore[method-assign]
 
 
 def record() -> None:

@@ -5,17 +5,20 @@ change nothing::
 
     from fedpara_plugins_fedml import FedMLRunner
 
-What to do is read from keys ``fedpara_*`` of the YAML, in a section of any name at the left margin;
-without them, or with method and codec ``none``, the project is exactly what it was::
+The options are keys ``fedpara_*`` of the YAML, in a section of any name at the left margin. Without
+them, or with method and codec ``none``, the project runs exactly as before::
 
     fedpara_args:
       fedpara_method: pfedpara
       fedpara_gamma: 0.5
       fedpara_codec: balanced
+
+The names in ``__all__`` are public; everything else in the package is internal.
 """
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -25,22 +28,29 @@ from fedpara_plugins_fedml._version import __version__
 
 if TYPE_CHECKING:
     from fedpara_plugins_fedml.runner import FedMLRunner
-    from fedpara_plugins_fedml.settings import Settings
+    from fedpara_plugins_fedml.settings import FedMLSettings
 
-__all__ = ["FedMLRunner", "Settings", "__version__", "set_label_counts"]
+__all__ = ["FedMLRunner", "FedMLSettings", "__version__", "set_label_counts"]
 
 FEDML = "0.9.6"
 """The release that the adapter is made for; there has been none since February 2025."""
 
-_HOMES = {"FedMLRunner": "runner", "Settings": "settings"}
+_MODULES = {"FedMLRunner": "runner", "FedMLSettings": "settings"}
 
 
 def __getattr__(name: str) -> Any:
     """Import FedML only when the adapter is used: pluggy finds it in any environment."""
-    if name not in _HOMES:
+    if name == "Settings":
+        warnings.warn(
+            "fedpara_plugins_fedml.Settings is now called FedMLSettings",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return __getattr__("FedMLSettings")
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _check_fedml()
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 
@@ -65,9 +75,9 @@ def _check_fedml() -> None:
 
 
 def _why(error: Exception) -> str:
-    """What FedML's own error leaves open: which package is to blame, and what to do."""
+    """Return FedML's error, with the packages at fault and the remedies."""
     from fedpara_plugins_fedml.environment import findings  # it starts processes: only now
 
-    wrong = [f"{found.subject}: {found.text}" for found in findings() if found.level == "attention"]
+    faults = [f"{each.subject}: {each.text}" for each in findings() if each.level == "attention"]
     first = f"{type(error).__name__}: {error}".partition("\n")[0]
-    return "\n  ".join([first, *(wrong or ["`fedpara doctor` finds no reason"])])
+    return "\n  ".join([first, *(faults or ["`fedpara doctor` finds no reason"])])

@@ -1,4 +1,4 @@
-"""``python -m fedpara_plugins_fedml main.py --cf fedml_config.yaml``; see `launcher`."""
+"""``python -m fedpara_plugins_fedml main.py --cf fedml_config.yaml``: see `launcher`."""
 
 from __future__ import annotations
 

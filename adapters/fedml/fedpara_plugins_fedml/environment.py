@@ -1,7 +1,7 @@
-"""What keeps FedML 0.9.6 from importing or training here, named before its own tracebacks do.
+"""Checks of the environment: what keeps FedML 0.9.6 from importing or training, and the remedies.
 
-Nothing here imports FedML. torchvision is imported in a process of its own, and only where the
-version leaves a doubt: whether it loads depends on how torch was built.
+Nothing here imports FedML. Whether torchvision loads depends on how torch was built; where its
+version leaves that open, it is imported in a process of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedpara_plugins.support import Finding, satisfies
 
-__all__ = ["BACKENDS", "PINS", "Pin", "findings", "missing_for"]
+__all__ = ["BACKEND_PACKAGES", "PINS", "Pin", "findings", "missing_for"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Pin:
     Attributes:
         name: of the distribution.
         wanted: version range.
-        reason: what happens outside of it.
+        reason: what happens with other versions.
     """
 
     name: str
@@ -52,10 +52,10 @@ IMPORTED = (
     "psutil", "py-machineid", "pydantic", "python-dotenv", "redis", "scikit-learn", "scipy", "tqdm",
     "typing_extensions", "tzlocal", "wget",
 )  # fmt: skip
-"""What else FedML imports on the way to its trainers, of any version."""
+"""The other packages that FedML imports before its trainers, of any version."""
 
-BACKENDS: Mapping[str, str] = {"MPI": "mpi4py", "GRPC": "grpcio"}
-"""The package that a transport needs beside FedML, by the value of ``backend``."""
+BACKEND_PACKAGES: Mapping[str, str] = {"MPI": "mpi4py", "GRPC": "grpcio"}
+"""The package that a transport needs besides FedML, by the value of ``backend``."""
 
 LOADS_ANYWHERE = "<=0.16.2"
 """Releases of torchvision that import beside a torch of any build."""
@@ -65,11 +65,11 @@ REMEDY = (
     if sys.version_info < (3, 12)
     else "install the torchvision that belongs to your torch, from where your torch comes"
 )
-"""0.16.2 was built for Python up to 3.11."""
+"""The remedy for torchvision; 0.16.2 was built for Python up to 3.11."""
 
 
 def findings() -> Iterator[Finding]:
-    """One line for each version, for what else FedML imports, for the transports, the network."""
+    """Yield findings on pinned versions, the other packages, the transports, and the network."""
     yield _python()
     for pin in PINS:
         yield _pinned(pin)
@@ -77,18 +77,18 @@ def findings() -> Iterator[Finding]:
     found = _version("torchvision")
     if found is not None and not satisfies(found, LOADS_ANYWHERE):
         yield _torchvision(found)
-    for backend, name in BACKENDS.items():
+    for backend, name in BACKEND_PACKAGES.items():
         text = missing_for(backend)
         if text:
             yield Finding("note", f"FedML backend {backend}", text)
         else:
             yield Finding("ok", f"FedML backend {backend}", f"{name} {_version(name)}")
-    yield _contacts()
+    yield _network()
 
 
 def missing_for(backend: str) -> str:
-    """What a transport lacks, with the remedy; "" where nothing is missing or nothing is known."""
-    name = BACKENDS.get(backend)
+    """Return what a transport lacks, with the remedy; "" if it lacks nothing or is not known."""
+    name = BACKEND_PACKAGES.get(backend)
     if name is None or _version(name) is not None:
         return ""
     more = ", and an MPI such as Debian's openmpi-bin for mpirun" if backend == "MPI" else ""
@@ -128,7 +128,7 @@ def _imported() -> Finding:
 
 
 def _torchvision(found: str) -> Finding:
-    """Whether it loads beside this torch, found out by loading it elsewhere."""
+    """Return whether torchvision loads with this torch, after trying it in another process."""
     error = _import_error("torchvision")
     subject = "torchvision beside torch"
     if error:
@@ -138,7 +138,7 @@ def _torchvision(found: str) -> Finding:
 
 
 def _import_error(module: str) -> str:
-    """The last line that an import says in a fresh interpreter; "" if it succeeds."""
+    """Return the last line of an import's error in a new interpreter; "" if it succeeds."""
     command = [sys.executable, "-c", f"import {module}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -147,8 +147,8 @@ def _import_error(module: str) -> str:
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no reason"])[-1]
 
 
-def _contacts() -> Finding:
-    """Whether `fedml.init` waits for a server of FedML's; see docs/fedml.md."""
+def _network() -> Finding:
+    """Return whether `fedml.init` waits for one of FedML's servers; see docs/fedml.md."""
     kept = Path.home() / ".fedml" / "global_services" / ".env"
     subject = "FedML and the network"
     try:
@@ -171,7 +171,7 @@ def _contacts() -> Finding:
             "fedml.init() asks open.fedml.ai for its configuration and has no time limit: set "
             "FEDML_ENV_VERSION=local in the environment for a run without it",
         )
-    return Finding("ok", subject, "local: fedml.init() asks no server on the internet")
+    return Finding("ok", subject, "local: fedml.init() contacts no server on the internet")
 
 
 def _version(name: str) -> str | None:

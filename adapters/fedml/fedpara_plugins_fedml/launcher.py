@@ -1,4 +1,4 @@
-"""Runs a project's own start script, unchanged, with the plugin's FedMLRunner in FedML's place."""
+"""A launcher that runs a project's unchanged start script with the plugin's FedMLRunner."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ project is edited. What the plugin does is read from keys fedpara_* of the YAML.
 
 
 def replace_runner() -> None:
-    """Put the plugin's FedMLRunner everywhere FedML holds its own."""
+    """Replace FedML's FedMLRunner by the plugin's in all modules of FedML.
+
+    Raises:
+        PluginError: if FedML is missing or does not import.
+    """
     import fedpara_plugins_fedml
 
-    FedMLRunner = fedpara_plugins_fedml.FedMLRunner  # noqa: N806  (says so if FedML is missing)
-    (original,) = FedMLRunner.__bases__
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "fedml" and vars(module).get("FedMLRunner") is original:
-            vars(module)["FedMLRunner"] = FedMLRunner
+    runner = fedpara_plugins_fedml.FedMLRunner
+    from fedpara_plugins_fedml.seams import modules_with_runner  # now FedML is known to import
+
+    (original,) = runner.__bases__
+    for module in modules_with_runner(original):
+        setattr(module, original.__name__, runner)
 
 
 def main(arguments: list[str]) -> int:
-    """Run the script that the arguments begin with; the status to exit with.
+    """Run the script that the first argument names, and return the exit status.
 
     Args:
         arguments: of the command line, without the program's name.

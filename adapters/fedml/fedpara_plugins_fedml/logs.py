@@ -1,22 +1,26 @@
-"""Where the plugin's log lines go."""
+"""The adapter's logger, and its place among FedML's loggers."""
 
 from __future__ import annotations
 
 import logging
 
-__all__ = ["follow_fedml"]
+from fedpara_plugins_fedml.seams import replaced_root_logger
 
-OURS = ("fedpara", "fedpara_plugins")
+__all__ = ["log", "show_among_fedml_logs"]
+
+LOGGERS = ("fedpara", "fedpara_plugins")
+"""Parents of all loggers of the plugin."""
+
+log = logging.getLogger("fedpara.fedml")
+"""The logger of all modules of the adapter."""
 
 
-def follow_fedml() -> None:
-    """Let our lines appear among FedML's.
-
-    ``fedml.init`` puts a logger of its own in the place of ``logging.root``. The real one, to which
-    all other loggers go on sending their lines, has no handler then.
-    """
-    for name in OURS:
+def show_among_fedml_logs() -> None:
+    """Let the plugin's records go to the logger that FedML shows, if it has replaced the root."""
+    root = replaced_root_logger()
+    if root is None:
+        return
+    for name in LOGGERS:
         logger = logging.getLogger(name)
-        if logging.root is not logger.manager.root:
-            logger.parent = logging.root
-            logger.setLevel(logger.level)  # forgets which levels it thought were off
+        logger.parent = root
+        logger.setLevel(logger.level)  # clears the cache of levels that are off

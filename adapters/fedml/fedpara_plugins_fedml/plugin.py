@@ -1,4 +1,4 @@
-"""What pluggy finds: the adapter announces itself, and imports FedML only when it is used."""
+"""The adapter's registration with pluggy, which imports no FedML."""
 
 from __future__ import annotations
 

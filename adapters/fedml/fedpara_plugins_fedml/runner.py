@@ -1,4 +1,4 @@
-"""FedMLRunner, for projects that change one import: ``from fedpara_plugins_fedml import ...``."""
+"""The plugin's FedMLRunner: projects import it in the place of FedML's."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import fedml
-from fedml.ml.aggregator.aggregator_creator import create_server_aggregator
-from fedml.ml.trainer.trainer_creator import create_model_trainer
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins_fedml.checks.announcement import announce, warn_of_idle_files
+from fedpara_plugins_fedml.checks.announcement import log_engine, warn_about_files
 from fedpara_plugins_fedml.checks.arguments import (
     check_args,
     check_clients,
@@ -27,32 +25,37 @@ from fedpara_plugins_fedml.checks.supported import (
 from fedpara_plugins_fedml.engine.client import ClientEngine
 from fedpara_plugins_fedml.engine.models import client_model, server_copy
 from fedpara_plugins_fedml.engine.server import ServerEngine
-from fedpara_plugins_fedml.logs import follow_fedml
-from fedpara_plugins_fedml.modes.distributed import Distributed, telling_others
+from fedpara_plugins_fedml.logs import show_among_fedml_logs
+from fedpara_plugins_fedml.modes.distributed import Distributed, reporting_errors
 from fedpara_plugins_fedml.modes.single_process import SingleProcess
 from fedpara_plugins_fedml.rules import RULES, local_rule_for, rule_for
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.seams import (
+    OPTIMIZER_ERROR,
+    create_model_trainer,
+    create_server_aggregator,
+)
+from fedpara_plugins_fedml.settings import FedMLSettings
 
 __all__ = ["FedMLRunner"]
 
 
-class FedMLRunner(fedml.runner.FedMLRunner):  # type: ignore[misc]
-    """FedML's runner, which works as the keys ``fedpara_*`` of the YAML say.
+class FedMLRunner(fedml.FedMLRunner):  # type: ignore[misc]
+    """FedML's runner with the plugin, as the keys ``fedpara_*`` of the YAML say.
 
-    With none of them it is FedML's own.
+    Without such keys it behaves as FedML's runner.
 
     Args:
         args: FedML's.
         device: FedML's.
         dataset: the eight entries that FedML documents.
         model: any torch module.
-        client_trainer: the user's; honoured in single-process simulations too.
+        client_trainer: the user's; used in single-process simulations too.
         server_aggregator: likewise.
-        algorithm_flow: FedML's, untouched.
+        algorithm_flow: FedML's, passed on unchanged.
 
     Raises:
-        ConfigError: an unknown key or optimizer, or a data set of another form.
-        ConversionError: the model cannot be converted.
+        ConfigError: if a key or optimizer is unknown, or the data set has another form.
+        ConversionError: if the model cannot be converted.
     """
 
     def __init__(
@@ -65,18 +68,18 @@ class FedMLRunner(fedml.runner.FedMLRunner):  # type: ignore[misc]
         server_aggregator: Any = None,
         algorithm_flow: Any = None,
     ) -> None:
-        follow_fedml()
-        with telling_others(args, None) if looks_distributed(args) else nullcontext():
-            settings = Settings.from_args(args)
+        show_among_fedml_logs()
+        with reporting_errors(args, None) if looks_distributed(args) else nullcontext():
+            settings = FedMLSettings.from_args(args)
         given = client_trainer, server_aggregator
-        engine = settings.active or settings.mend or lacks_optimizer(args)
-        if algorithm_flow is not None or not engine:
-            warn_of_idle_files(settings)
-            with _explained(args):
+        use_engine = settings.active or settings.mend or lacks_optimizer(args)
+        if algorithm_flow is not None or not use_engine:
+            warn_about_files(settings)
+            with _naming_optimizer(args):
                 super().__init__(args, device, dataset, model, *given, algorithm_flow)
             return
         if is_distributed(args):
-            with telling_others(args, settings):
+            with reporting_errors(args, settings):
                 check_args(settings, args)
                 check_dataset(dataset)
                 first = int(args.rank) == 0
@@ -92,12 +95,12 @@ class FedMLRunner(fedml.runner.FedMLRunner):  # type: ignore[misc]
 
 
 @contextmanager
-def _explained(args: Any) -> Iterator[None]:
-    """FedML says Exception("Exception") where it has no such optimizer."""
+def _naming_optimizer(args: Any) -> Iterator[None]:
+    """Replace FedML's error for an optimizer that it does not have by one that says so."""
     try:
         yield
     except Exception as error:
-        if error.args != ("Exception",):
+        if error.args != OPTIMIZER_ERROR:
             raise
         name = getattr(args, "federated_optimizer", None)
         raise ConfigError(
@@ -108,7 +111,7 @@ def _explained(args: Any) -> Iterator[None]:
 
 
 def _single_process(
-    settings: Settings,
+    settings: FedMLSettings,
     args: Any,
     device: Any,
     dataset: Any,
@@ -116,13 +119,13 @@ def _single_process(
     trainer: Any,
     aggregator: Any,
 ) -> SingleProcess:
-    clients, a_round = args.client_num_in_total, args.client_num_per_round
+    clients = args.client_num_in_total
     check_clients(dataset, clients)
     check_tests(args)
-    rule = rule_for(args, settings, clients=clients, a_round=a_round)
+    rule = rule_for(args, settings, clients=clients)
     local = local_rule_for(args, settings)
     given = {"client_trainer": trainer, "server_aggregator": aggregator}
-    announce(settings, args, rule, honoured=[n for n, value in given.items() if value is not None])
+    log_engine(settings, args, rule, used=[n for n, value in given.items() if value is not None])
     model, factors = client_model(model, settings)
     own = server_copy(factors)
     if aggregator is None:
@@ -133,5 +136,5 @@ def _single_process(
     aggregator.set_id(-1)
     server = ServerEngine(settings, args, device, dataset, aggregator, rule)
     engines = server, ClientEngine(settings, args, device, trainer, local, factors)
-    users = given["server_aggregator"] is not None
-    return SingleProcess(args, dataset, *engines, ask_aggregator=users)
+    own_tests = given["server_aggregator"] is not None
+    return SingleProcess(args, dataset, *engines, aggregator_tests=own_tests)

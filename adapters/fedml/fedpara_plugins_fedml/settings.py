@@ -1,4 +1,4 @@
-"""The keys ``fedpara_*`` of a FedML project's YAML, as they arrive in ``args``."""
+"""The options of a FedML project: the keys ``fedpara_*`` of its YAML, as attributes of ``args``."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from fedpara_plugins import ConfigError, ConversionError, FedParaConfig
 from fedpara_plugins.exchange import ExchangeSettings, to_number
 from fedpara_plugins.optimizers import Guard
 
-__all__ = ["PREFIX", "Settings", "naming_keys"]
+__all__ = ["PREFIX", "FedMLSettings", "naming_keys"]
 
 PREFIX = "fedpara_"
-"""FedML drops the names of sections, so that every key needs one of ours."""
+"""Prefix of the plugin's keys: FedML drops the names of sections."""
 
 WEIGHTINGS = ("", "uniform", "examples")
 _SWITCHES = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 @dataclass(frozen=True)
-class Settings(ExchangeSettings):
-    """Everything the user may set for one run; see `ExchangeSettings` for the rest.
+class FedMLSettings(ExchangeSettings):
+    """Everything that the user may set for one run; see `ExchangeSettings` for the rest.
 
     Attributes:
-        mend: run the plugin's engine even with method and codec ``none``: the dense baseline of a
-            comparison, computed as the optimizer is published.
-        min_clients: fewer usable answers, or fewer client processes, than this end the run. 0 asks
-            for one answer a round, and for every process to stay.
+        mend: whether the plugin's engine runs even with method and codec ``none``, as the dense
+            baseline of a comparison, with optimizers as published.
+        min_clients: number of usable replies, and of client processes, below which the run ends. 0
+            requires one reply a round, and all processes.
         weighting: how SCAFFOLD, FedDyn and Mime weigh clients: ``uniform``, as published, or
             ``examples``; "" leaves it to the optimizer.
-        scaffold_option: how SCAFFOLD's clients make their new variate: ``II``, from their steps, or
-            ``I``, the gradient at the server's model, a pass over their data.
+        scaffold_option: the new variate of SCAFFOLD's clients: ``II``, from their steps, or ``I``,
+            the gradient at the server's model, which costs a pass over their data.
         guard: whether SCAFFOLD's and FedDyn's updates are bounded (`fedpara_plugins.optimizers`);
             None leaves it to the optimizer: SCAFFOLD's are.
         guard_tau: see `Guard`.
         guard_window: see `Guard`.
         guard_collect: see `Guard`; None for one pass over the clients.
-        timeout: seconds without a sign of life after which a process counts as gone.
-        start_timeout: seconds that processes may take to find each other.
-        server_rule: whose rule FedOpt's ``server_optimizer`` names: ``torch``, FedML's own, or
+        timeout: seconds without a message after which a process counts as gone.
+        start_timeout: seconds within which all processes must be connected.
+        server_rule: the rules that FedOpt's ``server_optimizer`` names: ``torch``, as in FedML, or
             ``flower``, which both frameworks can be set to.
-        server_beta_1: of adaptive server optimizers; None for the rule's own.
+        server_beta_1: of adaptive server optimizers; None for the rule's default.
         server_beta_2: likewise.
-        server_tau: what they add to the root (torch's ``eps``); likewise.
+        server_tau: added to the root by adaptive server optimizers (torch's ``eps``); likewise.
     """
 
     mend: bool = False
@@ -86,15 +86,15 @@ class Settings(ExchangeSettings):
         self.guard_for(default=True)
 
     @classmethod
-    def from_args(cls, args: Any) -> Settings:
+    def from_args(cls, args: Any) -> FedMLSettings:
         """Read and validate the keys; all defaults (method and codec ``none``) without any.
 
         Args:
             args: FedML's, or any object with the keys as attributes.
 
         Raises:
-            ConfigError: unknown key (the nearest known one is named), method or codec, or a value
-                out of range.
+            ConfigError: if a key (the error names the nearest known one), method or codec is
+                unknown, or a value is out of range.
         """
         section = {
             key[len(PREFIX) :].replace("-", "_"): "" if value is None else value
@@ -108,10 +108,10 @@ class Settings(ExchangeSettings):
             return cls(**cls.read(section), **own)
 
     def guard_for(self, *, default: bool) -> Guard | None:
-        """The guard of an optimizer; None for the published algorithm.
+        """Return the guard of an optimizer; None for the published algorithm.
 
         Args:
-            default: whether the optimizer has one where the user says nothing.
+            default: whether the optimizer has one if the user sets nothing.
         """
         if not (default if self.guard is None else self.guard):
             return None
@@ -120,7 +120,7 @@ class Settings(ExchangeSettings):
 
 @contextmanager
 def naming_keys() -> Iterator[None]:
-    """A context in which errors of the core name options as the YAML does, with the prefix."""
+    """Let the core's errors in this context name options as the YAML does, with the prefix."""
     try:
         yield
     except (ConfigError, ConversionError) as error:
@@ -129,13 +129,13 @@ def naming_keys() -> Iterator[None]:
 
 
 def _with_prefix(found: re.Match[str]) -> str:
-    word = found[0]
-    return f"{word}{PREFIX}" if word.endswith("'") else f"{PREFIX}{word}"
+    text = found[0]
+    return f"{text}{PREFIX}" if text.endswith("'") else f"{PREFIX}{text}"
 
 
 _OWN = {
     field.name: field
-    for field in fields(Settings)
+    for field in fields(FedMLSettings)
     if field.name not in {base.name for base in fields(ExchangeSettings)}
 }
 
@@ -172,17 +172,17 @@ def _check(name: str, valid: bool, expected: str, value: Any) -> None:
 
 
 def _refuse_section(values: Mapping[str, Any]) -> None:
-    """FedML flattens one level of sections; a deeper one arrives as a mapping, and unread."""
+    """Raise for a section in another one: FedML flattens one level, and leaves it a mapping."""
     for key in ("fedpara", "fedpara_args"):
         if isinstance(values.get(key), Mapping):
             raise ConfigError(
-                f"the YAML has {key!r} inside another section, where its keys are not seen: put "
+                f"the YAML has {key!r} inside another section, where its keys are not read: put "
                 f"fedpara_args at the left margin, with keys like fedpara_method: pfedpara in it"
             )
 
 
 def _refuse_unknown(section: Mapping[str, Any]) -> None:
-    known = [field.name for field in (*fields(FedParaConfig), *fields(Settings))]
+    known = [field.name for field in (*fields(FedParaConfig), *fields(FedMLSettings))]
     known = [name for name in known if name not in ("config", "uplink", "downlink")]
     for name in section:
         if name not in known:

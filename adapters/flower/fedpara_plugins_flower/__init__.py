@@ -12,12 +12,15 @@ Server side::
     Net = fedpara.factorised(Net)
     app = fedpara.server_app(ServerApp())
 
-What to do is read from the section ``[tool.flwr.app.config.fedpara]`` of the app's pyproject.toml;
-without it, or with method and codec ``none``, the app is exactly what it was.
+The options stand in the section ``[tool.flwr.app.config.fedpara]`` of the app's pyproject.toml.
+Without it, or with method and codec ``none``, the app runs exactly as before.
+
+The names in ``__all__`` are public; everything else in the package is internal.
 """
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -31,16 +34,16 @@ if TYPE_CHECKING:
     from fedpara_plugins_flower.run import to_dense
     from fedpara_plugins_flower.server.app import server_app
     from fedpara_plugins_flower.server.evaluation import log_metrics
-    from fedpara_plugins_flower.settings import Settings
+    from fedpara_plugins_flower.settings import FlowerSettings
     from fedpara_plugins_flower.strategies.correction import correction
     from fedpara_plugins_flower.strategies.feddyn import FedDyn
     from fedpara_plugins_flower.strategies.scaffold import Guard, Scaffold
 
 __all__ = [
     "FedDyn",
+    "FlowerSettings",
     "Guard",
     "Scaffold",
-    "Settings",
     "__version__",
     "client_mod",
     "client_mod_with",
@@ -54,27 +57,34 @@ __all__ = [
 
 OLDEST_FLWR = (1, 22)
 
-_HOMES = {
-    "Settings": "settings",
+_MODULES = {
+    "FedDyn": "strategies.feddyn",
+    "FlowerSettings": "settings",
+    "Guard": "strategies.scaffold",
+    "Scaffold": "strategies.scaffold",
     "client_mod": "client.mod",
     "client_mod_with": "client.mod",
+    "correction": "strategies.correction",
     "factorised": "factories",
     "log_metrics": "server.evaluation",
     "server_app": "server.app",
-    "FedDyn": "strategies.feddyn",
-    "Guard": "strategies.scaffold",
-    "Scaffold": "strategies.scaffold",
-    "correction": "strategies.correction",
     "to_dense": "run",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import Flower only when the adapter is used: pluggy finds it in any environment."""
-    if name not in _HOMES:
+    if name == "Settings":
+        warnings.warn(
+            "fedpara_plugins_flower.Settings is now called FlowerSettings",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return __getattr__("FlowerSettings")
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _check_flwr()
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

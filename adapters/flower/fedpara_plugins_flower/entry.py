@@ -1,17 +1,17 @@
-"""An app with the plugin without any edit of its Python: everything is named in its pyproject.toml.
+"""Apps that run the user's apps with the plugin: the pyproject.toml names them, no Python changes.
 
     [tool.flwr.app.components]
     serverapp = "fedpara_plugins_flower.entry:server_app"
     clientapp = "fedpara_plugins_flower.entry:client_app"
 
     [tool.flwr.app.config.fedpara]
-    serverapp = "my_app.server_app:app"  # what stood in components before
+    serverapp = "my_app.server_app:app"  # as it stood in components before
     clientapp = "my_app.client_app:app"
     model = "my_app.task:Net"            # or several, joined by commas
     method = "fedpara"
 
-The app is imported when a run begins, since only then are these options known. A model's class is
-changed in place, for every file that imported it, before the app's own files are imported.
+The user's app is imported when a run begins, since these options are not known before. Before the
+app's own files are imported, the model's class is changed in place, for every file that imports it.
 """
 
 from __future__ import annotations
@@ -20,34 +20,35 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from flwr.common import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins_flower.client.mod import client_mod, client_mod_with
 from fedpara_plugins_flower.factories import factorise_class, factorised
-from fedpara_plugins_flower.server.app import server_app as plugged
-from fedpara_plugins_flower.settings import PREFIX, Settings
+from fedpara_plugins_flower.seams import mods_of
+from fedpara_plugins_flower.server.app import server_app as with_plugin
+from fedpara_plugins_flower.settings import PREFIX, FlowerSettings
 
 __all__ = ["client_app", "server_app"]
 
 
 class _ServerApp(ServerApp):
-    """Stands for the ServerApp that the run's config names."""
+    """Runs the ServerApp that the run's config names."""
 
     def __call__(self, grid: Grid, context: Context) -> None:
-        plugged(_named(context, "serverapp", ServerApp))(grid, context)
+        with_plugin(_configured_app(context, "serverapp", ServerApp))(grid, context)
 
 
 class _ClientApp(ClientApp):
-    """Stands for the ClientApp that the run's config names."""
+    """Runs the ClientApp that the run's config names."""
 
     def __call__(self, message: Message, context: Context) -> Message:
-        app = _named(context, "clientapp", ClientApp)
+        app = _configured_app(context, "clientapp", ClientApp)
         if _has_mod(app):
-            answer: Message = app(message, context)
-            return answer
+            reply: Message = app(message, context)
+            return reply
         return client_mod(message, context, app)
 
 
@@ -55,23 +56,23 @@ server_app = _ServerApp()
 client_app = _ClientApp()
 
 
-def _named(context: Context, option: str, kind: type[Any]) -> Any:
-    """The app that the option names, its models prepared.
+def _configured_app(context: Context, option: str, kind: type[Any]) -> Any:
+    """Return the app that an option names, after its models have been factorised.
 
     Raises:
-        ConfigError: nothing is named, or what is named is not there or of another kind.
+        ConfigError: if the option is missing, or its value cannot be loaded or is of another kind.
     """
     config = context.run_config
     names = [name.strip() for name in str(config.get(f"{PREFIX}model", "")).split(",")]
     for name in filter(None, names):
-        _prepare(name)
-    settings = Settings.from_run_config(config)
+        _factorise(name)
+    settings = FlowerSettings.from_run_config(config)
     if not any(names) and settings.active and settings.config.method != "none":
         raise ConfigError(_missing("model", "my_app.task:Net", config))
     if not config.get(PREFIX + option):
         example = f"my_app.{option.removesuffix('app')}_app:app"
         raise ConfigError(_missing(option, example, config))
-    app = _loaded(option, str(config[PREFIX + option]))
+    app = _load(option, str(config[PREFIX + option]))
     if not isinstance(app, kind):
         raise ConfigError(
             f"fedpara: option {option!r} names a {type(app).__name__}, expected a {kind.__name__}"
@@ -79,17 +80,17 @@ def _named(context: Context, option: str, kind: type[Any]) -> Any:
     return app
 
 
-def _prepare(name: str) -> None:
+def _factorise(name: str) -> None:
     module, _, attribute = name.partition(":")
-    model = _loaded("model", name)
+    model = _load("model", name)
     if isinstance(model, type):
         factorise_class(model)
     elif not hasattr(model, "__wrapped__"):
-        # Files imported before hold the function as it was: the app's are imported after this.
+        # The app's files, which import the function from its module, are imported after this.
         setattr(import_module(module), attribute, factorised(model))
 
 
-def _loaded(option: str, name: str) -> Any:
+def _load(option: str, name: str) -> Any:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigError(f"fedpara: option {option!r}: expected module:name, got {name!r}")
@@ -109,9 +110,8 @@ def _missing(option: str, example: str, config: Mapping[str, Any]) -> str:
 
 
 def _has_mod(app: ClientApp) -> bool:
-    """Whether the app's own file has the plugin's mod already."""
-    made_with_options = getattr(client_mod_with(), "func", None)
+    """Return whether the app has the plugin's mod already."""
+    with_options = getattr(client_mod_with(), "func", None)
     return any(
-        mod is client_mod or getattr(mod, "func", None) is made_with_options
-        for mod in getattr(app, "_mods", None) or ()
+        mod is client_mod or getattr(mod, "func", None) is with_options for mod in mods_of(app)
     )

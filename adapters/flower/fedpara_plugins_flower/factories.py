@@ -1,20 +1,19 @@
-"""How the user's ``Net()`` comes to build the run's model."""
+"""Wrappers of the user's model class or factory, which then builds the active run's model."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, ParamSpec, TypeVar, cast
 
 from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
 from torch import nn
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins_flower.messages.snippets import ADD_MOD, ADD_WRAPPER
 from fedpara_plugins_flower.run import Run, active_run
+from fedpara_plugins_flower.seams import running_app
 
 __all__ = ["factorise_class", "factorised", "plain_model_hint"]
 
@@ -22,25 +21,25 @@ P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
 
 MARK = "_fedpara_factorised"
-"""In the namespace of a class that was changed in place."""
+"""Attribute of a class that was changed in place."""
 
 
 def factorised(factory: Callable[P, M]) -> Callable[P, M]:
-    """Wrap a model class or factory: what it returns is converted as the active run says.
+    """Wrap a model class or factory, so that its models are converted as the active run says.
 
-    Use it right after the imports, ``Net = fedpara.factorised(Net)``: every ``Net()`` of the file,
-    in helper functions and in an ``evaluate_fn`` too, then builds the run's model. Or use it once
+    Use it right after the imports, ``Net = fedpara.factorised(Net)``: every ``Net()`` of the file
+    then builds the run's model, in helper functions and in an ``evaluate_fn`` too. Or use it once
     as a decorator where the class is defined, ``@fedpara.factorised``, for every file that builds
-    the model. With method ``none`` the model is returned as it is, and so it is on clients
-    that train dense (option ``local``).
+    the model. With method ``none``, and on clients that train dense (option ``local``), the model
+    is returned unchanged.
 
     Args:
         factory: the model's class, or any function that returns a new model. A class is changed in
-            place if it is defined in the file that calls this: its own methods may refer to it by
-            its name, as in ``super(Net, self)``.
+            place if it is defined in the file that calls this function: its methods may refer to
+            it by its name, as in ``super(Net, self)``.
 
     Returns:
-        A function with the same arguments (or the class). It raises `ConfigError` when it is called
+        A function with the same arguments (or the class). It raises `ConfigError` if it is called
         outside a run, where the config is not known. ``Net.__wrapped__()`` builds the plain model.
     """
     if isinstance(factory, type):
@@ -59,7 +58,7 @@ def factorised(factory: Callable[P, M]) -> Callable[P, M]:
 def factorise_class(model_class: type[M]) -> type[M]:
     """Change a class in place, so that calling it builds the run's model, whoever imported it.
 
-    Subclasses are not affected, nor are copies and unpickled models, which exist already.
+    Subclasses are not affected. Neither are copies and unpickled models: no call builds them.
     """
     if MARK in vars(model_class):
         return model_class
@@ -92,15 +91,15 @@ def factorise_class(model_class: type[M]) -> type[M]:
 
 
 def plain_model_hint(error: Exception, run: Run) -> str | None:
-    """What to change, if an error comes from loading the run's state into the model of before.
+    """Return what to change in the app if an error comes from loading the run's state; else None.
 
     Args:
-        error: of the user's code.
-        run: that was going on.
+        error: raised by the user's code, possibly by a plain model that cannot load factors.
+        run: the run that was active.
     """
     text = str(error)
     specs = [*run.specs.values(), *([run.expected] if run.expected else [])]
-    # A converted model has factors in the place of these names, and would not miss them.
+    # A converted model has factors instead of these names, so its error would not list them.
     if (
         run.trains_dense
         or "loading state_dict" not in text
@@ -116,30 +115,17 @@ def plain_model_hint(error: Exception, run: Run) -> str | None:
 
 def _run_for(name: str) -> Run:
     run = active_run()
-    if run is None:
-        where = _app_that_calls()
-        plain = f"For the plain model call the original class, {name}.__wrapped__()"
-        if where is None:
-            raise ConfigError(
-                f"fedpara: {name}() was called outside a run of the plugin, where its config is "
-                f"not known. Build the model inside the app's functions. {plain}"
-            )
-        side, line = where
+    if run is not None:
+        return run
+    plain = f"For the plain model call the original class, {name}.__wrapped__()"
+    app = running_app()
+    if app is None:
         raise ConfigError(
-            f"fedpara: this {side} runs without the plugin, so that {name}() does not know the "
-            f"run's config. Add to the {side}: {line}. {plain}"
+            f"fedpara: {name}() was called outside a run of the plugin, where its config is "
+            f"not known. Build the model inside the app's functions. {plain}"
         )
-    return run
-
-
-def _app_that_calls() -> tuple[str, str] | None:
-    """The side whose app the caller runs in, and the line that it lacks; None outside of apps."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        app = frame.f_locals.get("self")
-        if isinstance(app, ClientApp):
-            return "client", ADD_MOD
-        if isinstance(app, ServerApp):
-            return "server", ADD_WRAPPER
-        frame = frame.f_back
-    return None
+    side, line = ("client", ADD_MOD) if isinstance(app, ClientApp) else ("server", ADD_WRAPPER)
+    raise ConfigError(
+        f"fedpara: this {side} runs without the plugin, so that {name}() does not know the "
+        f"run's config. Add to the {side}: {line}. {plain}"
+    )

@@ -1,27 +1,30 @@
-"""The core's log lines in Flower's log, which shows no other logger's."""
+"""The adapter's logger, and the core's log lines in Flower's log, which shows no other logger's."""
 
 from __future__ import annotations
 
 import logging
 
-__all__ = ["show_core_logs"]
+from fedpara_plugins_flower.seams import FLOWER_LOGGER
 
-CORE = ("fedpara", "fedpara_plugins")
-FLOWER = "flwr.fedpara"
+__all__ = ["log", "show_core_logs"]
+
+CORE_LOGGERS = ("fedpara", "fedpara_plugins")
+
+log = logging.getLogger(f"{FLOWER_LOGGER}.fedpara")
+"""The logger of all modules of the adapter."""
 
 
 class _Forwarder(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        target = logging.getLogger(FLOWER)
-        if target.isEnabledFor(record.levelno):
-            target.handle(record)
+        if log.isEnabledFor(record.levelno):
+            log.handle(record)
 
 
 def show_core_logs() -> None:
-    """Hand what the core logs to Flower's logger, once a process."""
-    for core in map(logging.getLogger, CORE):
-        if not any(isinstance(handler, _Forwarder) for handler in core.handlers):
-            core.addHandler(_Forwarder())
-            core.setLevel(logging.INFO)
-            # Flower's handlers show it; a root logger that the app set up need not do so again.
-            core.propagate = False
+    """Forward the core's log records to Flower's logger; further calls change nothing."""
+    for logger in map(logging.getLogger, CORE_LOGGERS):
+        if not any(isinstance(handler, _Forwarder) for handler in logger.handlers):
+            logger.addHandler(_Forwarder())
+            logger.setLevel(logging.INFO)
+            # Flower's handlers show the record; a root logger of the app must not show it again.
+            logger.propagate = False

@@ -1,4 +1,4 @@
-"""What pluggy finds: the adapter announces itself, without importing Flower."""
+"""The adapter's registration with pluggy, which imports no Flower."""
 
 from __future__ import annotations
 

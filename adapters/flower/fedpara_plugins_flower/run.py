@@ -1,8 +1,8 @@
-"""The run that is going on in this process, and the models that are built in it.
+"""The active run in this process, and the models that are built in it.
 
-User code builds its model in many places, some of which (an ``evaluate_fn``) know nothing of the
+User code builds its model in many places, and some of them (an ``evaluate_fn``) do not have the
 run's config. The client mod and the server wrapper therefore open a `Run` around the user's code,
-and `fedpara_plugins_flower.factories.factorised` asks for it.
+and `fedpara_plugins_flower.factories.factorised` looks it up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from flwr.common import ArrayRecord
+from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
@@ -28,17 +28,17 @@ from fedpara_plugins.exchange import (
 )
 from fedpara_plugins.support import Storage
 from fedpara_plugins.training import RoundProgress, round_progress, start_round
-from fedpara_plugins_flower.settings import Settings
+from fedpara_plugins_flower.settings import FlowerSettings
 
 __all__ = ["Run", "Start", "StartHook", "active_run", "open_run", "to_dense"]
 
 M = TypeVar("M", bound=nn.Module)
 
 Start: TypeAlias = dict[str, Any]
-"""The arguments of a strategy's ``start`` by name, ``self`` among them; a hook may replace them."""
+"""Arguments of a strategy's ``start`` by name, with ``self``; a hook may replace them."""
 
 StartHook: TypeAlias = Callable[[Start], AbstractContextManager[Callable[[Result], Result]]]
-"""Is around a strategy's run, and gives a function that may change its result."""
+"""Returns a context around a strategy's run, which yields a function that may change the result."""
 
 _active: ContextVar[Run | None] = ContextVar("fedpara_run", default=None)
 
@@ -51,26 +51,27 @@ class Run:
         settings: the run's options.
         side: ``"client"`` or ``"server"``.
         expected: on a client, the model that the server's message describes.
-        specs: the models that `factorised` built here, by their set of names: of the whole state,
-            and of ``parameters()`` where the model has buffers too.
+        specs: the models that `factorised` built here, each under the set of names of its state,
+            and under that of its ``parameters()`` where the model has buffers too.
         previous_steps: on a client, optimizer steps of its previous training round, if known.
-        plain: on a client whose option ``local`` is ``dense``: the names of the plain state, and of
-            its parameters alone, of the model that the run starts from.
-        start: then, that model's own round.
-        storage: on a client, what it keeps between rounds; committed when its reply is complete.
-        starts: the first model built here keeps its values, since the run starts from them.
+        plain: on a client with the option ``local`` set to ``dense``: specs of the plain model that
+            the run starts from, under the names of its state and under those of its parameters.
+        start: on such a client, the round of that model.
+        storage: on a client, its state between rounds; committed when its reply is complete.
+        starts: whether the first model built here keeps its values, because the run starts from
+            them.
         trainings: progress of the models that were built here with training options.
-        dtypes: on a server that goes on with an earlier run, of the tensors that it began with.
-        on_loaded: called with every complete state that such a model loads.
-        on_encoded: on a client, called when its reply is encoded and nothing has been kept yet,
-            with what the codec lost of each record: the tensors given minus those that the server
-            will decode.
-        on_evaluated: on a server with a ledger, called with a round and figures of the model.
-        on_start: on a server, what takes part when a strategy is started; see `strategy_start`.
-        strategy: on a server, the one that was started last.
+        dtypes: on a server that continues an earlier run, dtypes of the tensors of its first round.
+        on_loaded: called with every complete state that a model built here loads.
+        on_encoded: on a client, called when its reply is encoded and before its state is kept, with
+            the codec's error for each record: the tensors given minus those that the server
+            decodes.
+        on_evaluated: on a server with a ledger, called with a round and metrics of the model.
+        on_start: on a server, hooks around each start of a strategy; see `strategy_hooks`.
+        strategy: on a server, the strategy that was started last.
     """
 
-    settings: Settings
+    settings: FlowerSettings
     side: str
     expected: ModelSpec | None = None
     specs: dict[frozenset[str], ModelSpec] = field(default_factory=dict)
@@ -89,31 +90,31 @@ class Run:
 
     @property
     def trains_dense(self) -> bool:
-        """Whether this side's models stay as they are, and the mod projects what they learn."""
+        """Return whether this side's models stay dense, and the mod projects their updates."""
         return self.side == "client" and self.settings.trains_dense
 
     def converted(self, model: M) -> M:
-        """Convert a model that the user's code has just built, and remember its spec.
+        """Convert a model that the user's code has just built, and keep its spec.
 
-        Where clients train dense, a client's model is compared and comes back as it is.
+        A client that trains dense compares the model and returns it unchanged.
 
         Raises:
-            MismatchError: the server's message describes another model.
+            MismatchError: if the server's message describes another model.
         """
         if self.trains_dense:
             return self._compared(model)
         model = convert(model, self._config())
-        self._remembered(model)
+        self._register(model)
         if self.side == "server":
             zero_private_factors(model)
         start_round(model, previous_steps=self.previous_steps)
         if (training := round_progress(model)) is not None:
             self.trainings.append(training)
         if self.on_loaded is not None:
-            model.register_load_state_dict_post_hook(_announce_loaded)  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_post_hook(_report_loaded)  # type: ignore[no-untyped-call]
         return model
 
-    def _remembered(self, model: nn.Module) -> ModelSpec:
+    def _register(self, model: nn.Module) -> ModelSpec:
         spec = ModelSpec.of(model)
         specs = {frozenset(s.keys): s for s in (spec, _of_parameters(spec, model))}
         if self.expected is not None:
@@ -125,7 +126,7 @@ class Run:
     def _compared(self, model: M) -> M:
         first = self.starts and not self.specs
         factors = converted_copy(model, self._config())
-        spec = self._remembered(factors)
+        spec = self._register(factors)
         if first:
             self.start = DenseRound(spec, factors.state_dict())
             model.load_state_dict(self.start.dense)
@@ -134,14 +135,14 @@ class Run:
         return model
 
     def _config(self) -> FedParaConfig:
-        """Only the model that the run starts from keeps its values; others load a state next."""
+        """Return the config; only the model that the run starts from keeps its values."""
         first = (self.side == "server" or self.starts) and not self.specs
         config = self.settings.config
         return config if first else replace(config, init="random")
 
 
 def active_run() -> Run | None:
-    """The run that is going on in this context, if any."""
+    """Return the run that is active in this context, if any."""
     return _active.get()
 
 
@@ -156,26 +157,29 @@ def open_run(run: Run) -> Iterator[Run]:
 
 
 def _of_parameters(spec: ModelSpec, model: nn.Module) -> ModelSpec:
-    """What an app sends that leaves its buffers at home: a list of ``model.parameters()``."""
+    """Return the spec of a list of ``model.parameters()``, as apps send it that keep buffers."""
     names = {name for name, _ in model.named_parameters()}
     keys = tuple(key for key in spec.keys if key in names)
     return replace(spec, keys=keys, own={k: v for k, v in spec.own.items() if k in names})
 
 
 def to_dense(arrays: ArrayRecord | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The dense state of a converted model's arrays, for ``load_state_dict`` of the plain model.
+    """Return the dense state of a converted model, for ``load_state_dict`` of the plain model.
 
-    To be called inside the app, for example on ``result.arrays``. For pFedPara on the server it is
-    W1, the shared model (private part zero).
+    Call it inside the app, for example on ``result.arrays``. For pFedPara on the server the result
+    is W1, the shared model (private part zero).
+
+    Args:
+        arrays: the state of a model that `factorised` built in the same run.
 
     Raises:
-        ConfigError: called outside a run, or no model with these names was built in it.
+        ConfigError: if it is called outside a run, or no model with these names was built in it.
     """
     state: Mapping[str, Tensor]
     state = arrays.to_torch_state_dict() if isinstance(arrays, ArrayRecord) else arrays
     run = active_run()
     if run is not None and run.trains_dense:
-        return dict(state)  # what such a client has is dense already
+        return dict(state)  # such a client's state is dense already
     spec = run.specs.get(frozenset(state)) if run else None
     if spec is None:
         raise ConfigError(
@@ -185,7 +189,7 @@ def to_dense(arrays: ArrayRecord | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return spec.dense_state(state)
 
 
-def _announce_loaded(module: nn.Module, incompatible_keys: Any) -> None:
+def _report_loaded(module: nn.Module, _incompatible_keys: Any) -> None:
     run = active_run()
     if run is not None and run.on_loaded is not None:
         run.on_loaded({k: v.detach().clone() for k, v in module.state_dict().items()})

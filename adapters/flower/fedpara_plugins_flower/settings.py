@@ -8,31 +8,31 @@ from typing import Any
 
 from fedpara_plugins.exchange import ExchangeSettings
 
-__all__ = ["PREFIX", "Settings"]
+__all__ = ["PREFIX", "FlowerSettings"]
 
 PREFIX = "fedpara."
-"""Flower flattens nested config tables to dotted keys."""
+"""Prefix of the plugin's keys: Flower flattens nested config tables to dotted keys."""
 
 ENTRY_OPTIONS = ("serverapp", "clientapp", "model")
-"""Where `fedpara_plugins_flower.entry` finds the app; no business of a run's settings."""
+"""Options that `fedpara_plugins_flower.entry` reads to find the app; a run has no use for them."""
 
 
 @dataclass(frozen=True)
-class Settings(ExchangeSettings):
-    """Everything the user may set for one run; see `ExchangeSettings`."""
+class FlowerSettings(ExchangeSettings):
+    """Everything that the user may set for one run of a Flower app; see `ExchangeSettings`."""
 
     @classmethod
     def from_run_config(
         cls, run_config: Mapping[str, Any], options: Mapping[str, Any] | None = None
-    ) -> Settings:
+    ) -> FlowerSettings:
         """Read and validate the section; all defaults (method and codec ``none``) without one.
 
         Args:
-            run_config: of the run; its section wins.
+            run_config: of the run; its section takes precedence.
             options: the same options, set in Python.
 
         Raises:
-            ConfigError: unknown option, method or codec, or a value out of range.
+            ConfigError: if an option, method or codec is unknown, or a value is out of range.
         """
         section = {key.replace("-", "_"): value for key, value in (options or {}).items()}
         section |= {

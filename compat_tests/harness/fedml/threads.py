@@ -18,8 +18,8 @@ from fedml.core.distributed.communication.message import Message
 from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 
 from fedpara_plugins_fedml.modes import distributed
-from fedpara_plugins_fedml.settings import Settings
-from fedpara_plugins_fedml.transport import peers as post
+from fedpara_plugins_fedml.settings import FedMLSettings
+from fedpara_plugins_fedml.transport import peers
 from harness.fedml.project import arguments, dataset, model
 
 __all__ = ["PATIENCE", "Line", "Parties"]
@@ -116,7 +116,7 @@ class Parties:
             manager.com_manager.add_observer(manager)
 
         monkeypatch.setattr(FedMLCommManager, "_init_manager", connect)
-        for module in (distributed, post):
+        for module in (distributed, peers):
             monkeypatch.setattr(
                 module, "end_process", lambda reason, code=1: self.ended.append(reason)
             )
@@ -138,7 +138,7 @@ class Parties:
 
         def run() -> None:
             try:
-                settings = Settings.from_args(args)
+                settings = FedMLSettings.from_args(args)
                 party = distributed.Distributed(
                     settings, args, torch.device("cpu"), data, net, trainer, aggregator
                 )

@@ -1,15 +1,14 @@
-"""What cannot work, refused with its reason before a round begins."""
+"""Checks of a project's keys and data set, before the first round."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedml.core import ServerAggregator
-
 from fedpara_plugins import ConfigError
 from fedpara_plugins.codecs import Codec
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.seams import assesses_contribution
+from fedpara_plugins_fedml.settings import FedMLSettings
 
 __all__ = [
     "check_args",
@@ -34,24 +33,29 @@ CLIENTS_CLIP = {
     "nbafl": "NbAFL bounds each weight of a client's model by C",
     "dp_clip": "dp_clip bounds the norm of a client's update by clipping_norm",
 }
-"""Kinds of differential privacy in FedML whose clients promise a bound."""
-
+"""Kinds of differential privacy in FedML whose clients guarantee a bound, with that bound."""
 
 ASSESSMENTS = ("LOO", "GTG", "MR")
 """FedML's own assessments of contributions, by ``contribution_alg``."""
 
 
 def is_lossy(codec: Codec) -> bool:
-    """Whether what a receiver decodes may differ from what was given."""
+    """Return whether decoded tensors may differ from the encoded ones."""
     return not all(stage.lossless or stage.needs_reference for stage in codec.stages)
 
 
-def check_args(settings: Settings, args: Any) -> None:
+def check_args(settings: FedMLSettings, args: Any) -> None:
     """Raise for a project that the plugin's engine cannot run.
 
     Raises:
-        ConfigError: names the key, and what to do.
+        ConfigError: if a key's value is wrong or not supported; names the key and the remedy.
     """
+    _check_numbers(settings, args)
+    _check_engine(settings, args)
+    _check_privacy(settings, args)
+
+
+def _check_numbers(settings: FedMLSettings, args: Any) -> None:
     for key in NEEDED:
         if not isinstance(getattr(args, key, None), int):
             got = repr(getattr(args, key)) if hasattr(args, key) else "nothing"
@@ -63,6 +67,9 @@ def check_args(settings: Settings, args: Any) -> None:
             f"fedpara: fedpara_min_clients is {settings.min_clients}, and no round has more than "
             f"{most} clients (client_num_per_round)"
         )
+
+
+def _check_engine(settings: FedMLSettings, args: Any) -> None:
     if getattr(args, "enable_fhe", False):
         raise ConfigError(
             "fedpara: enable_fhe encrypts whole dense models on the clients, so the server can "
@@ -84,15 +91,20 @@ def check_args(settings: Settings, args: Any) -> None:
             "apart: the shared factors would never be trained. Set fedpara_schedule: joint, or "
             "another federated_optimizer"
         )
+
+
+def _check_privacy(settings: FedMLSettings, args: Any) -> None:
+    if not getattr(args, "enable_dp", False):
+        return
     kind = str(getattr(args, "dp_solution_type", "")).strip()
-    if getattr(args, "enable_dp", False) and settings.trains_dense and kind != "cdp":
+    if settings.trains_dense and kind != "cdp":
         raise ConfigError(
             f"fedpara: enable_dp with dp_solution_type {kind} bounds clients' updates or adds "
             f"noise to them, and fedpara_local: dense projects them onto the factors and rescales "
-            f"them afterwards, so neither would be what it says: set fedpara_local: factors, or "
-            f"dp_solution_type: cdp, with which the server clips"
+            f"them afterwards, which breaks the bound and changes the noise: set fedpara_local: "
+            f"factors, or dp_solution_type: cdp, with which the server clips"
         )
-    if getattr(args, "enable_dp", False) and kind in CLIENTS_CLIP and is_lossy(settings.uplink):
+    if kind in CLIENTS_CLIP and is_lossy(settings.uplink):
         raise ConfigError(
             f"fedpara: {CLIENTS_CLIP[kind]}, and the codec {settings.uplink.name!r} changes what "
             f"the server decodes, so the bound would not hold there: set fedpara_uplink_codec: "
@@ -101,15 +113,15 @@ def check_args(settings: Settings, args: Any) -> None:
 
 
 def check_contribution(args: Any, aggregator: Any) -> None:
-    """Raise for FedML's own assessments of contributions: all three end in an error.
+    """Raise for FedML's own assessments of contributions, each of which raises an error later.
 
     Raises:
-        ConfigError: says which, and what to do.
+        ConfigError: if one of them is enabled; names it and the remedy.
     """
     kind = getattr(args, "contribution_alg", None)
     if not getattr(args, "enable_contribution", False) or kind not in ASSESSMENTS:
         return
-    if type(aggregator).assess_contribution is ServerAggregator.assess_contribution:
+    if not assesses_contribution(aggregator):
         raise ConfigError(
             f"fedpara: contribution_alg {kind}: in FedML 0.9.6 this assessment calls the "
             f"aggregator's test with a model in the place of the data, and its mean with a dict in "
@@ -122,7 +134,7 @@ def check_dataset(dataset: Any) -> None:
     """Raise unless a data set has the form that FedML documents.
 
     Raises:
-        ConfigError: names what is wrong, and the form.
+        ConfigError: if it has another form; names the difference, and the whole form.
     """
     if not isinstance(dataset, Sequence) or len(dataset) != len(ENTRIES):
         size = f" of {len(dataset)} entries" if isinstance(dataset, Sequence) else ""
@@ -151,10 +163,12 @@ def check_dataset(dataset: Any) -> None:
 
 
 def check_tests(args: Any) -> None:
-    """Raise unless a single-process project says how often it tests; FedML does after a round.
+    """Raise unless a single-process project says how often it tests.
+
+    FedML would find that out after the first round.
 
     Raises:
-        ConfigError: names the key.
+        ConfigError: if ``frequency_of_the_test`` is not a number of rounds.
     """
     often = getattr(args, "frequency_of_the_test", None)
     if not isinstance(often, int) or often < 1:
@@ -165,10 +179,10 @@ def check_tests(args: Any) -> None:
 
 
 def check_clients(dataset: Sequence[Any], clients: int) -> None:
-    """Raise unless a data set has every client's part.
+    """Raise unless a data set has the data of every client.
 
     Raises:
-        ConfigError: names the first client that is missing.
+        ConfigError: if some are missing; names the first.
     """
     for place in BY_CLIENT:
         missing = [index for index in range(clients) if index not in dataset[place]]
@@ -176,5 +190,5 @@ def check_clients(dataset: Sequence[Any], clients: int) -> None:
             raise ConfigError(
                 f"fedpara: client_num_in_total is {clients}, and entry {place} of the data set, "
                 f"{ENTRIES[place]}, has no client {missing[0]} ({len(missing)} are missing): give "
-                f"it the keys 0 to {clients - 1}, or set client_num_in_total to what there is"
+                f"it the keys 0 to {clients - 1}, or set client_num_in_total to their number"
             )

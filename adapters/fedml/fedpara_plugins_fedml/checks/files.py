@@ -1,4 +1,4 @@
-"""Files and folders of a run, tried before it begins: what is found later is found too late."""
+"""Test writes to the files and folders of a run, before it begins."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import tempfile
 from pathlib import Path
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.settings import FedMLSettings
 
 __all__ = ["check_files"]
 
 FILES = ("ledger", "checkpoint")
-SERVERS = (*FILES, "state_dir")
-CLIENTS = ("client_checkpoints", "state_dir")
+OF_SERVER = (*FILES, "state_dir")
+OF_CLIENTS = ("client_checkpoints", "state_dir")
 
 
-def check_files(settings: Settings, *, server: bool, client: bool) -> None:
-    """Make the folders that a process will write to, and write to each once.
+def check_files(settings: FedMLSettings, *, server: bool, client: bool) -> None:
+    """Make the folders that a process will write to, and write to each of them once.
 
     Args:
         settings: of the run.
@@ -25,24 +25,25 @@ def check_files(settings: Settings, *, server: bool, client: bool) -> None:
         client: whether it trains.
 
     Raises:
-        ConfigError: names the key, the path and what the system says.
+        ConfigError: if a path cannot be written to; names the key, the path and the system's
+            reason.
     """
-    for name in dict.fromkeys((*(SERVERS if server else ()), *(CLIENTS if client else ()))):
+    for name in dict.fromkeys((*(OF_SERVER if server else ()), *(OF_CLIENTS if client else ()))):
         path = getattr(settings, name)
         if path is not None:
-            _try(f"fedpara_{name}", path, a_file=name in FILES)
+            _try_to_write(f"fedpara_{name}", path, is_file=name in FILES)
 
 
-def _try(key: str, path: Path, *, a_file: bool) -> None:
+def _try_to_write(key: str, path: Path, *, is_file: bool) -> None:
     try:
-        if a_file and path.is_dir():
+        if is_file and path.is_dir():
             raise IsADirectoryError(None, "it is a folder, expected a file's name")
-        folder = path.parent if a_file else path
+        folder = path.parent if is_file else path
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        if a_file and path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(None, "it is there, and may not be written")
+        if is_file and path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(None, "it exists and is not writable")
     except OSError as error:
         raise ConfigError(
             f"fedpara: {key}: nothing can be written to {path} ({error.strerror}): name a place "

@@ -1,4 +1,4 @@
-"""Which of FedML's modes a project asks for: one process or several, and who has its optimizer."""
+"""The modes and optimizers that a project asks for, and whether the plugin runs them."""
 
 from __future__ import annotations
 
@@ -10,35 +10,34 @@ from fedpara_plugins_fedml.environment import missing_for
 __all__ = ["BACKENDS", "is_distributed", "lacks_optimizer", "looks_distributed"]
 
 BACKENDS = {"simulation": ("MPI",), "cross_silo": ("TRPC", "MPI", "GRPC", "MQTT_S3")}
-"""What runs, by ``training_type``; the single process is not among them."""
+"""Transports that the plugin runs, by ``training_type``; the single process is not among them."""
 
-
-LACKING = {
+MISSING_OPTIMIZERS = {
     ("cross_silo", None): ("FedProx", "FedOpt", "SCAFFOLD", "FedDyn", "FedNova", "Mime"),
     ("simulation", "MPI"): ("FedProx", "FedOpt", "SCAFFOLD", "FedDyn", "Mime"),
 }
-"""Optimizers that FedML 0.9.6 has not there, or that end in an error there for any model; by
-training type and backend (docs/fedml-faults.md)."""
+"""Optimizers that FedML 0.9.6 does not have, or that raise an error for any model, by training type
+and backend (docs/fedml-faults.md)."""
 
 
 def looks_distributed(args: Any) -> bool:
-    """Whether there are other processes that would wait for this one."""
+    """Return whether there are other processes that would wait for this one."""
     kind, backend = str(getattr(args, "training_type", "")), str(getattr(args, "backend", ""))
     return backend in BACKENDS.get(kind, ())
 
 
 def lacks_optimizer(args: Any) -> bool:
-    """Whether the project names an optimizer that only the plugin's engine runs there."""
+    """Return whether the project names an optimizer that only the plugin's engine runs."""
     kind, backend = str(getattr(args, "training_type", "")), str(getattr(args, "backend", ""))
-    names = LACKING.get((kind, backend)) or LACKING.get((kind, None), ())
+    names = MISSING_OPTIMIZERS.get((kind, backend)) or MISSING_OPTIMIZERS.get((kind, None), ())
     return getattr(args, "federated_optimizer", None) in names
 
 
 def is_distributed(args: Any) -> bool:
-    """Whether a project's keys ask for several processes.
+    """Return whether a project's keys ask for several processes.
 
     Raises:
-        ConfigError: they ask for something that the plugin's engine does not run.
+        ConfigError: if they ask for something that the plugin's engine does not run.
     """
     kind, backend = str(args.training_type), str(getattr(args, "backend", ""))
     if kind == "simulation" and backend == "sp":
@@ -57,7 +56,7 @@ def is_distributed(args: Any) -> bool:
     if kind == "cross_silo" and scenario != "horizontal":
         raise ConfigError(
             f"scenario {scenario!r}: the plugin runs cross_silo with scenario horizontal (in FedML "
-            f"0.9.6 the hierarchical one ends in its own initialisation)"
+            f"0.9.6 the hierarchical one fails in its own initialisation)"
         )
     if lack := missing_for(backend):
         raise ConfigError(f"backend {backend} {lack}")

@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from fedml.core import Context
 from torch import Tensor
 
 from fedpara_plugins import MismatchError, ModelSpec
 from fedpara_plugins.exchange import cast
 from fedpara_plugins_fedml.engine.models import plain_state, to_state
 from fedpara_plugins_fedml.rules import ClientReply, Rule, State
+from fedpara_plugins_fedml.seams import note_client_models
 
 __all__ = ["Aggregation"]
 
@@ -67,7 +67,7 @@ class Aggregation:
         found, kept = self._aggregator.on_before_aggregation(list(raw))
         if getattr(self._args, "enable_contribution", False):  # for assess_contribution
             models = [(examples, plain_state(to_state(state))) for examples, state in found]
-            Context().add(Context.KEY_CLIENT_MODEL_LIST, models)
+            note_client_models(models)
         places = _places(raw, found, kept)
         return [
             replace(

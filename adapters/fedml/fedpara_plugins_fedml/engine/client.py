@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
 from torch import nn
 
 from fedpara_plugins import ConfigError, ConversionError, FedParaError, MismatchError
@@ -25,8 +24,9 @@ from fedpara_plugins_fedml.engine.labels import count_once
 from fedpara_plugins_fedml.engine.models import plain_state, to_state
 from fedpara_plugins_fedml.messages.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.messages.head import MODEL, Head
-from fedpara_plugins_fedml.rules import LocalRule, LocalWork, State, Visit
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.rules import LocalRound, LocalRule, ReplyExtras, State
+from fedpara_plugins_fedml.seams import local_dp_is_on
+from fedpara_plugins_fedml.settings import FedMLSettings
 
 __all__ = ["ClientEngine"]
 
@@ -57,7 +57,7 @@ class ClientEngine(ClientModels):
 
     def __init__(
         self,
-        settings: Settings,
+        settings: FedMLSettings,
         args: Any,
         device: torch.device,
         trainer: Any,
@@ -125,7 +125,7 @@ class ClientEngine(ClientModels):
         client_round: ClientRound,
         storage: Storage,
         data: _Data,
-    ) -> Visit:
+    ) -> LocalRound:
         """Decode a message, and give the trainer the model and the client's data."""
         if head.purpose not in ("train", "prepare"):
             raise MismatchError(f"a message for {head.purpose!r} came where training was due")
@@ -136,7 +136,7 @@ class ClientEngine(ClientModels):
         trainer.update_dataset(*data)
         trainer.set_model_params(plain_state(model.given))
         beside = {name: part.given for name, part in client_round.received.items() if name != MODEL}
-        return Visit(
+        return LocalRound(
             client=client,
             server_round=head.round,
             task=head.task,
@@ -152,7 +152,7 @@ class ClientEngine(ClientModels):
     def _answer(
         self,
         head: Head,
-        visit: Visit,
+        visit: LocalRound,
         client_round: ClientRound,
         storage: Storage,
         examples: float,
@@ -185,7 +185,7 @@ class ClientEngine(ClientModels):
         storage.commit()
         return reply
 
-    def _after_training(self, visit: Visit) -> tuple[State, LocalWork]:
+    def _after_training(self, visit: LocalRound) -> tuple[State, ReplyExtras]:
         """Return the client's state after its training, and what the rule adds."""
         trainer, args = self._trainer, self._args
         count_once(trainer.model, visit.train_data)
@@ -195,7 +195,7 @@ class ClientEngine(ClientModels):
         trained = to_state(trainer.get_model_params())
         trainer.on_after_local_training(visit.train_data, self._device, args)
         after = to_state(trainer.get_model_params())
-        if FedMLDifferentialPrivacy.get_instance().is_local_dp_enabled():
+        if local_dp_is_on():
             # What never leaves needs no noise.
             after |= {name: trained[name] for name in self._spec.private_keys}
         return after, work

@@ -17,7 +17,7 @@ from fedpara_plugins_fedml.engine.models import dense_of, exchanged, plain_state
 from fedpara_plugins_fedml.messages.envelope import unpack
 from fedpara_plugins_fedml.messages.head import MODEL, Head
 from fedpara_plugins_fedml.rules import State
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.settings import FedMLSettings
 
 __all__ = ["ClientModels", "received_model"]
 
@@ -39,7 +39,7 @@ class ClientModels:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: FedMLSettings,
         args: Any,
         device: torch.device,
         trainer: Any,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedml.core import Context
-from fedml.cross_silo.server.fedml_aggregator import FedMLAggregator
+from fedpara_plugins_fedml.seams import FedMLAggregator, note_silos
 
 __all__ = ["Evaluation"]
 
@@ -32,6 +31,6 @@ class Evaluation:
 
     def after(self, number: int, silos: Sequence[int]) -> None:
         """Test the server's model after a round, the first being 0."""
-        Context().add(Context.KEY_CLIENT_ID_LIST_IN_THIS_ROUND, list(silos))
+        note_silos(silos)
         self._fedml.test_on_server_for_all_clients(number)
         self._fedml.assess_contribution()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedpara_plugins import ConversionError, ModelSpec, convert
 from fedpara_plugins.exchange import converted_copy, tell_idle, zero_private_factors
-from fedpara_plugins_fedml.settings import Settings, naming_keys
+from fedpara_plugins_fedml.settings import FedMLSettings, naming_keys
 
 __all__ = [
     "client_model",
@@ -29,7 +29,7 @@ __all__ = [
 State = dict[str, Tensor]
 
 
-def converted(model: Any, settings: Settings) -> nn.Module:
+def converted(model: Any, settings: FedMLSettings) -> nn.Module:
     """Convert the project's model in place, and return it.
 
     Raises:
@@ -45,7 +45,7 @@ def converted(model: Any, settings: Settings) -> nn.Module:
         return convert(model, settings.config)
 
 
-def client_model(model: Any, settings: Settings) -> tuple[nn.Module, nn.Module]:
+def client_model(model: Any, settings: FedMLSettings) -> tuple[nn.Module, nn.Module]:
     """Return what a client trains, and that model as factors: the same object if it trains these.
 
     With the key ``fedpara_local: dense`` the first is the project's own model as it is.

@@ -19,7 +19,7 @@ from fedpara_plugins_fedml.engine.server_state import CompletedRound, ServerFile
 from fedpara_plugins_fedml.messages.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.messages.head import MODEL, Head, Purpose
 from fedpara_plugins_fedml.rules import ClientReply, Rule, State
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.settings import FedMLSettings
 
 __all__ = ["ServerEngine"]
 
@@ -50,7 +50,7 @@ class ServerEngine:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: FedMLSettings,
         args: Any,
         device: torch.device,
         dataset: Sequence[Any],

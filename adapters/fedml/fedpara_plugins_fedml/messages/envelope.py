@@ -6,9 +6,9 @@
     the head  JSON: {"head": {...}, "payloads": [[name, size], ...]}
     payloads  one after the other
 
-FedML's transports pickle what they carry; this is what our part of it is, and it is read without
-pickle. The format is docs/envelope.md; each payload in it is decoded by the core's strict decoder
-(docs/payload.md) afterwards. Nothing here imports FedML.
+FedML's transports pickle their messages. The plugin's part of a message is these bytes, which are
+read without pickle. docs/envelope.md describes the format. Each payload is decoded by the core's
+strict decoder (docs/payload.md) afterwards. Nothing here imports FedML.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ FIXED = struct.Struct("<4sII")
 MAX_HEAD = 2**20
 MAX_PAYLOADS = 64
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
-"""Of a payload. A client keeps what it received under that name."""
+"""Pattern of a payload's name, under which a client also keeps it."""
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """A message, taken apart.
+    """The parts of a message.
 
     Attributes:
         head: plain JSON values.
@@ -48,19 +48,20 @@ class Envelope:
 
 
 def pack(head: Mapping[str, Any], payloads: Mapping[str, bytes]) -> bytes:
-    """The message as bytes.
+    """Return a message as bytes.
 
     Raises:
-        PayloadError: the head is no JSON, or too large, or a payload's name is not of `NAME`.
+        PayloadError: if the head is not JSON or too large, or a payload's name does not match
+            `NAME`.
     """
     if wrong := [name for name in payloads if not NAME.fullmatch(name)]:
-        raise PayloadError(f"no payload can be called {wrong[0]!r}: expected {NAME.pattern}")
+        raise PayloadError(f"invalid name of a payload {wrong[0]!r}: expected {NAME.pattern}")
     sizes = [[name, len(data)] for name, data in payloads.items()]
     try:
-        words = {"head": dict(head), "payloads": sizes}
-        text = json.dumps(words, separators=(",", ":"), allow_nan=False).encode()
+        fields = {"head": dict(head), "payloads": sizes}
+        text = json.dumps(fields, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError) as error:
-        raise PayloadError(f"the head of a message is no plain JSON: {error}") from error
+        raise PayloadError(f"the head of a message is not plain JSON: {error}") from error
     if len(text) > MAX_HEAD or len(payloads) > MAX_PAYLOADS:
         raise PayloadError(
             f"a message's head takes {len(text)} bytes and names {len(payloads)} payloads, more "
@@ -70,11 +71,11 @@ def pack(head: Mapping[str, Any], payloads: Mapping[str, bytes]) -> bytes:
 
 
 def unpack(data: object) -> Envelope:
-    """Undo `pack`, of bytes that anyone may have sent.
+    """Return the parts of a message; the sender is not trusted.
 
     Raises:
-        MismatchError: no message of ours: the other side runs without the plugin.
-        PayloadError: damaged.
+        MismatchError: if it is not a message of the plugin: the other side runs without it.
+        PayloadError: if it is damaged.
     """
     if not isinstance(data, bytes | bytearray | memoryview):
         raise MismatchError(
@@ -84,34 +85,34 @@ def unpack(data: object) -> Envelope:
         )
     data = bytes(data)
     if len(data) < FIXED.size:
-        raise PayloadError(f"a message of {len(data)} bytes is no whole message")
+        raise PayloadError(f"a message of {len(data)} bytes is incomplete")
     magic, size, checksum = FIXED.unpack_from(data)
     if magic != MAGIC:
         raise MismatchError(f"a message begins with {magic!r}, expected {MAGIC!r}")
     if size > MAX_HEAD:
-        raise PayloadError(f"the head of a message says it takes {size} bytes, of {MAX_HEAD}")
+        raise PayloadError(f"the head of a message claims {size} bytes, the limit is {MAX_HEAD}")
     text = data[FIXED.size : FIXED.size + size]
     if len(text) != size or zlib.crc32(text) != checksum:
         raise PayloadError("the head of a message is damaged")
     try:
-        words = strict_json(text.decode())
+        fields = strict_json(text.decode())
     except UnicodeDecodeError as error:
         raise PayloadError(f"the head of a message is malformed: {error}") from error
-    if not isinstance(words, dict) or words.keys() != {"head", "payloads"}:
+    if not isinstance(fields, dict) or fields.keys() != {"head", "payloads"}:
         raise PayloadError("the head of a message is malformed: not an object of head and payloads")
-    if not isinstance(words["head"], dict):
-        raise PayloadError("the head of a message is no JSON object")
-    return Envelope(words["head"], _cut(data, FIXED.size + size, words["payloads"]))
+    if not isinstance(fields["head"], dict):
+        raise PayloadError("the head of a message is not a JSON object")
+    return Envelope(fields["head"], _split(data, FIXED.size + size, fields["payloads"]))
 
 
-def _cut(data: bytes, start: int, sizes: Any) -> dict[str, bytes]:
+def _split(data: bytes, start: int, sizes: Any) -> dict[str, bytes]:
     sound = isinstance(sizes, list) and len(sizes) <= MAX_PAYLOADS and all(map(_is_size, sizes))
     if not sound or len({name for name, _ in sizes}) != len(sizes):
-        raise PayloadError("the head of a message names its payloads in a way that makes no sense")
+        raise PayloadError("the head of a message lists its payloads in an invalid way")
     if start + sum(count for _, count in sizes) != len(data):
         raise PayloadError(
-            f"a message of {len(data)} bytes does not hold what its head says: it was cut or added "
-            f"to on its way"
+            f"a message of {len(data)} bytes does not have the size in its head: it was "
+            f"truncated or extended on its way"
         )
     payloads = {}
     for name, count in sizes:

@@ -1,4 +1,4 @@
-"""The head of a message: what server and client tell each other beside tensors."""
+"""The head of a message: the fields that server and client exchange besides tensors."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from fedpara_plugins.support import printable, shortened
 __all__ = ["MODEL", "Head", "Purpose"]
 
 Purpose = Literal["train", "evaluate", "prepare"]
-"""``prepare`` asks for what goes before training, see `Rule.prepares`."""
+"""Purpose of a message; ``prepare`` asks for a step before training, see `Rule.prepares`."""
 
 MODEL = "model"
 """Name of the record that holds the model."""
 
 LONGEST = 1000
-"""Characters of an error that travels."""
+"""Number of characters of an error that are sent."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a message says.
+    """The fields of a message from server to client, or back.
 
     Attributes:
         round: that it belongs to, 1 for the first.
-        purpose: what is asked of the client, or what it answers.
-        task: server to client: the rule's values.
+        purpose: of the server's message, or of the one that this replies to.
+        task: server to client: the optimizer's values.
         examples: the client's number of training examples.
-        holds: by record, the hash of what the client has received and kept.
-        has: where ``lost``: by record, the hashes of what it holds.
+        holds: by record, the hash of the reference that the client has received and kept.
+        has: where ``lost``: by record, the hashes of the references that it holds.
         decoders: the entropy stages that the client can decode.
-        fresh: the client had no private state and started from the seeded first one.
-        lost: the client does not hold what the message was coded against; nothing was done.
-        report: client to server: the rule's values.
+        fresh: whether the client had no private state and started from the seeded first one.
+        lost: whether the client lacks the reference that the message was coded against; it did not
+            train then.
+        report: client to server: the optimizer's values.
         metrics: client to server: of an evaluation.
-        error: why the client has no answer; "" if it has.
-        fatal: whether the error is one of configuration, which no other round will mend.
+        error: reason why the client has no reply; "" if it has.
+        fatal: whether the error is one of configuration, which persists in later rounds.
     """
 
     round: int
@@ -56,7 +57,7 @@ class Head:
     fatal: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; what is as by default is left out."""
+        """Return the fields as plain JSON values; those with their defaults are left out."""
         return {
             name: value
             for name, value in asdict(self).items()
@@ -65,10 +66,10 @@ class Head:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Head:
-        """Undo `to_json`, of what anyone may have sent; names that are unknown here are ignored.
+        """Return the head of a message; the sender is not trusted, and unknown fields are ignored.
 
         Raises:
-            PayloadError: a value of another kind.
+            PayloadError: if a value is of another kind.
         """
         values = {name: data[name] for name in _KINDS if name in data}
         for name, value in values.items():
@@ -90,18 +91,26 @@ class Head:
         return cls(**values)
 
     def failed(self, error: BaseException, *, fatal: bool) -> Head:
-        """The same head, saying why there is no answer."""
+        """Return the head of a reply that gives the reason why there is none.
+
+        Args:
+            error: the reason.
+            fatal: see above.
+        """
         text = printable(shortened(str(error).removeprefix("fedpara: "), LONGEST))
         if not isinstance(error, FedParaError):
             text = f"{type(error).__name__}: {text}"
         return Head(round=self.round, purpose=self.purpose, error=text, fatal=fatal)
 
     def raise_error(self, client: str) -> None:
-        """Raise what the other side could not do.
+        """Raise the error in the head, if there is one.
+
+        Args:
+            client: that sent it.
 
         Raises:
-            ConfigError: an error of configuration.
-            FedParaError: another one.
+            ConfigError: if it is fatal.
+            FedParaError: if it is another error.
         """
         text = printable(shortened(self.error, LONGEST))
         if self.fatal:
@@ -132,4 +141,4 @@ _KINDS: dict[str, Any] = {
 
 def _check_texts(name: str, values: Any) -> None:
     if not all(isinstance(value, str) for value in values):
-        raise PayloadError(f"the head of a message has other than text in {name!r}")
+        raise PayloadError(f"the head of a message has a value other than text in {name!r}")

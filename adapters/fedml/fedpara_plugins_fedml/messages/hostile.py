@@ -1,7 +1,6 @@
-"""Messages as an attacker makes them: taken apart, damaged, and signed again.
+"""Damaged messages with a valid checksum, as an attacker makes them, for tests and the fuzzer.
 
-The checksum stops accidents and nobody else. Used by this project's tests and fuzzer; nothing here
-imports FedML.
+The checksum protects against accidents only. Nothing here imports FedML.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ __all__ = ["damaged", "signed"]
 
 
 def signed(data: bytes, *, sizes: bool = False) -> bytes:
-    """The same message with a head whose length and checksum are right.
+    """Return a message with the right length and checksum of its head.
 
     Args:
         data: begins like a message; the length in it says where its head ends, if it can.
-        sizes: whether the last payload's size is made right too.
+        sizes: whether the last payload's size is corrected too.
     """
     if len(data) < FIXED.size:
         return data
@@ -34,23 +33,28 @@ def signed(data: bytes, *, sizes: bool = False) -> bytes:
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """A message near ``data``: its head changed, one of its payloads, or simply its bytes."""
+    """Return a message with damage in its head, in one of its payloads, or in any of its bytes.
+
+    Args:
+        data: the message.
+        draw: source of the damage.
+    """
     kind = draw.random()
     try:
-        words, payloads = _parts(data)
+        fields, payloads = _parts(data)
     except (ValueError, KeyError, TypeError, RecursionError):
         return signed(damaged_bytes(data, draw))
     if kind < 0.2 or (kind >= 0.65 and not payloads):
         whole = damaged_bytes(data, draw)
         return whole if draw.random() < 0.2 else signed(whole)
     if kind < 0.65:
-        text = damaged_bytes(json.dumps(words).encode(), draw)
+        text = damaged_bytes(json.dumps(fields).encode(), draw)
         body = b"".join(payloads)
         return _joined(_with_sizes(text, body) if draw.random() < 0.5 else text, body)
     place = draw.randrange(len(payloads))
     payloads[place] = damaged_bytes(payloads[place], draw)
-    words["payloads"][place][1] = len(payloads[place])
-    return _joined(json.dumps(words).encode(), b"".join(payloads))
+    fields["payloads"][place][1] = len(payloads[place])
+    return _joined(json.dumps(fields).encode(), b"".join(payloads))
 
 
 def _joined(text: bytes, body: bytes) -> bytes:
@@ -61,19 +65,19 @@ def _parts(data: bytes) -> tuple[dict[str, Any], list[bytes]]:
     if len(data) < FIXED.size:
         raise ValueError("no whole message")
     _, size, _ = FIXED.unpack_from(data)
-    words, place = json.loads(data[FIXED.size : FIXED.size + size]), FIXED.size + size
+    fields, place = json.loads(data[FIXED.size : FIXED.size + size]), FIXED.size + size
     payloads = []
-    for _, count in words["payloads"]:
+    for _, count in fields["payloads"]:
         payloads.append(data[place : place + count])
         place += count
-    return words, payloads
+    return fields, payloads
 
 
 def _with_sizes(text: bytes, body: bytes) -> bytes:
     try:
-        words = json.loads(text)
-        *others, last = words["payloads"]
+        fields = json.loads(text)
+        *others, last = fields["payloads"]
         last[1] = len(body) - sum(count for _, count in others)
-        return json.dumps(words).encode()
+        return json.dumps(fields).encode()
     except (ValueError, KeyError, TypeError, IndexError, RecursionError, AttributeError):
         return text

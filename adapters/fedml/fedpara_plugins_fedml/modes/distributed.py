@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
-
-from fedml.ml.aggregator.aggregator_creator import create_server_aggregator
-from fedml.ml.engine import ml_engine_adapter
-from fedml.ml.trainer.trainer_creator import create_model_trainer
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.exchange import codecs_in_words
 from fedpara_plugins_fedml.checks.arguments import check_contribution
-from fedpara_plugins_fedml.checks.supported import is_distributed, lacks_optimizer
 from fedpara_plugins_fedml.engine.client import ClientEngine
 from fedpara_plugins_fedml.engine.evaluation import Evaluation
 from fedpara_plugins_fedml.engine.models import client_model, converted, server_copy
 from fedpara_plugins_fedml.engine.server import ServerEngine
-from fedpara_plugins_fedml.modes.client_manager import TESTS, ClientManager, introduce
-from fedpara_plugins_fedml.modes.placement import Silos
-from fedpara_plugins_fedml.modes.run_end import dismiss
+from fedpara_plugins_fedml.logs import log
+from fedpara_plugins_fedml.modes.client_manager import TESTS, ClientManager
+from fedpara_plugins_fedml.modes.handshake import connect
+from fedpara_plugins_fedml.modes.placement import SiloPlacement
+from fedpara_plugins_fedml.modes.run_end import announce_failure
 from fedpara_plugins_fedml.modes.server_manager import ServerManager
 from fedpara_plugins_fedml.rules import local_rule_for, rule_for
-from fedpara_plugins_fedml.settings import Settings
-from fedpara_plugins_fedml.transport.peers import Post
+from fedpara_plugins_fedml.seams import (
+    create_model_trainer,
+    create_server_aggregator,
+    model_to_device,
+)
+from fedpara_plugins_fedml.settings import FedMLSettings
+from fedpara_plugins_fedml.transport.peers import Endpoint
 from fedpara_plugins_fedml.transport.shutdown import end_process
 
-__all__ = ["Distributed", "is_distributed", "lacks_optimizer", "telling_others"]
-
-log = logging.getLogger("fedpara.fedml")
+__all__ = ["Distributed", "reporting_errors"]
 
 
 class Distributed:
@@ -48,7 +47,7 @@ class Distributed:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: FedMLSettings,
         args: Any,
         device: Any,
         dataset: Sequence[Any],
@@ -63,29 +62,29 @@ class Distributed:
         self._rank = int(args.rank)
         make = self._server if self._rank == 0 else self._client
         own = aggregator if self._rank == 0 else trainer
-        with telling_others(args, settings):
+        with reporting_errors(args, settings):
             _check_keys(args)
-            self._make = make(model, own)
+            self._make_manager = make(model, own)
 
     def run(self) -> None:
         """Take part until the run ends.
 
         Raises:
-            FedParaError: it has failed, for the reason that every party logs. With TRPC and MPI the
-                process then ends here, with code 1: they would wait at exit for parties that are
+            FedParaError: if it has failed; every process logs the reason. With TRPC and MPI the
+                process ends here then, with code 1: at exit they would wait for processes that are
                 gone.
         """
-        post = _post(self._args, self._settings)
-        _ended(post, lambda: self._make(post).run())
+        endpoint = _endpoint(self._args, self._settings)
+        _run_and_close(endpoint, lambda: self._make_manager(endpoint).run())
 
-    def _server(self, model: Any, aggregator: Any) -> Callable[[Post], ServerManager]:
+    def _server(self, model: Any, aggregator: Any) -> Callable[[Endpoint], ServerManager]:
         args, settings = self._args, self._settings
-        total, a_round = int(args.client_num_in_total), int(args.client_num_per_round)
-        rule = rule_for(args, settings, clients=total, a_round=a_round)
+        total, per_round = int(args.client_num_in_total), int(args.client_num_per_round)
+        rule = rule_for(args, settings, clients=total)
         if rule.prepares:
             raise ConfigError(
                 f"federated_optimizer {rule.name!r} asks clients for gradients before any of them "
-                f"trains; the plugin offers that in the single-process simulation alone"
+                f"trains; the plugin supports that only in the single-process simulation"
             )
         log.info(
             "fedpara: the plugin's engine runs %s over %s: method %s, codec %s. FedML's hooks of "
@@ -99,13 +98,13 @@ class Distributed:
         aggregator.model = own
         aggregator.set_id(0 if args.training_type == "cross_silo" else -1)
         engine = ServerEngine(settings, args, self._device, self._dataset, aggregator, rule)
-        silos = Silos(total, a_round, keep=total > a_round)
-        evaluation = Evaluation(args, self._device, self._dataset, aggregator, a_round)
-        return lambda post: ServerManager(
-            args, post, engine, silos, evaluation, settings.start_timeout
+        placement = SiloPlacement(total, per_round, keep=total > per_round)
+        evaluation = Evaluation(args, self._device, self._dataset, aggregator, per_round)
+        return lambda endpoint: ServerManager(
+            args, endpoint, engine, placement, evaluation, settings.start_timeout
         )
 
-    def _client(self, model: Any, trainer: Any) -> Callable[[Post], ClientManager]:
+    def _client(self, model: Any, trainer: Any) -> Callable[[Endpoint], ClientManager]:
         args, settings = self._args, self._settings
         local = local_rule_for(args, settings)
         log.info(
@@ -113,72 +112,71 @@ class Distributed:
             args.backend, settings.config.method, codecs_in_words(settings.codec_names),
         )  # fmt: skip
         model, factors = client_model(model, settings)
-        ml_engine_adapter.model_to_device(args, model, self._device)
+        model_to_device(args, model, self._device)
         if trainer is None:
             trainer = local.trainer(model, args) or create_model_trainer(model, args)
         trainer.model = model
         trainer.set_id(self._rank - 1)
         engine = ClientEngine(settings, args, self._device, trainer, local, factors)
-        manager = ClientManager
-        return lambda post: manager(args, post, engine, self._dataset, settings.start_timeout)
+        return lambda endpoint: ClientManager(
+            args, endpoint, engine, self._dataset, settings.start_timeout
+        )
 
 
-class telling_others:  # noqa: N801
-    """A context in which an error is told to the other processes before it is raised.
+class reporting_errors:  # noqa: N801
+    """A context in which an error is sent to the other processes before it is raised.
 
     Otherwise they would wait for this one.
 
     Args:
         args: FedML's.
-        settings: None if these are what is wrong.
+        settings: None if the settings cause the error.
     """
 
-    def __init__(self, args: Any, settings: Settings | None) -> None:
+    def __init__(self, args: Any, settings: FedMLSettings | None) -> None:
         self._args = args
         self._settings = settings
 
     def __enter__(self) -> None:
-        """Nothing to do yet."""
+        """Do nothing yet."""
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:
         if not isinstance(error, Exception):
             return
         log.critical("fedpara: %s", str(error).removeprefix("fedpara: "))
         try:
-            post = _post(self._args, self._settings)
+            endpoint = _endpoint(self._args, self._settings)
         except Exception as other:
-            log.warning("fedpara: the other processes cannot be told: %s", other)
+            log.warning("fedpara: the other processes cannot be notified: %s", other)
             return
-        _ended(post, lambda: _tell(post, error))
+        _run_and_close(endpoint, lambda: _report(endpoint, error))
 
 
-def _tell(post: Post, error: Exception) -> None:
-    """A server tells all that come, a client its server; then the error itself."""
+def _report(endpoint: Endpoint, error: Exception) -> None:
+    """Send an error to the clients that come, or to the server, and raise it."""
     text = str(error).removeprefix("fedpara: ")
-    if post.own == 0:
-        dismiss(post, post.peers, FedParaError(text))
-    else:
-        introduce(post, post.timeout, error=text)
-        dismiss(post, post.peers, FedParaError(text))
+    if endpoint.own != 0:
+        connect(endpoint, endpoint.timeout, error=text)
+    announce_failure(endpoint, endpoint.peers, FedParaError(text))
     raise error
 
 
-def _post(args: Any, settings: Settings | None) -> Post:
+def _endpoint(args: Any, settings: FedMLSettings | None) -> Endpoint:
     ids = _ids(args)
     rank = int(args.rank)
-    return Post(
+    return Endpoint(
         args,
         rank=rank,
         size=int(args.worker_num),
         own=0 if rank == 0 else ids[0],
         peers=ids if rank == 0 else [0],
-        timeout=settings.timeout if settings else Settings.timeout,
-        patience=settings.start_timeout if settings else Settings.start_timeout,
+        timeout=settings.timeout if settings else FedMLSettings.timeout,
+        start_timeout=settings.start_timeout if settings else FedMLSettings.start_timeout,
     )
 
 
 def _ids(args: Any) -> list[int]:
-    """Of all clients on the server, of itself on a client, as the transport knows them."""
+    """Return the transport's ids: on the server of all clients, on a client its own."""
     rank = int(args.rank)
     if args.training_type == "simulation":
         return list(range(1, args.comm.Get_size())) if rank == 0 else [rank]
@@ -186,14 +184,14 @@ def _ids(args: Any) -> list[int]:
 
 
 def _check_keys(args: Any) -> None:
-    """Raise if numbers of processes, clients and silos do not fit each other, or tests are none."""
+    """Raise if numbers of processes, clients and silos do not match, or a test is unknown."""
     tests = str(getattr(args, "test_on_clients", None) or "no")
     if tests not in TESTS:
         raise ConfigError(f"test_on_clients is {tests!r}; expected one of {', '.join(TESTS)}")
-    total, a_round = int(args.client_num_in_total), int(args.client_num_per_round)
-    if not 1 <= a_round <= total:
+    total, per_round = int(args.client_num_in_total), int(args.client_num_per_round)
+    if not 1 <= per_round <= total:
         raise ConfigError(
-            f"client_num_per_round is {a_round}, expected 1 to client_num_in_total, {total}"
+            f"client_num_per_round is {per_round}, expected 1 to client_num_in_total, {total}"
         )
     if int(args.rank) != 0:
         return
@@ -203,23 +201,23 @@ def _check_keys(args: Any) -> None:
             f"worker_num is {args.worker_num}, and client_id_list names {processes} clients: give "
             f"both the same number"
         )
-    if a_round < processes:
+    if per_round < processes:
         raise ConfigError(
-            f"client_num_per_round is {a_round}, and there are {processes} client processes: start "
-            f"as many clients as train in a round"
+            f"client_num_per_round is {per_round}, and there are {processes} client processes: "
+            f"start as many clients as train in a round"
         )
 
 
-def _ended(post: Post, function: Callable[[], None]) -> None:
-    """Run something that uses a transport, and end the transport, whatever happens."""
+def _run_and_close(endpoint: Endpoint, function: Callable[[], None]) -> None:
+    """Run a function that uses a transport, and end the transport, whatever happens."""
     try:
         function()
     except BaseException as error:
-        if not post.close(orderly=False):
+        if not endpoint.close(orderly=False):
             if not isinstance(error, FedParaError):
                 log.exception("fedpara: this process ends")
             end_process(str(error).removeprefix("fedpara: "))
         raise
-    if not post.close(orderly=True):
+    if not endpoint.close(orderly=True):
         log.warning("fedpara: the transport did not end by itself; the run is complete")
         end_process("the transport did not end", code=0)

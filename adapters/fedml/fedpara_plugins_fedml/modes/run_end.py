@@ -1,86 +1,93 @@
-"""How a run ends for all: everybody is told, and has a moment to say that it knows."""
+"""The end of a run for all processes: each gets the reason, and time to confirm it."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable
 
 from fedpara_plugins import FedParaError
-from fedpara_plugins_fedml.transport.peers import Post
-from fedpara_plugins_fedml.transport.protocol import BYE, CLOSE, FAILED, GONE, HELLO, STOCK, Event
+from fedpara_plugins_fedml.logs import log
+from fedpara_plugins_fedml.transport.peers import Endpoint
+from fedpara_plugins_fedml.transport.protocol import (
+    BYE,
+    CLOSE,
+    FAILED,
+    FEDML_TYPES,
+    GONE,
+    HELLO,
+    Event,
+)
 
-__all__ = ["dismiss", "part"]
+__all__ = ["announce_failure", "wait_for_byes"]
 
-log = logging.getLogger("fedpara.fedml")
-
-FAREWELL = 5.0
+CONFIRM_TIMEOUT = 5.0
 """Seconds that clients have to confirm that they know of a failure."""
 
 
-def dismiss(post: Post, peers: Iterable[int], error: BaseException) -> None:
-    """Tell others why the run ends, and give them a moment to say that they know.
+def announce_failure(endpoint: Endpoint, peers: Iterable[int], error: BaseException) -> None:
+    """Send others the reason why the run ends, and give them a moment to confirm it.
 
-    Soon after the start a party that has never been heard may be about to come, so that it has as
-    long as one that is silent. A party without the plugin confirms nothing.
+    Soon after the start, a peer that has never been heard may still be about to come; it has as
+    long as a peer that is silent. A peer without the plugin confirms nothing.
 
     Args:
-        post: to them.
+        endpoint: to the peers.
         peers: their ids.
-        error: what happened.
+        error: that ended the run.
     """
     reason = f"{error}" if isinstance(error, FedParaError) else f"{type(error).__name__}: {error}"
     reason = reason.removeprefix("fedpara: ")
     for peer in peers:
-        post.send(peer, FAILED, reason=reason)
+        endpoint.send(peer, FAILED, reason=reason)
     log.critical("fedpara: the run has failed: %s", reason)
-    left = set(peers) - post.gone() - post.without_plugin()
+    status = endpoint.status
+    left = set(peers) - status.gone() - status.without_plugin()
     last = time.monotonic()
 
-    def tell(event: Event) -> None:
+    def on_other(event: Event) -> None:
         nonlocal last
-        if event.kind == HELLO or event.kind in STOCK:
+        if event.kind == HELLO or event.kind in FEDML_TYPES:
             last = time.monotonic()
-            post.send(event.peer, FAILED, reason=reason)
-        if event.kind == GONE or event.kind in STOCK:
+            endpoint.send(event.peer, FAILED, reason=reason)
+        if event.kind == GONE or event.kind in FEDML_TYPES:
             left.discard(event.peer)
 
-    def until() -> float:
-        some = post.own == 0 and left & post.unheard()
-        return max(last + FAREWELL, post.since + post.timeout if some else 0)
+    def deadline() -> float:
+        some = endpoint.own == 0 and left & status.unheard()
+        return max(last + CONFIRM_TIMEOUT, endpoint.since + endpoint.timeout if some else 0)
 
     try:
-        part(post, left, tell, until)
+        wait_for_byes(endpoint, left, on_other, deadline)
     except FedParaError:
-        log.warning("fedpara: not all clients could be told")
+        log.warning("fedpara: not all clients could be notified")
 
 
-def part(
-    post: Post,
+def wait_for_byes(
+    endpoint: Endpoint,
     peers: set[int],
-    other: Callable[[Event], None],
-    until: Callable[[], float] | None,
+    on_other: Callable[[Event], None],
+    deadline: Callable[[], float] | None,
 ) -> None:
-    """Wait until all of some clients have said BYE, and close.
+    """Wait until each of some clients has sent BYE, and send them CLOSE.
 
     Args:
-        post: to them.
-        peers: their ids; those that are gone are taken out of it while this waits.
-        other: called with whatever else comes.
-        until: the monotonic time at which to give up; None to wait until each has said BYE or is
-            gone.
+        endpoint: to the clients.
+        peers: their ids; the caller removes those that are gone while this function waits.
+        on_other: called with all other events.
+        deadline: returns the monotonic time at which to give up; None to wait until each has sent
+            BYE or is gone.
     """
     heard: set[int] = set()
     while peers - heard:
-        seconds = None if until is None else until() - time.monotonic()
+        seconds = None if deadline is None else deadline() - time.monotonic()
         if seconds is not None and seconds <= 0:
             break
-        event = post.next(seconds)
+        event = endpoint.next(seconds)
         if event is None:
             continue
         if event.kind == BYE:
             heard.add(event.peer)
         else:
-            other(event)
+            on_other(event)
     for peer in heard:
-        post.send(peer, CLOSE)
+        endpoint.send(peer, CLOSE)

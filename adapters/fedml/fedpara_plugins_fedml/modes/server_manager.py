@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from typing import Any
 
-from fedml import mlops
-
 from fedpara_plugins import ConfigError, FedParaError, MismatchError
 from fedpara_plugins_fedml.engine.evaluation import Evaluation
 from fedpara_plugins_fedml.engine.server import ServerEngine
-from fedpara_plugins_fedml.modes.placement import Silos
-from fedpara_plugins_fedml.modes.run_end import dismiss, part
-from fedpara_plugins_fedml.transport.peers import Post
+from fedpara_plugins_fedml.logs import log
+from fedpara_plugins_fedml.modes.placement import SiloPlacement
+from fedpara_plugins_fedml.modes.run_end import announce_failure, wait_for_byes
+from fedpara_plugins_fedml.seams import mlops, server_status_running
+from fedpara_plugins_fedml.transport.peers import Endpoint
 from fedpara_plugins_fedml.transport.protocol import (
-    ANSWER,
     CHECK,
     FAILED,
+    FEDML_TYPES,
     FINISH,
     GONE,
     HELLO,
-    STOCK,
+    REPLY,
     TASK,
     WELCOME,
     Event,
@@ -30,40 +29,38 @@ from fedpara_plugins_fedml.transport.protocol import (
 
 __all__ = ["ServerManager"]
 
-log = logging.getLogger("fedpara.fedml")
-
 TRIES = 2
-"""How often a client is sent a round's model: again if it lost what that was coded against."""
+"""Number of times that a client gets a round's model: again if it lacks the reference of it."""
 
-ASK_AGAIN = 5.0
-"""Seconds after which a server that waits asks those that it has never heard."""
+CHECK_INTERVAL = 5.0
+"""Seconds between the questions of a waiting server to clients that it has never heard."""
 
 
 class ServerManager:
-    """Runs all rounds and ends everybody's run, in success and in failure.
+    """Runs all rounds, and ends the run of all processes, in success and in failure.
 
     Args:
         args: FedML's.
-        post: to the clients.
-        engine: the server's.
-        silos: of the run.
+        endpoint: to the clients.
+        engine: the server's engine.
+        placement: of silos.
         evaluation: after each round.
-        start_timeout: seconds that all clients have to come.
+        start_timeout: seconds within which all clients must come.
     """
 
     def __init__(
         self,
         args: Any,
-        post: Post,
+        endpoint: Endpoint,
         engine: ServerEngine,
-        silos: Silos,
+        placement: SiloPlacement,
         evaluation: Evaluation,
         start_timeout: float,
     ) -> None:
         self._args = args
-        self._post = post
+        self._endpoint = endpoint
         self._engine = engine
-        self._silos = silos
+        self._placement = placement
         self._evaluation = evaluation
         self._start_timeout = start_timeout
         self._sessions: dict[int, str] = {}
@@ -72,14 +69,14 @@ class ServerManager:
         self._tries: dict[int, int] = {}
 
     def run(self) -> None:
-        """All rounds.
+        """Run all rounds.
 
         Raises:
-            FedParaError: the run has failed; every client has been told why.
+            FedParaError: if the run has failed; every client has been sent the reason.
         """
         try:
-            self._gather()
-            mlops.log_aggregation_status(mlops.ServerConstants.MSG_MLOPS_SERVER_STATUS_RUNNING)
+            self._gather_clients()
+            server_status_running()
             mlops.log_round_info(self._args.comm_round, -1)
             while self._engine.round < self._args.comm_round:
                 self._round()
@@ -87,27 +84,28 @@ class ServerManager:
             self._finish()
             mlops.log_aggregation_finished_status()
         except BaseException as error:
-            dismiss(self._post, self._post.peers, error)
+            announce_failure(self._endpoint, self._endpoint.peers, error)
             raise
         finally:
             self._engine.close()
 
-    # Who is there
+    # Which clients are there
 
-    def _gather(self) -> None:
-        """Wait for all clients; for fewer if ``fedpara_min_clients`` says how many will do."""
+    def _gather_clients(self) -> None:
+        """Wait for all clients; at the deadline, go on if ``fedpara_min_clients`` are there."""
         deadline = time.monotonic() + self._start_timeout
         asked = -math.inf  # at once, as FedML's own server does
-        while len(self._alive) < len(self._post.peers):
-            if time.monotonic() > asked + ASK_AGAIN:
+        while len(self._alive) < len(self._endpoint.peers):
+            if time.monotonic() > asked + CHECK_INTERVAL:
                 asked = time.monotonic()
-                for peer in self._post.unheard():
-                    self._post.send(peer, CHECK)
-            event = self._post.next(max(0.01, min(ASK_AGAIN, deadline - time.monotonic())))
+                for peer in self._endpoint.status.unheard():
+                    self._endpoint.send(peer, CHECK)
+            seconds = max(0.01, min(CHECK_INTERVAL, deadline - time.monotonic()))
+            event = self._endpoint.next(seconds)
             if event is not None:
                 self._handle(event)
             elif time.monotonic() >= deadline:
-                missing = sorted(set(self._post.peers) - self._alive)
+                missing = sorted(set(self._endpoint.peers) - self._alive)
                 self._check_alive(
                     f"clients {missing} have not come within {self._start_timeout:.0f} s "
                     f"(fedpara_start_timeout)"
@@ -116,14 +114,14 @@ class ServerManager:
                 return
 
     def _handle(self, event: Event) -> None:
-        """Whatever may come at any time."""
+        """Handle an event that may come at any time."""
         if event.kind == HELLO:
-            self._hello(event)
+            self._handle_hello(event)
         elif event.kind == GONE:
-            self._lost(event.peer, event.text("reason"))
+            self._handle_gone(event.peer, event.text("reason"))
         elif event.kind == FAILED:
             raise FedParaError(f"fedpara: client {event.peer}: {event.text('reason')}")
-        elif event.kind in STOCK:
+        elif event.kind in FEDML_TYPES:
             raise MismatchError(
                 f"fedpara: client {event.peer} runs without the plugin (it sent FedML's own "
                 f"message {event.kind}), this server with it. Give both sides the same fedpara_* "
@@ -132,36 +130,39 @@ class ServerManager:
         else:
             log.info("fedpara: a late message of client %d is dropped", event.peer)
 
-    def _hello(self, event: Event) -> None:
+    def _handle_hello(self, event: Event) -> None:
         peer, session = event.peer, event.text("session")
         if error := event.text("error"):
             raise ConfigError(f"fedpara: client {peer}: {error}")
         known = self._sessions.get(peer)
         self._sessions[peer] = session
         self._alive.add(peer)
-        self._post.send(peer, WELCOME)
+        self._endpoint.send(peer, WELCOME)
         if known not in (None, session):
             log.warning("fedpara: client %d is back", peer)
-            for silo in [silo for silo, home in self._waiting.items() if home == peer]:
-                self._ask(silo, peer)
+            for silo in self._awaited_from(peer):
+                self._send_task(silo, peer)
 
-    def _lost(self, peer: int, reason: str) -> None:
+    def _handle_gone(self, peer: int, reason: str) -> None:
         if peer not in self._alive:
             return
         self._alive.discard(peer)
         text = f"client {peer} is gone: {reason}"
         log.error("fedpara: %s", text)
-        for silo in [silo for silo, home in self._waiting.items() if home == peer]:
+        for silo in self._awaited_from(peer):
             del self._waiting[silo]
             self._engine.exclude(str(silo), text)
         self._check_alive(text)
+
+    def _awaited_from(self, peer: int) -> list[int]:
+        return [silo for silo, process in self._waiting.items() if process == peer]
 
     def _check_alive(self, reason: str) -> None:
         needed = self._engine.settings.min_clients
         if not needed or len(self._alive) < needed:
             hint = f"fedpara_min_clients is {needed}" if needed else "fedpara_min_clients is unset"
             raise FedParaError(
-                f"fedpara: {reason}. {len(self._alive)} of {len(self._post.peers)} client "
+                f"fedpara: {reason}. {len(self._alive)} of {len(self._endpoint.peers)} client "
                 f"processes are left, and {hint}: the run ends"
             )
 
@@ -169,18 +170,18 @@ class ServerManager:
 
     def _round(self) -> None:
         number = self._engine.round
-        silos = self._silos.of_round(number)
-        self._waiting = self._silos.homes(silos, self._post.peers)
+        silos = self._placement.sample(number)
+        self._waiting = self._placement.assign(silos, self._endpoint.peers)
         self._tries = dict.fromkeys(silos, 0)
         self._engine.begin([str(silo) for silo in silos])
         mlops.event("server.wait", event_started=True, event_value=str(number))
         for silo, peer in list(self._waiting.items()):
-            self._ask(silo, peer)
+            self._send_task(silo, peer)
         while self._waiting:
-            event = self._post.next()
+            event = self._endpoint.next()
             assert event is not None  # without a time limit
-            if event.kind == ANSWER and self._waiting.get(event.number("silo")) == event.peer:
-                self._answer(event.number("silo"), event)
+            if event.kind == REPLY and self._waiting.get(event.number("silo")) == event.peer:
+                self._handle_reply(event.number("silo"), event)
             else:
                 self._handle(event)
         mlops.event("server.wait", event_started=False, event_value=str(number))
@@ -190,14 +191,14 @@ class ServerManager:
         mlops.event("server.agg_and_eval", event_started=False, event_value=str(number))
         mlops.log_round_info(self._args.comm_round, number)
 
-    def _ask(self, silo: int, peer: int) -> None:
+    def _send_task(self, silo: int, peer: int) -> None:
         if peer not in self._alive:
             self._waiting.pop(silo)
             self._engine.exclude(str(silo), f"client process {peer} is gone")
             return
-        self._post.send(peer, TASK, self._engine.message(str(silo)), silo=silo)
+        self._endpoint.send(peer, TASK, self._engine.message(str(silo)), silo=silo)
 
-    def _answer(self, silo: int, event: Event) -> None:
+    def _handle_reply(self, silo: int, event: Event) -> None:
         name = str(silo)
         mlops.event(
             "comm_c2s",
@@ -211,9 +212,9 @@ class ServerManager:
                 del self._waiting[silo]
                 return
             if self._tries[silo] < TRIES:
-                self._ask(silo, event.peer)
+                self._send_task(silo, event.peer)
                 return
-            raise FedParaError("it lost what the message was coded against, twice")
+            raise FedParaError("it lost the reference of the message, twice")
         except ConfigError:
             raise
         except FedParaError as error:
@@ -223,19 +224,19 @@ class ServerManager:
     # The end
 
     def _finish(self) -> None:
-        """Send everybody the last model, and wait until all have it."""
+        """Send all clients the last model, and wait until they have it."""
         self._engine.put_final()
         for peer in sorted(self._alive):
-            if silos := self._silos.of_process(peer):
+            if silos := self._placement.assigned_to(peer):
                 final = self._engine.message(str(silos[0]), "evaluate")
                 names = " ".join(map(str, silos))
-                self._post.send(peer, FINISH, final, silo=silos[0], silos=names)
-            self._post.send(peer, FINISH)
-        part(self._post, self._alive, self._last_words, None)
+                self._endpoint.send(peer, FINISH, final, silo=silos[0], silos=names)
+            self._endpoint.send(peer, FINISH)
+        wait_for_byes(self._endpoint, self._alive, self._handle_after_last_round, None)
 
-    def _last_words(self, event: Event) -> None:
+    def _handle_after_last_round(self, event: Event) -> None:
         if event.kind == GONE:
             log.warning("fedpara: client %d is gone after the last round", event.peer)
             self._alive.discard(event.peer)
-        elif event.kind == ANSWER:
-            log.warning("fedpara: client %d has no use for the last model", event.peer)
+        elif event.kind == REPLY:
+            log.warning("fedpara: client %d cannot use the last model", event.peer)

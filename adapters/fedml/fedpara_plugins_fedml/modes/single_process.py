@@ -7,33 +7,38 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from fedml import mlops
-from fedml.simulation.sp.fedavg.fedavg_api import FedAvgAPI
-
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins_fedml.engine.client import ClientEngine
 from fedpara_plugins_fedml.engine.server import ServerEngine
+from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.messages.head import Purpose
+from fedpara_plugins_fedml.seams import (
+    client_status_training,
+    evaluate_clients,
+    evaluate_validation_set,
+    generate_validation_set,
+    mlops,
+    sample_clients,
+    server_status_running,
+)
 
 __all__ = ["SingleProcess"]
 
-log = logging.getLogger("fedpara.fedml")
-
-FIGURES = ("test_correct", "test_loss", "test_total")
-"""What FedML's test adds up, of each client."""
+SUMS = ("test_correct", "test_loss", "test_total")
+"""Sums over a client's test data, from which FedML computes the means."""
 
 
 class SingleProcess:
-    """What FedMLRunner runs.
+    """A run of server and clients in one process, with the method that FedML's runner calls.
 
-    Clients are sampled, evaluated and logged by FedML's own ``FedAvgAPI``.
+    FedML's own code samples and evaluates the clients.
 
     Args:
         args: FedML's.
         dataset: FedML's eight entries.
         server: the server's engine.
-        clients: the clients'.
-        ask_aggregator: whether the aggregator is the user's, who may test in ``test_all``.
+        clients: the clients' engine.
+        aggregator_tests: whether the aggregator is the user's, whose ``test_all`` may test.
     """
 
     def __init__(
@@ -43,10 +48,10 @@ class SingleProcess:
         server: ServerEngine,
         clients: ClientEngine,
         *,
-        ask_aggregator: bool = False,
+        aggregator_tests: bool = False,
     ) -> None:
         self.server = server
-        self._ask_aggregator = ask_aggregator
+        self._aggregator_tests = aggregator_tests
         self.clients = clients
         self._args = args
         self._dataset = dataset
@@ -54,8 +59,8 @@ class SingleProcess:
 
     def run(self) -> None:
         """Train for ``comm_round`` rounds, and test as FedML does."""
-        mlops.log_training_status(mlops.ClientConstants.MSG_MLOPS_CLIENT_STATUS_TRAINING)
-        mlops.log_aggregation_status(mlops.ServerConstants.MSG_MLOPS_SERVER_STATUS_RUNNING)
+        client_status_training()
+        server_status_running()
         mlops.log_round_info(self._args.comm_round, -1)
         try:
             while self.server.round < self._args.comm_round:
@@ -70,30 +75,28 @@ class SingleProcess:
         number = self.server.round
         logging.info("################Communication round : %d", number)
         args = self._args
-        sample = FedAvgAPI._client_sampling(
-            None, number, args.client_num_in_total, args.client_num_per_round
-        )
-        names = [str(int(index)) for index in sample]
+        sample = sample_clients(number, args.client_num_in_total, args.client_num_per_round)
+        names = [str(index) for index in sample]
         self.server.begin(names)
         if self.server.rule.prepares:
-            names = [name for name in names if self._visit(name, "prepare")]
+            names = [name for name in names if self._exchange(name, "prepare")]
             self.server.end_preparation()
         for name in names:
-            self._visit(name, "train")
+            self._exchange(name, "train")
         self.server.end()
         self._evaluate(number)
         mlops.log_round_info(args.comm_round, number)
 
-    def _visit(self, name: str, purpose: Purpose) -> bool:
-        """Exchange one message; whether the client's answer counts."""
+    def _exchange(self, name: str, purpose: Purpose) -> bool:
+        """Send a client a message and take its reply; return whether the reply counts."""
         index = int(name)
         data = self._train[index], self._test[index], self._sizes[index]
         try:
-            for _ in range(2):  # again for a client that lost what the message was coded against
+            for _ in range(2):  # again for a client that lacks the reference of the message
                 reply = self.clients.train(name, self.server.message(name, purpose), *data)
                 if self.server.receive(name, reply):
                     return True
-            raise FedParaError("it lost what the message was coded against, twice")
+            raise FedParaError("it lost the reference of the message, twice")
         except ConfigError:
             raise
         except FedParaError as error:
@@ -110,39 +113,39 @@ class SingleProcess:
         args, last = self._args, number == self._args.comm_round - 1
         if not last and number % args.frequency_of_the_test:
             return
-        if not (self._ask_aggregator and self.server.tests_itself()):
+        if not (self._aggregator_tests and self.server.tests_itself()):
             try:
-                view = _View(self)
+                view = _TestView(self)
                 if args.dataset.startswith("stackoverflow") and not last:
-                    FedAvgAPI._local_test_on_validation_set(view, number)
+                    evaluate_validation_set(view, number)
                 else:
-                    FedAvgAPI._local_test_on_all_clients(view, number)
-                view.note()
+                    evaluate_clients(view, number)
+                view.record_means()
             except ZeroDivisionError:
                 log.warning("fedpara: clients are not tested: none has data for it")
-            except _NoFiguresError as error:
+            except _NoMetricsError as error:
                 log.warning("fedpara: clients are not tested: %s", error)
         if last:
             for index in range(args.client_num_in_total):
                 self.clients.export(str(index), self.server.state)
 
 
-class _NoFiguresError(Exception):
-    """The user's trainer does not say how good a model is."""
+class _NoMetricsError(Exception):
+    """The user's trainer returns no metrics."""
 
 
-class _View(SimpleNamespace):
-    """What FedAvgAPI's test looks at, with one client that tells from the data whose turn it is.
+class _TestView(SimpleNamespace):
+    """The object that FedML's tests read, with one client that stands for all.
 
-    FedML's own calls every client number 0 there.
+    The test data contain the client's number, because FedML passes the number 0 for every client.
     """
 
     def __init__(self, run: SingleProcess) -> None:
         self._run = run
-        self._tested = _Tested(run)
+        self._client = _TestClient(run)
         super().__init__(
             args=run._args,
-            client_list=[self._tested],
+            client_list=[self._client],
             train_data_local_dict=dict(run._train.items()),
             test_data_local_dict={
                 index: None if loader is None else (index, loader)
@@ -154,11 +157,11 @@ class _View(SimpleNamespace):
         )
 
     def _generate_validation_set(self) -> None:
-        FedAvgAPI._generate_validation_set(self)
+        generate_validation_set(self)
 
-    def note(self) -> None:
-        """Put the clients' accuracy and loss into the ledger."""
-        found = self._tested.figures
+    def record_means(self) -> None:
+        """Write the clients' accuracy and loss to the ledger."""
+        found = self._client.sums
         count = sum(each["test_total"] for each in found)
         if count:
             means = {
@@ -169,32 +172,32 @@ class _View(SimpleNamespace):
             server.accounting.ledger.log(server.round, means, source="clients")
 
 
-class _Tested:
-    """The client of `_View`.
+class _TestClient:
+    """The client of `_TestView`.
 
     Attributes:
-        figures: of each client on its test data.
+        sums: of each client on its test data.
     """
 
     def __init__(self, run: SingleProcess) -> None:
-        self.figures: list[Mapping[str, float]] = []
+        self.sums: list[Mapping[str, float]] = []
         self._run = run
         self._data: tuple[Any, Any] = (None, None)
 
     def update_local_dataset(self, client: int, train: Any, test: Any, size: Any) -> None:
-        """The next client: load the server's model and this client's private part."""
+        """Load the server's model and the private part of the next client."""
         name, loader = (None, test) if train is None else (str(test[0]), test[1])
         self._data = train, loader
         self._run.clients.load(name, self._run.server.state)
 
     def local_test(self, use_test_data: bool) -> Mapping[str, float]:
-        """Of the client whose model was loaded."""
+        """Return the sums of the client whose model was loaded."""
         found = self._run.clients.test(self._data[use_test_data])
-        if not isinstance(found, Mapping) or not all(name in found for name in FIGURES):
-            raise _NoFiguresError(
+        if not isinstance(found, Mapping) or not all(name in found for name in SUMS):
+            raise _NoMetricsError(
                 f"the trainer's test() returns {type(found).__name__}, expected a dict with "
-                f"{', '.join(FIGURES)}"
+                f"{', '.join(SUMS)}"
             )
         if use_test_data:
-            self.figures.append(found)
+            self.sums.append(found)
         return found

@@ -1,4 +1,10 @@
-"""Federated optimizers by FedML's key ``federated_optimizer``, one file each."""
+"""Federated optimizers by FedML's key ``federated_optimizer``, one file each.
+
+Imports: the ground floor (``settings``, ``seams``, ``logs``) and the core, which has the arithmetic
+(`fedpara_plugins.optimizers`).
+Offers: `rule_for` and `local_rule_for`, the server's and the client's part of the optimizer that a
+project names, and the types of their interface.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +17,12 @@ from fedpara_plugins.exchange import refuse_in_factor_space
 from fedpara_plugins.optimizers import Weighting
 from fedpara_plugins_fedml.rules.base import (
     ClientReply,
+    LocalRound,
     LocalRule,
-    LocalWork,
     Mean,
+    ReplyExtras,
     Rule,
     State,
-    Visit,
 )
 from fedpara_plugins_fedml.rules.fedavg import FedAvg
 from fedpara_plugins_fedml.rules.feddyn import FedDyn, LocalFedDynRule
@@ -25,33 +31,33 @@ from fedpara_plugins_fedml.rules.fedopt import FedOpt, server_optimizer
 from fedpara_plugins_fedml.rules.fedprox import FedProx, LocalFedProx
 from fedpara_plugins_fedml.rules.keys import flag, number, text
 from fedpara_plugins_fedml.rules.mime import LocalMime, Mime
-from fedpara_plugins_fedml.rules.mime_statistics import Base
+from fedpara_plugins_fedml.rules.mime_statistics import BaseAlgorithm
 from fedpara_plugins_fedml.rules.scaffold import LocalScaffoldRule, Scaffold
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.settings import FedMLSettings
 
 __all__ = [
     "RULES",
     "ClientReply",
+    "LocalRound",
     "LocalRule",
-    "LocalWork",
     "Mean",
+    "ReplyExtras",
     "Rule",
     "State",
-    "Visit",
     "local_rule_for",
     "rule_for",
 ]
 
-ServerMaker = Callable[[Any, Settings, int], Rule]
-LocalMaker = Callable[[Any, Settings], LocalRule]
+ServerMaker = Callable[[Any, FedMLSettings, int], Rule]
+LocalMaker = Callable[[Any, FedMLSettings], LocalRule]
 
 
-def _weighting(settings: Settings) -> Weighting:
-    """Uniform, as published, unless the user says otherwise."""
+def _weighting(settings: FedMLSettings) -> Weighting:
+    """Return ``uniform``, as published, unless the user sets ``examples``."""
     return "examples" if settings.weighting == "examples" else "uniform"
 
 
-def _scaffold(args: Any, settings: Settings, clients: int) -> Rule:
+def _scaffold(args: Any, settings: FedMLSettings, clients: int) -> Rule:
     return Scaffold(
         rate=number(args, "server_lr", 1.0),
         option="I" if settings.scaffold_option == "I" else "II",
@@ -61,7 +67,7 @@ def _scaffold(args: Any, settings: Settings, clients: int) -> Rule:
     )
 
 
-def _feddyn(args: Any, settings: Settings, clients: int) -> Rule:
+def _feddyn(args: Any, settings: FedMLSettings, clients: int) -> Rule:
     return FedDyn(
         alpha=number(args, "feddyn_alpha", 0.1),
         weighting=_weighting(settings),
@@ -70,9 +76,9 @@ def _feddyn(args: Any, settings: Settings, clients: int) -> Rule:
     )
 
 
-def _base(args: Any, settings: Settings) -> Base:
+def _base_algorithm(args: Any, settings: FedMLSettings) -> BaseAlgorithm:
     given = {"beta_2": settings.server_beta_2, "tau": settings.server_tau}
-    return Base(
+    return BaseAlgorithm(
         text(args, "server_optimizer", "sgd").lower(),
         beta_1=number(args, "server_momentum", 0.9)
         if settings.server_beta_1 is None
@@ -81,9 +87,13 @@ def _base(args: Any, settings: Settings) -> Base:
     )
 
 
-def _mime(args: Any, settings: Settings, clients: int) -> Rule:
+def _mime(args: Any, settings: FedMLSettings, clients: int) -> Rule:
     lite = flag(args, "mimelite")
-    return Mime(_base(args, settings), lite=lite, weighting=_weighting(settings))
+    return Mime(_base_algorithm(args, settings), lite=lite, weighting=_weighting(settings))
+
+
+def _local_mime(args: Any, settings: FedMLSettings) -> LocalRule:
+    return LocalMime(_base_algorithm(args, settings), lite=flag(args, "mimelite"))
 
 
 RULES: dict[str, tuple[ServerMaker, LocalMaker]] = {
@@ -109,40 +119,47 @@ RULES: dict[str, tuple[ServerMaker, LocalMaker]] = {
     ),
     "Mime": (
         _mime,
-        lambda args, settings: LocalMime(_base(args, settings), lite=flag(args, "mimelite")),
+        _local_mime,
     ),
 }
-"""Makers of both halves by name."""
+"""Constructors of the server's and the client's part, by name."""
 
 IN_FACTOR_SPACE = ("SCAFFOLD", "FedDyn", "Mime")
-"""Clients correct gradients by what the server has of factors."""
+"""Optimizers whose clients correct gradients by the server's tensors of factors."""
 
 
-def rule_for(args: Any, settings: Settings, *, clients: int, a_round: int) -> Rule:
-    """The server's half of the optimizer that the project names.
+def rule_for(args: Any, settings: FedMLSettings, *, clients: int) -> Rule:
+    """Return the server's part of the optimizer that a project names.
 
     Args:
         args: FedML's.
-        settings: ours.
-        clients: how many there are in all.
-        a_round: how many are asked in a round.
+        settings: of the run.
+        clients: number of all clients.
 
     Raises:
-        ConfigError: an optimizer that the plugin has not, or a bad value of a key of its own.
+        ConfigError: if the plugin does not have the optimizer, or one of its keys has a bad value.
     """
     makers = _makers(args)
     _check_local(args, settings)
     return makers[0](args, settings, clients)
 
 
-def local_rule_for(args: Any, settings: Settings) -> LocalRule:
-    """The client's half of the same."""
+def local_rule_for(args: Any, settings: FedMLSettings) -> LocalRule:
+    """Return the client's part of the optimizer that a project names.
+
+    Args:
+        args: FedML's.
+        settings: of the run.
+
+    Raises:
+        ConfigError: if the plugin does not have the optimizer, or one of its keys has a bad value.
+    """
     makers = _makers(args)
     _check_local(args, settings)
     return makers[1](args, settings)
 
 
-def _check_local(args: Any, settings: Settings) -> None:
+def _check_local(args: Any, settings: FedMLSettings) -> None:
     name = str(getattr(args, "federated_optimizer", "FedAvg"))
     if name in IN_FACTOR_SPACE:
         refuse_in_factor_space(name, settings.config)

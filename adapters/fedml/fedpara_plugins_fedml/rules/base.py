@@ -1,8 +1,8 @@
-"""What one federated optimizer is: a half on the server and a half in each client.
+"""The interface of a federated optimizer: one class on the server, and one in each client.
 
-The engine (`server`, `client`) does all that optimizers have in common: coding, private state,
-accounting, who is excluded. A rule only says what travels beside the model, what happens around a
-client's training, and how the server's next state follows.
+The engine does all that optimizers have in common: coding, private state, accounting, exclusion of
+clients. A rule defines which tensors and values are sent besides the model, what happens around a
+client's training, and how the server's next state is computed.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch import Tensor, nn
 
 from fedpara_plugins import MismatchError
 
-__all__ = ["ClientReply", "LocalRule", "LocalWork", "Mean", "Rule", "State", "Visit"]
+__all__ = ["ClientReply", "LocalRound", "LocalRule", "Mean", "ReplyExtras", "Rule", "State"]
 
 State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class ClientReply:
-    """What the server has of one client's round, decoded, finite and of the right shapes.
+    """A client's reply as the rule uses it: decoded, finite and of the right shapes.
 
     Attributes:
         client: its name.
         examples: its number of training examples.
-        state: the client's model by all names of the server's state; the private ones are the
-            server's own, the same in every answer.
-        records: what the client's half of the rule has sent beside the model.
-        report: small values of the client's half of the rule.
-        received: the shared model as this client received it, where a codec lost something of it;
-            None where it is what was sent.
+        state: the client's model by all names of the server's state; the private values are the
+            server's own, the same in every reply.
+        records: the tensors that the client's rule has sent besides the model.
+        report: the values that the client's rule has sent.
+        received: the shared model as this client received it, if a lossy codec has changed it; else
+            None.
     """
 
     client: str
@@ -47,80 +47,87 @@ class ClientReply:
 
 
 Mean = Callable[[Sequence[ClientReply]], State]
-"""The user's own ``ServerAggregator.aggregate``, over models, weighted by examples."""
+"""The user's ``ServerAggregator.aggregate``: the models' mean, weighted by examples."""
 
 
 class Rule(ABC):
-    """The server's half.
+    """An optimizer's class on the server.
 
     Attributes:
         name: of the optimizer, as FedML's key ``federated_optimizer`` has it.
-        prepares: whether clients are asked for something at the server's state before any of them
-            trains (Mime's gradients). Only the single process offers that.
-        trained: names of the parameters that are trained and shared, which the rule is about; the
+        prepares: whether clients compute something at the server's state before any of them trains
+            (Mime's gradients). Only the single process offers that.
+        trained: names of the parameters that are trained and shared, to which the rule applies; the
             engine sets it before the first round. All other names of the state are averaged.
-        mends: what FedML's own single process computes otherwise, for the log; "" for nothing.
+        differs: how FedML's own single process computes otherwise, for the log; "" if it does not.
     """
 
     name: str = ""
     prepares: bool = False
     trained: frozenset[str] = frozenset()
-    mends: str = ""
+    differs: str = ""
 
     def begin(self, server_round: int, x: State, clients: Sequence[str]) -> None:  # noqa: B027
-        """A round begins.
+        """Begin a round.
 
         Args:
             server_round: the first is 1.
-            x: the server's state; not to be changed.
-            clients: who is asked.
+            x: the server's state, which must not be changed.
+            clients: names of the round's clients.
         """
 
-    def prepared(self, answers: Sequence[ClientReply]) -> None:  # noqa: B027
-        """Take in what the clients found at x; only where `prepares`; ``state`` is x itself."""
+    def prepared(self, replies: Sequence[ClientReply]) -> None:  # noqa: B027
+        """Use the clients' results at x; called only where `prepares` is set.
+
+        Args:
+            replies: of the round's clients; their ``state`` is x itself.
+        """
 
     def records(self) -> Mapping[str, State]:
-        """What travels to the clients beside the model, by name; empty records are left out."""
+        """Return the tensors that are sent to clients besides the model, by record.
+
+        Records without tensors are left out.
+        """
         return {}
 
     def task(self, client: str) -> Mapping[str, Any]:
-        """Small JSON values for one client."""
+        """Return JSON values for one client."""
         return {}
 
     @abstractmethod
-    def step(self, x: State, answers: Sequence[ClientReply], mean: Mean) -> State:
-        """The server's next state, with the same names.
+    def step(self, x: State, replies: Sequence[ClientReply], mean: Mean) -> State:
+        """Return the server's next state, with the same names.
 
         Args:
             x: the state that the clients started from.
-            answers: of the round, at least one.
+            replies: of the round, at least one.
             mean: see `Mean`.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a server that is started again must know: plain values and tensors."""
+        """Return the state that a restarted server needs: plain values and tensors."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Undo `state_dict`."""
+        """Restore a state that `state_dict` returned."""
 
 
 @dataclass(frozen=True)
-class Visit:
-    """What a client's half is told of one round.
+class LocalRound:
+    """One round on a client, as its rule sees it.
 
     Attributes:
         client: its name.
         server_round: the first is 1.
-        task: what the server's half said to this client.
-        records: what it sent beside the model.
-        storage: bytes by key that this client keeps between rounds; they last once its reply is
-            complete, and not before.
+        task: the values from the server's rule.
+        records: the tensors from the server's rule.
+        storage: bytes by key that this client keeps between rounds; changes are written when its
+            reply is complete, and not before.
         train_data: the client's training data.
         device: to train on.
         args: FedML's.
         trainer: the user's ClientTrainer, or the default.
-        exchanged: names of the model's state that travel; None for all.
+        exchanged: names of the model's state that are sent; None for all.
     """
 
     client: str
@@ -136,15 +143,15 @@ class Visit:
 
 
 @dataclass
-class LocalWork:
-    """What a client's half adds to the reply; filled when its context is left.
+class ReplyExtras:
+    """The rule's additions to a client's reply, complete at the end of the rule's context.
 
     Attributes:
-        records: tensors beside the model, by name.
-        report: small JSON values.
-        on_encoded: called once the reply is encoded and nothing has been kept yet, with what the
-            codec lost of each record: the tensors given minus those that the server will decode.
-            The model's record is called ``model``.
+        records: tensors besides the model, by name.
+        report: JSON values.
+        on_encoded: called when the reply is encoded and before anything is kept, with the codec's
+            error for each record: the tensors given minus those that the server decodes. The
+            model's record is called ``model``.
     """
 
     records: dict[str, State] = field(default_factory=dict)
@@ -153,36 +160,36 @@ class LocalWork:
 
 
 class LocalRule:
-    """The client's half; this one adds nothing.
+    """An optimizer's class in a client; this one adds nothing to the training.
 
     Attributes:
-        updates: names of `LocalWork.records` that are themselves an update, such as a variate's
-            change: the codec takes no difference of them, and keeps no error of them.
+        updates: names of `ReplyExtras.records` that are updates already, such as a variate's
+            change: the codec encodes no difference of them, and feeds no error back.
     """
 
     updates: frozenset[str] = frozenset()
 
     def trainer(self, model: nn.Module, args: Any) -> Any | None:
-        """A ClientTrainer of the rule's own where the user gives none; None for FedML's default."""
+        """Return the rule's ClientTrainer if the user gives none; None for FedML's default."""
         return None
 
-    def prepare(self, model: nn.Module, visit: Visit) -> LocalWork:
-        """What the server asked for before training; see `Rule.prepares`.
+    def prepare(self, model: nn.Module, local_round: LocalRound) -> ReplyExtras:
+        """Return the results that the server needs before training; see `Rule.prepares`.
 
         Raises:
-            MismatchError: this rule has nothing that goes before it: the server runs another one.
+            MismatchError: if this rule has none, because the server runs another rule.
         """
-        name = getattr(visit.args, "federated_optimizer", "FedAvg")
+        name = getattr(local_round.args, "federated_optimizer", "FedAvg")
         raise MismatchError(
-            f"the server asks for what goes before training, as Mime does, and this client runs "
+            f"the server asks for a step before training, as Mime does, and this client runs "
             f"{name}; set the same federated_optimizer in the YAML of all sides"
         )
 
     @contextmanager
-    def around(self, model: nn.Module, visit: Visit) -> Iterator[LocalWork]:
-        """Be around the training.
+    def around(self, model: nn.Module, local_round: LocalRound) -> Iterator[ReplyExtras]:
+        """Return a context around the training.
 
-        Entered when the model has been loaded (shared as received, private of this client), left
-        when the trainer's ``train`` has returned.
+        It is entered when the model has been loaded (shared as received, private of this client),
+        and left when the trainer's ``train`` has returned.
         """
-        yield LocalWork()
+        yield ReplyExtras()

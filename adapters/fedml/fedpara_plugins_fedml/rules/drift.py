@@ -1,11 +1,10 @@
-"""What SCAFFOLD and FedDyn have in common on the server: sums of what clients keep, and the guard.
+"""The common part of SCAFFOLD and FedDyn on the server: sums of variates or duals, and the guard.
 
 The arithmetic is the core's (`fedpara_plugins.optimizers`).
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -25,27 +24,26 @@ from fedpara_plugins.optimizers import (
     norm,
     tell_verdict,
 )
+from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.rules.base import ClientReply, Mean, Rule
 
-__all__ = ["CHANGE", "DriftRule", "Usable"]
-
-log = logging.getLogger("fedpara.fedml")
+__all__ = ["CHANGE", "DriftRule", "UsableReply"]
 
 CHANGE = "change"
 """The record of a client's change of its variate."""
 
 
 @dataclass(frozen=True)
-class Usable:
-    """An answer that counts.
+class UsableReply:
+    """A client's reply that has passed all checks.
 
     Attributes:
-        answer: of the client.
+        client_reply: as the engine gives it.
         reply: the same for the core's arithmetic.
-        change: of its variate; {} where the server derives it.
+        change: of its variate; {} where the server computes it.
     """
 
-    answer: ClientReply
+    client_reply: ClientReply
     reply: Reply
     change: State
 
@@ -56,7 +54,7 @@ class DriftRule(Rule):
     Args:
         weighting: ``uniform``, as published, or ``examples``.
         guard: bounds updates and collects at first; None for the published algorithm.
-        clients: how many there are in all.
+        clients: number of all clients.
     """
 
     needs_change = False
@@ -72,45 +70,45 @@ class DriftRule(Rule):
         self._bound: float | None = None
 
     @abstractmethod
-    def next_x(self, x: State, usable: Sequence[Usable]) -> State:
-        """The next state; takes the changes into `sums`."""
+    def next_x(self, x: State, usable: Sequence[UsableReply]) -> State:
+        """Return the next state, and add the changes to `sums`."""
 
     # The engine's interface
 
     def begin(self, server_round: int, x: State, clients: Sequence[str]) -> None:
-        """Decide whether variates act in this round, and how far an update may go."""
+        """Decide whether variates correct steps in this round, and the bound of updates."""
         self._round = server_round
         self._correct, self._bound = self._guarded.begin(clients=self.clients, a_round=len(clients))
 
     def task(self, client: str) -> Mapping[str, Any]:
-        """Which of its states counts, whether it acts, and the bound."""
+        """Return which of the client's states counts, whether it corrects steps, and the bound."""
         return {
             "accepted": self.sums.rounds.get(client, 0),
             "correct": self._correct,
             "bound": self._bound or 0.0,
         }
 
-    def step(self, x: State, answers: Sequence[ClientReply], mean: Mean) -> State:
-        """The next state, from the answers that can be used.
+    def step(self, x: State, replies: Sequence[ClientReply], mean: Mean) -> State:
+        """Return the next state, from the replies that can be used.
 
         Raises:
-            ConfigError: no client has the algorithm's half.
+            ConfigError: if no client runs the algorithm.
         """
-        if not any(_reports(answer) for answer in answers):
+        if not any(_has_report(reply) for reply in replies):
             raise ConfigError(
-                f"the clients answer without their half of {self.name}; set federated_optimizer: "
+                f"the clients' replies lack the report of {self.name}; set federated_optimizer: "
                 f"{self.name} in the YAML of all sides"
             )
-        usable = [found for answer in answers if (found := self._usable(answer)) is not None]
+        usable = [each for reply in replies if (each := self._usable(reply)) is not None]
         if not usable:
-            log.warning("fedpara: %s: no answer counts: the model stays as it was", self.name)
+            log.warning("fedpara: %s: no reply is usable: the model is unchanged", self.name)
             return x
         new = self.next_x(x, usable)
-        self._note(x, usable)
+        self._inform_guard(x, usable)
         return new
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, the norms of the guard, how often it has collected."""
+        """Return the sums, and the guard's norms and number of collecting rounds."""
         sums = self.sums
         return {
             "total": sums.total,
@@ -121,7 +119,7 @@ class DriftRule(Rule):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`, on a rule of the same options."""
+        """Restore the state of a rule with the same options."""
         for name in ("total", "rounds", "weights"):
             getattr(self.sums, name).clear()
             getattr(self.sums, name).update(state[name])
@@ -130,58 +128,58 @@ class DriftRule(Rule):
 
     # For the algorithms
 
-    def take(self, found: Usable, change: State) -> None:
-        """Take a client's change into the sums, and say what was out of the ordinary."""
-        client = found.answer.client
+    def add_change(self, usable: UsableReply, change: State) -> None:
+        """Add a client's change to the sums, and log anything out of the ordinary."""
+        client = usable.client_reply.client
         nodes = {name: node for node, name in self.sums.clients.items()}
-        since = int(found.answer.report["since"])
+        since = int(usable.client_reply.report["since"])
         verdict = self.sums.take(
             change,
             node=nodes.get(client, len(nodes)),
             client=client,
             since=since,
             server_round=self._round,
-            weight=found.answer.examples if self.weighting == "examples" else 1.0,
+            weight=usable.client_reply.examples if self.weighting == "examples" else 1.0,
         )
         tell_verdict(log, self.name, verdict, f"client {client}", since)
 
     # Parts
 
-    def _usable(self, answer: ClientReply) -> Usable | None:
-        change = dict(answer.records.get(CHANGE, {}))
-        why = self._why_not(answer, change)
+    def _usable(self, reply: ClientReply) -> UsableReply | None:
+        change = dict(reply.records.get(CHANGE, {}))
+        why = self._why_not(reply, change)
         if why is not None:
-            log.warning("fedpara: %s: left out client %s: %s", self.name, answer.client, why)
+            log.warning("fedpara: %s: left out client %s: %s", self.name, reply.client, why)
             return None
-        return Usable(answer, Reply(answer.state, self.trained, answer.examples), change)
+        return UsableReply(reply, Reply(reply.state, self.trained, reply.examples), change)
 
-    def _why_not(self, answer: ClientReply, change: State) -> str | None:
-        if not _reports(answer):
+    def _why_not(self, reply: ClientReply, change: State) -> str | None:
+        if not _has_report(reply):
             return (
-                f"it answers without its half of {self.name}; set federated_optimizer: "
-                f"{self.name} in its YAML"
+                f"its reply lacks the report of {self.name}; set federated_optimizer: {self.name} "
+                f"in its YAML"
             )
-        if answer.report["kept"] == 0:
+        if reply.report["kept"] == 0:
             return "its training gave NaN or infinity"
-        if not finite([*answer.state.values(), *change.values()]):
+        if not finite([*reply.state.values(), *change.values()]):
             return "it holds NaN or infinity"
         if self.needs_change and change.keys() != self.trained:
             return "its variate's names are not those of its trained parameters"
-        if any(value.shape != answer.state[name].shape for name, value in change.items()):
+        if any(value.shape != reply.state[name].shape for name, value in change.items()):
             return "its variate's shapes are not those of its trained parameters"
         return None
 
-    def _note(self, x: State, usable: Sequence[Usable]) -> None:
-        """Tell the guard what came of the round."""
+    def _inform_guard(self, x: State, usable: Sequence[UsableReply]) -> None:
+        """Give the guard the norms of the round's updates and the fractions that clients kept."""
         before = {name: x[name] for name in self.trained}
-        answers = {f"client {u.answer.client}": u.answer for u in usable}
+        replies = {f"client {each.client_reply.client}": each.client_reply for each in usable}
         self._guarded.note(
-            {who: norm(difference(a.state, before).values()) for who, a in answers.items()},
-            {who: a.report["kept"] for who, a in answers.items()},
+            {who: norm(difference(u.state, before).values()) for who, u in replies.items()},
+            {who: u.report["kept"] for who, u in replies.items()},
         )
 
 
-def _reports(answer: ClientReply) -> bool:
-    """Whether an answer tells what the client's half tells."""
-    values = [answer.report.get(key) for key in ("since", "kept")]
+def _has_report(reply: ClientReply) -> bool:
+    """Return whether a reply has the report of a client that runs the algorithm."""
+    values = [reply.report.get(key) for key in ("since", "kept")]
     return all(isinstance(v, int | float) and math.isfinite(v) for v in values)

@@ -10,11 +10,11 @@ __all__ = ["FedAvg"]
 
 
 class FedAvg(Rule):
-    """The server's half; clients just train."""
+    """The server's part; clients need none."""
 
     name = "FedAvg"
-    mends = "FedML lets the clients of the first round train on each other's result"
+    differs = "FedML lets the clients of the first round train on each other's result"
 
-    def step(self, x: State, answers: Sequence[ClientReply], mean: Mean) -> State:
-        """The mean of the answers."""
-        return mean(answers)
+    def step(self, x: State, replies: Sequence[ClientReply], mean: Mean) -> State:
+        """Return the mean of the replies."""
+        return mean(replies)

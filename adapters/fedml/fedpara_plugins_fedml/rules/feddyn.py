@@ -15,26 +15,26 @@ from fedpara_plugins.optimizers import (
     State,
     check_alpha,
 )
-from fedpara_plugins_fedml.rules.base import Visit
-from fedpara_plugins_fedml.rules.drift import DriftRule, Usable
+from fedpara_plugins_fedml.rules.base import LocalRound
+from fedpara_plugins_fedml.rules.drift import DriftRule, UsableReply
 from fedpara_plugins_fedml.rules.local_drift import LocalDrift
 
 __all__ = ["FedDyn", "LocalFedDynRule"]
 
 
 class FedDyn(DriftRule):
-    """The server's half; nothing travels beside the model.
+    """The server's part; no tensors are sent besides the model.
 
     Args:
-        alpha: ``feddyn_alpha``: weight of the quadratic term.
+        alpha: ``feddyn_alpha``, the weight of the quadratic term.
         options: of `DriftRule`.
 
     Raises:
-        ConfigError: alpha is not positive.
+        ConfigError: if alpha is not positive.
     """
 
     name = "FedDyn"
-    mends = "FedML's penalties have no gradient, and its duals belong to places, not clients"
+    differs = "FedML's penalties have no gradient, and its duals belong to places, not clients"
 
     def __init__(self, *, alpha: float, **options: Any) -> None:
         super().__init__(**options)
@@ -42,38 +42,40 @@ class FedDyn(DriftRule):
         self.server = FedDynServer(alpha=alpha, weighting=self.weighting, sums=self.sums)
 
     def task(self, client: str) -> Mapping[str, Any]:
-        """Alpha too, so that the server's counts on both sides."""
+        """Return alpha too, so that both sides use the server's."""
         return {**super().task(client), "alpha": self.alpha}
 
-    def next_x(self, x: State, usable: Sequence[Usable]) -> State:
-        """The clients' mean minus h / alpha."""
-        for found in usable:
-            received = x if found.answer.received is None else found.answer.received
-            self.take(found, self.server.change(received, found.reply))
-        replies = [found.reply for found in usable]
+    def next_x(self, x: State, usable: Sequence[UsableReply]) -> State:
+        """Return the clients' mean minus h / alpha."""
+        for each in usable:
+            received = x if each.client_reply.received is None else each.client_reply.received
+            self.add_change(each, self.server.change(received, each.reply))
+        replies = [each.reply for each in usable]
         return self.server.step(x, replies, clients=self.clients, correct=self._correct)
 
 
 class LocalFedDynRule(LocalDrift):
-    """The client's half."""
+    """The client's part."""
 
     name = "FedDyn"
 
-    def local(self, model: nn.Module, own: State | None, visit: Visit) -> LocalFedDyn:
-        """Steps of any optimizer, each with alpha (y - x) - d."""
+    def local(self, model: nn.Module, own: State | None, local_round: LocalRound) -> LocalFedDyn:
+        """Return a context that adds alpha (y - x) - d to the steps of any optimizer."""
         return LocalFedDyn(
             model,
             own=own,
-            alpha=float(visit.task["alpha"]),
-            correct=bool(visit.task["correct"]),
-            bound=float(visit.task["bound"]) or None,
-            exchanged=visit.exchanged,
+            alpha=float(local_round.task["alpha"]),
+            correct=bool(local_round.task["correct"]),
+            bound=float(local_round.task["bound"]) or None,
+            exchanged=local_round.exchanged,
         )
 
-    def work(self, result: LocalResult) -> dict[str, State]:
-        """Nothing."""
+    def records(self, result: LocalResult) -> dict[str, State]:
+        """Return no tensors."""
         return {}
 
-    def lost(self, own: OwnState, errors: Mapping[str, State], visit: Visit) -> None:
-        """The server takes the step from what it decodes of y."""
-        own.kept.correct(errors.get("model", {}), float(visit.task["alpha"]))
+    def correct_kept(
+        self, own: OwnState, errors: Mapping[str, State], local_round: LocalRound
+    ) -> None:
+        """Correct the dual: the server computes its change from the decoded y."""
+        own.kept.correct(errors.get("model", {}), float(local_round.task["alpha"]))

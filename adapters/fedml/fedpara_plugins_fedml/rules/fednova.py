@@ -1,6 +1,6 @@
 """FedNova (Wang et al. 2020, arXiv 2007.07481): clients' steps, normalised, then averaged.
 
-Client i, with tau_i steps from x to y_i and |a_i| (see `UnitWay`): d_i = (x - y_i) / |a_i|.
+Client i, with tau_i steps from x to y_i and |a_i| (see `Normaliser`): d_i = (x - y_i) / |a_i|.
 Server, with p_i the clients' shares of the examples:
 
     step = tau * sum of p_i d_i      tau = sum of p_i |a_i|, or of p_i tau_i with a proximal term
@@ -12,9 +12,7 @@ gradients of 1: tau_i for plain SGD, the sums of the paper for momentum, and for
 
 from __future__ import annotations
 
-import logging
 import math
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,48 +28,47 @@ from fedpara_plugins.optimizers import (
     difference,
     finite,
     trained_parameters,
-    watching,
 )
+from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.rules.base import (
     ClientReply,
+    LocalRound,
     LocalRule,
-    LocalWork,
     Mean,
+    ReplyExtras,
     Rule,
     State,
-    Visit,
 )
 from fedpara_plugins_fedml.rules.keys import flag, number
+from fedpara_plugins_fedml.rules.normaliser import Normaliser, check_sgd, counting_steps
 from fedpara_plugins_fedml.rules.own_trainer import OwnTrainer
 
-__all__ = ["FedNova", "LocalFedNova", "SGDTrainer", "UnitWay"]
-
-log = logging.getLogger("fedpara.fedml")
+__all__ = ["FedNova", "LocalFedNova", "SGDTrainer"]
 
 
 class FedNova(Rule):
-    """The server's half.
+    """The server's part.
 
     Args:
         gmf: factor of the server's momentum, over all rounds.
-        mu: of the clients' proximal term; not 0 makes tau the mean number of steps.
+        mu: of the clients' proximal term; if it is not 0, tau is the mean number of steps.
     """
 
     name = "FedNova"
-    mends = "FedML forgets the global momentum after each round"
+    differs = "FedML forgets the global momentum after each round"
 
     def __init__(self, *, gmf: float, mu: float) -> None:
         self.gmf, self.mu = gmf, mu
         self._buffer: State = {}
 
-    def step(self, x: State, answers: Sequence[ClientReply], mean: Mean) -> State:
-        """One normalised step; buffers are averaged."""
-        told = [(answer, report) for answer in answers if (report := _report(answer)) is not None]
-        if not told:
+    def step(self, x: State, replies: Sequence[ClientReply], mean: Mean) -> State:
+        """Return x after one normalised step; buffers are averaged."""
+        found = [(reply, report) for reply in replies if (report := _report(reply)) is not None]
+        if not found:
             return x
-        average = mean([answer for answer, _ in told])
-        whole = sum(answer.examples for answer, _ in told)
-        parts = [(a.examples / whole, *report, a.state) for a, report in told]
+        average = mean([reply for reply, _ in found])
+        total = sum(reply.examples for reply, _ in found)
+        parts = [(reply.examples / total, *report, reply.state) for reply, report in found]
         tau = sum(p * (steps if self.mu else size) for p, size, steps, _ in parts)
         new, moves = dict(average), {}
         for name in sorted(self.trained & x.keys()):
@@ -83,24 +80,24 @@ class FedNova(Rule):
                 step += self.gmf * self._buffer.get(name, torch.zeros_like(step))
             moves[name] = step
             new[name] = (old - step).to(x[name].dtype)
-        if self.gmf and finite(new.values()):  # else the engine keeps x, and this its momentum
+        if self.gmf and finite(new.values()):  # else the engine keeps x, and the momentum stays
             self._buffer = moves
         return new
 
     def state_dict(self) -> dict[str, Any]:
-        """The server's momentum."""
+        """Return the server's momentum."""
         return {"buffer": dict(self._buffer)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
+        """Restore the server's momentum."""
         self._buffer = dict(state["buffer"])
 
 
 class LocalFedNova(LocalRule):
-    """The client's half.
+    """The client's part.
 
-    A user's own trainer may use ``torch.optim.SGD`` as it likes; without one, the keys' momentum,
-    dampening, weight decay and Nesterov are those of `SGDTrainer`.
+    A user's own trainer may use ``torch.optim.SGD`` with any options. Without one, `SGDTrainer`
+    uses the keys' momentum, dampening, weight decay and Nesterov.
 
     Args:
         mu: of the proximal term, which is part of the client's gradient.
@@ -113,10 +110,10 @@ class LocalFedNova(LocalRule):
 
     @classmethod
     def of(cls, args: Any) -> LocalFedNova:
-        """From FedML's keys.
+        """Return the rule for FedML's keys.
 
         Raises:
-            ConfigError: a value out of range, or Nesterov without momentum.
+            ConfigError: if a value is out of range, or Nesterov is on without momentum.
         """
         options = {
             "momentum": number(args, "momentum", 0.0),
@@ -129,24 +126,25 @@ class LocalFedNova(LocalRule):
         return cls(mu=number(args, "mu", 0.0), options=options)
 
     def trainer(self, model: nn.Module, args: Any) -> SGDTrainer:
-        """With the keys' SGD."""
+        """Return a trainer with the keys' SGD."""
         return SGDTrainer(model, args, self._options)
 
     @contextmanager
-    def around(self, model: nn.Module, visit: Visit) -> Iterator[LocalWork]:
-        """Count the steps of the client's SGD and what they amount to."""
-        parameters = trained_parameters(model, visit.exchanged)
+    def around(self, model: nn.Module, local_round: LocalRound) -> Iterator[ReplyExtras]:
+        """Count the steps of the client's SGD, and compute their normaliser."""
+        parameters = trained_parameters(model, local_round.exchanged)
         start = copied(parameters)
-        way = UnitWay(self.mu)
+        normaliser = Normaliser(self.mu)
 
-        def pull(name: str, parameter: Tensor) -> Tensor | None:
+        def term(name: str, parameter: Tensor) -> Tensor | None:
             return self.mu * (parameter.detach() - start[name]) if self.mu else None
 
-        work = LocalWork()
-        with AddedGradient(parameters, pull, _check_sgd) as steps, _stepping(parameters, way):
-            yield work
+        extras = ReplyExtras()
+        counted = counting_steps(parameters, normaliser)
+        with AddedGradient(parameters, term, check_sgd) as steps, counted:
+            yield extras
         steps.check_moved(difference(parameters, start))
-        work.report.update(normaliser=way.length, steps=steps.steps)
+        extras.report.update(normaliser=normaliser.length, steps=steps.steps)
 
 
 class SGDTrainer(OwnTrainer):
@@ -164,12 +162,12 @@ class SGDTrainer(OwnTrainer):
         self._optimizer: Optimizer | None = None
 
     def begin(self, device: Any, args: Any) -> None:
-        """A new optimizer: momentum does not outlive a round."""
+        """Make a new optimizer: momentum does not last beyond a round."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.SGD(weights, lr=args.learning_rate, **self._options)
 
     def step(self, inputs: Any, labels: Any, device: Any, rate: float) -> float:
-        """One step."""
+        """Make one step on one batch, and return its loss."""
         assert self._optimizer is not None
         self._optimizer.zero_grad()
         loss = self.loss(self.model, inputs, labels, device)
@@ -178,87 +176,13 @@ class SGDTrainer(OwnTrainer):
         return float(loss.detach())
 
 
-class UnitWay:
-    """How far gradients of 1 would have taken the client, in units of its first learning rate.
-
-    Weight decay is part of the gradient, as in the paper.
-
-    Args:
-        mu: of the proximal term.
-
-    Attributes:
-        length: |a|.
-    """
-
-    def __init__(self, mu: float) -> None:
-        self.mu = mu
-        self.length = 0.0
-        self._unit = 0.0
-        self._buffers: weakref.WeakKeyDictionary[Optimizer, float] = weakref.WeakKeyDictionary()
-
-    def step(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Go with one step of SGD.
-
-        Args:
-            optimizer: that makes it.
-            groups: of it that hold parameters which count.
-
-        Raises:
-            ConfigError: groups that differ, so that there is no one number.
-        """
-        kinds = {tuple(float(group[key]) for key in COUNTS) for group in groups}
-        if len(kinds) > 1:
-            raise ConfigError(
-                f"FedNova normalises a client's step by one number, which there is only if all "
-                f"groups of its SGD have the same {', '.join(COUNTS)}; they have {sorted(kinds)}"
-            )
-        for rate, momentum, dampening, nesterov in kinds:
-            self._unit = self._unit or rate
-            gradient = 1.0 - self.mu * self._unit * self.length
-            move = gradient
-            if momentum:
-                before = self._buffers.get(optimizer)
-                buffer = (
-                    gradient if before is None else momentum * before + (1 - dampening) * gradient
-                )
-                self._buffers[optimizer] = buffer
-                move = gradient + momentum * buffer if nesterov else buffer
-            self.length += (rate / self._unit if self._unit else 0.0) * move
-
-
-COUNTS = ("lr", "momentum", "dampening", "nesterov")
-"""What of a group of SGD enters |a|."""
-
-
-def _check_sgd(optimizer: Optimizer) -> None:
-    if not isinstance(optimizer, torch.optim.SGD):
-        raise ConfigError(
-            f"FedNova's normaliser is that of torch.optim.SGD, and the training loop uses "
-            f"{type(optimizer).__name__}; use SGD, or FedAvg or FedDyn, which bear any optimizer"
-        )
-
-
-@contextmanager
-def _stepping(parameters: Mapping[str, Tensor], way: UnitWay) -> Iterator[None]:
-    """Tell ``way`` each step of an optimizer that holds any of the parameters."""
-    known = {id(parameter) for parameter in parameters.values()}
-
-    def hook(optimizer: Optimizer) -> None:
-        held = [g for g in optimizer.param_groups if any(id(p) in known for p in g["params"])]
-        if any(p.grad is not None for g in held for p in g["params"] if id(p) in known):
-            way.step(optimizer, held)
-
-    with watching(hook):
-        yield
-
-
-def _report(answer: ClientReply) -> tuple[float, float] | None:
-    """|a| and the number of steps; None, with a line in the log, if a client told neither."""
-    found = [answer.report.get(key) for key in ("normaliser", "steps")]
+def _report(reply: ClientReply) -> tuple[float, float] | None:
+    """Return |a| and the number of steps; log and return None if the client reports neither."""
+    found = [reply.report.get(key) for key in ("normaliser", "steps")]
     values = [float(v) for v in found if isinstance(v, int | float) and math.isfinite(v) and v > 0]
     if len(values) == len(found):
         return values[0], values[1]
     log.warning(
-        "fedpara: FedNova: left out client %s: it says of its steps %s", answer.client, found
+        "fedpara: FedNova: left out client %s: its report on its steps is %s", reply.client, found
     )
     return None

@@ -27,7 +27,7 @@ from fedpara_plugins_fedml.rules.server_optimizers import (
     Yogi,
     torch_optimizers,
 )
-from fedpara_plugins_fedml.settings import Settings
+from fedpara_plugins_fedml.settings import FedMLSettings
 
 __all__ = ["FedOpt", "server_optimizer"]
 
@@ -35,42 +35,46 @@ COMMON = {"adagrad": CommonAdagrad, "adam": CommonAdam, "yogi": CommonYogi}
 
 
 class FedOpt(Rule):
-    """The server's half; clients just train.
+    """The server's part; clients need none.
 
     Args:
         optimizer: of the parameters that are trained and shared; buffers are averaged.
     """
 
     name = "FedOpt"
-    mends = "FedML lets the clients of every round train on each other's result"
+    differs = "FedML lets the clients of every round train on each other's result"
 
     def __init__(self, optimizer: ServerOptimizer) -> None:
         self.optimizer = optimizer
 
-    def step(self, x: State, answers: Sequence[ClientReply], mean: Mean) -> State:
-        """One step of the server's optimizer."""
-        average = mean(answers)
+    def step(self, x: State, replies: Sequence[ClientReply], mean: Mean) -> State:
+        """Return x after one step of the server's optimizer."""
+        average = mean(replies)
         if not finite(average.values()):
-            return average  # the engine keeps x; the optimizer must not take this in
+            return average  # the engine then keeps x; the optimizer's state must not change
         wide = {name: x[name].to(torch.float64) for name in x if name in self.trained}
         gradient = {name: value - average[name].to(torch.float64) for name, value in wide.items()}
         new = self.optimizer.step(wide, gradient)
         return {name: new[name].to(x[name].dtype) if name in new else average[name] for name in x}
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's."""
+        """Return the optimizer's state."""
         return {"optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
+        """Restore the optimizer's state."""
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def server_optimizer(args: Any, settings: Settings) -> ServerOptimizer:
-    """What the keys ask for.
+def server_optimizer(args: Any, settings: FedMLSettings) -> ServerOptimizer:
+    """Return the optimizer that a project's keys name.
+
+    Args:
+        args: FedML's.
+        settings: of the run.
 
     Raises:
-        ConfigError: an unknown name, or a value out of range.
+        ConfigError: if the name is unknown, or a value is out of range.
     """
     name = text(args, "server_optimizer", "sgd").lower()
     plain = name in ("sgd", "asgd")
@@ -83,7 +87,12 @@ def server_optimizer(args: Any, settings: Settings) -> ServerOptimizer:
     known = torch_optimizers()
     if name not in known:
         raise ConfigError(_unknown(name, [*known, "yogi"]))
-    kind = known[name]
+    return TorchOptimizer(known[name], _torch_options(known[name], lr, momentum, settings))
+
+
+def _torch_options(
+    kind: type[torch.optim.Optimizer], lr: float, momentum: float, settings: FedMLSettings
+) -> dict[str, Any]:
     taken = inspect.signature(kind.__init__).parameters
     options: dict[str, Any] = {"lr": lr}
     if "momentum" in taken:
@@ -94,10 +103,10 @@ def server_optimizer(args: Any, settings: Settings) -> ServerOptimizer:
         options["betas"] = (first if b1 is None else b1, second if b2 is None else b2)
     if "eps" in taken and settings.server_tau is not None:
         options["eps"] = settings.server_tau
-    return TorchOptimizer(kind, options)
+    return options
 
 
-def _common(name: str, lr: float, momentum: float, settings: Settings) -> ServerOptimizer:
+def _common(name: str, lr: float, momentum: float, settings: FedMLSettings) -> ServerOptimizer:
     if name == "sgd":
         return TorchOptimizer(torch.optim.SGD, {"lr": lr, "momentum": momentum})
     if name not in COMMON:
@@ -105,7 +114,7 @@ def _common(name: str, lr: float, momentum: float, settings: Settings) -> Server
     return COMMON[name](lr, **_given(settings))
 
 
-def _given(settings: Settings) -> dict[str, float]:
+def _given(settings: FedMLSettings) -> dict[str, float]:
     values = {
         "beta_1": settings.server_beta_1,
         "beta_2": settings.server_beta_2,

@@ -8,23 +8,23 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from fedpara_plugins.optimizers import AddedGradient, copied, difference, trained_parameters
-from fedpara_plugins_fedml.rules.base import LocalRule, LocalWork, Visit
+from fedpara_plugins_fedml.rules.base import LocalRound, LocalRule, ReplyExtras
 from fedpara_plugins_fedml.rules.fedavg import FedAvg
 
 __all__ = ["FedProx", "LocalFedProx"]
 
 
 class FedProx(FedAvg):
-    """The server's half: the clients' mean."""
+    """The server's part: the clients' mean."""
 
     name = "FedProx"
-    mends = "FedML lets the clients of the first round train on each other's result"
+    differs = "FedML lets the clients of the first round train on each other's result"
 
 
 class LocalFedProx(LocalRule):
-    """The client's half: mu (w - x) is added to every gradient, whatever trainer computes it.
+    """The client's part: mu (w - x) is added to every gradient, whatever trainer computes it.
 
-    Private factors are not pulled: x has none of them.
+    Private factors have no such term: x does not contain them.
 
     Args:
         mu: weight of the term; 0 is FedAvg.
@@ -34,14 +34,14 @@ class LocalFedProx(LocalRule):
         self.mu = mu
 
     @contextmanager
-    def around(self, model: nn.Module, visit: Visit) -> Iterator[LocalWork]:
+    def around(self, model: nn.Module, local_round: LocalRound) -> Iterator[ReplyExtras]:
         """Add the term to the gradients of the steps in this context."""
-        parameters = trained_parameters(model, visit.exchanged)
+        parameters = trained_parameters(model, local_round.exchanged)
         start = copied(parameters)
 
-        def pull(name: str, parameter: Tensor) -> Tensor | None:
+        def term(name: str, parameter: Tensor) -> Tensor | None:
             return self.mu * (parameter.detach() - start[name]) if self.mu else None
 
-        with AddedGradient(parameters, pull) as steps:
-            yield LocalWork()
+        with AddedGradient(parameters, term) as steps:
+            yield ReplyExtras()
         steps.check_moved(difference(parameters, start))

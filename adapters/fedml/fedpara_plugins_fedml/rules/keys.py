@@ -1,4 +1,4 @@
-"""FedML's own keys of an optimizer, with defaults where FedML would stop at a missing one."""
+"""FedML's own keys of optimizers, with defaults where FedML would fail on a missing key."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["flag", "number", "text"]
 
 
 def number(args: Any, key: str, default: float, *, least: float = 0.0) -> float:
-    """A finite number, ``least`` or more.
+    """Return a key's value, a finite number of ``least`` or more.
 
     Raises:
-        ConfigError: names the key and what it has.
+        ConfigError: if it has another value; names the key and the value.
     """
     value = getattr(args, key, None)
     if value is None:
@@ -29,10 +29,10 @@ def number(args: Any, key: str, default: float, *, least: float = 0.0) -> float:
 
 
 def flag(args: Any, key: str, default: bool = False) -> bool:
-    """Whether a switch is on; YAML's true and false, or the same as text.
+    """Return whether a switch is on: YAML's true and false, or the same as text.
 
     Raises:
-        ConfigError: names the key and what it has.
+        ConfigError: if it has another value; names the key and the value.
     """
     value = getattr(args, key, None)
     if value is None:
@@ -45,6 +45,6 @@ def flag(args: Any, key: str, default: bool = False) -> bool:
 
 
 def text(args: Any, key: str, default: str) -> str:
-    """A word."""
+    """Return a key's value as text."""
     value = getattr(args, key, None)
     return default if value is None else str(value)

@@ -1,8 +1,7 @@
-"""What SCAFFOLD and FedDyn have in common in a client: its own variate or dual, kept and told."""
+"""The common part of SCAFFOLD and FedDyn in a client: its variate or dual between rounds."""
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,17 +9,16 @@ from contextlib import contextmanager
 from torch import nn
 
 from fedpara_plugins.optimizers import LocalFedDyn, LocalResult, LocalScaffold, OwnState
-from fedpara_plugins_fedml.rules.base import LocalRule, LocalWork, State, Visit
+from fedpara_plugins_fedml.logs import log
+from fedpara_plugins_fedml.rules.base import LocalRound, LocalRule, ReplyExtras, State
 
 __all__ = ["LocalDrift"]
-
-log = logging.getLogger("fedpara.fedml")
 
 Local = LocalScaffold | LocalFedDyn
 
 
 class LocalDrift(LocalRule):
-    """The client's half: its steps are corrected, by whatever trainer and optimizer they are made.
+    """The client's part: it corrects each step, whatever trainer and optimizer make it.
 
     Attributes:
         name: of the algorithm.
@@ -29,48 +27,50 @@ class LocalDrift(LocalRule):
     name = ""
 
     @abstractmethod
-    def local(self, model: nn.Module, own: State | None, visit: Visit) -> Local:
-        """The core's context around the training."""
+    def local(self, model: nn.Module, own: State | None, local_round: LocalRound) -> Local:
+        """Return the core's context around the training."""
 
     @abstractmethod
-    def work(self, result: LocalResult) -> dict[str, State]:
-        """What travels beside the model."""
+    def records(self, result: LocalResult) -> dict[str, State]:
+        """Return the tensors that are sent besides the model."""
 
     @abstractmethod
-    def lost(self, own: OwnState, errors: Mapping[str, State], visit: Visit) -> None:
-        """Keep what the server will have, where a codec has lost something on the way."""
+    def correct_kept(
+        self, own: OwnState, errors: Mapping[str, State], local_round: LocalRound
+    ) -> None:
+        """Correct the kept state by the codec's errors, so that it is what the server decodes."""
 
     @contextmanager
-    def around(self, model: nn.Module, visit: Visit) -> Iterator[LocalWork]:
-        """Correct the steps in this context; then keep and tell what came of it."""
-        own = OwnState(visit.storage, self.name, visit.client)
-        undone = own.kept.begin(int(visit.task["accepted"]))
+    def around(self, model: nn.Module, local_round: LocalRound) -> Iterator[ReplyExtras]:
+        """Correct the steps in this context; then keep the new state, and report on the round."""
+        own = OwnState(local_round.storage, self.name, local_round.client)
+        undone = own.kept.begin(int(local_round.task["accepted"]))
         if undone is not None:
-            log.warning("fedpara: %s of client %s: %s", self.name, visit.client, undone)
+            log.warning("fedpara: %s of client %s: %s", self.name, local_round.client, undone)
         since = own.kept.known_round
-        work = LocalWork()
-        local = self.local(model, own.kept.known, visit)
+        extras = ReplyExtras()
+        local = self.local(model, own.kept.known, local_round)
         with local:
-            yield work
+            yield extras
         result = local.result
         if result is None:
             return
-        self._tell(result, visit.client)
-        work.report.update(since=since, kept=result.kept, norm=min(result.norm, 1e300))
+        self._log_result(result, local_round.client)
+        extras.report.update(since=since, kept=result.kept, norm=min(result.norm, 1e300))
         if result.own is None:
             own.save()
             return
-        own.kept.end(result.own, visit.server_round)
+        own.kept.end(result.own, local_round.server_round)
         own.save()
-        work.records.update(self.work(result))
+        extras.records.update(self.records(result))
 
         def encoded(errors: Mapping[str, State]) -> None:
-            self.lost(own, errors, visit)
+            self.correct_kept(own, errors, local_round)
             own.save()
 
-        work.on_encoded = encoded
+        extras.on_encoded = encoded
 
-    def _tell(self, result: LocalResult, client: str) -> None:
+    def _log_result(self, result: LocalResult, client: str) -> None:
         if result.own is None:
             log.warning(
                 "fedpara: %s: training gave NaN or infinity; this round of client %s counts for "

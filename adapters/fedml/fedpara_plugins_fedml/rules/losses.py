@@ -1,4 +1,4 @@
-"""The loss of a client's trainer, for what needs a pass over its data outside the training."""
+"""The loss of a client's trainer, for passes over its data outside the training."""
 
 from __future__ import annotations
 
@@ -6,25 +6,21 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
-from fedml.ml.trainer.my_model_trainer_nwp import ModelTrainerNWP
-from fedml.ml.trainer.my_model_trainer_tag_prediction import ModelTrainerTAGPred
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError
+from fedpara_plugins_fedml.seams import is_default_trainer
 
 __all__ = ["Losses", "default_loss", "losses_of"]
 
 Losses = Callable[[], Iterable[tuple[Tensor, int]]]
-"""Makes one pass over a client's data: each batch's mean loss and how many examples it has."""
-
-DEFAULTS = (ModelTrainerCLS, ModelTrainerNWP, ModelTrainerTAGPred)
+"""Makes one pass over a client's data, and yields each batch's mean loss and number of examples."""
 
 
 def default_loss(
     dataset: str, model: nn.Module, inputs: Any, labels: Any, device: torch.device
 ) -> Tensor:
-    """Of one batch, as FedML's default trainer for that data set computes it."""
+    """Return the loss of one batch, as FedML's default trainer for a data set computes it."""
     outputs, labels = model(inputs.to(device)), labels.to(device)
     if dataset == "stackoverflow_lr":
         return nn.functional.binary_cross_entropy(outputs, labels, reduction="sum")
@@ -34,7 +30,7 @@ def default_loss(
 
 
 def losses_of(trainer: Any, train_data: Any, device: torch.device, args: Any) -> Losses:
-    """A pass over a client's data: the trainer's own ``losses``, or what FedML's default minimises.
+    """Return a pass over a client's data: the trainer's own ``losses``, or FedML's default loss.
 
     Args:
         trainer: the user's or FedML's; its model is on the device.
@@ -43,15 +39,15 @@ def losses_of(trainer: Any, train_data: Any, device: torch.device, args: Any) ->
         args: FedML's.
 
     Raises:
-        ConfigError: a trainer of the user's own, whose loss nobody here knows.
+        ConfigError: if the trainer is the user's and has no ``losses``: its loss is not known.
     """
     own = getattr(trainer, "losses", None)
     if callable(own):
         return lambda: own(train_data, device, args)
-    if type(trainer).train not in [default.train for default in DEFAULTS]:
+    if not is_default_trainer(trainer):
         raise ConfigError(
             f"SCAFFOLD's option I needs the gradient at the server's model over a client's data, "
-            f"and the loss of {type(trainer).__name__} is its own: give it a method "
+            f"and the loss of {type(trainer).__name__} is not known: give it a method "
             f"losses(self, train_data, device, args) that yields (mean loss of a batch, number of "
             f"its examples) for self.model, or set fedpara_scaffold_option: II"
         )

@@ -1,4 +1,4 @@
-"""The statistics s of Mime's base algorithms: how they act (U) and how they are updated (V).
+"""The statistics s of Mime's base algorithms: their use in a step (U), and their update (V).
 
 As in arXiv 2008.03606, with g a gradient, without bias corrections:
 
@@ -21,23 +21,23 @@ from torch import Tensor
 from fedpara_plugins import ConfigError
 from fedpara_plugins.optimizers import State
 
-__all__ = ["BASES", "Base"]
+__all__ = ["BASE_ALGORITHMS", "BaseAlgorithm"]
 
-BASES = ("sgd", "adam", "rmsprop", "adagrad")
+BASE_ALGORITHMS = ("sgd", "adam", "rmsprop", "adagrad")
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseAlgorithm:
     """One base algorithm.
 
     Attributes:
-        kind: one of `BASES`.
+        kind: one of `BASE_ALGORITHMS`.
         beta_1: b or b1.
         beta_2: b2.
         tau: added to the root.
 
     Raises:
-        ConfigError: unknown kind.
+        ConfigError: if the kind is unknown.
     """
 
     kind: str
@@ -46,21 +46,21 @@ class Base:
     tau: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.kind not in BASES:
+        if self.kind not in BASE_ALGORITHMS:
             raise ConfigError(
                 f"Mime: server_optimizer {self.kind!r} is no base algorithm; known: "
-                f"{', '.join(BASES)}"
+                f"{', '.join(BASE_ALGORITHMS)}"
             )
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the statistics that it keeps: m, v, or both."""
+        """Return the names of the statistics: m, v, or both."""
         if self.kind == "sgd":
             return ("m",) if self.beta_1 else ()
         return ("m", "v") if self.kind == "adam" else ("v",)
 
-    def act(self, g: Tensor, s: Mapping[str, Tensor]) -> Tensor:
-        """U(g, s) for one tensor; s is empty before the first V."""
+    def direction(self, g: Tensor, s: Mapping[str, Tensor]) -> Tensor:
+        """Return U(g, s) for one tensor; s is empty before the first V."""
         if not s and self.kind != "sgd":
             return g
         if self.kind in ("sgd", "adam"):
@@ -69,7 +69,7 @@ class Base:
         return g if self.kind == "sgd" else g / (s["v"].sqrt() + self.tau)
 
     def updated(self, g: State, s: Mapping[str, State]) -> dict[str, State]:
-        """V(g, s) for all tensors; {} stands for zeros."""
+        """Return V(g, s) for all tensors; {} stands for zeros."""
         after: dict[str, State] = {}
         for kind in self.names:
             held = s.get(kind, {})

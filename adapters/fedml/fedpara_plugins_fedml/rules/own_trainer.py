@@ -1,24 +1,22 @@
-"""A ClientTrainer of FedML for optimizers that make steps of their own."""
+"""A base of ClientTrainers for optimizers that make steps of their own."""
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from typing import Any
 
-from fedml.core.alg_frame.client_trainer import ClientTrainer
-from fedml.ml.trainer.trainer_creator import create_model_trainer
+from fedml.core import ClientTrainer
 from torch import Tensor, nn
 
+from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.rules.losses import default_loss
+from fedpara_plugins_fedml.seams import create_model_trainer
 
 __all__ = ["OwnTrainer"]
 
-log = logging.getLogger("fedpara.fedml")
-
 
 class OwnTrainer(ClientTrainer):  # type: ignore[misc]
-    """Loss and test are those of FedML's default trainer for the data set.
+    """A ClientTrainer with the loss and the test of FedML's default for the data set.
 
     Args:
         model: the client's.
@@ -30,7 +28,7 @@ class OwnTrainer(ClientTrainer):  # type: ignore[misc]
         self._default = create_model_trainer(model, args)
 
     def get_model_params(self) -> Any:
-        """The model's state, on the CPU."""
+        """Return the model's state, on the CPU."""
         return self.model.cpu().state_dict()
 
     def set_model_params(self, model_parameters: Any) -> None:
@@ -38,12 +36,12 @@ class OwnTrainer(ClientTrainer):  # type: ignore[misc]
         self.model.load_state_dict(model_parameters)
 
     def test(self, test_data: Any, device: Any, args: Any) -> Any:
-        """As FedML's default trainer."""
+        """Test the model as FedML's default trainer does."""
         self._default.model = self.model
         return self._default.test(test_data, device, args)
 
     def train(self, train_data: Any, device: Any, args: Any) -> None:
-        """All epochs of a round."""
+        """Train for all epochs of a round."""
         self.model.to(device)
         self.model.train()
         self.begin(device, args)
@@ -57,12 +55,12 @@ class OwnTrainer(ClientTrainer):  # type: ignore[misc]
 
     @abstractmethod
     def begin(self, device: Any, args: Any) -> None:
-        """A round begins."""
+        """Begin a round."""
 
     @abstractmethod
     def step(self, inputs: Any, labels: Any, device: Any, rate: float) -> float:
-        """One step on one batch; its loss."""
+        """Make one step on one batch, and return its loss."""
 
     def loss(self, model: nn.Module, inputs: Any, labels: Any, device: Any) -> Tensor:
-        """Of one batch, as FedML's default trainer computes it."""
+        """Return the loss of one batch, as FedML's default trainer computes it."""
         return default_loss(self.args.dataset, model, inputs, labels, device)

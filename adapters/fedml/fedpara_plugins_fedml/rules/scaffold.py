@@ -8,8 +8,8 @@ from typing import Any, Literal
 from torch import nn
 
 from fedpara_plugins.optimizers import LocalResult, LocalScaffold, OwnState, ScaffoldServer, State
-from fedpara_plugins_fedml.rules.base import Visit
-from fedpara_plugins_fedml.rules.drift import CHANGE, DriftRule, Usable
+from fedpara_plugins_fedml.rules.base import LocalRound
+from fedpara_plugins_fedml.rules.drift import CHANGE, DriftRule, UsableReply
 from fedpara_plugins_fedml.rules.local_drift import LocalDrift
 from fedpara_plugins_fedml.rules.losses import losses_of
 
@@ -20,17 +20,17 @@ VARIATE = "variate"
 
 
 class Scaffold(DriftRule):
-    """The server's half; c travels beside the model, and changes of c_i come back.
+    """The server's part; it sends c besides the model, and clients send changes of c_i.
 
     Args:
-        rate: ``server_lr``: of the step from x to the clients' mean.
-        option: how clients make their new variate: the mean gradient of their steps (``II``), or
-            the gradient at the server's model (``I``), a pass over their data.
+        rate: ``server_lr``, the rate of the step from x to the clients' mean.
+        option: the clients' new variate: the mean gradient of their steps (``II``), or the gradient
+            at the server's model (``I``), which costs a pass over their data.
         options: of `DriftRule`.
     """
 
     name = "SCAFFOLD"
-    mends = "FedML keeps every client's variate at zero and takes the last client's model alone"
+    differs = "FedML keeps every client's variate at zero and takes the last client's model alone"
     needs_change = True
 
     def __init__(self, *, rate: float, option: Literal["I", "II"] = "II", **options: Any) -> None:
@@ -40,57 +40,61 @@ class Scaffold(DriftRule):
         self._variate: State = {}
 
     def begin(self, server_round: int, x: State, clients: Sequence[str]) -> None:
-        """As the others; and c."""
+        """Begin a round, and compute its c."""
         super().begin(server_round, x, clients)
         self._variate = self.server.variate(self.clients, x)
 
     def task(self, client: str) -> Mapping[str, Any]:
-        """The option too, so that the server's counts on both sides."""
+        """Return the option too, so that both sides use the server's."""
         return {**super().task(client), "option": self.option}
 
     def records(self) -> Mapping[str, State]:
-        """c; nothing before any client has answered, when it is zero."""
+        """Return c; nothing while it is zero, before any client has answered."""
         return {VARIATE: self._variate} if self._variate else {}
 
-    def next_x(self, x: State, usable: Sequence[Usable]) -> State:
-        """One step towards the clients' mean; c is the mean of all variates."""
-        for found in usable:
-            self.take(found, found.change)
-        return self.server.step(x, [found.reply for found in usable])
+    def next_x(self, x: State, usable: Sequence[UsableReply]) -> State:
+        """Return x after a step towards the clients' mean; c becomes the mean of all variates."""
+        for each in usable:
+            self.add_change(each, each.change)
+        return self.server.step(x, [each.reply for each in usable])
 
 
 class LocalScaffoldRule(LocalDrift):
-    """The client's half."""
+    """The client's part."""
 
     name = "SCAFFOLD"
     updates = frozenset({CHANGE})
 
-    def local(self, model: nn.Module, own: State | None, visit: Visit) -> LocalScaffold:
-        """Steps of plain SGD, each with c - c_i.
+    def local(self, model: nn.Module, own: State | None, local_round: LocalRound) -> LocalScaffold:
+        """Return a context that adds c - c_i to the steps of plain SGD.
 
         Raises:
-            ConfigError: option I, and the trainer's loss is not known.
+            ConfigError: if the option is I and the trainer's loss is not known.
         """
         losses = None
-        if visit.task.get("option") == "I":
-            losses = losses_of(visit.trainer, visit.train_data, visit.device, visit.args)
-            model.to(visit.device)
+        if local_round.task.get("option") == "I":
+            losses = losses_of(
+                local_round.trainer, local_round.train_data, local_round.device, local_round.args
+            )
+            model.to(local_round.device)
             model.train()
         return LocalScaffold(
             model,
             own=own,
-            server=visit.records.get(VARIATE),
+            server=local_round.records.get(VARIATE),
             option="II" if losses is None else "I",
             losses=losses,
-            correct=bool(visit.task["correct"]),
-            bound=float(visit.task["bound"]) or None,
-            exchanged=visit.exchanged,
+            correct=bool(local_round.task["correct"]),
+            bound=float(local_round.task["bound"]) or None,
+            exchanged=local_round.exchanged,
         )
 
-    def work(self, result: LocalResult) -> dict[str, State]:
-        """The change of c_i."""
+    def records(self, result: LocalResult) -> dict[str, State]:
+        """Return the change of c_i."""
         return {CHANGE: result.change}
 
-    def lost(self, own: OwnState, errors: Mapping[str, State], visit: Visit) -> None:
-        """c_i is what the server decodes of it."""
+    def correct_kept(
+        self, own: OwnState, errors: Mapping[str, State], local_round: LocalRound
+    ) -> None:
+        """Correct c_i, so that it is what the server decodes."""
         own.kept.correct(errors.get(CHANGE, {}), -1.0)

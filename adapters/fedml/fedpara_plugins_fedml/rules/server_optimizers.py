@@ -1,12 +1,12 @@
-"""The server's steps of FedOpt: from x and the clients' mean to the next x.
+"""The server's optimizers of FedOpt: from x and the clients' mean to the next x.
 
-All take the pseudo-gradient g = x - mean, by name, in float64.
+All of them use the pseudo-gradient g = x - mean, by name, in float64.
 
-- `TorchOptimizer`, FedML's own rule: any class of ``torch.optim`` by its name.
-- `Yogi`, which torch lacks, as published (Reddi et al. 2021, arXiv 2003.00295, algorithm 2).
-- `CommonAdam`, `CommonYogi`, `CommonAdagrad`, what Flower's strategies of these names compute, so
-  that both frameworks can be set to one rule: ``fedpara_server_rule: flower``. Flower's FedAvgM is
-  torch's SGD with momentum.
+- `TorchOptimizer`: any class of ``torch.optim`` by its name, as in FedML.
+- `Yogi`: as published (Reddi et al. 2021, arXiv 2003.00295, algorithm 2); torch does not have it.
+- `CommonAdam`, `CommonYogi`, `CommonAdagrad`: the computations of Flower's strategies with these
+  names, so that both frameworks can be set to one rule: ``fedpara_server_rule: flower``. Flower's
+  FedAvgM is torch's SGD with momentum.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ __all__ = [
 
 
 class ServerOptimizer(ABC):
-    """One server's optimizer, with what it keeps between rounds."""
+    """A server's optimizer with its state between rounds."""
 
     @abstractmethod
     def step(self, x: State, gradient: State) -> State:
-        """The next values of all names, float64.
+        """Return the next values of all names, float64.
 
         Args:
             x: float64.
@@ -48,15 +48,15 @@ class ServerOptimizer(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors."""
+        """Return plain values and tensors."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
+        """Restore a state that `state_dict` returned."""
 
 
 def torch_optimizers() -> dict[str, type[torch.optim.Optimizer]]:
-    """By lower-case name, those of ``torch.optim`` that need one gradient and nothing else."""
+    """Return the classes of ``torch.optim`` that need a gradient alone, by lower-case name."""
     found = {
         name.lower(): kind
         for name, kind in vars(torch.optim).items()
@@ -79,7 +79,7 @@ class TorchOptimizer(ServerOptimizer):
         options: of its constructor.
 
     Raises:
-        ConfigError: it takes no such option, or not that value.
+        ConfigError: if the class does not take such an option, or not that value.
     """
 
     def __init__(self, kind: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
@@ -94,7 +94,7 @@ class TorchOptimizer(ServerOptimizer):
             raise ConfigError(f"server_optimizer {kind.__name__}: {error}") from None
 
     def step(self, x: State, gradient: State) -> State:
-        """One step of the class."""
+        """Return x after one step of the class."""
         optimizer = self._at(x)
         for name, parameter in self._parameters.items():
             parameter.data.copy_(x[name])
@@ -114,7 +114,7 @@ class TorchOptimizer(ServerOptimizer):
         return self._optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """By parameter, what the class keeps of it."""
+        """Return the class's state, by parameter."""
         if self._optimizer is None:
             return {"kept": {name: dict(kept) for name, kept in self._loaded.items()}}
         state = self._optimizer.state
@@ -130,7 +130,7 @@ class TorchOptimizer(ServerOptimizer):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Taken up at the next step."""
+        """Restore a state; it takes effect at the next step."""
         self._loaded, self._optimizer = state["kept"], None
 
 
@@ -149,15 +149,15 @@ class _Adaptive(ServerOptimizer):
     first_v = 0.0
 
     def second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
-        """The next second moment."""
+        """Return the next second moment."""
         raise NotImplementedError
 
     def rate(self) -> float:
-        """Of this round."""
+        """Return this round's learning rate."""
         return self.lr
 
     def step(self, x: State, gradient: State) -> State:
-        """One step."""
+        """Return x after one step."""
         self.rounds += 1
         new = {}
         for name, value in x.items():
@@ -170,24 +170,24 @@ class _Adaptive(ServerOptimizer):
         return new
 
     def state_dict(self) -> dict[str, Any]:
-        """Both moments and the number of rounds."""
+        """Return both moments and the number of rounds."""
         return {"rounds": self.rounds, "m": dict(self.m), "v": dict(self.v)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
+        """Restore both moments and the number of rounds."""
         self.rounds = int(state["rounds"])
         self.m, self.v = dict(state["m"]), dict(state["v"])
 
 
 @dataclass
 class Yogi(_Adaptive):
-    """v - (1 - b2) d² sign(v - d²), from v = tau², the least that the paper allows."""
+    """v - (1 - b2) d² sign(v - d²), from v = tau², the smallest value that the paper allows."""
 
     def __post_init__(self) -> None:
         self.first_v = self.tau**2
 
     def second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
-        """Yogi's."""
+        """Return Yogi's second moment."""
         return v - (1 - self.beta_2) * square * (v - square).sign()
 
 
@@ -195,15 +195,15 @@ class Yogi(_Adaptive):
 class CommonAdam(_Adaptive):
     """Flower's FedAdam: b2 v + (1 - b2) d², at the rate lr sqrt(1 - b2^t) / (1 - b1^t).
 
-    t is 1 + the number of the round, one more than have been.
+    t is the round's number plus 1.
     """
 
     def second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
-        """Adam's."""
+        """Return Adam's second moment."""
         return self.beta_2 * v + (1 - self.beta_2) * square
 
     def rate(self) -> float:
-        """Corrected."""
+        """Return the bias-corrected learning rate."""
         t = self.rounds + 1
         rate: float = self.lr * (1 - self.beta_2**t) ** 0.5 / (1 - self.beta_1**t)
         return rate
@@ -224,5 +224,5 @@ class CommonAdagrad(_Adaptive):
     beta_1: float = 0.0
 
     def second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
-        """Adagrad's."""
+        """Return Adagrad's second moment."""
         return v + square

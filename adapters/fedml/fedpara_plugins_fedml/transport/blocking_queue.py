@@ -1,7 +1,7 @@
-"""FedML's receiving loops ask a queue for its size, as fast as they can; here they have to wait.
+"""A queue that makes FedML's receiving loops wait, instead of polling as fast as they can.
 
-In FedML the loop's thread does the training too, so that it stands still then. Ours goes on, and
-would take half of the processor from the training.
+In FedML the loop's thread also trains, so it does not poll then. In the plugin the loop has a
+thread of its own, which would take half of a processor from the training.
 """
 
 from __future__ import annotations
@@ -10,39 +10,33 @@ import queue
 import time
 from typing import Any
 
-__all__ = ["PatientQueue", "make_patient"]
+from fedpara_plugins_fedml.seams import replace_queue
 
-PAUSE = 0.05
-"""Seconds that the size of an empty queue takes."""
+__all__ = ["BlockingQueue", "use_blocking_queue"]
+
+WAIT = 0.05
+"""Seconds for which ``qsize`` of an empty queue waits."""
 
 
-class PatientQueue(queue.Queue[Any]):
+class BlockingQueue(queue.Queue[Any]):
     """A queue whose ``qsize`` waits for a moment while it is empty."""
 
     def qsize(self) -> int:
-        """The number of entries; 0 only after a pause in which nothing came."""
+        """Return the number of entries; 0 only after a wait in which nothing came."""
         with self.not_empty:
-            deadline = time.monotonic() + PAUSE
+            deadline = time.monotonic() + WAIT
             while not self._qsize() and (left := deadline - time.monotonic()) > 0:
                 self.not_empty.wait(left)
             return self._qsize()
 
 
-def make_patient(manager: Any) -> None:
-    """Give a communication manager of FedML's such a queue, if its loop needs one."""
-    servicer = getattr(manager, "grpc_servicer", None) or getattr(manager, "trpc_servicer", None)
-    if servicer is not None:
-        servicer.message_q = _moved(servicer.message_q)
-    elif getattr(manager, "q_receiver", None) is not None:  # MPI
-        patient = _moved(manager.q_receiver)
-        manager.q_receiver = patient
-        for thread in (manager._server_receive_thread, manager._client_receive_thread):
-            if thread is not None:
-                thread.q = patient
+def use_blocking_queue(manager: Any) -> None:
+    """Give one of FedML's communication managers such a queue, if its loop polls one."""
+    replace_queue(manager, _moved)
 
 
-def _moved(old: queue.Queue[Any]) -> PatientQueue:
-    new = PatientQueue()
+def _moved(old: queue.Queue[Any]) -> BlockingQueue:
+    new = BlockingQueue()
     while not old.empty():
         new.put(old.get())
     return new

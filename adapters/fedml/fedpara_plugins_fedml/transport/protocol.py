@@ -1,26 +1,27 @@
-"""What server and clients say to each other over FedML's transports, beside the model.
+"""The messages between server and clients over FedML's transports.
 
-FedML's own messages have the types 0 to 8; ours are far from them, so that a party without the
-plugin is noticed at its first word. One value of a message is our envelope as plain bytes, under
-FedML's key for the model (MQTT_S3 moves it to the store); the others are short texts and numbers.
+FedML's own messages have the types 1 to 8. The plugin's types are far from them, so that a process
+without the plugin is recognised by its first message. One value of a message is the envelope as
+plain bytes, under FedML's key for the model (MQTT_S3 moves it to the store). The others are short
+texts and numbers.
 
-Three messages are made so that a party without the plugin understands them. HELLO travels as
-FedML's own "this client is online", with a mark: FedML's server counts the client and, when all are
-there, sends each of them its first model, by which each learns what kind of server that is. CHECK
-is FedML's own "who is there", with the mark, for clients of FedML's own whose one word was lost (a
-broker keeps nothing for a server that comes later); ours take it as a PULSE. FAILED goes to a party
-that may be without the plugin with the reason in the place of its type: FedML logs an unknown type,
-and ends.
+Three messages are understood by processes without the plugin. HELLO is sent as FedML's own "this
+client is online", with a field of the plugin. FedML's server counts the client and, when all are
+there, sends each of them its first model, by which each client learns what kind of server that is.
+CHECK is FedML's own "who is there", with the field. It is for FedML's own clients whose one message
+was lost (a broker keeps nothing for a server that comes later); the plugin's clients take it as a
+HEARTBEAT. FAILED has the reason in the place of its type if the receiver may lack the plugin: FedML
+logs an unknown type, and ends.
 
-    client                      server
-    HELLO     ------------->             who I am; again and again until
-              <-------------    WELCOME
-              <-------------    TASK     a round's model, for one data silo
-    ANSWER    ------------->             its reply, or why there is none
-              <-------------    FINISH   the last model        (or FAILED: why the run ends)
-    BYE       ------------->
-              <-------------    CLOSE    everybody has said BYE
-    PULSE     <------------>    PULSE    I am alive, all the time
+    client                        server
+    HELLO     --------------->               who I am; repeated until
+              <---------------    WELCOME
+              <---------------    TASK       a round's model, for one data silo
+    REPLY     --------------->               its reply, or why there is none
+              <---------------    FINISH     the last model        (or FAILED: why the run ends)
+    BYE       --------------->
+              <---------------    CLOSE      all clients have sent BYE
+    HEARTBEAT <-------------->    HEARTBEAT  sent all the time
 """
 
 from __future__ import annotations
@@ -30,54 +31,48 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from fedpara_plugins_fedml.seams import CHECK, FEDML_TYPES, ONLINE, ONLINE_STATUS, READY
+
 __all__ = [
-    "ANSWER", "BROKEN", "BYE", "CHECK", "CLOSE", "FAILED", "FINISH", "GONE", "HELLO", "MARK",
-    "NAMES", "ONLINE", "PULSE", "READY", "STOCK", "TASK", "WELCOME", "WORD", "Event",
+    "BROKEN", "BYE", "CHECK", "CLOSE", "FAILED", "FEDML_TYPES", "FINISH", "GONE", "HEARTBEAT",
+    "HELLO", "ONLINE", "PLUGIN_FIELDS", "READY", "REASON_PREFIX", "REPLY", "TASK", "TYPE_NAMES",
+    "WELCOME", "Event",
 ]  # fmt: skip
 
-READY = 0
-"""FedML's own: the transport of this process is there."""
+PLUGIN_FIELDS: Mapping[str, str] = MappingProxyType({**ONLINE_STATUS, "fedpara": "hello"})
+"""Fields of a HELLO or CHECK: FedML's own, and the one by which the plugin's is recognised."""
 
-STOCK = (1, 2, 3, 4, 5, 6, 7, 8)
-"""FedML's own messages: who sends them runs without the plugin."""
+REASON_PREFIX = "fedpara: "
+"""Beginning of a message type that is a reason."""
 
-ONLINE, CHECK = 5, 6
-"""Of these: a client has come; a server asks its clients, before all have come, who is there."""
-
-MARK: Mapping[str, str] = MappingProxyType({"client_status": "ONLINE", "fedpara": "hello"})
-"""Fields of a HELLO or CHECK: FedML's own, and the one by which ours is told from FedML's."""
-
-WORD = "fedpara: "
-"""How a type begins that is a reason."""
-
-HELLO, WELCOME, TASK, ANSWER, FINISH, FAILED, BYE, CLOSE, PULSE = range(9001, 9010)
+HELLO, WELCOME, TASK, REPLY, FINISH, FAILED, BYE, CLOSE, HEARTBEAT = range(9001, 9010)
 
 GONE, BROKEN = -1, -2
-"""No messages: a party is silent, or our own transport has ended."""
+"""Events without a message: a peer is silent, or this process's transport has ended."""
 
-NAMES: Mapping[int, str] = MappingProxyType(
+TYPE_NAMES: Mapping[int, str] = MappingProxyType(
     {
         HELLO: "hello",
         WELCOME: "welcome",
         TASK: "task",
-        ANSWER: "answer",
+        REPLY: "reply",
         FINISH: "finish",
         FAILED: "failed",
         BYE: "bye",
         CLOSE: "close",
-        PULSE: "pulse",
+        HEARTBEAT: "heartbeat",
     }
 )
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that the main thread has to deal with.
+    """A message or a failure that the main thread has to handle.
 
     Attributes:
         kind: a message's type, or `GONE`, or `BROKEN`.
-        peer: whose it is.
-        data: the envelope, of anyone: not checked yet.
+        peer: that sent it, or that failed.
+        data: the envelope, not checked yet; the sender is not trusted.
         fields: the short values; `text` and `number` read them.
     """
 
@@ -87,10 +82,10 @@ class Event:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self, key: str) -> str:
-        """A short text; "" if there is none."""
+        """Return a short text; "" if there is none."""
         return str(self.fields.get(key) or "")[:2000]
 
     def number(self, key: str) -> int:
-        """A number; -1 if there is none."""
+        """Return a number; -1 if there is none."""
         value = self.fields.get(key)
         return value if type(value) is int else -1

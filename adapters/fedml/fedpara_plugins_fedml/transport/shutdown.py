@@ -1,7 +1,7 @@
-"""How a transport ends, and how a process does that cannot end by itself.
+"""The end of a transport, and of a process that cannot end by itself.
 
-FedML's own `finish` waits for the other parties (TRPC, MPI), or trips over a message that came late
-(MPI), or is never reached.
+FedML's own `finish` waits for the other processes (TRPC, MPI), fails on a message that comes late
+(MPI), or is never called.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from fedpara_plugins_fedml.logs import log
+from fedpara_plugins_fedml.seams import receiving_threads, stop_loop
+
 __all__ = ["close_transport", "end_process"]
 
-log = logging.getLogger("fedpara.fedml")
-
-PATIENCE = 20.0
-"""Seconds that an orderly end may take, in which all parties have to take part."""
+SHUTDOWN_TIMEOUT = 20.0
+"""Seconds that an orderly end may take, in which all processes have to take part."""
 
 
 def close_transport(manager: Any, backend: str, *, orderly: bool) -> bool:
-    """End one of FedML's communication managers; False if parts of it go on.
+    """End one of FedML's communication managers.
 
     Args:
         manager: FedML's, such as a GRPCCommManager.
         backend: its name.
-        orderly: whether the other parties end now too; otherwise nobody is waited for.
+        orderly: whether the other processes end now too; otherwise none is waited for.
+
+    Returns:
+        Whether all parts of it have ended.
     """
     if backend == "MPI":
         return _close_mpi(manager, orderly)
@@ -40,12 +44,11 @@ def close_transport(manager: Any, backend: str, *, orderly: bool) -> bool:
 
 
 def _close_mpi(manager: Any, orderly: bool) -> bool:
-    """As its ``stop_receive_message``, which fails if a message is left in a queue."""
-    manager._stop_running = True
-    for thread in (manager._server_receive_thread, manager._client_receive_thread):
-        if thread is not None:
-            thread.stop()
-            thread.join(5)
+    """Do what ``stop_receive_message`` does, which fails if a message is left in a queue."""
+    stop_loop(manager, "MPI")
+    for thread in receiving_threads(manager):
+        thread.stop()
+        thread.join(5)
     if orderly:
         from mpi4py import MPI  # type: ignore[import-not-found]
 
@@ -54,14 +57,14 @@ def _close_mpi(manager: Any, orderly: bool) -> bool:
 
 
 def _close_trpc(manager: Any, orderly: bool) -> bool:
-    """``rpc.shutdown`` waits for all parties; without it the interpreter may not end."""
-    done = orderly and _within(PATIENCE, manager.stop_receive_message)
-    manager.is_running = False
+    """Shut RPC down, which waits for all processes; without it the interpreter may not end."""
+    done = orderly and _returns_within(SHUTDOWN_TIMEOUT, manager.stop_receive_message)
+    stop_loop(manager, "TRPC")
     return done
 
 
-def _within(seconds: float, function: Callable[[], object]) -> bool:
-    """Whether a function returns in time; it goes on in its thread if not."""
+def _returns_within(seconds: float, function: Callable[[], object]) -> bool:
+    """Return whether a function returns in time; if not, it continues in its thread."""
     returned = threading.Event()
 
     def run() -> None:
@@ -74,7 +77,7 @@ def _within(seconds: float, function: Callable[[], object]) -> bool:
 
 
 def end_process(reason: str, code: int = 1) -> None:
-    """End this process with a code, whatever its other threads wait for; the reason is logged."""
+    """Log a reason and end this process with a code, whatever its other threads wait for."""
     log.log(logging.CRITICAL if code else logging.INFO, "fedpara: %s", reason)
     for handler in [*logging.getLogger().handlers, *log.handlers]:
         with contextlib.suppress(Exception):

@@ -1,4 +1,7 @@
-"""Our messages as FedML's, and back; also such that a party without the plugin understands them."""
+"""Conversion between the plugin's messages and FedML's.
+
+Some messages are made so that a process without the plugin understands them, see `protocol`.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedml.core.distributed.communication.message import Message
-
+from fedpara_plugins_fedml.seams import MODEL_KEY, Message
 from fedpara_plugins_fedml.transport.protocol import (
     CHECK,
     FAILED,
+    FEDML_TYPES,
+    HEARTBEAT,
     HELLO,
-    MARK,
-    NAMES,
     ONLINE,
-    PULSE,
-    STOCK,
-    WORD,
+    PLUGIN_FIELDS,
+    REASON_PREFIX,
+    TYPE_NAMES,
 )
 
-__all__ = ["Handlers", "Letter", "kind_of", "reason_of"]
+__all__ = ["MessageHandlers", "OutgoingMessage", "failure_reason", "message_type"]
 
 
 @dataclass(frozen=True)
-class Letter:
+class OutgoingMessage:
     """A message that waits to be sent.
 
     Attributes:
-        kind: one of ours, or CHECK.
+        kind: one of the plugin's types, or CHECK.
         data: an envelope, if any.
         fields: the short values.
     """
@@ -37,32 +39,32 @@ class Letter:
     data: bytes | None
     fields: Mapping[str, Any]
 
-    def message(self, own: int, peer: int, *, plain: bool) -> Message:
-        """As FedML's.
+    def to_fedml(self, sender: int, receiver: int, *, plain: bool) -> Message:
+        """Return FedML's message.
 
         Args:
-            own: who sends it.
-            peer: who gets it.
-            plain: whether that party may be without the plugin.
+            sender: id of this process.
+            receiver: id of the peer.
+            plain: whether that peer may lack the plugin.
         """
         kind: int | str = ONLINE if self.kind == HELLO else self.kind
         if self.kind == FAILED and plain:
-            kind = f"{WORD}{self.fields.get('reason')}"
-        message = Message(kind, own, peer)
+            kind = f"{REASON_PREFIX}{self.fields.get('reason')}"
+        message = Message(kind, sender, receiver)
         if self.data is not None:
-            message.add_params(Message.MSG_ARG_KEY_MODEL_PARAMS, self.data)
-        mark = MARK if self.kind in (HELLO, CHECK) else {}
-        for key, value in {**mark, **self.fields}.items():
+            message.add_params(MODEL_KEY, self.data)
+        extra = PLUGIN_FIELDS if self.kind in (HELLO, CHECK) else {}
+        for key, value in {**extra, **self.fields}.items():
             message.add_params(key, value)
         return message
 
 
-class Handlers(dict[Any, Any]):
+class MessageHandlers(dict[Any, Any]):
     """Handlers of messages by type, with one for all other types.
 
     Args:
         known: handlers by type.
-        other: that of all others. Without it an unknown type ends FedML's loop.
+        other: the handler of all other types. Without it an unknown type ends FedML's loop.
     """
 
     def __init__(self, known: Mapping[Any, Any], other: Any) -> None:
@@ -73,27 +75,27 @@ class Handlers(dict[Any, Any]):
         return self._other
 
 
-def kind_of(kind: Any, fields: Mapping[str, Any]) -> int:
-    """What a message is: one of our types, or of FedML's own.
+def message_type(kind: Any, fields: Mapping[str, Any]) -> int:
+    """Return the type of a received message: one of the plugin's, or of FedML's own.
 
     Args:
-        kind: its type as it came.
-        fields: its values.
+        kind: the type as it was received.
+        fields: the message's values.
 
     Raises:
-        ValueError, TypeError, OverflowError: it is neither.
+        ValueError, TypeError, OverflowError: if it is neither.
     """
-    if isinstance(kind, str) and kind.startswith(WORD):
+    if isinstance(kind, str) and kind.startswith(REASON_PREFIX):
         return FAILED
     number = int(kind)
-    if number in (ONLINE, CHECK) and fields.get("fedpara") == MARK["fedpara"]:
-        return HELLO if number == ONLINE else PULSE
-    if number not in (*STOCK, *NAMES) or number == HELLO:
+    if number in (ONLINE, CHECK) and fields.get("fedpara") == PLUGIN_FIELDS["fedpara"]:
+        return HELLO if number == ONLINE else HEARTBEAT
+    if number not in (*FEDML_TYPES, *TYPE_NAMES) or number == HELLO:
         raise ValueError(f"type {number}")
     return number
 
 
-def reason_of(message: Message) -> str:
-    """The reason in a FAILED: its type where the sender did not know who reads it."""
+def failure_reason(message: Message) -> str:
+    """Return the reason in a FAILED, which may be its type; see `protocol`."""
     kind = message.get_type()
-    return kind.removeprefix(WORD) if isinstance(kind, str) else str(message.get("reason"))
+    return kind.removeprefix(REASON_PREFIX) if isinstance(kind, str) else str(message.get("reason"))

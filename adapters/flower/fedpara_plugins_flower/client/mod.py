@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from flwr.common import Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.codecs import decoders
@@ -19,7 +19,7 @@ from fedpara_plugins.support import Storage
 from fedpara_plugins_flower.client.storage import client_state, client_storage
 from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.logs import show_core_logs
-from fedpara_plugins_flower.messages import legacy_lists as positional
+from fedpara_plugins_flower.messages import legacy_lists
 from fedpara_plugins_flower.messages.records import (
     carried_payload,
     kind_of,
@@ -32,7 +32,7 @@ from fedpara_plugins_flower.messages.reply_marker import Marker
 from fedpara_plugins_flower.privacy import secagg
 from fedpara_plugins_flower.privacy.clipping import check_clipping_mods
 from fedpara_plugins_flower.run import Run, open_run
-from fedpara_plugins_flower.settings import Settings
+from fedpara_plugins_flower.settings import FlowerSettings
 
 __all__ = ["client_mod", "client_mod_with"]
 
@@ -70,7 +70,7 @@ def client_mod_with(**options: Any) -> Mod:
     Raises:
         ConfigError: unknown option, or a value out of range.
     """
-    Settings.from_run_config({}, options)
+    FlowerSettings.from_run_config({}, options)
     return partial(_run, options=options)
 
 
@@ -85,7 +85,7 @@ def _run(message: Message, context: Context, call_next: App, options: Mapping[st
 def _begin(
     message: Message, context: Context, call_next: App, options: Mapping[str, Any]
 ) -> Message:
-    settings = Settings.from_run_config(context.run_config, options)
+    settings = FlowerSettings.from_run_config(context.run_config, options)
     if not settings.active and _carries_payload(message):
         raise ConfigError(
             "the server has a method or codec on, and this client has method and codec none. Give "
@@ -115,7 +115,7 @@ def _answer(
     payloads: Mapping[str, bytes],
     context: Context,
     call_next: App,
-    settings: Settings,
+    settings: FlowerSettings,
     storage: Storage,
 ) -> Message:
     state = client_state(context, settings.state_dir, storage)
@@ -129,14 +129,14 @@ def _answer(
     for name, part in received.items():
         check_clipping_mods(call_next, settings, part.given)
         message.content[name] = to_record(part.given)
-    positional.unname_request(message)
+    legacy_lists.unname_request(message)
     run = _run_of(message, client_round, settings, storage)
     reply = _call_app(message, context, call_next, run)
     if reply.has_error() or secagg.is_step_without_app(message):
         return reply
-    named = received.get(positional.PARAMETERS)
+    named = received.get(legacy_lists.PARAMETERS)
     names = tuple(named.given) if named else None
-    positional.name_reply(reply, names, run.plain or run.specs)
+    legacy_lists.name_reply(reply, names, run.plain or run.specs)
     _export(message, context, settings, client_round)
     _encode_in_place(reply, client_round, run, masked=secagg.masks_reply(message))
     client_round.keep(steps=max((training.steps for training in run.trainings), default=0))
@@ -148,7 +148,7 @@ def _answer(
 def _run_of(
     message: Message,
     client_round: ClientRound,
-    settings: Settings,
+    settings: FlowerSettings,
     storage: Storage,
 ) -> Run:
     """Return the run around the app.
@@ -164,7 +164,7 @@ def _run_of(
         expected=expected,
         previous_steps=client_round.previous_steps,
         storage=storage,
-        starts=positional.asks_for_parameters(message),
+        starts=legacy_lists.asks_for_parameters(message),
     )
 
 
@@ -201,7 +201,7 @@ def _encode_in_place(reply: Message, client_round: ClientRound, run: Run, *, mas
     records = {
         name: to_tensors(record)
         for name, record in reply.content.array_records.items()
-        if not positional.carries_nothing(record)
+        if not legacy_lists.carries_nothing(record)
     }
     leaving = client_round.outgoing(records, built=run.specs, start=run.start)
     if masked:
@@ -215,7 +215,7 @@ def _encode_in_place(reply: Message, client_round: ClientRound, run: Run, *, mas
 
 
 def _export(
-    message: Message, context: Context, settings: Settings, client_round: ClientRound
+    message: Message, context: Context, settings: FlowerSettings, client_round: ClientRound
 ) -> None:
     """Write the client's own dense model, where it lives, each time it has been evaluated."""
     folder = settings.client_checkpoints

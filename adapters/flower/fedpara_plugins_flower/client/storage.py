@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from flwr.common import ArrayRecord, Context, RecordDict
+from flwr.app import ArrayRecord, Context, RecordDict
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins.exchange import ClientState

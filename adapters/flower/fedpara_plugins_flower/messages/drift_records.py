@@ -1,8 +1,8 @@
-"""What SCAFFOLD and FedDyn add to Flower's messages, in both directions, and its names.
+"""Records that SCAFFOLD and FedDyn add to Flower's messages.
 
-Down: a config record that says what to do, and SCAFFOLD's variate c as a record of arrays. Up: a
-config record with what the client did, and SCAFFOLD's change of c_i as a record of arrays. Private
-names are in none of them.
+To a client: a config record with the client's task, and SCAFFOLD's variate c as a record of arrays.
+To the server: a config record with the client's report, and SCAFFOLD's change of c_i as a record of
+arrays. None of them contains private names.
 """
 
 from __future__ import annotations
@@ -10,25 +10,35 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from flwr.common import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedpara_plugins_flower.messages.records import CHANGE, VARIATE
 
-__all__ = ["CHANGE", "TASK", "VARIATE", "Report", "Task", "marked", "names_of"]
+__all__ = [
+    "CHANGE",
+    "OPTIMIZER",
+    "VARIATE",
+    "ClientReport",
+    "ClientTask",
+    "from_bitmap",
+    "to_bitmap",
+]
 
-TASK = "fedpara.optimizer"
+OPTIMIZER = "fedpara.optimizer"
+"""Name of the record of the task and of the report."""
+
 UNKNOWN = -1
 
 
 @dataclass(frozen=True)
-class Task:
-    """What the server asks of one client.
+class ClientTask:
+    """The server's instructions for one client.
 
     Attributes:
         algorithm: ``scaffold`` or ``feddyn``.
         server_round: the first is 1.
-        accepted: of which round the server has this client's state; None if it does not know it.
-        correct: whether variates or duals act; else they are only collected.
+        accepted: the round of this client's state that the server has; None if it has none.
+        correct: whether variates or duals correct the steps; else they are only collected.
         bound: of the update's norm; None for none.
         option: SCAFFOLD's.
         alpha: FedDyn's.
@@ -43,7 +53,7 @@ class Task:
     alpha: float = 0.0
 
     def to_record(self) -> ConfigRecord:
-        """As it travels."""
+        """Return the record that is sent."""
         return ConfigRecord(
             {
                 "algorithm": self.algorithm,
@@ -57,9 +67,9 @@ class Task:
         )
 
     @classmethod
-    def of(cls, message: Message) -> Task | None:
-        """What a message asks; None if its strategy is none of ours."""
-        record = message.content.get(TASK) if message.has_content() else None
+    def of(cls, message: Message) -> ClientTask | None:
+        """Return the task in a message; None if its strategy is not one of the plugin's."""
+        record = message.content.get(OPTIMIZER) if message.has_content() else None
         if not isinstance(record, ConfigRecord):
             return None
         accepted, bound = int(_number(record, "accepted")), _number(record, "bound")
@@ -75,16 +85,16 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a client says of its round.
+class ClientReport:
+    """A client's report on its round.
 
     Attributes:
-        client: its own name, which may outlive the node's id.
-        since: of which round the state is that it started from, 0 for zeros.
+        client: its own name, which stays the same where the node's id changes.
+        since: round of the state that it started from, 0 for zeros.
         norm: of its update, before the bound.
-        kept: the share of the update that counts; 0 for NaN.
-        steps: of optimizers.
-        names: a bit for each of the record's names in alphabetical order: has a variate or dual.
+        kept: the fraction of the update that counts; 0 if training gave NaN.
+        steps: number of optimizer steps.
+        names: a bitmap of the reply's names, see `to_bitmap`: those with a variate or dual.
     """
 
     client: str
@@ -95,16 +105,16 @@ class Report:
     names: bytes
 
     def to_record(self) -> ConfigRecord:
-        """As it travels."""
+        """Return the record that is sent."""
         return ConfigRecord(dict(self.__dict__))
 
     @classmethod
-    def taken_from(cls, content: RecordDict) -> tuple[Report, ArrayRecord | None] | None:
-        """Remove and return a reply's report and its change; None if there is none."""
-        record = content.get(TASK)
+    def pop_from(cls, content: RecordDict) -> tuple[ClientReport, ArrayRecord | None] | None:
+        """Remove and return a reply's report and change; None if there is no report."""
+        record = content.get(OPTIMIZER)
         if not isinstance(record, ConfigRecord):
             return None
-        del content[TASK]
+        del content[OPTIMIZER]
         change = content.get(CHANGE)
         if isinstance(change, ArrayRecord):
             del content[CHANGE]
@@ -120,20 +130,20 @@ class Report:
         return report, change if isinstance(change, ArrayRecord) else None
 
 
-def marked(names: Collection[str], chosen: Collection[str]) -> bytes:
-    """One bit for each name in alphabetical order: whether it is chosen."""
+def to_bitmap(names: Collection[str], chosen: Collection[str]) -> bytes:
+    """Return one bit for each name in alphabetical order: whether it is chosen."""
     bits = sum((name in chosen) << place for place, name in enumerate(sorted(names)))
     return bits.to_bytes(len(names) // 8 + 1, "little")
 
 
-def names_of(mask: bytes, names: Collection[str]) -> frozenset[str]:
-    """Undo `marked`."""
-    bits = int.from_bytes(mask, "little")
+def from_bitmap(bitmap: bytes, names: Collection[str]) -> frozenset[str]:
+    """Return the chosen names; the inverse of `to_bitmap`."""
+    bits = int.from_bytes(bitmap, "little")
     return frozenset(name for place, name in enumerate(sorted(names)) if bits >> place & 1)
 
 
 def _number(record: Mapping[str, object], key: str) -> float:
     value = record[key]
     if not isinstance(value, int | float):
-        raise TypeError(f"{TASK}: {key} must be a number, got {value!r}")
+        raise TypeError(f"{OPTIMIZER}: {key} must be a number, got {value!r}")
     return float(value)

@@ -1,21 +1,27 @@
-"""Apps of Flower's legacy API (``NumPyClient``, ``server_fn``): their arrays have places, no names.
+"""Names for the arrays of Flower's legacy API (``NumPyClient``, ``server_fn``), which sends lists.
 
 Such an app sends ``state_dict().values()`` (or ``parameters()``) of its model as a list. Both sides
-of the plugin give the arrays their names before they encode, and take them away again after they
-have decoded, so that everything between knows named tensors only. While it travels, the record has
-one name for training and evaluation alike: what a client has received with the one serves as the
-reference for the other.
+of the plugin name the arrays before they encode and remove the names after they have decoded, so
+that all steps in between handle named tensors only. In messages the record has one name for
+training and evaluation alike: a record received for one is the reference for the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from flwr.common import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, ModelSpec, PayloadError
 from fedpara_plugins_flower.messages.records import to_record, with_content
+from fedpara_plugins_flower.seams import (
+    GET_PARAMETERS,
+    LEGACY_REPLIES,
+    LEGACY_REQUESTS,
+    NUMPY,
+    is_legacy,
+)
 
 __all__ = [
     "PARAMETERS",
@@ -30,49 +36,34 @@ __all__ = [
 ]
 
 PARAMETERS = "parameters"
-"""What a legacy record of arrays is called on its way. Not as the plugin's side records, which are
-nobody's model: private state is held back from this one."""
+"""Name of a legacy record of arrays in messages. It is a model, so private state is held back."""
 
-ASKING = "get_parameters"
-"""Type of the message that asks one client for the first weights."""
-
-REQUESTS = {"train": "fitins.parameters", "evaluate": "evaluateins.parameters"}
-REPLIES = {"train": "fitres.parameters", ASKING: "getparametersres.parameters"}
-
-LISTS = (
+EXPECTED_LIST = (
     "the list must be that of model.state_dict().values(), or of model.parameters(), of the model "
     "that Net = fedpara.factorised(Net) builds, in that order and complete"
 )
 
 
-def is_legacy(message: Message) -> bool:
-    """Whether a message comes from a strategy of the legacy API."""
-    return any(
-        name.startswith(("fitins.", "evaluateins.", "getparametersins.", "getpropertiesins."))
-        for name in message.content
-    )
-
-
 def asks_for_parameters(message: Message) -> bool:
-    """Whether a message asks a client for the first weights, or answers such a one."""
+    """Return whether a message asks a client for the first weights, or is the reply to that."""
     kind: str = message.metadata.message_type
-    return kind == ASKING
+    return kind == GET_PARAMETERS
 
 
 def carries_nothing(record: ArrayRecord) -> bool:
-    """Whether a record holds no value: an empty list, as the legacy API writes it."""
+    """Return whether a record holds no value: an empty list, as the legacy API writes it."""
     return all(not array.data for array in record.values())
 
 
 class Namer:
-    """Names what a legacy strategy sends.
+    """Names for the arrays that a legacy strategy sends.
 
-    The legacy API makes a record anew for every client. The same bytes become the same record
-    here, so that they are encoded once and not once for each client.
+    The legacy API makes a new record for every client. The same bytes become the same record here,
+    so that they are encoded once and not once for each client.
 
     Args:
-        specs: the models that the server knows, by their set of names; looked up at each message.
-        plain_names: whether places will do as names, since no model is converted.
+        specs: the models that the server knows, by their set of names; looked up for each message.
+        plain_names: whether positions serve as names, because no model is converted.
     """
 
     def __init__(self, specs: Mapping[frozenset[str], ModelSpec], *, plain_names: bool) -> None:
@@ -81,12 +72,12 @@ class Namer:
         self._last: tuple[list[bytes], ArrayRecord] | None = None
 
     def named(self, message: Message) -> Message:
-        """The message with names in the place of places; itself if it is not of that kind.
+        """Return the message with named arrays; itself if it is not a legacy message.
 
         Raises:
-            ConfigError: no known model has such a list of arrays.
+            ConfigError: if no known model has such a list of arrays.
         """
-        name = REQUESTS.get(message.metadata.message_type)
+        name = LEGACY_REQUESTS.get(message.metadata.message_type)
         record = message.content.array_records.get(name) if name else None
         if record is None:
             return message
@@ -115,7 +106,7 @@ class Namer:
             raise ConfigError(
                 f"fedpara: the strategy sends a list of {len(record)} arrays that fits no model "
                 f"built on the server (those have {' or '.join(map(str, known)) or 'no'} arrays): "
-                f"{LISTS}"
+                f"{EXPECTED_LIST}"
                 if known
                 else f"fedpara: the strategy sends a list of {len(record)} arrays, but the server "
                 f"built no converted model. Add to the server, after the imports: "
@@ -125,9 +116,9 @@ class Namer:
 
 
 def unname_request(message: Message) -> None:
-    """On a client: give the app the record that it expects, in the place of the named one."""
+    """Replace the named record by the one that the app expects; called on a client."""
     record = message.content.array_records.get(PARAMETERS)
-    name = REQUESTS.get(message.metadata.message_type)
+    name = LEGACY_REQUESTS.get(message.metadata.message_type)
     if record is not None and name is not None:
         del message.content[PARAMETERS]
         message.content[name] = _without_names(record)
@@ -136,53 +127,57 @@ def unname_request(message: Message) -> None:
 def name_reply(
     reply: Message, asked: Sequence[str] | None, specs: Mapping[frozenset[str], ModelSpec]
 ) -> None:
-    """On a client: name the arrays of the app's answer.
+    """Name the arrays of a legacy app's reply; called on a client.
 
     Args:
-        reply: of a legacy app; any other stays as it is, and so does one without arrays.
-        asked: the names of what the client received; None if it received no arrays.
+        reply: of the app. Replies of other apps and replies without arrays are not changed.
+        asked: the names of the arrays that the client received; None if it received none.
         specs: the models that the app built.
 
     Raises:
-        PayloadError: the list has another length than the one received.
-        ConfigError: nothing was received, and no model that the app built has such a list.
+        PayloadError: if the list has another length than the one received.
+        ConfigError: if nothing was received, and no model that the app built has such a list.
     """
-    name = REPLIES.get(reply.metadata.message_type)
+    name = LEGACY_REPLIES.get(reply.metadata.message_type)
     record = reply.content.array_records.get(name) if name else None
     if record is None or name is None or carries_nothing(record):
         return
     _check_numpy(record)
     if asked is not None and len(asked) != len(record):
         raise PayloadError(
-            f"fedpara: the app answers with {len(record)} arrays and received {len(asked)}: {LISTS}"
+            f"fedpara: the app answers with {len(record)} arrays and received {len(asked)}: "
+            f"{EXPECTED_LIST}"
         )
     names = asked if asked is not None else _names_for(record, specs.values())
     if names is None and specs:
         raise ConfigError(
-            f"fedpara: get_parameters() returns {len(record)} arrays, which is no list of the "
-            f"model that the client built: {LISTS}"
+            f"fedpara: get_parameters() returns {len(record)} arrays, which is not a list of the "
+            f"model that the client built: {EXPECTED_LIST}"
         )
     del reply.content[name]
     reply.content[PARAMETERS] = _with_names(record, names or list(record))
 
 
 def unname_reply(content: RecordDict, kind: str) -> None:
-    """On the server: give the strategy the record that it expects, in the place of the named one.
+    """Replace the named record by the one that the strategy expects; called on the server.
 
     Args:
         content: of a reply, decoded.
         kind: the message's type.
     """
     record = content.array_records.get(PARAMETERS)
-    if record is not None and kind in REPLIES:
+    if record is not None and kind in LEGACY_REPLIES:
         del content[PARAMETERS]
-        content[REPLIES[kind]] = _without_names(record)
+        content[LEGACY_REPLIES[kind]] = _without_names(record)
 
 
 def named_state(
     state: dict[str, Tensor] | None, specs: Mapping[frozenset[str], ModelSpec]
 ) -> dict[str, Tensor] | None:
-    """A state whose names are places, with the names of the model that it fits, if any does."""
+    """Return a state with the names of a model that fits, where its names are positions.
+
+    A state with other names, or that fits no model, is returned unchanged.
+    """
     if state is None or list(state) != [str(place) for place in range(len(state))]:
         return state
     names = _names_for(to_record(state), specs.values())
@@ -190,7 +185,7 @@ def named_state(
 
 
 def _names_for(record: ArrayRecord, specs: Iterable[ModelSpec]) -> tuple[str, ...] | None:
-    """The names of the first model whose arrays these can be."""
+    """Return the names of the first model whose arrays have the record's number and shapes."""
     arrays = list(record.values())
     for spec in specs:
         if len(spec.keys) == len(arrays):
@@ -210,7 +205,7 @@ def _without_names(record: ArrayRecord) -> ArrayRecord:
 
 
 def _check_numpy(record: ArrayRecord) -> None:
-    kinds = {array.stype for array in record.values()} - {"numpy.ndarray"}
+    kinds = {array.stype for array in record.values()} - {NUMPY}
     if kinds:
         raise ConfigError(
             f"fedpara: the app serialises its parameters as {sorted(kinds)[0]!r}; the plugin reads "

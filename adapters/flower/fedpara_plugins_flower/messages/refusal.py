@@ -1,17 +1,22 @@
-"""How a client ends the run of a server that lacks the plugin, where none of our code runs."""
+"""A client's reply to a server that lacks the plugin: it ends the run and says why."""
 
 from __future__ import annotations
 
-import logging
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from flwr.common import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-
-from fedpara_plugins_flower.messages.legacy_lists import REPLIES, is_legacy
+from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.messages.snippets import ADD_WRAPPER
+from fedpara_plugins_flower.seams import (
+    EVALUATE_METRICS,
+    EXAMPLES,
+    LEGACY_EXAMPLES,
+    LEGACY_REPLIES,
+    NORM_BIT,
+    NUMPY,
+    is_legacy,
+)
 
 __all__ = ["refuse_plain_message"]
-
-log = logging.getLogger("flwr.fedpara")
 
 REASON = (
     f"fedpara: the server sends plain arrays, while this client's options turn the plugin on. Add "
@@ -19,17 +24,17 @@ REASON = (
 )
 
 
-EXPECTED: dict[str, int | float | list[int] | list[float]] = {"num-examples": 1, "norm_bit": 0}
-"""Figures without which some strategy ends before it reads an array, with an error of its own."""
+EXPECTED: dict[str, int | float | list[int] | list[float]] = {EXAMPLES: 1, NORM_BIT: 0}
+"""Metrics without which some strategies raise errors of their own before they read an array."""
 
 
 def refuse_plain_message(message: Message) -> Message:
-    """A reply that no strategy can aggregate, and whose failure says why.
+    """Return a reply that no strategy can aggregate, and whose failure says why.
 
-    An error reply would be logged and the run go on for all its rounds without a result. Flower
-    lets arrays have a serialisation type of their own, and reading one that the server does not
-    know raises an error with the type's name in it: the reason stands there. The legacy API never
-    looks at that type; it gets an array whose header is the reason, which NumPy's error repeats.
+    The server would log an error reply and continue for all rounds without a result. Flower allows
+    any serialisation type of an array, and the error of reading an unknown one contains its name:
+    the name is the reason. The legacy API does not look at the type. It gets an array whose header
+    is the reason, which NumPy's error repeats.
     """
     log.error(REASON)
     if is_legacy(message):
@@ -42,15 +47,16 @@ def refuse_plain_message(message: Message) -> Message:
 
 
 def _unreadable_result(message: Message) -> RecordDict:
-    """What a legacy client's answer consists of, with arrays that cannot be parsed."""
-    name = REPLIES.get(message.metadata.message_type, "evaluateres.parameters")
+    """Return the content of a legacy client's reply, with arrays that cannot be parsed."""
+    evaluation = EVALUATE_METRICS.replace(".metrics", ".parameters")
+    name = LEGACY_REPLIES.get(message.metadata.message_type, evaluation)
     result = name.removesuffix(".parameters")
-    array = Array(dtype="", shape=(), stype="numpy.ndarray", data=_npy_with_header(REASON))
+    array = Array(dtype="", shape=(), stype=NUMPY, data=_npy_with_header(REASON))
     arrays = {key: array for record in message.content.array_records.values() for key in record}
     return RecordDict(
         {
             name: ArrayRecord(arrays),
-            f"{result}.num_examples": MetricRecord({"num_examples": 1}),
+            f"{result}.num_examples": MetricRecord({LEGACY_EXAMPLES: 1}),
             f"{result}.loss": MetricRecord({"loss": 0.0}),
             f"{result}.metrics": ConfigRecord(),
             f"{result}.status": ConfigRecord({"code": 0, "message": REASON}),
@@ -59,6 +65,6 @@ def _unreadable_result(message: Message) -> RecordDict:
 
 
 def _npy_with_header(text: str) -> bytes:
-    """NumPy's format, version 3: magic, the header's length in four bytes, the header."""
+    """Return NumPy's format, version 3: magic, the header's length in four bytes, the header."""
     header = text.encode()
     return b"\x93NUMPY\x03\x00" + len(header).to_bytes(4, "little") + header

@@ -1,11 +1,11 @@
-"""The record that the client's mod adds to each reply, and the server's grid takes off again."""
+"""The record that the client's mod adds to each reply, and the server's Grid removes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flwr.common import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 __all__ = ["Marker", "has_marker"]
 
@@ -16,19 +16,20 @@ DECODERS = "decoders"
 
 
 def has_marker(content: RecordDict) -> bool:
-    """Whether a reply comes from a client that has the plugin."""
+    """Return whether a reply comes from a client that has the plugin."""
     return isinstance(content.get(MARKER_KEY), ConfigRecord)
 
 
 @dataclass(frozen=True)
 class Marker:
-    """What a client tells the server beside its arrays.
+    """The information in a client's reply besides its arrays.
 
     Attributes:
-        holds: by record name, the hash of what the client has received and kept.
-        fresh: the client had no private state and started from the seeded first one.
-        lost: the client does not hold what the message was coded against; nothing was done.
-        has: then, by record name, the hashes of what it does hold.
+        holds: by record name, the hash of the reference that the client has received and kept.
+        fresh: whether the client had no private state and started from the seeded first one.
+        lost: whether the client lacks the reference that the message was coded against; the app was
+            not called then.
+        has: in that case, by record name, the hashes of the references that it holds.
         decoders: names of the entropy stages that the client can decode.
     """
 
@@ -39,7 +40,7 @@ class Marker:
     decoders: Sequence[str] = ()
 
     def attached_to(self, content: RecordDict) -> RecordDict:
-        """The same content with this marker in it."""
+        """Add this marker to a reply's content, and return the content."""
         record = ConfigRecord({"fresh": self.fresh, "lost": self.lost})
         record[DECODERS] = list(self.decoders)
         for name, value in self.holds.items():
@@ -51,7 +52,7 @@ class Marker:
 
     @classmethod
     def taken_from(cls, content: RecordDict) -> Marker | None:
-        """Remove and return the marker; None if there is none, so no plugin on that client."""
+        """Remove and return the marker; None if there is none: that client lacks the plugin."""
         record = content.get(MARKER_KEY)
         if not isinstance(record, ConfigRecord):
             return None

@@ -1,4 +1,4 @@
-"""The lines that a user adds to an app, as the errors about their absence quote them."""
+"""Lines that a user adds to an app, as errors quote them when they are missing."""
 
 from __future__ import annotations
 

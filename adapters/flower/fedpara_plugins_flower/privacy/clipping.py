@@ -1,71 +1,63 @@
-"""Clipping on the clients for differential privacy: which codecs may follow it.
+"""Clipping on clients for differential privacy: checks that nothing breaks its bound afterwards.
 
 Flower's ``fixedclipping_mod``, ``adaptiveclipping_mod`` and ``LocalDpMod`` bound the norm of a
-client's update before this plugin's mod encodes it. A codec that changes values (or keeps what it
-lost and adds it to the next update) can make the norm larger again, and the noise that the server
-or the mod adds was computed for the bound. Such codecs are refused; without loss the bound holds
-exactly. A server that clips what it has decoded needs no such rule.
+client's update before this plugin's mod encodes it. The noise that the server or the mod adds is
+computed for that bound. A codec that changes values (or adds an earlier codec error to the next
+update) can make the norm larger again. Such codecs are refused; with a lossless codec the bound
+holds exactly. A server that clips decoded updates needs no such rule.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from flwr.client import mod as legacy_mods
-from flwr.clientapp import mod as flower_mods
-from flwr.common import Message
+from flwr.app import Message
 from torch import Tensor
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins_flower.settings import Settings
+from fedpara_plugins_flower.seams import (
+    CLIPPING_MODS,
+    CLIPPING_NORM,
+    LOCAL_DP_MODS,
+    reachable_functions,
+)
+from fedpara_plugins_flower.settings import FlowerSettings
 
 __all__ = ["check_clipped_message", "check_clipping_mods"]
 
-CLIPPING_KEY = "clipping_norm"
-"""Under which Flower's client-side clipping strategies send the bound, in every version so far."""
 
-CLIPPING_MODS = tuple(
-    getattr(home, name)
-    for home in (flower_mods, legacy_mods)
-    for name in ("fixedclipping_mod", "adaptiveclipping_mod")
-)
-LOCAL_MODS = (flower_mods.LocalDpMod, legacy_mods.LocalDpMod)
-
-
-def check_clipped_message(message: Message, settings: Settings) -> None:
-    """Refuse, on the server, a strategy that lets clients clip before a lossy codec.
+def check_clipped_message(message: Message, settings: FlowerSettings) -> None:
+    """Raise for a strategy whose clients clip before a lossy codec; called on the server.
 
     Args:
-        message: as the strategy made it.
+        message: as the strategy made it, before it is sent.
         settings: of the run.
 
     Raises:
-        ConfigError: it does; nothing has been sent yet.
+        ConfigError: if the run's options would break the bound.
     """
-    if any(CLIPPING_KEY in record for record in message.content.config_records.values()):
-        who = "this strategy (its config has 'clipping_norm')"
+    if any(CLIPPING_NORM in record for record in message.content.config_records.values()):
+        who = f"this strategy (its config has {CLIPPING_NORM!r})"
         _check_local(settings, who)
         _check_codecs(settings, who)
 
 
 def check_clipping_mods(
-    call_next: Callable[..., Any], settings: Settings, received: Mapping[str, Tensor]
+    call_next: Callable[..., Any], settings: FlowerSettings, received: Mapping[str, Tensor]
 ) -> None:
-    """Refuse, on a client, Flower's clipping mods before a lossy codec, or where they cannot clip.
+    """Raise for clipping mods of Flower before a lossy codec, or that cannot clip; on a client.
 
-    They scale arrays in place, which does nothing for arrays without dimensions, and fails for
+    The mods scale arrays in place. That does nothing for arrays without dimensions, and fails for
     integers.
 
     Args:
-        call_next: what the mod of this plugin calls: the mods after it and the app.
+        call_next: the function that the plugin's mod calls: the mods after it and the app.
         settings: of the run.
         received: the complete state that the mods will see.
 
     Raises:
-        ConfigError: such a mod is there; nothing has been trained yet.
+        ConfigError: if there is such a mod; nothing has been trained yet.
     """
     name = next(_clipping_mods(call_next), None)
     if name is None:
@@ -84,7 +76,7 @@ def check_clipping_mods(
         )
 
 
-def _check_local(settings: Settings, who: str) -> None:
+def _check_local(settings: FlowerSettings, who: str) -> None:
     if settings.trains_dense:
         raise ConfigError(
             f"fedpara: {who} acts on clients' updates for differential privacy, and local = "
@@ -94,7 +86,7 @@ def _check_local(settings: Settings, who: str) -> None:
         )
 
 
-def _check_codecs(settings: Settings, who: str) -> None:
+def _check_codecs(settings: FlowerSettings, who: str) -> None:
     lossy = [c.name for c in (settings.uplink, settings.downlink) if c.feedback or not c.lossless]
     if settings.references == "grid":
         lossy.append("grid (option references)")
@@ -108,26 +100,9 @@ def _check_codecs(settings: Settings, who: str) -> None:
 
 
 def _clipping_mods(call_next: Callable[..., Any]) -> Iterator[str]:
-    """Names of Flower's clipping mods among the functions that a chain of mods closes over."""
-    waiting: list[Any] = [call_next]
-    seen: set[int] = set()
-    while waiting:
-        function = waiting.pop()
-        if id(function) in seen:
-            continue
-        seen.add(id(function))
+    """Yield the names of Flower's clipping mods in a chain of mods."""
+    for function in reachable_functions(call_next):
         if any(function is known for known in CLIPPING_MODS):
             yield function.__name__
-        elif isinstance(function, LOCAL_MODS):
+        elif isinstance(function, LOCAL_DP_MODS):
             yield "LocalDpMod"
-        waiting += [inner for inner in _held_by(function) if callable(inner)]
-
-
-def _held_by(function: Any) -> Iterator[Any]:
-    for cell in getattr(function, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # a name that is not bound yet
-            yield cell.cell_contents
-    if isinstance(function, functools.partial):
-        yield from (function.func, *function.args, *function.keywords.values())
-    if hasattr(function, "__wrapped__"):
-        yield function.__wrapped__

@@ -1,32 +1,34 @@
-"""Secure aggregation (the legacy SecAgg+ workflow): what is masked is the shared part, uncoded.
+"""Secure aggregation (the legacy SecAgg+ workflow): clients mask the shared part, uncoded.
 
-The mask of SecAgg+ is added to plain quantised numbers, number by number, so that the masks of all
-clients cancel in the sum. Nothing that packs or codes the numbers may come between. On a client the
-plugin therefore stands behind ``secaggplus_mod``, gives it the shared arrays as they are, and keeps
-the private ones back; on the server the sum gets the server's own private values before the
-strategy sees it, so that lists keep their length.
+SecAgg+ adds a mask to each quantised number, so that the masks of all clients cancel in the sum. No
+step may pack or code the numbers in between. On a client the plugin's mod therefore stands after
+``secaggplus_mod``, gives it the shared arrays unchanged, and holds the private ones back. On the
+server the sum is completed with the server's private values before the strategy gets it, so that
+lists keep their length.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flwr.common import (
-    ArrayRecord,
-    Message,
-    Parameters,
-    RecordDict,
-    ndarrays_to_parameters,
-    parameters_to_ndarrays,
-)
+from flwr.app import ArrayRecord, Message, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins_flower.messages.legacy_lists import PARAMETERS, REPLIES
-from fedpara_plugins_flower.settings import Settings
+from fedpara_plugins_flower.messages.legacy_lists import PARAMETERS
+from fedpara_plugins_flower.seams import (
+    LEGACY_REPLIES,
+    SECAGG_CONFIGS,
+    SECAGG_MASKED,
+    SECAGG_STAGE,
+    Parameters,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+    wrap_unmask_stage,
+)
+from fedpara_plugins_flower.settings import FlowerSettings
 
 __all__ = [
     "check_order",
@@ -39,28 +41,23 @@ __all__ = [
     "take_shared",
 ]
 
-CONFIGS = "secaggplus_configs"
-"""Flower's record that makes a message one of the protocol."""
-
-STAGE = "stage"
-
 Complete = Callable[[list[NDArray[Any]]], list[NDArray[Any]]]
 
 
 def is_secagg(content: RecordDict) -> bool:
-    """Whether a message is one of the SecAgg+ protocol."""
-    return CONFIGS in content
+    """Return whether a message belongs to the SecAgg+ protocol."""
+    return SECAGG_CONFIGS in content
 
 
-def check_settings(message: Message, settings: Settings) -> None:
-    """Raise if the run's options do not go with secure aggregation.
+def check_settings(message: Message, settings: FlowerSettings) -> None:
+    """Raise if a message belongs to SecAgg+ and the run's options do not allow that.
 
     Raises:
-        ConfigError: a codec is on.
+        ConfigError: if a codec is on.
     """
     if is_secagg(message.content) and not settings.uncoded:
         raise ConfigError(
-            f"fedpara: SecAgg+ does not go with a codec (uplink {settings.uplink.name}, downlink "
+            f"fedpara: SecAgg+ does not work with a codec (uplink {settings.uplink.name}, downlink "
             f"{settings.downlink.name}). Its masks are random numbers of fixed width, added to "
             f"each quantised weight; they cancel only in the sum of plain numbers, and masked "
             f"numbers cannot be compressed. Set the fedpara option codec to none; the method may "
@@ -69,19 +66,21 @@ def check_settings(message: Message, settings: Settings) -> None:
 
 
 def masks_reply(message: Message) -> bool:
-    """On a client: whether `secaggplus_mod`, outside of the plugin, will mask this answer."""
-    # That mod takes the stage out before it hands the message on.
-    return is_secagg(message.content) and STAGE not in message.content.config_records[CONFIGS]
+    """Return whether ``secaggplus_mod``, before the plugin's mod, masks the reply to a message."""
+    if not is_secagg(message.content):
+        return False
+    # That mod removes the stage before it passes the message on.
+    return SECAGG_STAGE not in message.content.config_records[SECAGG_CONFIGS]
 
 
 def masked_bytes(content: RecordDict) -> int:
-    """Bytes of the masked numbers in a client's answer; they travel beside the arrays."""
-    masked: Any = content[CONFIGS].get("masked_params") if is_secagg(content) else None
+    """Return the bytes of the masked numbers in a client's reply, which are not in its arrays."""
+    masked: Any = content[SECAGG_CONFIGS].get(SECAGG_MASKED) if is_secagg(content) else None
     return sum(map(len, masked)) if isinstance(masked, list) else 0
 
 
 def is_step_without_app(message: Message) -> bool:
-    """On a client: whether this is a step of the protocol in which the app takes no part."""
+    """Return whether a message to a client is a step of the protocol that the app does not see."""
     return is_secagg(message.content) and not message.content.array_records
 
 
@@ -93,7 +92,8 @@ def check_order(message: Message, *, private: bool) -> None:
         private: whether the model has private values.
 
     Raises:
-        ConfigError: the plugin stands before `secaggplus_mod`, and the model has private values.
+        ConfigError: if the model has private values and the plugin's mod stands before
+            ``secaggplus_mod``.
     """
     if private and is_secagg(message.content) and not masks_reply(message):
         raise ConfigError(
@@ -106,34 +106,29 @@ def check_order(message: Message, *, private: bool) -> None:
 def complete_sums() -> None:
     """Let SecAgg+ workflows that run on a Grid of the plugin give strategies complete lists.
 
-    The workflow hands the unmasked sum to nobody but the strategy, so its last stage is wrapped:
-    while it runs, the strategy it knows completes the lists first. On any other Grid the stage
-    does what it did.
+    The workflow passes the unmasked sum only to the strategy, so its last stage is wrapped: while
+    it runs, its strategy completes the lists first. On any other Grid the stage does what it did.
     """
-    from flwr.server.workflow import SecAggPlusWorkflow
+    wrap_unmask_stage(_with_complete_lists)
 
-    original = SecAggPlusWorkflow.unmask_stage
-    if hasattr(original, "_fedpara_completes"):
-        return
 
-    @functools.wraps(original)
-    def unmask_stage(self: Any, grid: Any, context: Any, state: Any) -> bool:
+def _with_complete_lists(original: Callable[..., Any]) -> Callable[..., Any]:
+    def unmask_stage(self: Any, grid: Any, context: Any, state: Any) -> Any:
         complete: Complete | None = getattr(grid, "completed_list", None)
         if complete is None:
             return original(self, grid, context, state)
         strategy = context.strategy
-        context.strategy = _Completing(strategy, complete)
+        context.strategy = _CompletingStrategy(strategy, complete)
         try:
             return original(self, grid, context, state)
         finally:
             context.strategy = strategy
 
-    unmask_stage._fedpara_completes = True  # type: ignore[attr-defined]
-    SecAggPlusWorkflow.unmask_stage = unmask_stage  # type: ignore[method-assign]
+    return unmask_stage
 
 
-class _Completing:
-    """A strategy whose results are completed before it aggregates them."""
+class _CompletingStrategy:
+    """A strategy that completes the results before the real strategy aggregates them."""
 
     def __init__(self, strategy: Any, complete: Complete) -> None:
         self._strategy = strategy
@@ -143,7 +138,7 @@ class _Completing:
         return getattr(self._strategy, name)
 
     def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
-        """As the strategy's own, on complete lists."""
+        """Complete the lists of the results, and aggregate them as the strategy does."""
         done: dict[int, Parameters] = {}  # the workflow gives one object to all results
         for _, result in results:
             sums = result.parameters
@@ -156,8 +151,8 @@ class _Completing:
 
 
 def take_shared(content: RecordDict, name: str, shared: Mapping[str, Tensor]) -> None:
-    """On a client: replace a record by the list of its shared part, which will be masked."""
+    """Replace a record of a client's reply by the list of its shared part, which will be masked."""
     if name == PARAMETERS:
         del content[name]
-        name = REPLIES["train"]
+        name = LEGACY_REPLIES["train"]
     content[name] = ArrayRecord([value.cpu().numpy() for value in shared.values()])

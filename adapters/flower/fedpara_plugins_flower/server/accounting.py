@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.common import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message
 
 from fedpara_plugins import FedParaConfig, Ledger
 from fedpara_plugins.exchange import RunAccounting, Size

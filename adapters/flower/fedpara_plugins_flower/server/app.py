@@ -1,110 +1,114 @@
-"""The server side's one line: a ServerApp whose Grid encodes and decodes."""
+"""The line that a user adds on the server: a ServerApp whose Grid encodes and decodes."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from flwr.common import Context
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.models import save_dense
 from fedpara_plugins_flower.factories import plain_model_hint
-from fedpara_plugins_flower.logs import show_core_logs
+from fedpara_plugins_flower.logs import log, show_core_logs
 from fedpara_plugins_flower.messages.legacy_lists import named_state
 from fedpara_plugins_flower.privacy.secagg import complete_sums
 from fedpara_plugins_flower.run import Run, open_run
+from fedpara_plugins_flower.seams import change_class
 from fedpara_plugins_flower.server.accounting import Accounting
-from fedpara_plugins_flower.server.evaluation import noting_evaluations
+from fedpara_plugins_flower.server.evaluation import record_evaluations
 from fedpara_plugins_flower.server.final_state import FinalState
 from fedpara_plugins_flower.server.grid import CodecGrid
 from fedpara_plugins_flower.server.observing_grid import ObservingGrid
-from fedpara_plugins_flower.server.paths import tell_relative_paths
-from fedpara_plugins_flower.server.resume import Rounds
-from fedpara_plugins_flower.server.strategy_arrays import explained, noting_strategy
-from fedpara_plugins_flower.server.strategy_hooks import follow_strategies
-from fedpara_plugins_flower.settings import Settings
+from fedpara_plugins_flower.server.paths import log_relative_paths
+from fedpara_plugins_flower.server.resume import ResumableRounds
+from fedpara_plugins_flower.server.strategy_arrays import record_strategy, with_remedy
+from fedpara_plugins_flower.server.strategy_hooks import install_start_hooks
+from fedpara_plugins_flower.settings import FlowerSettings
 
 __all__ = ["server_app"]
 
-log = logging.getLogger("flwr.fedpara")
-
 A = TypeVar("A", bound=ServerApp)
+App = Callable[[Grid, Context], None]
 
 
 def server_app(app: A, **options: Any) -> A:
     """Let a ServerApp run with the plugin, as its run's config says.
 
-    The same object comes back, still a ServerApp of its class: ``@app.main()`` and everything else
+    The same object is returned, still a ServerApp of its class: ``@app.main()`` and everything else
     work on it as before.
 
     Args:
-        app: of the Message API, or of the legacy one with a ``server_fn``.
+        app: of the Message API, or of the legacy API with a ``server_fn``.
         options: those of the section ``[tool.flwr.app.config.fedpara]``, for ``run_simulation``,
-            whose config is empty. Where the run's config has the same option, that one wins. Give
-            the clients the same ones: ``fedpara.client_mod_with(...)``.
+            whose config is empty. An option of the run's config takes precedence. Give the clients
+            the same options: ``fedpara.client_mod_with(...)``.
 
     Raises:
-        ConfigError: an option is unknown or out of range; one of the section, when the app runs.
+        ConfigError: if an option is unknown or out of range. Options of the section are checked
+            when the app runs.
     """
-    Settings.from_run_config({}, options)
-    if not hasattr(app, "_fedpara_plugged"):
-        app.__class__ = _wrapped_class(type(app), options)
+    FlowerSettings.from_run_config({}, options)
+    if not hasattr(app, "_fedpara_plugin"):
+        change_class(app, _subclass(type(app), options))
     return app
 
 
-def _wrapped_class(base: type[Any], options: Mapping[str, Any]) -> type[Any]:
-    class PluggedServerApp(base):  # type: ignore[misc]
-        _fedpara_plugged = True
+def _subclass(base: type[Any], options: Mapping[str, Any]) -> type[Any]:
+    class ServerAppWithPlugin(base):  # type: ignore[misc]
+        _fedpara_plugin = True
 
         def __call__(self, grid: Grid, context: Context) -> None:
-            settings = Settings.from_run_config(context.run_config, options)
-            show_core_logs()
-            tell_relative_paths(settings)
-            final = FinalState()
-            run = Run(settings, side="server", on_loaded=final.seen)
-            accounting = Accounting(settings.ledger, settings.config)
-            follow_strategies()
-            if settings.active:
-                run.on_start.append(noting_strategy(run))
-            if settings.ledger is not None:
-                run.on_evaluated = accounting.ledger.log
-                run.on_start.append(noting_evaluations(run.on_evaluated))
-            if settings.state_dir is not None:  # last: it counts the rounds for all others
-                run.on_start.append(Rounds(settings.state_dir / "server").follow)
-            wrapped = (
-                CodecGrid(grid, run, accounting, final)  # type: ignore[abstract]
-                if settings.active
-                else ObservingGrid(grid, accounting, final)  # type: ignore[abstract]
-            )
-            with open_run(run):
-                try:
-                    _serve(super().__call__, wrapped, context, run)
-                except Exception as error:
-                    if settings.active and (better := explained(error)) is not error:
-                        raise better from error
-                    raise
-                finally:
-                    accounting.log_run()
-                    if isinstance(wrapped, CodecGrid):
-                        wrapped.close()
-            _write_final(run, final)
+            settings = FlowerSettings.from_run_config(context.run_config, options)
+            _run_app(super().__call__, grid, context, settings)
 
-    PluggedServerApp.__name__ = base.__name__
-    PluggedServerApp.__qualname__ = base.__qualname__
-    return PluggedServerApp
+    ServerAppWithPlugin.__name__ = base.__name__
+    ServerAppWithPlugin.__qualname__ = base.__qualname__
+    return ServerAppWithPlugin
 
 
-def _serve(
-    app: Callable[[Grid, Context], None],
-    grid: CodecGrid | ObservingGrid,
-    context: Context,
-    run: Run,
-) -> None:
-    """Run the app, and raise the Grid's own error in the place of what followed from it."""
+def _run_app(app: App, grid: Grid, context: Context, settings: FlowerSettings) -> None:
+    show_core_logs()
+    log_relative_paths(settings)
+    final = FinalState()
+    run = Run(settings, side="server", on_loaded=final.seen)
+    accounting = Accounting(settings.ledger, settings.config)
+    _add_hooks(run, accounting)
+    wrapped = (
+        CodecGrid(grid, run, accounting, final)  # type: ignore[abstract]
+        if settings.active
+        else ObservingGrid(grid, accounting, final)  # type: ignore[abstract]
+    )
+    with open_run(run):
+        try:
+            _serve(app, wrapped, context, run)
+        except Exception as error:
+            if settings.active and (better := with_remedy(error)) is not error:
+                raise better from error
+            raise
+        finally:
+            accounting.log_run()
+            if isinstance(wrapped, CodecGrid):
+                wrapped.close()
+    _write_checkpoint(run, final)
+
+
+def _add_hooks(run: Run, accounting: Accounting) -> None:
+    settings = run.settings
+    install_start_hooks()
+    if settings.active:
+        run.on_start.append(record_strategy(run))
+    if settings.ledger is not None:
+        run.on_evaluated = accounting.ledger.log
+        run.on_start.append(record_evaluations(run.on_evaluated))
+    if settings.state_dir is not None:  # last: it counts the rounds for all others
+        run.on_start.append(ResumableRounds(settings.state_dir / "server").around_start)
+
+
+def _serve(app: App, grid: CodecGrid | ObservingGrid, context: Context, run: Run) -> None:
+    """Run the app, and raise the Grid's own error instead of the errors that follow from it."""
     if isinstance(grid, ObservingGrid):
         app(grid, context)
         return
@@ -121,7 +125,7 @@ def _serve(
     grid.finish()
 
 
-def _write_final(run: Run, final: FinalState) -> None:
+def _write_checkpoint(run: Run, final: FinalState) -> None:
     path = run.settings.checkpoint
     if path is None:
         return

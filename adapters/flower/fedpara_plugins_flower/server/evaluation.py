@@ -1,4 +1,4 @@
-"""How good the model is, as strategies and clients find it, for the ledger."""
+"""Metrics of the model, as strategies and clients report them, for the ledger."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from flwr.common import MetricRecord
+from flwr.app import MetricRecord
 from flwr.serverapp.strategy import Result
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins_flower.run import Start, StartHook, active_run
+from fedpara_plugins_flower.seams import EXAMPLES, LEGACY_EXAMPLES
 
-__all__ = ["ClientMetrics", "log_metrics", "noting_evaluations", "scalars"]
+__all__ = ["ClientMetrics", "log_metrics", "record_evaluations", "scalars"]
 
-WEIGHTS = ("num-examples", "num_examples")
-"""What Flower's strategies weigh clients by unless told otherwise, and the legacy API's word."""
+WEIGHTS = (EXAMPLES, LEGACY_EXAMPLES)
 
 
 def log_metrics(server_round: int, /, **metrics: float) -> None:
-    """Write figures of the server's model to the run's ledger: ``log_metrics(3, accuracy=0.91)``.
+    """Write metrics of the server's model to the run's ledger: ``log_metrics(3, accuracy=0.91)``.
 
-    Only for a ServerApp with a loop of its own: what the ``evaluate_fn`` of a strategy returns, and
-    what clients answer when they evaluate, is written without it. Without a ledger nothing happens.
+    Only a ServerApp with a loop of its own needs it: the results of a strategy's ``evaluate_fn``
+    and the metrics of clients' evaluations are written anyway. Without a ledger nothing happens.
 
     Args:
-        server_round: after which they were found; 0 is before any training.
-        metrics: figures by name.
+        server_round: the round after which they were measured; 0 is before any training.
+        metrics: numbers by name.
 
     Raises:
-        ConfigError: called outside a run of the plugin, or on a client.
+        ConfigError: if it is called outside a run of the plugin, or on a client.
     """
     run = active_run()
     if run is None or run.side != "server":
@@ -43,7 +43,7 @@ def log_metrics(server_round: int, /, **metrics: float) -> None:
 
 
 def scalars(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The single numbers of some metric records; lists are left out."""
+    """Return the single numbers in some metric records; lists are left out."""
     return {
         name: float(value)
         for record in records
@@ -53,21 +53,21 @@ def scalars(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 class ClientMetrics:
-    """The clients' own figures of one evaluation, and their mean.
+    """The clients' metrics of one evaluation, and their mean.
 
-    The mean is weighted by the examples that each client reports, as Flower's strategies do it; it
-    is the plain mean if a client reports none.
+    The mean is weighted by the examples that each client reports, as in Flower's strategies. If any
+    client reports none, it is the unweighted mean.
     """
 
     def __init__(self) -> None:
         self._replies: list[dict[str, float]] = []
 
     def add(self, figures: dict[str, float]) -> None:
-        """Take in the figures of one client."""
+        """Add the metrics of one client."""
         self._replies.append(figures)
 
     def taken(self) -> dict[str, float]:
-        """The means by name; forgets what they were made of."""
+        """Return the means by name, and remove the clients' metrics."""
         replies, self._replies = self._replies, []
         weights = [next((r[key] for key in WEIGHTS if key in r), 0.0) for r in replies]
         if not all(weight > 0 for weight in weights):
@@ -76,32 +76,36 @@ class ClientMetrics:
         for reply, weight in zip(replies, weights, strict=True):
             for name, value in reply.items():
                 if name not in WEIGHTS:
-                    total, weighed = sums.get(name, (0.0, 0.0))
-                    sums[name] = (total + weight * value, weighed + weight)
-        return {name: total / weighed for name, (total, weighed) in sums.items()}
+                    total, weight_sum = sums.get(name, (0.0, 0.0))
+                    sums[name] = (total + weight * value, weight_sum + weight)
+        return {name: total / weight_sum for name, (total, weight_sum) in sums.items()}
 
 
-def noting_evaluations(note: Callable[[int, Mapping[str, float]], None]) -> StartHook:
-    """Let ``note`` know what a strategy's ``evaluate_fn`` finds, by round."""
+def record_evaluations(record: Callable[[int, Mapping[str, float]], None]) -> StartHook:
+    """Return a hook that passes the metrics of a strategy's ``evaluate_fn`` to ``record``.
+
+    Args:
+        record: called with the round and its metrics.
+    """
 
     @contextmanager
     def hook(start: Start) -> Iterator[Callable[[Result], Result]]:
         evaluate = start.get("evaluate_fn")
         if evaluate is not None:
-            start["evaluate_fn"] = _noted(evaluate, note)
+            start["evaluate_fn"] = _recorded(evaluate, record)
         yield lambda result: result
 
     return hook
 
 
-def _noted(
-    evaluate: Callable[..., Any], note: Callable[[int, Mapping[str, float]], None]
+def _recorded(
+    evaluate: Callable[..., Any], record: Callable[[int, Mapping[str, float]], None]
 ) -> Callable[..., Any]:
     @functools.wraps(evaluate)
-    def evaluate_and_note(server_round: int, *args: Any, **kwargs: Any) -> Any:
+    def evaluate_and_record(server_round: int, *args: Any, **kwargs: Any) -> Any:
         result = evaluate(server_round, *args, **kwargs)
         if isinstance(result, MetricRecord):
-            note(server_round, scalars([result]))
+            record(server_round, scalars([result]))
         return result
 
-    return evaluate_and_note
+    return evaluate_and_record

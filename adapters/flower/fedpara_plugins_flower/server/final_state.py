@@ -1,4 +1,4 @@
-"""Which state is the global model's last one, seen from the outside of any strategy."""
+"""The last state of the global model, found without access to the strategy."""
 
 from __future__ import annotations
 
@@ -12,28 +12,32 @@ State = dict[str, Tensor]
 
 
 class FinalState:
-    """Follows a run's global model without knowing the strategy.
+    """The last known state of a run's global model, whatever the strategy.
 
-    After the clients have trained, the strategy aggregates in private. Its result shows itself
-    when it is next sent to clients (to evaluate, or to train on) or loaded into a model on the
-    server; from the next training replies on it is out of date.
+    A strategy keeps the result of its aggregation to itself. The result becomes known when it is
+    next sent to clients (for evaluation or training) or loaded into a model on the server. It is
+    out of date once clients answer the next training message.
     """
 
     def __init__(self) -> None:
         self._read: Callable[[], State] | None = None
 
     def seen(self, state: State) -> None:
-        """A model on the server has loaded this state."""
+        """Take the state that a model on the server has loaded."""
         self._read = lambda: state
 
     def sent(self, read: Callable[[], State]) -> None:
-        """This state goes out to clients; ``read`` gives it, if it is wanted at all."""
+        """Take the state that is sent to clients.
+
+        Args:
+            read: returns the state; called only if it is needed.
+        """
         self._read = read
 
     def trained(self) -> None:
-        """Clients have answered a training message: what was seen so far is out of date."""
+        """Discard the known state, because clients have answered a training message."""
         self._read = None
 
     def state(self) -> State | None:
-        """The last global state, or None if it has not shown itself."""
+        """Return the last global state, or None if it is not known."""
         return self._read() if self._read is not None else None

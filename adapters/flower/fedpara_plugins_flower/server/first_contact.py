@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from flwr.common import Message
-from flwr.common.constant import ErrorCode
+from flwr.app import Message
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins_flower.messages.records import carried_payload
 from fedpara_plugins_flower.messages.reply_marker import has_marker
 from fedpara_plugins_flower.messages.snippets import ADD_MOD
 from fedpara_plugins_flower.privacy.secagg import is_secagg
+from fedpara_plugins_flower.seams import MOD_FAILED
 
 __all__ = ["FirstContact"]
 
@@ -93,7 +93,7 @@ class FirstContact:
                     f"said: {reason}"
                 )
             stumbled = not self._lengths.isdisjoint(re.findall(r"\d+", reason))
-            if stumbled or code == ErrorCode.MOD_FAILED_PRECONDITION:
+            if stumbled or code == MOD_FAILED:
                 raise ConfigError(
                     f"fedpara: {all_failed}, in their app or in a mod that reads encoded messages. "
                     f"What stands before fedpara.client_mod in the client's list sees those. "

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.common import Message
+from flwr.app import Message
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpara_plugins import FedParaError
 from fedpara_plugins.exchange import Size
-from fedpara_plugins_flower.messages import legacy_lists as positional
-from fedpara_plugins_flower.messages.records import is_side
+from fedpara_plugins_flower.messages import legacy_lists
+from fedpara_plugins_flower.messages.records import is_optimizer_record
 from fedpara_plugins_flower.messages.reply_marker import Marker
 from fedpara_plugins_flower.messages.snippets import ADD_MOD
 from fedpara_plugins_flower.privacy import secagg
@@ -62,7 +62,7 @@ class CodecGrid(ForwardingGrid):
         self._final = final
         self._outbox = Outbox(run)
         config = run.settings.config
-        self._namer = positional.Namer(
+        self._namer = legacy_lists.Namer(
             run.specs, plain_names=config.method == "none" and not config.private
         )
         self._first = FirstContact()
@@ -78,7 +78,7 @@ class CodecGrid(ForwardingGrid):
         """Encode, send, wait, decode; a client that lost its reference is served once more."""
         plain = list(messages)
         # The legacy API asks each client in a thread of its own, and takes errors for its failure.
-        alone = len(plain) == 1 and positional.is_legacy(plain[0])
+        alone = len(plain) == 1 and legacy_lists.is_legacy(plain[0])
         try:
             if self.fatal is not None:
                 raise self.fatal
@@ -107,16 +107,16 @@ class CodecGrid(ForwardingGrid):
         It belongs to the message that was encoded last; for secure aggregation.
         """
         with self._lock:
-            if not self._outbox.holds(positional.PARAMETERS):
+            if not self._outbox.holds(legacy_lists.PARAMETERS):
                 return shared
-            names = self._outbox.shared_names(positional.PARAMETERS)
+            names = self._outbox.shared_names(legacy_lists.PARAMETERS)
             if len(names) != len(shared):
                 return shared
             tensors = {
                 name: torch.from_numpy(np.asarray(value))
                 for name, value in zip(names, shared, strict=True)
             }
-            full = self._outbox.reader().completed(positional.PARAMETERS, tensors)
+            full = self._outbox.reader().completed(legacy_lists.PARAMETERS, tensors)
             return [value.numpy() for value in full.values()]
 
     def _begin(self, messages: Sequence[Message]) -> None:
@@ -186,7 +186,7 @@ class CodecGrid(ForwardingGrid):
             encoded = self._outbox.encoded(message)
             self._first.sent(encoded)
             names = list(message.content.array_records)
-            models = [name for name in names if not is_side(name)]
+            models = [name for name in names if not is_optimizer_record(name)]
             if len(models) == 1:
                 self._final.sent(partial(self._outbox.content, models[0]))
             self._accounting.describe_layers(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from flwr.common import Message
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpara_plugins.ledger import Direction
-from fedpara_plugins_flower.messages.records import is_side, to_tensors
+from fedpara_plugins_flower.messages.records import is_optimizer_record, to_tensors
 from fedpara_plugins_flower.server.accounting import Accounting
 from fedpara_plugins_flower.server.final_state import FinalState
 
@@ -79,6 +79,10 @@ def follow(final: FinalState, message: Message, direction: Direction) -> None:
         if message.metadata.message_type.startswith("train"):
             final.trained()
         return
-    models = [record for name, record in message.content.array_records.items() if not is_side(name)]
+    models = [
+        record
+        for name, record in message.content.array_records.items()
+        if not is_optimizer_record(name)
+    ]
     if len(models) == 1:
         final.sent(lambda: to_tensors(models[0]))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from flwr.common import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, ModelSpec
 from fedpara_plugins.exchange import DownlinkEncoder, ReplyReader, cast, plain_spec
 from fedpara_plugins_flower.messages.records import (
-    is_side,
+    is_optimizer_record,
     kind_of,
     payload_record,
     to_tensors,
@@ -54,7 +54,7 @@ class Outbox(DownlinkEncoder):
         if self._records.get(name) is not record:
             full = self._with_first_dtypes(name, to_tensors(record))
             spec = self._spec(name, full)
-            sized_as = self._model_of(full) if is_side(name) else None
+            sized_as = self._model_of(full) if is_optimizer_record(name) else None
             self.put(name, full, spec, sized_as=sized_as)
             self._records[name] = record
 
@@ -70,7 +70,7 @@ class Outbox(DownlinkEncoder):
         return {key: cast(value, first.get(key, value.dtype)) for key, value in tensors.items()}
 
     def _spec(self, name: str, tensors: Mapping[str, Tensor]) -> ModelSpec:
-        if is_side(name):
+        if is_optimizer_record(name):
             return plain_spec(tensors)
         spec = self._run.specs.get(frozenset(tensors))
         if spec is not None:

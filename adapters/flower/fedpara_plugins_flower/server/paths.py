@@ -1,21 +1,18 @@
-"""Relative paths among a run's options: where they lead is said, since few would guess it."""
+"""Relative paths among a run's options: the log says where they lead."""
 
 from __future__ import annotations
 
-import logging
+from fedpara_plugins_flower.logs import log
+from fedpara_plugins_flower.settings import FlowerSettings
 
-from fedpara_plugins_flower.settings import Settings
-
-__all__ = ["tell_relative_paths"]
-
-log = logging.getLogger("flwr.fedpara")
+__all__ = ["log_relative_paths"]
 
 ON_SERVER = ("ledger", "checkpoint", "state_dir")
 ON_CLIENTS = ("client_checkpoints", "state_dir")
 
 
-def tell_relative_paths(settings: Settings) -> None:
-    """On the server, when a run begins: log where its relative paths lead.
+def log_relative_paths(settings: FlowerSettings) -> None:
+    """Log where a run's relative paths lead, on the server at the beginning of the run.
 
     The programs that Flower starts run in the folder where the SuperLink or SuperNode was started,
     whatever the folder of the app or of ``flwr run``.

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from flwr.common import Message, RecordDict
+from flwr.app import Message, RecordDict
 from torch import Tensor
 
 from fedpara_plugins import FedParaError, PayloadError
 from fedpara_plugins.exchange import ReplyReader, Size, server_state
-from fedpara_plugins_flower.messages import legacy_lists as positional
+from fedpara_plugins_flower.messages import legacy_lists
 from fedpara_plugins_flower.messages.records import carried_payload, to_record
 from fedpara_plugins_flower.privacy import secagg
 from fedpara_plugins_flower.run import Run
 from fedpara_plugins_flower.server.accounting import Accounting
 from fedpara_plugins_flower.server.first_contact import FirstContact
 from fedpara_plugins_flower.server.outbox import Outbox
-from fedpara_plugins_flower.server.strategy_arrays import averageable, tell_integers
+from fedpara_plugins_flower.server.strategy_arrays import averageable, warn_about_integers
 
 __all__ = ["ReplyDecoder"]
 
@@ -66,7 +66,7 @@ class ReplyDecoder:
     def _decoded(self, reply: Message, reader: ReplyReader) -> RecordDict:
         content = RecordDict(dict(reply.content.items()))
         for name, record in reply.content.array_records.items():
-            if positional.carries_nothing(record):
+            if legacy_lists.carries_nothing(record):
                 continue
             payload = carried_payload(record)
             if payload is None:
@@ -74,13 +74,13 @@ class ReplyDecoder:
                     f"record {name!r} carries no payload, or one that was changed on its way: no "
                     f"mod may stand before fedpara.client_mod that changes arrays"
                 )
-            if positional.asks_for_parameters(reply):
+            if legacy_lists.asks_for_parameters(reply):
                 content[name] = to_record(self._first_weights(reader, name, payload))
             else:
                 found = reader.read(name, payload)
                 self._tell_once(found.shared)
                 content[name] = to_record(averageable(found.state))
-        positional.unname_reply(content, reply.metadata.message_type)
+        legacy_lists.unname_reply(content, reply.metadata.message_type)
         return content
 
     def _first_weights(self, reader: ReplyReader, name: str, payload: bytes) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ class ReplyDecoder:
 
     def _leave_out(self, reply: Message, error: PayloadError) -> None:
         node = reply.metadata.src_node_id
-        if positional.asks_for_parameters(reply):
+        if legacy_lists.asks_for_parameters(reply):
             raise FedParaError(f"fedpara: the first weights, of node {node}: {error}") from error
         log.warning("fedpara: left out the reply of node %d: %s", node, error)
         self._first.left_out(node, str(error))
@@ -102,10 +102,12 @@ class ReplyDecoder:
         """Return the size behind masked lists: the shared part of what the client received."""
         if not secagg.is_secagg(reply.content):
             return Size()
-        empty = sum(map(positional.carries_nothing, reply.content.array_records.values()))
-        return sum([self._outbox.size(positional.PARAMETERS)] * empty, Size()) if empty else Size()
+        empty = sum(map(legacy_lists.carries_nothing, reply.content.array_records.values()))
+        return (
+            sum([self._outbox.size(legacy_lists.PARAMETERS)] * empty, Size()) if empty else Size()
+        )
 
     def _tell_once(self, tensors: Mapping[str, Tensor]) -> None:
         if not self._told_integers:
             self._told_integers = True
-            tell_integers(tensors, self._run.strategy)
+            warn_about_integers(tensors, self._run.strategy)

@@ -1,55 +1,52 @@
-"""What is done so that Flower's strategies can compute with a model's integers and scalars."""
+"""A model's integers and scalars in a form that Flower's strategies can compute with."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Mapping
 
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fedpara_plugins import ConfigError
+from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.run import Run, Start, StartHook
+from fedpara_plugins_flower.seams import SCALAR_ERROR
 
-__all__ = ["averageable", "explained", "noting_strategy", "tell_integers"]
-
-log = logging.getLogger("flwr.fedpara")
+__all__ = ["averageable", "record_strategy", "warn_about_integers", "with_remedy"]
 
 EXACT = 2**53
-"""Integers up to here are float64 values."""
+"""Bound up to which all integers are float64 values."""
 
 NORMS = ("QFedAvg", "MultiKrum", "Bulyan", "DifferentialPrivacy")
-"""Beginnings of the names of Flower's classes whose rule takes a norm over all tensors."""
-
-SCALAR_ERROR = "Invalid arguments for Array"
+"""Prefixes of the names of Flower's classes whose rule takes a norm over all tensors."""
 
 
 def averageable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values with integers and booleans as float64, as every average of them is anyway.
+    """Return the same values with integers and booleans as float64, as every average has them.
 
     QFedAvg and the clipping strategies multiply a client's arrays in place, which NumPy refuses for
-    integers. What the server sends next is cast back to its first dtype. Integers beyond 2^53 are
-    left as they are.
+    integers. The server's next message has their first dtypes again. Integers beyond 2^53 stay
+    integers.
     """
     return {
         name: value.double() if _convertible(value) else value for name, value in tensors.items()
     }
 
 
-def noting_strategy(run: Run) -> StartHook:
-    """Let a run know which strategy it is started with."""
+def record_strategy(run: Run) -> StartHook:
+    """Return a hook that sets ``run.strategy`` to the strategy that is started."""
 
     @contextlib.contextmanager
-    def noted(start: Start) -> Iterator[Callable[[Result], Result]]:
+    def hook(start: Start) -> Iterator[Callable[[Result], Result]]:
         run.strategy = start["self"]
         yield lambda result: result
 
-    return noted
+    return hook
 
 
-def tell_integers(tensors: Mapping[str, Tensor], strategy: object | None) -> None:
-    """Warn of integers among the clients' tensors where the strategy takes norms.
+def warn_about_integers(tensors: Mapping[str, Tensor], strategy: object | None) -> None:
+    """Warn if there are integers among the clients' tensors and the strategy takes norms.
 
     Args:
         tensors: of the first reply.
@@ -58,7 +55,7 @@ def tell_integers(tensors: Mapping[str, Tensor], strategy: object | None) -> Non
     names = [name for name, value in tensors.items() if _integer(value)]
     if names and (strategy is None or _takes_norms(strategy)):
         log.warning(
-            "fedpara: %d integer tensors (%s%s) go to the strategy as numbers like the weights. A "
+            "fedpara: %d integer tensors (%s%s) are passed to the strategy like weights. A "
             "rule that takes a norm over all tensors (QFedAvg, Krum, Bulyan, clipping) counts "
             'them: keep them on the clients there, with the option private = "*%s"',
             len(names),
@@ -75,21 +72,25 @@ def _takes_norms(strategy: object) -> bool:
     )
 
 
-def explained(error: Exception) -> Exception:
-    """The error that a ServerApp ended with, or one that says what to do about it."""
+def with_remedy(error: Exception) -> Exception:
+    """Return an error that names the remedy, if there is one for a ServerApp's error; else itself.
+
+    Args:
+        error: that the ServerApp raised.
+    """
     if SCALAR_ERROR not in str(error):
         return error
     return ConfigError(
         f"fedpara: this strategy of this version of Flower cannot handle arrays without dimensions "
-        f"(BatchNorm's num_batches_tracked, for one; {error}). Upgrade to flwr>=1.28, use "
-        f"GroupNorm, or take FedAvg, FedProx, QFedAvg, Krum or MultiKrum, which can"
+        f"(BatchNorm's num_batches_tracked, for example; {error}). Upgrade to flwr>=1.28, use "
+        f"GroupNorm, or use FedAvg, FedProx, QFedAvg, Krum or MultiKrum, which can"
     )
 
 
 def _convertible(value: Tensor) -> bool:
     if not _integer(value):
         return False
-    numbers = value.cpu().numpy()  # torch has no maximum of its larger unsigned integers
+    numbers = value.cpu().numpy()  # torch has no maximum for its larger unsigned integers
     return not numbers.size or max(abs(int(numbers.max())), abs(int(numbers.min()))) <= EXACT
 
 

@@ -1,32 +1,31 @@
-"""Where the plugin takes part in ``Strategy.start``, whatever the strategy.
+"""Hooks around ``Strategy.start``, whatever the strategy.
 
-Flower tells nobody but the strategy itself what an ``evaluate_fn`` found or which round is on. Its
-documented arguments are therefore looked at where ``start`` takes them; outside a run that asks for
-it the method does what it did.
+Only the strategy itself knows which round it is, and what an ``evaluate_fn`` returned. The hooks
+therefore get the documented arguments of ``start``. Outside a run that has hooks, the
+method does what it did.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from flwr.serverapp.strategy import Strategy
-
 from fedpara_plugins_flower.run import Start, active_run
+from fedpara_plugins_flower.seams import wrap_strategy_start
 
-__all__ = ["follow_strategies"]
+__all__ = ["install_start_hooks"]
 
 
-def follow_strategies() -> None:
+def install_start_hooks() -> None:
     """Let every strategy that is started inside a run pass through the run's ``on_start``."""
-    original = Strategy.start
-    if hasattr(original, "_fedpara_follows"):
-        return
+    wrap_strategy_start(_with_hooks)
+
+
+def _with_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
-    @functools.wraps(original)
     def start(*args: Any, **kwargs: Any) -> Any:
         run = active_run()
         if run is None or not run.on_start:
@@ -37,12 +36,11 @@ def follow_strategies() -> None:
             return original(*args, **kwargs)  # whose own error says what is wrong
         bound.apply_defaults()
         arguments: Start = bound.arguments
-        with ExitStack() as around:
-            changes = [around.enter_context(hook(arguments)) for hook in run.on_start]
+        with ExitStack() as contexts:
+            changes = [contexts.enter_context(hook(arguments)) for hook in run.on_start]
             result = original(**arguments)
             for change in reversed(changes):
                 result = change(result)
         return result
 
-    start._fedpara_follows = True  # type: ignore[attr-defined]
-    Strategy.start = start  # type: ignore[method-assign]
+    return start

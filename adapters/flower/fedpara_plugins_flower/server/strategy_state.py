@@ -1,8 +1,8 @@
-"""A strategy's own state as plain JSON and tensors, without knowing the strategy.
+"""The state of any strategy as plain JSON and tensors.
 
-Moments, momentum, clipping norms, round counters: whatever Flower's strategies and users' own keep
-in attributes. A strategy with ``state_dict()`` and ``load_state_dict()`` says itself what is to be
-kept, as torch's optimizers do.
+It consists of what strategies keep in attributes: moments, momentum, clipping norms, round
+counters. A strategy with ``state_dict()`` and ``load_state_dict()`` decides itself what is saved,
+as torch's optimizers do.
 """
 
 from __future__ import annotations
@@ -10,28 +10,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.common import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedpara_plugins.exchange import pack_plain, unpack_plain
+from fedpara_plugins_flower.seams import strategy_attributes
 
-__all__ = ["captured", "pack", "restore", "unpack"]
+__all__ = ["capture", "pack", "restore", "unpack"]
 
 Tensors = dict[str, Tensor]
 
 _SCALARS = (bool, int, float, str, type(None))
 
 
-def captured(strategy: Strategy, tensors: Tensors) -> tuple[dict[str, Any], list[str]]:
-    """What must be kept of a strategy.
+def capture(strategy: Strategy, tensors: Tensors) -> tuple[dict[str, Any], list[str]]:
+    """Return the state of a strategy.
 
     Args:
         strategy: any.
-        tensors: gets the tensors, by new names.
+        tensors: receives the tensors, under new names.
 
     Returns:
-        Plain JSON for `restore`, and the names of attributes that cannot be kept.
+        Plain JSON for `restore`, and the names of attributes that cannot be saved.
     """
     if hasattr(strategy, "state_dict") and hasattr(strategy, "load_state_dict"):
         try:
@@ -40,9 +41,9 @@ def captured(strategy: Strategy, tensors: Tensors) -> tuple[dict[str, Any], list
             return {"attributes": {}}, [f"state_dict() ({error})"]
     kept: dict[str, Any] = {}
     lost: list[str] = []
-    for name, value in vars(strategy).items():
-        if isinstance(value, Strategy):  # a wrapper's inner one
-            inner, more = captured(value, tensors)
+    for name, value in strategy_attributes(strategy).items():
+        if isinstance(value, Strategy):  # a wrapper's inner strategy
+            inner, more = capture(value, tensors)
             kept[name] = {"strategy": inner}
             lost += [f"{name}.{other}" for other in more]
         elif not callable(value):
@@ -56,19 +57,19 @@ def captured(strategy: Strategy, tensors: Tensors) -> tuple[dict[str, Any], list
 def restore(
     strategy: Strategy, kept: Mapping[str, Any], first: Mapping[str, Any], tensors: Tensors
 ) -> None:
-    """Undo `captured` on a strategy that was constructed anew.
+    """Restore the state that `capture` returned, in a new strategy.
 
     Args:
         strategy: of the same class.
-        kept: what `captured` returned.
-        first: what it returned before the first round; a setting that the user has changed since
-            (a learning rate, say) stays as it is now.
+        kept: the state.
+        first: the state before the first round. A setting that the user has changed since (a
+            learning rate, say) keeps its present value.
         tensors: those of ``kept``.
     """
     if "own" in kept:
         strategy.load_state_dict(unpack(kept["own"], tensors))  # type: ignore[attr-defined]
         return
-    now = vars(strategy)
+    now = strategy_attributes(strategy)
     for name, entry in kept["attributes"].items():
         before = first.get("attributes", {}).get(name, {})
         if "strategy" in entry:
@@ -82,15 +83,15 @@ def _changed_by_user(now: object, before: object) -> bool:
 
 
 def pack(value: Any, tensors: Tensors) -> Any:
-    """A value as plain JSON; arrays go to ``tensors``.
+    """Return a value as plain JSON; its arrays go to ``tensors``.
 
     Raises:
-        TypeError: it is of a kind that cannot be kept.
+        TypeError: if a value of this type cannot be saved.
     """
-    return pack_plain(value, tensors, _flowers_own)
+    return pack_plain(value, tensors, _pack_record)
 
 
-def _flowers_own(value: Any) -> tuple[str, Any] | None:
+def _pack_record(value: Any) -> tuple[str, Any] | None:
     if isinstance(value, ArrayRecord):
         return "ArrayRecord", [[name, array] for name, array in value.items()]
     if isinstance(value, Array):
@@ -100,8 +101,8 @@ def _flowers_own(value: Any) -> tuple[str, Any] | None:
 
 def unpack(value: Any, tensors: Tensors) -> Any:
     """Undo `pack`."""
-    return unpack_plain(value, tensors, {"Array": Array, "ArrayRecord": _record})
+    return unpack_plain(value, tensors, {"Array": Array, "ArrayRecord": _unpack_record})
 
 
-def _record(rows: list[list[Any]]) -> ArrayRecord:
+def _unpack_record(rows: list[list[Any]]) -> ArrayRecord:
     return ArrayRecord(dict(map(tuple, rows)))

@@ -1,67 +1,58 @@
-"""What the strategies Scaffold and FedDyn have in common, on top of Flower's FedAvg."""
+"""The common base of the strategies Scaffold and FedDyn, a subclass of Flower's FedAvg."""
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from flwr.common import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from fedpara_plugins import ConfigError, FedParaError
+from fedpara_plugins import ConfigError, FedParaError, PayloadError
 from fedpara_plugins.exchange import refuse_in_factor_space
 from fedpara_plugins.optimizers import (
     Contributions,
     Guard,
     GuardedRounds,
-    Reply,
     State,
     Weighting,
     difference,
-    finite,
     norm,
     tell_verdict,
 )
-from fedpara_plugins_flower.messages.drift_records import TASK, VARIATE, Report, Task, names_of
+from fedpara_plugins_flower.logs import log
+from fedpara_plugins_flower.messages.drift_records import (
+    OPTIMIZER,
+    VARIATE,
+    ClientReport,
+    ClientTask,
+)
 from fedpara_plugins_flower.messages.records import to_record, to_tensors
 from fedpara_plugins_flower.run import active_run
-
-__all__ = ["Answer", "DriftStrategy"]
-
-log = logging.getLogger("flwr.fedpara")
-
-LINES = (
-    "with fedpara.correction(model, msg, context) as correction: train(...), and "
-    "Message(correction.add_to(content), reply_to=msg)"
+from fedpara_plugins_flower.seams import checked_replies
+from fedpara_plugins_flower.strategies.client_replies import (
+    LINES,
+    ClientReply,
+    ReportAndChange,
+    read_reply,
 )
 
-
-@dataclass(frozen=True)
-class Answer:
-    """One client's usable reply."""
-
-    node: int
-    report: Report
-    reply: Reply
-    change: State
-    message: Message
+__all__ = ["DriftStrategy"]
 
 
 class DriftStrategy(FedAvg):
     """FedAvg whose clients keep a variate or dual, and correct their steps by it.
 
     Args:
-        weighting: ``uniform``, as published, or ``examples``: how much each client counts.
+        weighting: how much each client counts: ``uniform``, as published, or ``examples``.
         guard: see `fedpara_plugins.optimizers.Guard`; None for the published algorithm.
-        clients: how many there are in all; None for those that are connected, or have ever
-            answered, if these are more.
-        remember: keep every client's variate or dual on the server too, so that what a client
-            lost is taken out of the sum exactly; costs a model's size for each client.
+        clients: number of all clients; None for the larger number of those that are connected and
+            those that have ever answered.
+        remember: whether the server keeps every client's variate or dual too, so that a lost one is
+            subtracted from the sum exactly; costs a model's size for each client.
         options: of FedAvg.
     """
 
@@ -88,31 +79,31 @@ class DriftStrategy(FedAvg):
         self._grid: Grid | None = None
         self._connected: list[int] = []
         self._correct = True
-        self._met = False
+        self._answered = False
 
     # For the algorithms
 
     @abstractmethod
-    def task(self, **common: Any) -> Task:
-        """What is asked of a client."""
+    def task(self, **common: Any) -> ClientTask:
+        """Return the instructions for one client."""
 
     @abstractmethod
     def variate(self) -> State:
-        """What is sent beside the model; {} for nothing."""
+        """Return the tensors that are sent besides the model; {} for none."""
 
     @abstractmethod
-    def next_x(self, answers: Sequence[Answer], server_round: int) -> State:
-        """The next model from the replies that count; takes their changes into `sums`."""
+    def next_x(self, replies: Sequence[ClientReply], server_round: int) -> State:
+        """Return the next model, and add the replies' changes to `sums`."""
 
     @property
     def clients(self) -> int:
-        """How many clients there are in all, in this round."""
+        """Return the number of all clients in this round."""
         return self._clients_given or max(len(self._connected), len(self.sums.rounds))
 
     # Flower's interface
 
     def summary(self) -> None:
-        """Log what the strategy does."""
+        """Log the strategy's options."""
         guard = "off: as published" if self.guard is None else f"tau {self.guard.tau:g}"
         log.info("\t├──> %s: weighting %s, guard %s", self.algorithm, self.weighting, guard)
         super().summary()
@@ -120,7 +111,7 @@ class DriftStrategy(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """FedAvg's messages, and in each what this algorithm asks of that client."""
+        """Return FedAvg's messages, each with this algorithm's instructions for its client."""
         if (run := active_run()) is not None:
             refuse_in_factor_space(self.algorithm, run.settings.config)
         messages = list(super().configure_train(server_round, arrays, config, grid))
@@ -139,14 +130,14 @@ class DriftStrategy(FedAvg):
                 bound=bound,
             )
             content = RecordDict(dict(message.content.items()))
-            content[TASK] = task.to_record()
+            content[OPTIMIZER] = task.to_record()
             if record is not None:
                 content[VARIATE] = record
             message.content = content
         return messages
 
     def state_dict(self) -> dict[str, Any]:
-        """What a server that is started again must know: plain values and tensors."""
+        """Return the state that a restarted server needs: plain values and tensors."""
         sums = self.sums
         return {
             "total": sums.total,
@@ -158,7 +149,7 @@ class DriftStrategy(FedAvg):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`, on a strategy of the same options."""
+        """Restore the state of a strategy with the same options."""
         for name in ("total", "rounds", "weights", "clients", "kept"):
             getattr(self.sums, name).clear()
             getattr(self.sums, name).update(state[name])
@@ -167,25 +158,28 @@ class DriftStrategy(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The next model; replies that cannot be used are logged with their node and left out."""
+        """Return the next model and the clients' mean metrics.
+
+        Replies that cannot be used are left out, with a line in the log that names the node.
+        """
         replies = list(replies)
         failed = [reply for reply in replies if reply.has_error()]
-        found = [(r, Report.taken_from(r.content)) for r in replies if not r.has_error()]
+        found = [(r, ClientReport.pop_from(r.content)) for r in replies if not r.has_error()]
         self._check_first(found, failed)
-        answers = [a for r, taken in found if (a := self._answer(r, taken)) is not None]
-        valid, _ = self._check_and_log_replies([*failed, *(a.message for a in answers)], True)
+        usable = [u for reply, part in found if (u := self._read(reply, part)) is not None]
+        valid = checked_replies(self, [*failed, *(reply.message for reply in usable)])
         if not valid:
             return None, None
-        x = self.next_x(answers, server_round)
-        self._note(answers)
+        x = self.next_x(usable, server_round)
+        self._inform_guard(usable)
         contents = [message.content for message in valid]
         return to_record(x), self.train_metrics_aggr_fn(contents, self.weighted_by_key)
 
     # Parts
 
     def _check_first(self, found: Sequence[tuple[Message, Any]], failed: Sequence[Message]) -> None:
-        """End the run while nothing is lost yet, if no client has this algorithm's lines."""
-        if self._met or not (found or failed):
+        """End the run in its first round if no client has this algorithm's lines."""
+        if self._answered or not (found or failed):
             return
         if not found:
             raise FedParaError(
@@ -193,85 +187,59 @@ class DriftStrategy(FedAvg):
                 f"training message. Node {failed[0].metadata.src_node_id} said: "
                 f"{failed[0].error.reason}"
             )
-        self._met = any(taken is not None for _, taken in found)
-        if not self._met:
+        self._answered = any(part is not None for _, part in found)
+        if not self._answered:
             raise ConfigError(
-                f"fedpara: the strategy is {type(self).__name__}, and the clients (node "
-                f"{found[0][0].metadata.src_node_id}, for one) answer without its half. Add to "
-                f"the client's train function: {LINES}"
+                f"fedpara: the strategy is {type(self).__name__}, and the replies (of node "
+                f"{found[0][0].metadata.src_node_id}, for example) lack the records of "
+                f"fedpara.correction. Add to the client's train function: {LINES}"
             )
-
-    def _answer(
-        self, message: Message, taken: tuple[Report, ArrayRecord | None] | None
-    ) -> Answer | None:
-        node = message.metadata.src_node_id
-        why = None
-        if taken is None:
-            why = f"it answers without the client's half; its train function needs {LINES}"
-        else:
-            report, record = taken
-            arrays = {
-                name: value
-                for part in message.content.array_records.values()
-                for name, value in to_tensors(part).items()
-            }
-            change = {} if record is None else to_tensors(record)
-            names = names_of(report.names, arrays)
-            why = self._unusable(report, arrays, change, names)
-        if why is not None or taken is None:
-            log.warning("fedpara: left out the reply of node %d: %s", node, why)
-            return None
-        examples = next(iter(message.content.metric_records.values()), MetricRecord())
-        count = examples.get(self.weighted_by_key, 1.0)
-        weight = float(count) if isinstance(count, int | float) else 1.0
-        return Answer(node, report, Reply(arrays, names, weight), change, message)
-
-    def _unusable(
-        self, report: Report, arrays: State, change: State, names: frozenset[str]
-    ) -> str | None:
-        if report.kept == 0.0:
-            return "its training gave NaN or infinity"
-        if not finite([*arrays.values(), *change.values()]):
-            return "it holds NaN or infinity"
-        for name in names:
-            if name not in self._x or self._x[name].shape != arrays[name].shape:
-                return f"its {name!r} is not what was sent"
-        if arrays.keys() != self._x.keys():
-            return f"its names differ from the model's: {sorted(arrays.keys() ^ self._x.keys())}"
-        if self.needs_change and change.keys() != names:
-            return "its variate's names are not those of its trained parameters"
-        return None
 
     needs_change = False
 
+    def _read(self, message: Message, found: ReportAndChange | None) -> ClientReply | None:
+        try:
+            return read_reply(
+                message,
+                found,
+                model=self._x,
+                examples_key=self.weighted_by_key,
+                needs_change=self.needs_change,
+            )
+        except PayloadError as error:
+            node = message.metadata.src_node_id
+            log.warning("fedpara: left out the reply of node %d: %s", node, error)
+            return None
+
     def received_by(self, node: int) -> Mapping[str, Tensor]:
-        """The model as that node received it: not quite what was sent, if a codec is lossy."""
-        ask = getattr(self._grid, "received_by", None)
-        received = None if ask is None else ask(node, self.arrayrecord_key)
+        """Return the model as a node received it: not exactly what was sent, with a lossy codec."""
+        of_grid = getattr(self._grid, "received_by", None)
+        received = None if of_grid is None else of_grid(node, self.arrayrecord_key)
         return self._x if received is None else received
 
-    def take(self, answer: Answer, change: State, server_round: int) -> None:
-        """Take a client's change into the sums, and say what was out of the ordinary."""
-        report = answer.report
+    def add_change(self, reply: ClientReply, change: State, server_round: int) -> None:
+        """Add a client's change to the sums, and log anything out of the ordinary."""
+        report = reply.report
         verdict = self.sums.take(
             change,
-            node=answer.node,
+            node=reply.node,
             client=report.client,
             since=report.since,
             server_round=server_round,
-            weight=answer.reply.examples if self.weighting == "examples" else 1.0,
+            weight=reply.reply.examples if self.weighting == "examples" else 1.0,
             connected=self._connected,
         )
-        who = f"node {answer.node} ({report.client})"
+        who = f"node {reply.node} ({report.client})"
         exactly = self.sums.remember
         tell_verdict(log, self.algorithm, verdict, who, report.since, exactly=exactly)
 
-    def _note(self, answers: Sequence[Answer]) -> None:
-        """Tell the guard what came of the round."""
+    def _inform_guard(self, replies: Sequence[ClientReply]) -> None:
+        """Give the guard the norms of the round's updates and the fractions that clients kept."""
         norms = {
-            f"node {a.node}": norm(
-                difference(a.reply.arrays, {k: self._x[k] for k in a.reply.names}).values()
+            f"node {reply.node}": norm(
+                difference(reply.reply.arrays, {k: self._x[k] for k in reply.reply.names}).values()
             )
-            for a in answers
+            for reply in replies
         }
-        self._guarded.note(norms, {f"node {a.node}": a.report.kept for a in answers})
+        kept = {f"node {reply.node}": reply.report.kept for reply in replies}
+        self._guarded.note(norms, kept)

@@ -1,36 +1,37 @@
-"""A client's variate or dual between rounds, beside everything else that it keeps."""
+"""A client's variate or dual between rounds, next to the rest of its state."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-from flwr.common import Context
+from flwr.app import Context
 
 from fedpara_plugins.optimizers import OwnState
 from fedpara_plugins_flower.client.storage import client_storage, lasting_name
 from fedpara_plugins_flower.run import Run
-from fedpara_plugins_flower.settings import Settings
+from fedpara_plugins_flower.settings import FlowerSettings
 
 __all__ = ["OwnState", "own_state"]
 
 
 @contextlib.contextmanager
 def own_state(context: Context, algorithm: str, run: Run | None) -> Iterator[OwnState]:
-    """This client's state: part of a round of the plugin's mod, or on its own.
+    """Open a client's state for one algorithm: as part of a round of the mod, or on its own.
 
-    In a round of the mod nothing lasts before the reply is complete.
+    In a round of the mod, changes are written when the reply is complete. Otherwise they are
+    written at the end of the context.
 
     Args:
         context: of the client.
-        algorithm: whose state is meant.
+        algorithm: ``scaffold`` or ``feddyn``.
         run: that was active when the client's function was called, if any.
     """
     name = lasting_name(context)
     if run is not None and run.storage is not None:
         yield OwnState(run.storage, algorithm, name)
         return
-    folder = Settings.from_run_config(context.run_config).state_dir
+    folder = FlowerSettings.from_run_config(context.run_config).state_dir
     with contextlib.closing(client_storage(context, folder)) as storage:
         yield OwnState(storage, algorithm, name)
         storage.commit()

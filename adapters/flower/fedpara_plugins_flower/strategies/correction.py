@@ -1,24 +1,24 @@
-"""The client's half of SCAFFOLD and FedDyn: a context around the user's own training loop."""
+"""The client's part of SCAFFOLD and FedDyn: a context around the user's training loop."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 
-from flwr.common import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins.exchange import refuse_in_factor_space
 from fedpara_plugins.optimizers import LocalFedDyn, LocalResult, LocalScaffold
+from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.messages.drift_records import (
     CHANGE,
-    TASK,
+    OPTIMIZER,
     VARIATE,
-    Report,
-    Task,
-    marked,
+    ClientReport,
+    ClientTask,
+    to_bitmap,
 )
 from fedpara_plugins_flower.messages.records import to_record, to_tensors
 from fedpara_plugins_flower.run import active_run
@@ -26,13 +26,11 @@ from fedpara_plugins_flower.strategies.client_state import own_state
 
 __all__ = ["Correction", "correction"]
 
-log = logging.getLogger("flwr.fedpara")
-
 Losses = Callable[[], Iterable[tuple[Tensor, int]]]
 
 
 class Correction:
-    """What `correction` returns.
+    """The context that `correction` returns.
 
     Attributes:
         algorithm: ``scaffold``, ``feddyn``, or "" where the server runs neither.
@@ -41,7 +39,7 @@ class Correction:
     def __init__(
         self, model: nn.Module, message: Message, context: Context, losses: Losses | None
     ) -> None:
-        self._task = Task.of(message)
+        self._task = ClientTask.of(message)
         self._local: LocalScaffold | LocalFedDyn | None = None
         self._since = 0
         if self._task is None:
@@ -58,10 +56,10 @@ class Correction:
         if undone is not None:
             log.warning("fedpara: %s of %s: %s", self.algorithm, self._client, undone)
         self._since = self._kept.known_round
-        self._local = self._begun(model, message, self._task, losses)
+        self._local = self._algorithm(model, message, self._task, losses)
 
-    def _begun(
-        self, model: nn.Module, message: Message, task: Task, losses: Losses | None
+    def _algorithm(
+        self, model: nn.Module, message: Message, task: ClientTask, losses: Losses | None
     ) -> LocalScaffold | LocalFedDyn:
         own = self._kept.known
         if task.algorithm == "feddyn":
@@ -104,14 +102,14 @@ class Correction:
         if result.own is not None:
             self._kept.end(result.own, self._task.server_round)
         self._save()
-        self._tell(result)
+        self._log_result(result)
 
     def _save(self) -> None:
         with own_state(self._context, self.algorithm, self._run) as state:
             state.client, state.kept = self._client, self._kept
             state.save()
 
-    def _tell(self, result: LocalResult) -> None:
+    def _log_result(self, result: LocalResult) -> None:
         if result.own is None:
             log.warning(
                 "fedpara: %s: training gave NaN or infinity; this round of %s counts for nothing",
@@ -124,13 +122,14 @@ class Correction:
             )  # fmt: skip
 
     def add_to(self, content: RecordDict) -> RecordDict:
-        """Put what the server needs into a reply's content, and return it.
+        """Add the records that the server needs to a reply's content, and return it.
 
         Args:
-            content: with the model's state, ``ArrayRecord(model.state_dict())``, in it.
+            content: contains the model's state, ``ArrayRecord(model.state_dict())``.
 
         Raises:
-            ConfigError: called before the training, or the arrays have no names.
+            ConfigError: if it is called before the end of the training, or trained parameters are
+                missing from the arrays.
         """
         if self._local is None:
             return content
@@ -141,15 +140,15 @@ class Correction:
                 "(with fedpara.correction(...) as correction: train(...)) first"
             )
         names = self._names(content)
-        report = Report(
+        report = ClientReport(
             client=self._client,
             since=self._since,
             norm=result.norm,
             kept=result.kept,
             steps=result.steps,
-            names=marked(names, self._local.names),
+            names=to_bitmap(names, self._local.names),
         )
-        content[TASK] = report.to_record()
+        content[OPTIMIZER] = report.to_record()
         if self.algorithm == "scaffold" and result.own is not None:
             content[CHANGE] = to_record(result.change)
         if self._run is not None and result.own is not None:
@@ -157,7 +156,7 @@ class Correction:
         return content
 
     def _encoded(self, lost: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Keep what the server will have, where a codec has lost something on the way there."""
+        """Correct the kept state by the codec's error, so that it is what the server decodes."""
         if self._task is None or self._kept.last is None:
             return
         if self.algorithm == "scaffold":
@@ -184,25 +183,29 @@ def _joined(lost: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def correction(
     model: nn.Module, message: Message, context: Context, *, losses: Losses | None = None
 ) -> Correction:
-    """SCAFFOLD or FedDyn in a client, as the server's strategy says; with any other, nothing.
+    """Run SCAFFOLD or FedDyn on a client, as the server's strategy says; do nothing with others.
 
         with fedpara.correction(model, msg, context) as correction:
             train(model, ...)                        # your own loop
         content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
         return Message(correction.add_to(content), reply_to=msg)
 
-    Every step of a torch optimizer that holds the model's shared parameters is corrected inside
-    the context. Variates and duals are kept in ``context.state``.
+    Inside the context, every step of a torch optimizer on the model's shared parameters is
+    corrected. Variates and duals are kept in ``context.state``.
 
     Args:
-        model: with the message's arrays loaded.
-        message: that the client's train function got.
-        context: likewise.
-        losses: for SCAFFOLD's option I, one pass over this client's data: each batch's mean loss
-            and how many examples it has.
+        model: has loaded the message's arrays.
+        message: that the client's train function received.
+        context: of the client.
+        losses: for SCAFFOLD's option I, makes one pass over this client's data and yields each
+            batch's mean loss and number of examples.
+
+    Returns:
+        The context; its `Correction.add_to` completes the reply.
 
     Raises:
-        ConfigError: SCAFFOLD with another optimizer than plain SGD; option I without ``losses``.
-        MismatchError: the variates are those of another model.
+        ConfigError: if SCAFFOLD meets another optimizer than plain SGD, or option I lacks
+            ``losses``.
+        MismatchError: if the client's variates belong to another model.
     """
     return Correction(model, message, context, losses)

@@ -1,0 +1,390 @@
+"""All that the adapter uses of Flower without Flower documenting it, in one place.
+
+No other module of the adapter imports anything but ``flwr.app``, ``flwr.clientapp``,
+``flwr.serverapp`` and ``flwr.serverapp.strategy``. Each entry says what it stands on, why no public
+way serves (*Not public*), and in which releases of Flower it was found (*Seen*). Each has a test in
+``compat_tests/test_flower_seams.py``, which fails in the release that changes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any, TypeVar
+
+from flwr.app import Message
+from flwr.client import mod as legacy_mods
+from flwr.clientapp import ClientApp
+from flwr.clientapp import mod as mods
+from flwr.common import Parameters, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+__all__ = [
+    "CLIPPING_MODS",
+    "CLIPPING_NORM",
+    "ERROR_END",
+    "EVALUATE_METRICS",
+    "EXAMPLES",
+    "FLOWER_LOGGER",
+    "GET_PARAMETERS",
+    "LEGACY_EXAMPLES",
+    "LEGACY_REPLIES",
+    "LEGACY_REQUESTS",
+    "LOCAL_DP_MODS",
+    "MOD_FAILED",
+    "NORM_BIT",
+    "NUMPY",
+    "SCALAR_ERROR",
+    "SECAGG_CONFIGS",
+    "SECAGG_MASKED",
+    "SECAGG_STAGE",
+    "Parameters",
+    "change_class",
+    "checked_replies",
+    "forward_grid",
+    "is_legacy",
+    "mods_of",
+    "ndarrays_to_parameters",
+    "parameters_to_ndarrays",
+    "reachable_functions",
+    "replaced_methods",
+    "round_of",
+    "running_app",
+    "strategy_attributes",
+    "wrap_strategy_start",
+    "wrap_unmask_stage",
+]
+
+Method = Callable[..., Any]
+A = TypeVar("A")
+
+# Apps ---------------------------------------------------------------------------------------------
+
+
+def change_class(app: A, subclass: type[A]) -> A:
+    """Make an existing app an instance of a subclass of its class, and return it.
+
+    Stands on: apps are ordinary objects without slots, and engines run one by calling it.
+    Not public: a ServerApp has no mods, and an app that wraps another would lose its decorators.
+    Seen: flwr 1.22 to 1.42.
+    """
+    app.__class__ = subclass
+    return app
+
+
+def mods_of(app: ClientApp) -> Sequence[Any]:
+    """Return the mods that an app was made with.
+
+    Stands on: ``ClientApp._mods``.
+    Not public: mods are arguments of the constructor, and nothing lists them afterwards.
+    Seen: flwr 1.22 to 1.42.
+    """
+    return tuple(getattr(app, "_mods", None) or ())
+
+
+def running_app() -> ClientApp | ServerApp | None:
+    """Return the app in whose call the caller runs; None outside of apps.
+
+    Stands on: both classes' ``__call__`` name the app ``self`` and call the user's function.
+    Not public: no function tells which app is running.
+    Seen: flwr 1.22 to 1.42.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        app = frame.f_locals.get("self")
+        if isinstance(app, ClientApp | ServerApp):
+            return app
+        frame = frame.f_back
+    return None
+
+
+FLOWER_LOGGER = "flwr"
+"""Name of the only logger that Flower shows, with its children.
+
+Stands on: ``flwr.common.logger.LOGGER_NAME`` (from 1.38 on in ``flwr.supercore.logger``).
+Not public: Flower documents a function ``log`` and no place for others' loggers.
+Seen: flwr 1.22 to 1.42.
+"""
+
+# Mods ---------------------------------------------------------------------------------------------
+
+
+def reachable_functions(call_next: Method) -> Iterator[Any]:
+    """Yield all callables in a chain of mods: the mods after the current one, and the app.
+
+    Stands on: ``make_ffn`` nests closures, so that each holds the next function and its mod.
+    Not public: a mod gets one function, and no list of what is in it.
+    Seen: flwr 1.22 to 1.42.
+    """
+    waiting: list[Any] = [call_next]
+    seen: set[int] = set()
+    while waiting:
+        function = waiting.pop()
+        if id(function) not in seen:
+            seen.add(id(function))
+            yield function
+            waiting += [inner for inner in _enclosed(function) if callable(inner)]
+
+
+def _enclosed(function: Any) -> Iterator[Any]:
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # a name that is not bound yet
+            yield cell.cell_contents
+    if isinstance(function, functools.partial):
+        yield from (function.func, *function.args, *function.keywords.values())
+    if hasattr(function, "__wrapped__"):
+        yield function.__wrapped__
+
+
+CLIPPING_MODS: tuple[Any, ...] = tuple(
+    getattr(home, name)
+    for home in (mods, legacy_mods)
+    for name in ("fixedclipping_mod", "adaptiveclipping_mod")
+)
+"""Flower's mods that clip what a client sends, of the Message API and of the legacy one.
+
+Stands on: ``flwr.client.mod`` has functions of its own under the names of ``flwr.clientapp.mod``.
+Not public: the legacy ones are exported there alone.
+Seen: flwr 1.22 to 1.42.
+"""
+
+LOCAL_DP_MODS: tuple[type[Any], ...] = (mods.LocalDpMod, legacy_mods.LocalDpMod)
+"""Flower's mods of local differential privacy, of the Message API and of the legacy one.
+
+Stands on, not public, seen: as `CLIPPING_MODS`.
+"""
+
+CLIPPING_NORM = "clipping_norm"
+"""Key of the config record under which a strategy sends clients the bound of their updates.
+
+Stands on: ``KEY_CLIPPING_NORM`` of Flower's differential privacy.
+Not public: strategies and mods share it among themselves.
+Seen: flwr 1.22 to 1.42.
+"""
+
+NORM_BIT = "norm_bit"
+"""Key of a reply's metric that the strategy of adaptive clipping on clients reads first.
+
+Stands on: ``KEY_NORM_BIT`` of Flower's differential privacy.
+Not public: as `CLIPPING_NORM`.
+Seen: flwr 1.22 to 1.42.
+"""
+
+MOD_FAILED: int = ErrorCode.MOD_FAILED_PRECONDITION
+"""Code of the error reply of a mod of Flower's that cannot work on a message.
+
+Stands on: ``flwr.common.constant.ErrorCode``.
+Not public: `flwr.app.Error` documents a code and not which there are.
+Seen: flwr 1.22 to 1.42.
+"""
+
+# Messages -----------------------------------------------------------------------------------------
+
+NUMPY = "numpy.ndarray"
+"""Serialisation type of an array that NumPy reads; any other is named in the error of reading it.
+
+Stands on: ``flwr.common.constant.SType.NUMPY``.
+Not public: the attribute ``Array.stype`` is, its values are not.
+Seen: flwr 1.22 to 1.42.
+"""
+
+EXAMPLES, LEGACY_EXAMPLES = "num-examples", "num_examples"
+"""Metrics by which strategies weigh clients by default; the second is the legacy API's.
+
+Stands on: the default of ``FedAvg.weighted_by_key``, and ``recorddict_compat``.
+Not public: the first is only a default, the second only on the wire.
+Seen: flwr 1.22 to 1.42.
+"""
+
+SCALAR_ERROR = "Invalid arguments for Array"
+"""Beginning of the error of a strategy that makes an array of a NumPy scalar.
+
+Stands on: the text of ``Array``'s TypeError; FedAdam and others run into it up to 1.27.
+Not public: the error has no type of its own.
+Seen: flwr 1.22 to 1.42.
+"""
+
+
+ERROR_END = "'>"
+"""End of the reason in the error reply to an exception, after the exception's text.
+
+Stands on: both engines make it as ``"<class ...>:<'...'>"``.
+Not public: `flwr.app.Error` has one text.
+Seen: flwr 1.22 to 1.42.
+"""
+
+
+def round_of(message: Message) -> int | None:
+    """Return the round that a message to a client belongs to; None if it does not say.
+
+    Stands on: strategies write ``server-round`` into a config record, legacy ones the group's id.
+    Not public: a message has no field for the round.
+    Seen: flwr 1.22 to 1.42.
+    """
+    for record in message.content.config_records.values():
+        if "server-round" in record:
+            return int(str(record["server-round"]))
+    group = message.metadata.group_id
+    return int(group) if group and group.isdecimal() else None
+
+
+def forward_grid(subclass: type[Any], inner: str) -> None:
+    """Let a subclass of Grid hand all public methods on to the Grid in the attribute ``inner``.
+
+    Stands on: the public names in ``vars(Grid)``, and ``__abstractmethods__`` of an ABC.
+    Not public: which methods a Grid has depends on the release (``get_nodes`` from 1.38 on).
+    Seen: flwr 1.22 to 1.42.
+    """
+    for name, method in vars(Grid).items():
+        if not name.startswith("_"):
+            is_property = isinstance(method, property)
+            setattr(subclass, name, _forwarder(name, inner, is_property=is_property))
+    subclass.__abstractmethods__ = frozenset()
+
+
+def _forwarder(name: str, inner: str, *, is_property: bool) -> Any:
+    if is_property:
+        return property(lambda self: getattr(getattr(self, inner), name))
+    return lambda self, *args, **kwargs: getattr(getattr(self, inner), name)(*args, **kwargs)
+
+
+# Strategies ---------------------------------------------------------------------------------------
+
+
+def wrap_strategy_start(wrap: Callable[[Method], Method]) -> None:
+    """Replace ``Strategy.start`` for all strategies, once a process.
+
+    Stands on: strategies inherit ``start``, and documented apps call it.
+    Not public: only the strategy itself learns of rounds and of what an ``evaluate_fn`` found.
+    Seen: flwr 1.22 to 1.42.
+
+    Args:
+        wrap: gets the method and returns what stands in its place.
+    """
+    _replace_once(Strategy, "start", wrap)
+
+
+@contextlib.contextmanager
+def replaced_methods(strategy: Strategy, methods: Mapping[str, Method]) -> Iterator[None]:
+    """Replace methods of one strategy while it runs.
+
+    Stands on: ``Strategy.start`` calls ``configure_train``, ``aggregate_train``,
+    ``configure_evaluate`` and ``aggregate_evaluate`` through the object, which has a ``__dict__``.
+    Not public: a strategy has no hooks around its rounds.
+    Seen: flwr 1.22 to 1.42.
+    """
+    own = vars(strategy)
+    own.update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            own.pop(name, None)
+
+
+def strategy_attributes(strategy: Strategy) -> dict[str, Any]:
+    """Return the attributes in which a strategy keeps its settings and its state.
+
+    Stands on: moments, momentum, norms and counters are instance attributes, private ones too.
+    Not public: strategies offer no state to save.
+    Seen: flwr 1.22 to 1.42.
+    """
+    return vars(strategy)
+
+
+def checked_replies(strategy: FedAvg, replies: Iterable[Message]) -> list[Message]:
+    """Return a round's replies without errors, checked and logged as FedAvg does it.
+
+    Stands on: ``FedAvg._check_and_log_replies``.
+    Not public: ``aggregate_train`` checks and averages in one.
+    Seen: flwr 1.22 to 1.42.
+    """
+    valid: list[Message] = strategy._check_and_log_replies(replies, True)[0]
+    return valid
+
+
+# The legacy API -----------------------------------------------------------------------------------
+
+GET_PARAMETERS = "get_parameters"
+"""Type of the message that asks one client for the first weights.
+
+Stands on: ``MessageTypeLegacy.GET_PARAMETERS``.
+Not public: the shim of the legacy API makes such messages by itself.
+Seen: flwr 1.22 to 1.42.
+"""
+
+LEGACY_REQUESTS = {"train": "fitins.parameters", "evaluate": "evaluateins.parameters"}
+"""Name of the record of arrays in a legacy message to a client, by the message's type.
+
+Stands on: ``recorddict_compat`` (in ``flwr.common``, from 1.32 on in ``flwr.compat.common``).
+Not public: apps of the legacy API see lists, and never the records.
+Seen: flwr 1.22 to 1.42.
+"""
+
+LEGACY_REPLIES = {"train": "fitres.parameters", GET_PARAMETERS: "getparametersres.parameters"}
+"""The same for a client's reply; see `LEGACY_REQUESTS`.
+
+Stands on, not public, seen: as `LEGACY_REQUESTS`.
+"""
+
+EVALUATE_METRICS = "evaluateres.metrics"
+"""Record of the metrics in a legacy client's reply to an evaluation.
+
+Stands on, not public, seen: as `LEGACY_REQUESTS`.
+"""
+
+
+def is_legacy(message: Message) -> bool:
+    """Return whether a message to a client comes from a strategy of the legacy API.
+
+    Stands on, not public, seen: as `LEGACY_REQUESTS`.
+    """
+    begins = ("fitins.", "evaluateins.", "getparametersins.", "getpropertiesins.")
+    return any(name.startswith(begins) for name in message.content)
+
+
+# `Parameters`, `ndarrays_to_parameters`, `parameters_to_ndarrays`: arrays of legacy strategies.
+#
+# Stands on: ``flwr.common``.
+# Not public: documented there alone, and moving (``flwr.compat`` in 1.42).
+# Seen: flwr 1.22 to 1.42.
+
+# Secure aggregation -------------------------------------------------------------------------------
+
+SECAGG_CONFIGS, SECAGG_STAGE, SECAGG_MASKED = "secaggplus_configs", "stage", "masked_params"
+"""The record that makes a message one of SecAgg+, and two of its keys: the stage, masked numbers.
+
+Stands on: ``flwr.common.secure_aggregation.secaggplus_constants``.
+Not public: ``secaggplus_mod`` and the workflow share them among themselves.
+Seen: flwr 1.22 to 1.42.
+"""
+
+
+def wrap_unmask_stage(wrap: Callable[[Method], Method]) -> None:
+    """Replace ``SecAggPlusWorkflow.unmask_stage(self, grid, context, state)``, once a process.
+
+    Stands on: that method hands the unmasked sum to ``context.strategy.aggregate_fit``, in one
+    object of `Parameters` for all results.
+    Not public: the workflow gives the sum to the strategy alone.
+    Seen: flwr 1.22 to 1.42.
+
+    Args:
+        wrap: gets the method and returns what stands in its place.
+    """
+    from flwr.server.workflow import SecAggPlusWorkflow  # the legacy server is loaded for it
+
+    _replace_once(SecAggPlusWorkflow, "unmask_stage", wrap)
+
+
+def _replace_once(owner: type[Any], name: str, wrap: Callable[[Method], Method]) -> None:
+    original = getattr(owner, name)
+    if hasattr(original, "_fedpara_wrapped"):
+        return
+    replacement: Any = functools.wraps(original)(wrap(original))
+    replacement._fedpara_wrapped = True
+    setattr(owner, name, replacement)

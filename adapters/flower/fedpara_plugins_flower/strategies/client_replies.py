@@ -1,0 +1,99 @@
+"""A client's reply to SCAFFOLD or FedDyn as the strategy uses it, after all checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, Message, MetricRecord
+
+from fedpara_plugins import PayloadError
+from fedpara_plugins.optimizers import Reply, State, finite
+from fedpara_plugins_flower.messages.drift_records import ClientReport, from_bitmap
+from fedpara_plugins_flower.messages.records import to_tensors
+
+__all__ = ["LINES", "ClientReply", "ReportAndChange", "read_reply"]
+
+LINES = (
+    "with fedpara.correction(model, msg, context) as correction: train(...), and "
+    "Message(correction.add_to(content), reply_to=msg)"
+)
+"""The lines that a user adds to the client's train function."""
+
+ReportAndChange = tuple[ClientReport, ArrayRecord | None]
+
+
+@dataclass(frozen=True)
+class ClientReply:
+    """One client's usable reply.
+
+    Attributes:
+        node: its id.
+        report: of the client.
+        reply: its arrays, the names that were trained, and its number of examples.
+        change: of its variate; {} where the server computes it.
+        message: that Flower received.
+    """
+
+    node: int
+    report: ClientReport
+    reply: Reply
+    change: State
+    message: Message
+
+
+def read_reply(
+    message: Message,
+    found: ReportAndChange | None,
+    *,
+    model: State,
+    examples_key: str,
+    needs_change: bool,
+) -> ClientReply:
+    """Return the usable content of a reply.
+
+    Args:
+        message: the reply, without its report and change.
+        found: its report and change; None if it had none.
+        model: that was sent.
+        examples_key: metric of the number of examples.
+        needs_change: whether the algorithm needs the change of a variate.
+
+    Raises:
+        PayloadError: if the reply cannot be used.
+    """
+    if found is None:
+        raise PayloadError(
+            f"it lacks the records of fedpara.correction; the client's train function needs {LINES}"
+        )
+    report, record = found
+    arrays = {
+        name: value
+        for part in message.content.array_records.values()
+        for name, value in to_tensors(part).items()
+    }
+    change = {} if record is None else to_tensors(record)
+    names = from_bitmap(report.names, arrays)
+    _check(report, arrays, change, names, model)
+    if needs_change and change.keys() != names:
+        raise PayloadError("its variate's names are not those of its trained parameters")
+    metrics = next(iter(message.content.metric_records.values()), MetricRecord())
+    count = metrics.get(examples_key, 1.0)
+    examples = float(count) if isinstance(count, int | float) else 1.0
+    reply = Reply(arrays, names, examples)
+    return ClientReply(message.metadata.src_node_id, report, reply, change, message)
+
+
+def _check(
+    report: ClientReport, arrays: State, change: State, names: frozenset[str], model: State
+) -> None:
+    if report.kept == 0.0:
+        raise PayloadError("its training gave NaN or infinity")
+    if not finite([*arrays.values(), *change.values()]):
+        raise PayloadError("it holds NaN or infinity")
+    for name in names:
+        if name not in model or model[name].shape != arrays[name].shape:
+            raise PayloadError(f"its {name!r} is not what was sent")
+    if arrays.keys() != model.keys():
+        raise PayloadError(
+            f"its names differ from the model's: {sorted(arrays.keys() ^ model.keys())}"
+        )
