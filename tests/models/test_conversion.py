@@ -55,55 +55,6 @@ def test_replaces_in_place_and_leaves_the_rest_alone():
     ]  # fmt: skip
 
 
-def test_report_adds_up_and_says_why():
-    model = fedpara.convert(Net(), method="fedpara", gamma=0.1)
-    report = fedpara.report(model)
-    assert report.dense_parameters == sum(p.numel() for p in Net().parameters())
-    assert report.parameters == sum(p.numel() for p in model.parameters())
-    size = sum(v.numel() * v.element_size() for v in model.state_dict().values())
-    assert report.shared_bytes == size
-    notes = reasons(model)
-    assert "3 (fewer than 4)" in notes["stem"]
-    assert "BatchNorm2d" in notes["norm"]
-    assert str(report).count("\n") == len(report.rows) + 1
-
-
-def test_report_of_pfedpara_counts_only_what_is_sent():
-    model = fedpara.convert(Net(), method="pfedpara", gamma=0.5)
-    shared = fedpara.split(model).shared
-    sent = sum(v.numel() * v.element_size() for v in shared.values())
-    assert fedpara.report(model).shared_bytes == sent
-
-
-def test_whole_model_goes_back_to_dense_after_training():
-    torch.manual_seed(1)
-    model = fedpara.convert(Net(), method="fedpara", gamma=0.3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    x, y = torch.randn(8, 3, 8, 8), torch.arange(8)
-    losses = []
-    for _ in range(12):
-        loss = nn.functional.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-    plain = Net()
-    plain.load_state_dict(fedpara.to_dense(model).state_dict(), strict=True)
-    torch.testing.assert_close(plain.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-4)
-    assert fedpara.report(plain).parameters == fedpara.report(Net()).parameters
-
-
-def test_to_dense_shares_nothing():
-    model = fedpara.convert(Net(), method="fedpara")
-    dense = fedpara.to_dense(model)
-    with torch.no_grad():
-        for parameter in dense.parameters():
-            parameter.zero_()
-    assert all(p.abs().sum() > 0 for p in model.head.parameters())
-    assert type(model.head) is FactorisedLinear
-
-
 def test_a_single_layer_is_a_model_too():
     layer = fedpara.convert(nn.Linear(100, 80), method="fedpara")
     assert type(layer) is FactorisedLinear
@@ -142,25 +93,6 @@ def test_tied_weights_stay_tied():
     fedpara.convert(model, method="fedpara")
     assert model[2].weight is model[0].weight
     assert "tied to 2" in reasons(model)["0"]
-
-
-def test_bytes_of_what_is_tied_are_those_of_a_state():
-    """A parameter of the model once, a tensor of its state, and so of a message, twice."""
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
-    model[2].weight = model[0].weight
-    dense = sum(value.numel() * 4 for value in model.state_dict().values())
-    found = fedpara.report(fedpara.convert(model, method="fedpara"))
-    assert found.dense_bytes == dense
-    assert found.shared_bytes == sum(v.numel() * 4 for v in model.state_dict().values())
-    assert found.parameters == sum(p.numel() for p in model.parameters())
-
-
-def test_what_is_tied_and_dense_stays_tied_on_the_way_back():
-    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
-    model[1].bias = model[0].bias
-    dense = fedpara.to_dense(fedpara.convert(model, method="fedpara"))
-    assert dense[1].bias is dense[0].bias
-    assert dense[0].bias is not model[0].bias
 
 
 def test_copies_and_frozen_parameters_keep_their_ways():
@@ -238,73 +170,3 @@ def test_bad_options(options, words):
         fedpara.convert(Net(), **options)
     for word in words:
         assert word in str(caught.value)
-
-
-def test_export_of_a_diverged_model_names_the_layer():
-    model = fedpara.convert(Net(), method="fedpara")
-    model.head.x1.data.fill_(float("inf"))
-    with pytest.raises(ConversionError, match="'head'"):
-        fedpara.to_dense(model)
-
-
-class InPlainContainers(nn.Module):
-    """Its forward takes layers from where torch does not look."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(40, 48), nn.Linear(48, 48), nn.Linear(48, 40)
-        self.order = [self.a, (self.b, {"last": self.c})]
-
-    def forward(self, x):
-        (first, (second, others)) = self.order
-        return others["last"](second(first(x).relu()).relu())
-
-
-def test_layers_in_plain_lists_are_replaced_too():
-    model = fedpara.convert(InPlainContainers(), method="fedpara", gamma=0.2)
-    x = torch.randn(3, 40)
-    model(x).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-    dense = fedpara.to_dense(model)
-    assert dense.order[0] is dense.a
-    assert dense.order[1][1]["last"] is dense.c
-    assert type(dense.c) is nn.Linear
-    torch.testing.assert_close(dense(x), model(x), rtol=1e-4, atol=1e-5)
-    assert type(model.order[0]) is not nn.Linear  # the model itself stays as it is
-
-
-def test_one_layer_in_two_places_goes_back_to_one():
-    layer = fedpara.convert(nn.Linear(64, 64), method="fedpara")
-    dense = fedpara.to_dense(nn.Sequential(layer, nn.ReLU(), layer))
-    assert type(dense[0]) is nn.Linear
-    assert dense[0] is dense[2]
-    nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).load_state_dict(
-        dense.state_dict()
-    )
-
-
-class KeepsFeatures(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer, self.head, self.features = nn.Linear(40, 48), nn.Linear(48, 40), []
-
-    def forward(self, x):
-        self.last = self.layer(x)
-        self.features = [self.last, {"relu": self.last.relu()}]
-        return self.head(self.features[1]["relu"])
-
-
-def test_back_to_dense_with_results_of_the_last_forward():
-    model = fedpara.convert(KeepsFeatures(), method="fedpara", gamma=0.2)
-    x = torch.randn(3, 40)
-    model(x).sum().backward()
-    dense = fedpara.to_dense(model)
-    assert not dense.last.requires_grad
-    assert dense.last is dense.features[0]
-    torch.testing.assert_close(dense(x), model(x), rtol=1e-4, atol=1e-5)
-
-
-def test_back_to_dense_with_a_lazy_layer_that_has_not_run():
-    model = nn.Sequential(nn.Linear(40, 48), nn.LazyLinear(10))
-    model = fedpara.convert(model, method="fedpara", gamma=0.2, exclude=("1",))
-    assert isinstance(fedpara.to_dense(model)[1], nn.LazyLinear)
