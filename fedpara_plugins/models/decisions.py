@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, ConversionError
-from fedpara_plugins.factors.plan import WeightPlan, plan_weight
+from fedpara_plugins.factors.plan import WeightPlan
+from fedpara_plugins.factors.planning import plan_weight
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.models.private import matches
 from fedpara_plugins.models.weight_checks import (

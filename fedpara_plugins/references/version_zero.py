@@ -24,7 +24,7 @@ from torch import Tensor
 from fedpara_plugins.codecs.json_reader import strict_json
 from fedpara_plugins.codecs.reference import reference_hash
 from fedpara_plugins.errors import PayloadError
-from fedpara_plugins.factors.initialise import PART, seeded_shared
+from fedpara_plugins.factors.initialise import BLOCK_ENTRIES, seeded_shared
 from fedpara_plugins.models.spec import ModelSpec, plan_from_row
 from fedpara_plugins.stages.stage import (
     DTYPES,
@@ -199,7 +199,7 @@ def _check_spec(spec: ModelSpec, like: _Layout) -> None:
                 f"{weight[:200]!r}: no factors can have shape {plan.shape}, rank {plan.rank} and "
                 f"the numbers {numbers}"
             )
-        row, most = prod(plan.shape[1:]), max(PART, _size(like))
+        row, most = prod(plan.shape[1:]), max(BLOCK_ENTRIES, _size(like))
         if row > most:
             raise PayloadError(
                 f"{weight[:200]!r}: a row of the composed weight has {row} entries; at most {most} "
