@@ -1,20 +1,21 @@
-"""Module paths of 0.1 that moved: they still import, with a DeprecationWarning.
+"""Module paths and names of 0.1 that have changed: they still work, with a DeprecationWarning.
 
 A finder hands out the very module that a path has become, so classes, pickles and monkeypatches of
-either path are of one kind. The table goes with the release after next.
+either path are of one kind. The tables go with the release after next.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
-__all__ = ["new_path", "serve_old_paths"]
+__all__ = ["new_path", "serve_old_names", "serve_old_paths"]
 
 _ROOT = "fedpara_plugins."
 
@@ -97,6 +98,25 @@ def serve_old_paths() -> None:
     if not any(isinstance(finder, _OldPaths) for finder in sys.meta_path):
         # First: below a moved package the ordinary finder would load a second copy of a module.
         sys.meta_path.insert(0, _OldPaths())
+
+
+def serve_old_names(module: str, renamed: Mapping[str, str]) -> None:
+    """Let a module serve old names of what is in it.
+
+    Args:
+        module: its full name.
+        renamed: old name to new one.
+    """
+
+    def serve(name: str) -> Any:
+        if name not in renamed:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} is now named {renamed[name]}", DeprecationWarning, stacklevel=2
+        )
+        return getattr(sys.modules[module], renamed[name])
+
+    vars(sys.modules[module])["__getattr__"] = serve
 
 
 class _OldPaths(MetaPathFinder, Loader):

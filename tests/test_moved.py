@@ -54,7 +54,27 @@ def test_what_was_pickled_by_an_old_path_loads(fresh):
         assert pickle.loads(old) == slot
 
 
+RENAMED = [
+    ("references", "Coded", "EncodedDownlink"),
+    ("references", "Received", "DecodedDownlink"),
+    ("references", "alike", "same_layout"),
+    ("references", "shared_part", "shared_tensors"),
+]
+
+
+@pytest.mark.parametrize(("face", "old", "new"), RENAMED)
+def test_an_old_name_gives_the_new_object_and_says_so(face, old, new):
+    module = importlib.import_module(f"fedpara_plugins.{face}")
+    with pytest.warns(DeprecationWarning, match=f"{face}.{old} is now named {new}"):
+        assert getattr(module, old) is getattr(module, new)
+    assert new in module.__all__
+
+
 def test_other_names_are_not_there():
+    from fedpara_plugins import references
+
+    with pytest.raises(AttributeError, match="references' has no attribute 'nothing'"):
+        _ = references.nothing
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fedpara_plugins.nothing
     with pytest.raises(ModuleNotFoundError):

@@ -16,7 +16,7 @@ from fedpara_plugins.codecs import (
 )
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.references import alike, shared_part
+from fedpara_plugins.references import same_layout, shared_tensors
 
 __all__ = [
     "blind_limit",
@@ -76,8 +76,8 @@ def encode(
         MismatchError: names are those of a wrapped model (see `check_names`).
     """
     check_names(spec, tensors, others=True)
-    shared = shared_part(spec, tensors)
-    usable = reference is not None and alike(shared, reference)
+    shared = shared_tensors(spec, tensors)
+    usable = reference is not None and same_layout(shared, reference)
     return encode_with_feedback(
         shared,
         codec=codec,

@@ -17,7 +17,7 @@ from fedpara_plugins.exchange.settings import ExchangeSettings
 from fedpara_plugins.exchange.sizes import Size, size_of, tensor_bytes
 from fedpara_plugins.ledger import LayerSize, layer_sizes
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.references import GridDownlink, PerClientDownlink, shared_part
+from fedpara_plugins.references import GridDownlink, PerClientDownlink, shared_tensors
 
 __all__ = ["Outbox", "cast", "downlink_of"]
 
@@ -67,7 +67,7 @@ class Outbox:
             sized_as: of the model whose dense size theirs is compared with: an optimizer's
                 variates belong to no model, and a dense model's would be as large as itself.
         """
-        digest = reference_hash(shared_part(spec, full))
+        digest = reference_hash(shared_tensors(spec, full))
         self._contents[record] = _Content(spec, full, digest, sized_as or spec)
 
     def holds(self, record: str) -> bool:
@@ -81,7 +81,7 @@ class Outbox:
     def shared_names(self, record: str) -> tuple[str, ...]:
         """The names of it that are sent, in order."""
         known = self._contents[record]
-        return tuple(shared_part(known.spec, known.full))
+        return tuple(shared_tensors(known.spec, known.full))
 
     def encode(self, client: str, record: str) -> bytes:
         """The payload of a record for one client.
@@ -190,12 +190,12 @@ class Outbox:
     def size(self, record: str) -> Size:
         """Of what is sent under that name."""
         known = self._contents[record]
-        return size_of(shared_part(known.spec, known.full), known.sized_as)
+        return size_of(shared_tensors(known.spec, known.full), known.sized_as)
 
     def layers(self, record: str) -> list[LayerSize]:
         """Of what is sent under that name, before coding."""
         known = self._contents[record]
-        return layer_sizes(shared_part(known.spec, known.full), known.spec)
+        return layer_sizes(shared_tensors(known.spec, known.full), known.spec)
 
     def close(self) -> None:
         """The run is over; files stay for the next one."""

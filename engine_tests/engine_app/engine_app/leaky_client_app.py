@@ -6,20 +6,20 @@ from typing import Any
 
 import fedpara_plugins_flower.client.mod as client_side
 from engine_app import client_app
-from fedpara_plugins.references import coded
+from fedpara_plugins.references import downlink
 
 app = client_app.app
 
 _encode = client_side.encode
-_shared_names = coded.shared_names
+_shared_names = downlink.shared_names
 
 
 def _encode_everything(*args: Any, **kwargs: Any) -> Any:
-    coded.shared_names = lambda spec: spec.keys
+    downlink.shared_names = lambda spec: spec.keys
     try:
         return _encode(*args, **kwargs)
     finally:
-        coded.shared_names = _shared_names
+        downlink.shared_names = _shared_names
 
 
 client_side.encode = _encode_everything

@@ -22,7 +22,7 @@ from fedpara_plugins.exchange import (
     spec_of,
     update_codec,
 )
-from fedpara_plugins.references import Received
+from fedpara_plugins.references import DecodedDownlink
 from fedpara_plugins_fedml.engine.models import no_model
 from fedpara_plugins_fedml.messages.envelope import Envelope
 from fedpara_plugins_fedml.messages.head import MODEL, Head
@@ -43,7 +43,7 @@ class Task:
     """
 
     head: Head
-    received: Mapping[str, Received]
+    received: Mapping[str, DecodedDownlink]
     full: State
     fresh: bool
 

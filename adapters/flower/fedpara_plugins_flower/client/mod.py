@@ -35,7 +35,7 @@ from fedpara_plugins.exchange import (
     update_codec,
 )
 from fedpara_plugins.models import save_dense
-from fedpara_plugins.references import LostReferenceError, Received, shared_part
+from fedpara_plugins.references import DecodedDownlink, LostReferenceError, shared_tensors
 from fedpara_plugins.support import Storage
 from fedpara_plugins_flower.client.storage import client_state, client_storage
 from fedpara_plugins_flower.factories import plain_model_hint
@@ -68,7 +68,7 @@ class _Received:
     """One record of a message, decoded."""
 
     spec: ModelSpec
-    held: Received
+    held: DecodedDownlink
     full: dict[str, Tensor]
     fresh: bool
     decoders: tuple[str, ...]
@@ -285,7 +285,7 @@ def _encode_reply(
                 private[private_key(spec)] = name, spec, own
         if masked:
             check_names(spec, tensors, others=True)
-            in_clear[name] = shared_part(spec, tensors)
+            in_clear[name] = shared_tensors(spec, tensors)
             continue
         held = received[name].held if name in received else None
         codec = settings.uplink.resolved(part.decoders if part else None)

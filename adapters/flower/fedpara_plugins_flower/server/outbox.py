@@ -12,7 +12,7 @@ from fedpara_plugins import ConfigError, ModelSpec
 from fedpara_plugins.exchange import Outbox as CoreOutbox
 from fedpara_plugins.exchange import Size, cast, size_of
 from fedpara_plugins.ledger import LayerSize
-from fedpara_plugins.references import shared_part
+from fedpara_plugins.references import shared_tensors
 from fedpara_plugins_flower.messages.records import (
     is_side,
     payload_record,
@@ -156,4 +156,4 @@ class Outbox:
         spec = known or ModelSpec({}, tuple(tensors), seed=0)
         if is_side(name):
             spec = self._model_of(tensors) or spec
-        return size_of(shared_part(spec, tensors), spec)
+        return size_of(shared_tensors(spec, tensors), spec)
