@@ -59,6 +59,14 @@ RENAMED = [
     ("references", "Received", "DecodedDownlink"),
     ("references", "alike", "same_layout"),
     ("references", "shared_part", "shared_tensors"),
+    ("optimizers", "Kept", "CorrectionState"),
+    ("optimizers", "Norms", "NormHistory"),
+    ("optimizers", "OwnState", "StoredCorrectionState"),
+    ("optimizers", "Reply", "ClientReply"),
+    ("optimizers", "Verdict", "ChangeOutcome"),
+    ("optimizers", "difference", "subtract"),
+    ("optimizers", "tell_verdict", "log_outcome"),
+    ("optimizers", "watching", "observe_steps"),
 ]
 
 
