@@ -14,16 +14,16 @@ from typing import Any
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins.optimizers import (
+    ClientReply,
     Contributions,
     Guard,
     GuardedRounds,
-    Reply,
     State,
     Weighting,
-    difference,
     finite,
+    log_outcome,
     norm,
-    tell_verdict,
+    subtract,
 )
 from fedpara_plugins_fedml.rules.base import Answer, Mean, Rule
 
@@ -46,7 +46,7 @@ class Usable:
     """
 
     answer: Answer
-    reply: Reply
+    reply: ClientReply
     change: State
 
 
@@ -143,7 +143,7 @@ class DriftRule(Rule):
             server_round=self._round,
             weight=found.answer.examples if self.weighting == "examples" else 1.0,
         )
-        tell_verdict(log, self.name, verdict, f"client {client}", since)
+        log_outcome(log, self.name, verdict, f"client {client}", since)
 
     # Parts
 
@@ -153,7 +153,7 @@ class DriftRule(Rule):
         if why is not None:
             log.warning("fedpara: %s: left out client %s: %s", self.name, answer.client, why)
             return None
-        return Usable(answer, Reply(answer.state, self.trained, answer.examples), change)
+        return Usable(answer, ClientReply(answer.state, self.trained, answer.examples), change)
 
     def _why_not(self, answer: Answer, change: State) -> str | None:
         if not _reports(answer):
@@ -176,7 +176,7 @@ class DriftRule(Rule):
         before = {name: x[name] for name in self.trained}
         answers = {f"client {u.answer.client}": u.answer for u in usable}
         self._guarded.note(
-            {who: norm(difference(a.state, before).values()) for who, a in answers.items()},
+            {who: norm(subtract(a.state, before).values()) for who, a in answers.items()},
             {who: a.report["kept"] for who, a in answers.items()},
         )
 

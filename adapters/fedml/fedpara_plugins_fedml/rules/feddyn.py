@@ -11,8 +11,8 @@ from fedpara_plugins.optimizers import (
     FedDynServer,
     LocalFedDyn,
     LocalResult,
-    OwnState,
     State,
+    StoredCorrectionState,
     check_alpha,
 )
 from fedpara_plugins_fedml.rules.base import Visit
@@ -74,6 +74,6 @@ class LocalFedDynRule(LocalDrift):
         """Nothing."""
         return {}
 
-    def lost(self, own: OwnState, errors: Mapping[str, State], visit: Visit) -> None:
+    def lost(self, own: StoredCorrectionState, errors: Mapping[str, State], visit: Visit) -> None:
         """The server takes the step from what it decodes of y."""
-        own.kept.correct(errors.get("model", {}), float(visit.task["alpha"]))
+        own.correction.correct(errors.get("model", {}), float(visit.task["alpha"]))

@@ -27,10 +27,10 @@ from fedpara_plugins import ConfigError
 from fedpara_plugins.optimizers import (
     AddedGradient,
     copied,
-    difference,
     finite,
+    observe_steps,
+    subtract,
     trained_parameters,
-    watching,
 )
 from fedpara_plugins_fedml.rules.base import Answer, LocalRule, LocalWork, Mean, Rule, State, Visit
 from fedpara_plugins_fedml.rules.keys import flag, number
@@ -137,7 +137,7 @@ class LocalFedNova(LocalRule):
         work = LocalWork()
         with AddedGradient(parameters, pull, _check_sgd) as steps, _stepping(parameters, way):
             yield work
-        steps.check_moved(difference(parameters, start))
+        steps.check_moved(subtract(parameters, start))
         work.report.update(normaliser=way.length, steps=steps.steps)
 
 
@@ -240,7 +240,7 @@ def _stepping(parameters: Mapping[str, Tensor], way: UnitWay) -> Iterator[None]:
         if any(p.grad is not None for g in held for p in g["params"] if id(p) in known):
             way.step(optimizer, held)
 
-    with watching(hook):
+    with observe_steps(hook):
         yield
 
 

@@ -9,7 +9,12 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from fedpara_plugins.optimizers import LocalFedDyn, LocalResult, LocalScaffold, OwnState
+from fedpara_plugins.optimizers import (
+    LocalFedDyn,
+    LocalResult,
+    LocalScaffold,
+    StoredCorrectionState,
+)
 from fedpara_plugins_fedml.rules.base import LocalRule, LocalWork, State, Visit
 
 __all__ = ["LocalDrift"]
@@ -37,19 +42,19 @@ class LocalDrift(LocalRule):
         """What travels beside the model."""
 
     @abstractmethod
-    def lost(self, own: OwnState, errors: Mapping[str, State], visit: Visit) -> None:
+    def lost(self, own: StoredCorrectionState, errors: Mapping[str, State], visit: Visit) -> None:
         """Keep what the server will have, where a codec has lost something on the way."""
 
     @contextmanager
     def around(self, model: nn.Module, visit: Visit) -> Iterator[LocalWork]:
         """Correct the steps in this context; then keep and tell what came of it."""
-        own = OwnState(visit.storage, self.name, visit.client)
-        undone = own.kept.begin(int(visit.task["accepted"]))
+        own = StoredCorrectionState(visit.storage, self.name, visit.client)
+        undone = own.correction.begin(int(visit.task["accepted"]))
         if undone is not None:
             log.warning("fedpara: %s of client %s: %s", self.name, visit.client, undone)
-        since = own.kept.known_round
+        since = own.correction.confirmed_round
         work = LocalWork()
-        local = self.local(model, own.kept.known, visit)
+        local = self.local(model, own.correction.confirmed, visit)
         with local:
             yield work
         result = local.result
@@ -60,7 +65,7 @@ class LocalDrift(LocalRule):
         if result.own is None:
             own.save()
             return
-        own.kept.end(result.own, visit.server_round)
+        own.correction.end(result.own, visit.server_round)
         own.save()
         work.records.update(self.work(result))
 

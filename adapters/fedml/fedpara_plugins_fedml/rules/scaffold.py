@@ -7,7 +7,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fedpara_plugins.optimizers import LocalResult, LocalScaffold, OwnState, ScaffoldServer, State
+from fedpara_plugins.optimizers import (
+    LocalResult,
+    LocalScaffold,
+    ScaffoldServer,
+    State,
+    StoredCorrectionState,
+)
 from fedpara_plugins_fedml.rules.base import Visit
 from fedpara_plugins_fedml.rules.drift import CHANGE, DriftRule, Usable
 from fedpara_plugins_fedml.rules.local_drift import LocalDrift
@@ -91,6 +97,6 @@ class LocalScaffoldRule(LocalDrift):
         """The change of c_i."""
         return {CHANGE: result.change}
 
-    def lost(self, own: OwnState, errors: Mapping[str, State], visit: Visit) -> None:
+    def lost(self, own: StoredCorrectionState, errors: Mapping[str, State], visit: Visit) -> None:
         """c_i is what the server decodes of it."""
-        own.kept.correct(errors.get(CHANGE, {}), -1.0)
+        own.correction.correct(errors.get(CHANGE, {}), -1.0)

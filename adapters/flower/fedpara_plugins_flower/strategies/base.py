@@ -16,16 +16,16 @@ from torch import Tensor
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.exchange import refuse_in_factor_space
 from fedpara_plugins.optimizers import (
+    ClientReply,
     Contributions,
     Guard,
     GuardedRounds,
-    Reply,
     State,
     Weighting,
-    difference,
     finite,
+    log_outcome,
     norm,
-    tell_verdict,
+    subtract,
 )
 from fedpara_plugins_flower.messages.drift_records import TASK, VARIATE, Report, Task, names_of
 from fedpara_plugins_flower.messages.records import to_record, to_tensors
@@ -47,7 +47,7 @@ class Answer:
 
     node: int
     report: Report
-    reply: Reply
+    reply: ClientReply
     change: State
     message: Message
 
@@ -224,7 +224,7 @@ class DriftStrategy(FedAvg):
         examples = next(iter(message.content.metric_records.values()), MetricRecord())
         count = examples.get(self.weighted_by_key, 1.0)
         weight = float(count) if isinstance(count, int | float) else 1.0
-        return Answer(node, report, Reply(arrays, names, weight), change, message)
+        return Answer(node, report, ClientReply(arrays, names, weight), change, message)
 
     def _unusable(
         self, report: Report, arrays: State, change: State, names: frozenset[str]
@@ -264,13 +264,13 @@ class DriftStrategy(FedAvg):
         )
         who = f"node {answer.node} ({report.client})"
         exactly = self.sums.remember
-        tell_verdict(log, self.algorithm, verdict, who, report.since, exactly=exactly)
+        log_outcome(log, self.algorithm, verdict, who, report.since, exactly=exactly)
 
     def _note(self, answers: Sequence[Answer]) -> None:
         """Tell the guard what came of the round."""
         norms = {
             f"node {a.node}": norm(
-                difference(a.reply.arrays, {k: self._x[k] for k in a.reply.names}).values()
+                subtract(a.reply.arrays, {k: self._x[k] for k in a.reply.names}).values()
             )
             for a in answers
         }

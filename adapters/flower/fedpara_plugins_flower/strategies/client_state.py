@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 from flwr.common import Context
 
-from fedpara_plugins.optimizers import OwnState
+from fedpara_plugins.optimizers import StoredCorrectionState
 from fedpara_plugins_flower.client.storage import client_storage, lasting_name
 from fedpara_plugins_flower.run import Run
 from fedpara_plugins_flower.settings import Settings
 
-__all__ = ["OwnState", "own_state"]
+__all__ = ["StoredCorrectionState", "own_state"]
 
 
 @contextlib.contextmanager
-def own_state(context: Context, algorithm: str, run: Run | None) -> Iterator[OwnState]:
+def own_state(context: Context, algorithm: str, run: Run | None) -> Iterator[StoredCorrectionState]:
     """This client's state: part of a round of the plugin's mod, or on its own.
 
     In a round of the mod nothing lasts before the reply is complete.
@@ -28,9 +28,9 @@ def own_state(context: Context, algorithm: str, run: Run | None) -> Iterator[Own
     """
     name = lasting_name(context)
     if run is not None and run.storage is not None:
-        yield OwnState(run.storage, algorithm, name)
+        yield StoredCorrectionState(run.storage, algorithm, name)
         return
     folder = Settings.from_run_config(context.run_config).state_dir
     with contextlib.closing(client_storage(context, folder)) as storage:
-        yield OwnState(storage, algorithm, name)
+        yield StoredCorrectionState(storage, algorithm, name)
         storage.commit()
