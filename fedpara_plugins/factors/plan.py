@@ -85,32 +85,32 @@ class WeightPlan:
 
     @property
     def kernel(self) -> bool:
-        """Whether the operands have a core."""
+        """Return whether the operands have a core."""
         return is_kernel(self.shape)
 
     @cached_property
     def factor_names(self) -> list[str]:
-        """Those of x1, y1, t1, x2, y2, t2, ... that this weight has, in this order."""
+        """Return those of x1, y1, t1, x2, y2, t2, ... that this weight has, in this order."""
         return self.method.factor_names(kernel=self.kernel)
 
     @cached_property
     def keys(self) -> list[str]:
-        """The names of the factors as parameters of the layer, in the order of `factor_names`."""
+        """Return the names of the factors as the layer's parameters, ordered as `factor_names`."""
         return [factor_key(self.name, factor) for factor in self.factor_names]
 
     @property
     def private_names(self) -> list[str]:
-        """Those of `factor_names` that never leave the device."""
+        """Return those of `factor_names` that never leave the device."""
         return self.method.private_names(kernel=self.kernel)
 
     @property
     def parameters(self) -> int:
-        """The number of entries of all factors, private ones included."""
+        """Return the number of entries of all factors, private ones included."""
         return parameter_count(self.shape, self.rank, operands=self.method.operands)
 
     @property
     def shared_parameters(self) -> int:
-        """The number of entries of the factors that travel."""
+        """Return the number of entries of the factors that travel."""
         shared = self.method.operands - len(self.method.private)
         return parameter_count(self.shape, self.rank, operands=shared)
 
@@ -172,17 +172,17 @@ class WeightPlan:
 
     @cached_property
     def form(self) -> Form | None:
-        """The form for the hand-written functions; None if they cannot compute this method."""
+        """Return the form for hand-written functions; None if they cannot compute this method."""
         return form_of(self.method, self.gains, tanh=self.tanh, bound=self.outer)
 
     @cached_property
     def recomputes(self) -> bool:
-        """Whether backward computes the operands' products again instead of holding them."""
+        """Return whether backward computes the products again instead of holding them."""
         return 4 * prod(self.shape) >= RECOMPUTE_BYTES if self.recompute is None else self.recompute
 
     @property
     def gains(self) -> tuple[float, ...]:
-        """The factor that each operand is multiplied by; applied to x, which has few entries."""
+        """Return the multiplier of each operand, to apply to x, which has few entries."""
         count = self.method.operands
         if self.tanh:
             shared = count - len(self.method.private)
@@ -192,14 +192,14 @@ class WeightPlan:
 
     @property
     def outer(self) -> float:
-        """The factor that the combined operands are multiplied by."""
+        """Return the multiplier of the combined operands."""
         if self.tanh:
             return self.bound
         return 1.0 if is_known(self.method) else self.scale
 
     @property
     def bound(self) -> float:
-        """b, the largest value that the shared operands can reach together under tanh.
+        """Return b, the largest value that the shared operands can reach together under tanh.
 
         It is 1, as in the paper, unless a large variance (an embedding's, say) needs more.
         """

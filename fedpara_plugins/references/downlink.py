@@ -61,7 +61,7 @@ class Downlink(Protocol):
 
     @property
     def references(self) -> Mapping[str, Tensors]:
-        """Every state that a client may take a delta against, by hash."""
+        """Return every state that a client may take a delta against, by hash."""
 
 
 def shared_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Tensors:

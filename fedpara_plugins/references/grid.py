@@ -245,7 +245,7 @@ class GridDownlink:
 
     @property
     def references(self) -> Mapping[str, Tensors]:
-        """Every state that a client may take a delta against, by hash."""
+        """Return every state that a client may take a delta against, by hash."""
         return self._store
 
     def close(self) -> None:

@@ -200,7 +200,7 @@ class PerClientDownlink:
 
     @property
     def references(self) -> Mapping[str, Tensors]:
-        """Every state that a client may take a delta against, by hash."""
+        """Return every state that a client may take a delta against, by hash."""
         return self._store
 
     def close(self) -> None:

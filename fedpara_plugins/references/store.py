@@ -73,7 +73,7 @@ class ReferenceStore(Mapping[str, Tensors]):
 
     @property
     def memory_used(self) -> int:
-        """The size in bytes of the tensors in memory."""
+        """Return the size in bytes of the tensors in memory."""
         return self._used
 
     # Writing

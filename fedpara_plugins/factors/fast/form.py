@@ -26,9 +26,9 @@ class Form(NamedTuple):
     Attributes:
         operands: 1 or 2.
         plus_one: whether 1 is added to the second operand.
-        gains: the factor of each operand; without tanh the first one carries s.
+        gains: the multiplier of each operand; without tanh the first one carries s.
         tanh: whether each operand then passes through tanh.
-        bound: the factor of the result; 1 without tanh.
+        bound: the multiplier of the result; 1 without tanh.
     """
 
     operands: int
@@ -63,9 +63,9 @@ def form_of(method: Method, gains: tuple[float, ...], *, tanh: bool, bound: floa
 
     Args:
         method: combines the operands.
-        gains: the factor of each operand.
+        gains: the multiplier of each operand.
         tanh: whether each operand then passes through tanh.
-        bound: the factor of the result.
+        bound: the multiplier of the result.
     """
     if not is_known(method):
         return None

@@ -44,19 +44,19 @@ class PlannedMatrix(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(m, n)."""
+        """Return (m, n)."""
 
     @property
     def rank(self) -> int:
-        """The rank R of every operand."""
+        """Return the rank R of every operand."""
 
     @property
     def form(self) -> Form | None:
-        """How the operands make the weight; None if no hand-written function computes it."""
+        """Return how operands make the weight; None if no hand-written function computes it."""
 
     @property
     def recompute(self) -> bool | None:
-        """Whether backward computes products again; None lets the weight's size decide."""
+        """Return whether backward computes products again; None lets the size decide."""
 
     def ordered(self, factors: Mapping[str, Tensor]) -> list[Tensor]:
         """Return those of x1, y1, x2, y2 that there are, in this order."""

@@ -130,7 +130,7 @@ def _step_length(plan: WeightPlan, start: Factors, step: Factors, change: Tensor
 
 
 def scale_for(kept: float) -> float:
-    """Return the factor of a projected update: 1 / kept share, at most 50."""
+    """Return the multiplier of a projected update: 1 / kept share, at most 50."""
     return min(LARGEST_SCALE, 1 / max(kept, SMALLEST_SHARE))
 
 
