@@ -100,8 +100,8 @@ class ClientReferences:
                 what = "version 0" if derived else "a reference"
                 raise LostReferenceError(
                     f"record {record!r} is coded against {what} {wanted[:16]}, this client holds "
-                    f"{', '.join(name[:16] for name in references) or 'none'}; the server is to "
-                    "send it again, coded against what the client holds",
+                    f"{', '.join(name[:16] for name in references) or 'none'}; the server must "
+                    "send it again, coded against a state that the client holds",
                     self.holds(record),
                 )
         tensors = decode_payload(payload, references=references, limit=limit).tensors

@@ -146,7 +146,7 @@ def _spec(model: Mapping[str, Any]) -> ModelSpec:
     rows, seed = model["weights"], model["seed"]
     weights = {str(row[0]): plan_from_row(row) for row in rows}
     if type(seed) is not int or len(weights) != len(rows):
-        raise ValueError("the seed is no integer, or a weight stands there twice")
+        raise ValueError("the seed is not an integer, or a weight is listed twice")
     return ModelSpec(weights=weights, keys=(), seed=seed)
 
 
@@ -157,20 +157,20 @@ def _layout(text: str, limit: int) -> _Layout:
         raise ValueError("the layout is too long")
     rows = strict_json(plain.decode("utf-8"))
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
-        raise ValueError("the layout is no list of tensors")
+        raise ValueError("the layout is not a list of tensors")
     check_count(len(rows), "the layout of version 0")
     like = {name: (DTYPES[dtype], _checked_shape(shape)) for name, dtype, shape in rows}
     if len(like) != len(rows) or not all(isinstance(name, str) for name in like):
-        raise ValueError("a name is no text, or stands there twice")
+        raise ValueError("a name is not text, or is listed twice")
     check_limit(_size(like), limit, "version 0")
     return like
 
 
 def _checked_shape(shape: object) -> list[int]:
     if not isinstance(shape, list) or len(shape) > 32:
-        raise ValueError("a shape is no list of sizes")
+        raise ValueError("a shape is not a list of sizes")
     if not all(type(size) is int and 0 <= size < 2**40 for size in shape):
-        raise ValueError("a shape is no list of sizes")
+        raise ValueError("a shape is not a list of sizes")
     return shape
 
 
@@ -227,7 +227,7 @@ def _check_spec(spec: ModelSpec, like: _Layout) -> None:
         raise PayloadError(
             f"version 0: its composed weights have {entries} entries, and at most {allowed} are "
             f"computed for a state of {_size(like)} bytes: the message is forged, or its ranks are "
-            f"far smaller than any that pays"
+            f"far too small to be useful"
         )
 
 

@@ -85,7 +85,7 @@ def run_parts(
 
     Args:
         work: a function of the distribution.
-        described: for each part, what the work is done on.
+        described: for each part, the data of the work.
         parts: for each part, its range.
     """
     if len(parts) == 1:
