@@ -23,19 +23,19 @@ from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins.optimizers import (
+    ClientUpdate,
+    CorrectionState,
     FedDynServer,
     Guard,
-    Kept,
     LocalFedDyn,
     LocalScaffold,
-    Norms,
-    Reply,
+    NormHistory,
     ScaffoldServer,
     State,
-    difference,
     finite,
     next_state,
     norm,
+    subtract,
     trained_parameters,
 )
 
@@ -112,7 +112,9 @@ class Run:
     rate: float
     rounds: int
     seed: int
-    kept: list[Kept] = field(default_factory=lambda: [Kept() for _ in range(CLIENTS)])
+    kept: list[CorrectionState] = field(
+        default_factory=lambda: [CorrectionState() for _ in range(CLIENTS)]
+    )
     bounded: int = 0
 
     def accuracies(self) -> list[float]:
@@ -122,7 +124,7 @@ class Run:
             model = fedpara.convert(model, method=self.method, gamma=0.1, clip=self.clip)
         self.scaffold = ScaffoldServer()
         self.feddyn = FedDynServer(alpha=self.algorithm.alpha)
-        norms = Norms(self.algorithm.guard) if self.algorithm.guard else None
+        norms = NormHistory(self.algorithm.guard) if self.algorithm.guard else None
         x = {k: v.detach().clone() for k, v in model.state_dict().items()}
         rng = np.random.default_rng(self.seed)
         out: list[float] = []
@@ -138,7 +140,7 @@ class Run:
             if norms:
                 names = trained_parameters(model)
                 norms.add(
-                    norm(difference(r.arrays, {k: x[k] for k in names}).values()) for r in replies
+                    norm(subtract(r.arrays, {k: x[k] for k in names}).values()) for r in replies
                 )
             x = self._next(x, replies, not collecting)
             if not finite(x.values()):
@@ -155,7 +157,7 @@ class Run:
         server_round: int,
         correct: bool,
         bound: float | None,
-    ) -> list[Reply]:
+    ) -> list[ClientUpdate]:
         replies, changes = [], []
         server = self.feddyn if self.algorithm.name == "feddyn" else self.scaffold
         c = self.scaffold.variate(CLIENTS, x) or None
@@ -163,15 +165,15 @@ class Run:
             model.load_state_dict(x)
             kept = self.kept[client]
             kept.begin(server.sums.accepted(client))
-            result = self._local(model, client, server_round, kept.known, c, correct, bound)
+            result = self._local(model, client, server_round, kept.confirmed, c, correct, bound)
             arrays = {k: v.detach().clone() for k, v in model.state_dict().items()}
             if self.algorithm.name == "fedavg":
-                replies.append(Reply(arrays, frozenset(arrays)))
+                replies.append(ClientUpdate(arrays, frozenset(arrays)))
             elif result.own is not None:
                 self.bounded += result.kept < 1
                 kept.end(result.own, server_round)
-                replies.append(Reply(arrays, frozenset(result.change)))
-                changes.append((client, kept.known_round, result.change))
+                replies.append(ClientUpdate(arrays, frozenset(result.change)))
+                changes.append((client, kept.confirmed_round, result.change))
         for (client, since, change), reply in zip(changes, replies, strict=False):
             told = self.feddyn.change(x, reply) if self.algorithm.name == "feddyn" else change
             server.sums.take(
@@ -201,7 +203,7 @@ class Run:
             train(model, self.rate, batches(self.seed, client, server_round, EPOCHS))
         return local.result
 
-    def _next(self, x: State, replies: Sequence[Reply], correct: bool) -> State:
+    def _next(self, x: State, replies: Sequence[ClientUpdate], correct: bool) -> State:
         if self.algorithm.name == "scaffold":
             return self.scaffold.step(x, replies)
         if self.algorithm.name == "feddyn":

@@ -69,8 +69,8 @@ def lines() -> Iterator[str]:
                 for name in spec.weights
             )
             for share in (None, *SHARES):
-                fixed = update._length if share is None else lambda *_, share=share: share
-                with mock.patch.object(update, "_length", fixed):
+                fixed = update._step_length if share is None else lambda *_, share=share: share
+                with mock.patch.object(update, "_step_length", fixed):
                     after = DenseRound(spec, model.state_dict()).after(trained)
                 plain.load_state_dict(spec.dense_state(after))
                 losses.append(loss())

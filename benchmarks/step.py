@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from vgg16_update import vgg16, vgg16_factors
 
 from fedpara_plugins import composed_once
-from fedpara_plugins.factors.fast import native
+from fedpara_plugins.factors.fast.native_library import find_kernels
 
 Step = Callable[[], object]
 PEERS = {"PEFT LoHa": peft_loha, "LyCORIS LoHa": lycoris_loha}
@@ -248,7 +248,7 @@ def machine() -> str:
     cpu = ", ".join(models) or platform.processor()
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    kernels = native.found().text
+    kernels = find_kernels().text
     return (
         f"commit {commit or '?'}; {cpu}, {os.cpu_count()} cores; torch {torch.__version__}; "
         f"fedpara-plugins-kernels: {kernels}"

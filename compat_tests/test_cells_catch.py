@@ -51,7 +51,7 @@ def _private_factors_sent(patch: Patch) -> None:
     from fedpara_plugins.references import per_client
 
     for module in (outgoing, reply_reader, downlink_encoder, per_client, schemes):
-        patch.setattr(module, "shared_part", lambda spec, tensors: dict(tensors))
+        patch.setattr(module, "shared_tensors", lambda spec, tensors: dict(tensors))
 
 
 def _weights_scaled(patch: Patch) -> None:

@@ -19,7 +19,7 @@ from fedml.core import ClientTrainer
 from torch import nn
 
 from fedpara_plugins import ConfigError, convert
-from fedpara_plugins.optimizers.kept_storage import OwnState
+from fedpara_plugins.optimizers.stored_state import StoredCorrectionState
 from fedpara_plugins.support.storage import PrefixView
 from fedpara_plugins_fedml.rules import RULES, ClientReply, Rule, rule_for
 from fedpara_plugins_fedml.settings import FedMLSettings
@@ -405,8 +405,10 @@ def test_server_and_clients_do_not_drift_apart_through_a_lossy_codec(name: str) 
     kept = []
     for client in range(CLIENTS):
         with contextlib.closing(run.clients._storages.open(str(client))) as storage:
-            found = OwnState(PrefixView(storage, "rule/"), case.optimizer, str(client)).kept
-            kept.append(found.last if found.last_round else found.known)
+            found = StoredCorrectionState(
+                PrefixView(storage, "rule/"), case.optimizer, str(client)
+            ).correction
+            kept.append(found.pending if found.pending_round else found.confirmed)
     assert len(sums.rounds) == CLIENTS
     for key, total in sums.total.items():
         whole = sum(own[key].double() for own in kept if own is not None)

@@ -92,7 +92,7 @@ def _own(outcome: Outcome, experiment: DriftExperiment, partition: int) -> dict[
     with own_state(context, experiment.made.algorithm, None) as state:  # type: ignore[arg-type]
         kept = state.kept
     accepted = experiment.made.sums.accepted(outcome.grid.node_id(partition))
-    assert accepted in (kept.known_round, kept.last_round)
+    assert accepted in (kept.confirmed_round, kept.pending_round)
     return (kept.last if accepted == kept.last_round else kept.known) or {}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fedpara_plugins_flower as fedpara
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
-from fedpara_plugins.references.version_zero import base_from_header
+from fedpara_plugins.references.version_zero import reference_from_header
 from harness.cells.cells import CODECS
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.oracles.task import Task
@@ -121,7 +121,7 @@ def test_messages_hold_the_shared_names_only(codec: str) -> None:
             (array,) = record.values()
             payload = array.numpy().tobytes()
             header = peek_header(payload)
-            base = base_from_header(header.extra, header.model, limit=10**7)
+            base = reference_from_header(header.extra, header.model, limit=10**7)
             known = held if base is None else {base.reference: base.tensors}
             tensors = decode_payload(payload, references=known, limit=10**7).tensors
             held[reference_hash(tensors)] = tensors

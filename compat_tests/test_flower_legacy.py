@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-import fedpara_plugins.references.coded as coded
+import fedpara_plugins.references.downlink as downlink
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
-from fedpara_plugins.references.version_zero import base_from_header
+from fedpara_plugins.references.version_zero import reference_from_header
 from harness.cells.cells import GAMMA, METHODS, STRATEGIES
 from harness.flower.apps import Hooks, Outcome, federate
 from harness.flower.inprocess_grid import InProcessGrid, Sent
@@ -229,7 +229,7 @@ def _travelled(outcome: Outcome) -> list[State]:
             (array,) = record.values()
             payload = array.numpy().tobytes()
             header = peek_header(payload)
-            base = base_from_header(header.extra, header.model, limit=10**7)
+            base = reference_from_header(header.extra, header.model, limit=10**7)
             known = held if base is None else {base.reference: base.tensors}
             tensors = dict(decode_payload(payload, references=known, limit=10**7).tensors)
             if sent.direction == "down":
@@ -283,7 +283,7 @@ def test_private_positions_never_travel_and_stay_with_their_client(
 def test_the_search_sees_private_positions_when_the_split_is_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(coded, "shared_names", lambda spec: spec.keys)
+    monkeypatch.setattr(downlink, "shared_names", lambda spec: spec.keys)
     outcome = _run(LegacyExperiment(TASK), _section("pfedpara"), raises=False)
     names = set(_private(TASK, "pfedpara"))
     assert any(names & set(tensors) for tensors in _travelled(outcome))

@@ -13,12 +13,12 @@ from flwr.app import ArrayRecord, Context, Message
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-import fedpara_plugins.references.coded as coded
+import fedpara_plugins.references.downlink as downlink
 from fedpara_plugins import FedParaError
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
 from fedpara_plugins.exchange import client_round
 from fedpara_plugins.exchange.outgoing import Outgoing
-from fedpara_plugins.references.version_zero import base_from_header
+from fedpara_plugins.references.version_zero import reference_from_header
 from harness.cells.cells import CODECS, GAMMA
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plain_apps, plugin_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
@@ -110,7 +110,7 @@ def test_the_search_finds_private_factors_when_the_split_is_off(
 
     def everything(*args: Any, **kwargs: Any) -> Outgoing:
         with monkeypatch.context() as patch:
-            patch.setattr(coded, "shared_names", lambda spec: spec.keys)
+            patch.setattr(downlink, "shared_names", lambda spec: spec.keys)
             return outgoing(*args, **kwargs)
 
     monkeypatch.setattr(client_round, "outgoing", everything)
@@ -184,7 +184,7 @@ def _decoded(outcome: Outcome) -> Iterator[tuple[Sent, State]]:
             (array,) = record.values()
             payload = array.numpy().tobytes()
             header = peek_header(payload)
-            base = base_from_header(header.extra, header.model, limit=10**7)
+            base = reference_from_header(header.extra, header.model, limit=10**7)
             known = held if base is None else {base.reference: base.tensors}
             tensors = decode_payload(payload, references=known, limit=10**7).tensors
             if sent.direction == "down":

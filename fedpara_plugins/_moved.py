@@ -1,7 +1,7 @@
-"""Module paths of 0.1 that moved: they can still be imported, with a DeprecationWarning.
+"""Module paths and names of 0.1 that have changed: they still work, with a DeprecationWarning.
 
 A finder returns the module itself that stands at the new path. Classes, pickles and monkeypatches
-are therefore the same under both paths. The table is to be removed in the release after next.
+are therefore the same under both paths. The tables are to be removed in the release after next.
 """
 
 from __future__ import annotations

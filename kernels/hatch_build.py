@@ -1,4 +1,7 @@
-"""Compiles kernels.cpp into the wheel; plain C functions, so one wheel serves every Python."""
+"""Build hook that compiles kernels.cpp into the wheel.
+
+The library has plain C functions, so that one wheel serves every version of Python.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,15 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 class KernelsBuildHook(BuildHookInterface):  # type: ignore[type-arg,misc]
-    """Puts the library beside the package's modules, and names the platform in the wheel's tag."""
+    """Build hook that adds the library to the package, and the platform to the wheel's tag."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile.
+        """Compile the library.
 
         Raises:
-            RuntimeError: another processor, no compiler, or the compiler's own error.
+            RuntimeError: the processor is another one, there is no compiler, or the compiler fails.
         """
         machine = platform.machine().lower()
         if machine not in {"x86_64", "amd64"} or os.name != "posix":
@@ -44,8 +47,8 @@ class KernelsBuildHook(BuildHookInterface):  # type: ignore[type-arg,misc]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise RuntimeError(
-                f"{shlex.join(command)} failed:\n{result.stderr}\nA compiler of C++17 is needed "
-                f"(the variable CXX names another one); fedpara-plugins works without this package"
+                f"{shlex.join(command)} failed:\n{result.stderr}\nA C++17 compiler is needed (set "
+                f"CXX to use another one); fedpara-plugins works without this package"
             )
         build_data["force_include"][str(library)] = "fedpara_plugins_kernels/_kernels.so"
         build_data["pure_python"] = False
@@ -62,5 +65,5 @@ def _compiler() -> list[str]:
             return [found]
     raise RuntimeError(
         "no C++ compiler was found (c++, g++, clang++): install one (Debian: apt-get install g++) "
-        "or name one in the variable CXX; fedpara-plugins works without this package"
+        "or set CXX to one; fedpara-plugins works without this package"
     )

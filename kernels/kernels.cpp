@@ -1,18 +1,18 @@
-// Composing a FedPara weight, and taking its gradient back to the factors, in one pass each.
+// FedPara weights and the gradients of their factors, each computed in one pass.
 //
 //     W = scale * (X1 A1ᵀ) * (X2 A2ᵀ + shift)       elementwise; X (rows, rank), A (columns, rank)
 //
-// What a product needs stays in the cache or in registers: X1 A1ᵀ and X2 A2ᵀ never exist as a whole,
+// The data of a product stay in the cache or in registers: X1 A1ᵀ and X2 A2ᵀ never exist as a whole,
 // and the gradients compute them again, tile by tile. A linear layer's output and its gradients need
-// no whole W either. Everything is float32, in rows.
-// Built for x86-64 with AVX2 and FMA; `fedpara_supported` says whether this machine has them.
+// no whole W either. Everything is float32, in row-major order.
+// Built for x86-64 with AVX2 and FMA; `fedpara_supported` returns whether this machine has them.
 
 #include "tiles.h"
 
 extern "C" {
 struct Operand {
     const float *x, *a; // (rows, rank) and (columns, rank)
-    float *dx, *da;     // the same; both null if nobody wants them
+    float *dx, *da;     // the same shapes; both null if they are not needed
     int64_t rank;
 };
 
@@ -22,22 +22,23 @@ struct Weight {
     float *weight;         // written by fedpara_compose
     const float *gradient; // the weight's, read by fedpara_gradients; null for a linear layer
     Operand operand[2];
-    // Of a linear layer, output = inputs Wᵀ + bias, with (batch, columns) and (batch, rows).
+    // For a linear layer: output (batch, rows) = inputs (batch, columns) Wᵀ + bias.
     int64_t batch;
     const float *inputs, *bias; // bias may be null
     float *output;              // written by fedpara_linear
-    const float *d_output;      // the output's gradient, read by fedpara_gradients, and
-    float *d_inputs;            // that of the inputs, written by it; null if nobody wants it
+    const float *d_output;      // the output's gradient, read by fedpara_gradients
+    float *d_inputs;            // the inputs' gradient, written by it; null if it is not needed
 };
 }
 
 namespace {
 
-constexpr int COLUMNS = 128;  // of a block in the gradients, and
-constexpr int ROWS = 22 * MR; // its rows: two such blocks stay in the second cache
-constexpr int NEAREST = 6144; // floats that stay in the first cache, beside a few tiles
+constexpr int COLUMNS = 128;  // columns of a block in the gradients
+constexpr int ROWS = 22 * MR; // rows of a block; two such blocks stay in the L2 cache
+constexpr int NEAREST = 6144; // floats that stay in the L1 cache, beside a few tiles
 
-struct Combine { // the second operand's sums with the first's: the weight
+// Multiplies the sums of both operands: the weight.
+struct Combine {
     const float *first;
     float *to;
     int64_t stride;
@@ -47,7 +48,7 @@ struct Combine { // the second operand's sums with the first's: the weight
     }
 };
 
-// The weight's gradient, taken back to both operands, and the weight itself if it is wanted: panels.
+// Writes the gradients of both products, and the weight itself if it is needed, in panels.
 template <bool WHOLE> struct Pull {
     const float *first, *gradient;
     float *one, *two, *whole;
@@ -62,13 +63,14 @@ template <bool WHOLE> struct Pull {
     }
 };
 
-// In tiles of rows, as `tiled` makes them.
+// A matrix in tiles of rows, as `tiled` makes them.
 struct Batch {
     const float *tiles;
     int64_t rows, columns;
 };
 
-// += the batch's columns from `top` on times a block of so many rows, in panels of ROWS rows.
+// Adds to `to` the batch's columns from `top` on times a block of `height` rows in panels of ROWS
+// rows.
 void add_batch(const Batch &batch, int64_t top, int64_t height, const float *block, int64_t width,
                const Add to)
 {
@@ -91,7 +93,7 @@ void add_batch(const Batch &batch, int64_t top, int64_t height, const float *blo
 }
 
 struct Composing {
-    int64_t wide; // panels of a block of columns, of which all of A stays in the first cache
+    int64_t wide; // panels of a block of columns such that the block's A stays in the L1 cache
     float *x[2], *a[2];
 
     Composing(const Weight &w, Room &room)
@@ -138,11 +140,12 @@ struct Composing {
 };
 
 struct Gradients {
-    float *x[2], *a[2];              // as for composing; columns in blocks of COLUMNS
-    float *a_columns[2], *a_last[2]; // for the gradients by x: padded, and the last few transposed
-    float *dx[2], *da[2];            // padded; one block's by a, in panels
-    float *pulled[2], *whole;        // the gradients by the products, and W: panels of ROWS rows
-    float *d_output, *d_rows, *inputs; // the first in tiles of W's rows and of the batch; in panels
+    float *x[2], *a[2];              // as for composing, with columns in blocks of COLUMNS
+    float *a_columns[2], *a_last[2]; // for dx: A padded, and its last few columns transposed
+    float *dx[2], *da[2];            // dx padded; da of one block, in panels
+    float *pulled[2], *whole;        // the products' gradients, and W, in panels of ROWS rows
+    float *d_output, *d_rows;        // the output's gradient in tiles of W's rows, and of the batch
+    float *inputs;                   // in panels
 
     Gradients(const Weight &w, Room &room)
     {
@@ -207,7 +210,7 @@ struct Gradients {
                 compact(dx[o], w.rows, own.rank, factor(w, o), own.dx);
     }
 
-    // Of tiles `first` to `last` of rows, just before they are used: x in tiles, and dx, still zero.
+    // Prepares tiles `first` to `last` of rows just before they are used: x in tiles, dx as zeros.
     void begin(int o, const Weight &w, int64_t first, int64_t last)
     {
         const Operand &own = w.operand[o];
@@ -221,7 +224,7 @@ struct Gradients {
 
     static float factor(const Weight &w, int o) { return o == 0 ? w.scale : 1; }
 
-    // Tile t of rows, of a block that begins at row `top` and column j.
+    // Computes tile t of rows in a block that starts at row `top` and column j.
     void pull(const Weight &w, int64_t t, int64_t top, int64_t j, int64_t width)
     {
         const int64_t tiles = parts(w.rows, MR), r1 = w.operand[0].rank, r2 = w.operand[1].rank;
@@ -255,7 +258,7 @@ struct Gradients {
         }
     }
 
-    // The share of a block of `height` rows and `count` panels in the gradients of one operand.
+    // Adds the share of a block of `height` rows and `count` panels to one operand's gradients.
     void collect(int o, const Operand &own, int64_t top, int64_t height, int64_t count)
     {
         const int64_t rank = own.rank, wide = padded(rank);
@@ -271,10 +274,10 @@ struct Gradients {
     }
 };
 
-// A linear layer's output. Of W, transposed, one block exists at a time.
+// A linear layer's output. One block of W, transposed, exists at a time.
 struct Linear {
-    float *a[2], *x[2];   // in tiles of all columns of W, in panels of a block of its rows
-    float *block, *inputs; // W in panels; in tiles of the batch
+    float *a[2], *x[2];    // A in tiles of all columns of W, X in panels of a block of its rows
+    float *block, *inputs; // the block of W in panels, the inputs in tiles of the batch
 
     Linear(const Weight &w, Room &room)
     {
@@ -314,7 +317,7 @@ struct Linear {
         }
     }
 
-    // Tile t of W's columns, of a block that begins at column `top`.
+    // Composes tile t of W's columns in a block that starts at column `top`.
     void compose(const Weight &w, int64_t t, int64_t top, int64_t width)
     {
         const int64_t tiles = parts(w.columns, MR), r1 = w.operand[0].rank, r2 = w.operand[1].rank;
@@ -352,19 +355,21 @@ int fedpara_supported()
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-// Columns from `from` to `end` of the weight. 1 if there was no memory to work in, else 0.
+// The functions below return 1 if there is no memory for intermediate results, else 0.
+
+// Writes columns `from` to `end` of the weight.
 int fedpara_compose(const Weight *w, int64_t from, int64_t end)
 {
     return with_room<Composing>(*w, from, end);
 }
 
-// These columns' share of dx, these columns' rows of da, and these columns of d_inputs.
+// Writes these columns' share of dx, their rows of da, and these columns of d_inputs.
 int fedpara_gradients(const Weight *w, int64_t from, int64_t end)
 {
     return with_room<Gradients>(*w, from, end);
 }
 
-// Rows `from` to `end` of the weight: these columns of a linear layer's output.
+// Writes columns `from` to `end` of a linear layer's output, from these rows of the weight.
 int fedpara_linear(const Weight *w, int64_t from, int64_t end)
 {
     return with_room<Linear>(*w, from, end);

@@ -1,7 +1,8 @@
-// Products of small matrices with their sums in registers, and inputs packed in the order of reading.
+// Products of small matrices, with sums in registers and inputs packed in the order of reading.
 //
-// As in other libraries of matrix products, the inner loop is a tile of sums in registers. Matrices
-// are packed in tiles of rows and in panels of columns. Names: i counts rows, j columns, k steps.
+// As in other libraries for matrix products, the inner loop computes a tile of sums in registers.
+// Matrices are packed in tiles of rows and in panels of columns. Indices: i for rows, j for columns,
+// k for steps.
 
 #pragma once
 
@@ -13,10 +14,10 @@ namespace {
 
 typedef float vec __attribute__((vector_size(32)));
 
-constexpr int VL = 8;        // floats of a vector
-constexpr int SUMS = 12;     // vectors of sums in a tile: 12 of the 16 registers
+constexpr int VL = 8;        // floats in a vector
+constexpr int SUMS = 12;     // vectors of sums in a tile, in 12 of the 16 registers
 constexpr int NR = 2 * VL;   // columns of a panel
-constexpr int MR = SUMS / 2; // rows of a tile of a panel
+constexpr int MR = SUMS / 2; // rows of a tile
 
 inline vec load(const float *from)
 {
@@ -27,7 +28,7 @@ inline vec load(const float *from)
 
 inline void store(float *to, vec value) { memcpy(to, &value, sizeof value); }
 
-// The sum of a vector.
+// Returns the sum of a vector's entries.
 inline float total(vec of)
 {
     typedef float half __attribute__((vector_size(16)));
@@ -42,22 +43,23 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t parts(int64_t of, int64_t most) { return (of + most - 1) / most; }
 
-// How many floats `rank` are with zeros up to whole vectors.
+// Returns `rank`, rounded up to whole vectors.
 inline int64_t padded(int64_t rank) { return parts(rank, VL) * VL; }
 
-constexpr int LAST = 3; // columns of factors beyond whole vectors that do not pay for another one
+// Largest number of a factor's columns, beyond whole vectors, that are not worth another vector.
+constexpr int LAST = 3;
 
-// How many of `rank` columns go by vectors; the others, LAST or fewer, one by one.
+// Returns how many of `rank` columns to compute by vectors; the others, LAST or fewer, one by one.
 inline int64_t by_vectors(int64_t rank) { return rank % VL <= LAST ? rank / VL * VL : padded(rank); }
 
-// Ask for a line of the cache in each of some rows, to be read (0) or written (1) a little later.
+// Prefetches one cache line in each of some rows, to be read (0) or written (1) soon after.
 template <int WRITTEN> inline void fetch(const float *from, int64_t rows, int64_t stride)
 {
     for (int64_t i = 0; i < rows; i++)
         __builtin_prefetch(from + i * stride, WRITTEN);
 }
 
-// Where the sums of a tile go: `at` is 0, VL, ...
+// Destinations for the sums of a tile. `at` is 0, VL, ...
 
 struct Set {
     float *to;
@@ -76,8 +78,8 @@ struct Add {
     Add down(int64_t rows) const { return {to + rows * stride, stride}; }
 };
 
-// What a tile's row i and its step k read: a[i * AI + k * ak] and V vectors at b + k * bk. After
-// `count` steps a goes on `gap` further, `times` times.
+// The inputs of a tile. Row i and step k read a[i * AI + k * ak] and V vectors at b + k * bk. After
+// `count` steps a skips `gap` floats; this repeats `times` times.
 struct Steps {
     int64_t count;
     const float *a;
@@ -87,7 +89,7 @@ struct Steps {
     int64_t times = 1, gap = 0;
 };
 
-// start + sum over k of a(i, k) b(k, :), R rows and V vectors of them.
+// Computes start + sum over k of a(i, k) b(k, :), for R rows of V vectors.
 template <int R, int V, int AI, typename To>
 inline void tile(const Steps &steps, float start, const To to)
 {
@@ -120,7 +122,7 @@ inline void tile(const Steps &steps, float start, const To to)
             to(i, v * VL, sum[i][v]);
 }
 
-// A tile of `rows` <= R rows: the number must be known when this is compiled.
+// Computes a tile of `rows` <= R rows; `tile` needs the number of rows at compile time.
 template <int R, int V, int AI, typename To>
 inline void tile_of(int64_t rows, const Steps &steps, float start, const To &to)
 {
@@ -130,7 +132,7 @@ inline void tile_of(int64_t rows, const Steps &steps, float start, const To &to)
         tile_of<R - 1, V, AI>(rows, steps, start, to);
 }
 
-// to += the products of `rows` rows, in tiles of nearly equal height, with V vectors.
+// Adds to `to` the products of `rows` rows with V vectors, in tiles of nearly equal height.
 template <int V, int AI> void add_rows(int64_t rows, Steps steps, Add to)
 {
     const int64_t tiles = parts(rows, SUMS / V);
@@ -142,8 +144,8 @@ template <int V, int AI> void add_rows(int64_t rows, Steps steps, Add to)
     }
 }
 
-// The same with all `width` floats of b, a multiple of VL: by three vectors, and no single one
-// is left over if it can be helped, since that keeps the processor less busy.
+// Does the same with all `width` floats of b, a multiple of VL: three vectors at a time, and if
+// possible no single one at the end, which would leave the processor partly idle.
 template <int AI> void add_product(int64_t rows, int64_t width, Steps steps, Add to)
 {
     for (int64_t left = width / VL; left > 0;) {
@@ -158,8 +160,8 @@ template <int AI> void add_product(int64_t rows, int64_t width, Steps steps, Add
     }
 }
 
-// Scalar products of R rows of a, which lies in `count` panels of PANEL floats, with T columns b, one
-// behind the other: added to `to`, row by row.
+// Adds to `to`, row by row, the scalar products of R rows of a, in `count` panels of PANEL floats,
+// with T columns b, stored one after the other.
 template <int R, int T, int PANEL>
 inline void dots(int64_t count, const float *a, const float *b, float *to, int64_t stride)
 {
@@ -191,7 +193,8 @@ inline void dots(int64_t count, const float *a, const float *b, float *to, int64
             to[i * stride + t] += total(sum[i][t]);
 }
 
-// Of all rows with `columns` <= T columns: so many rows at a time that the sums fit into registers.
+// Does the same for all rows and `columns` <= T columns, for as many rows at a time as have their
+// sums in registers.
 template <int T, int PANEL>
 void add_dots(int64_t columns, int64_t height, int64_t count, const float *a, const float *b,
               float *to, int64_t stride)
@@ -208,14 +211,15 @@ void add_dots(int64_t columns, int64_t height, int64_t count, const float *a, co
         dots<1, T, PANEL>(count, a, b, to, stride);
 }
 
-// Two strides of a matrix, in elements.
+// A matrix with two strides, in elements.
 struct Matrix {
     const float *at;
     int64_t down, across;
     float operator()(int64_t i, int64_t k) const { return at[i * down + k * across]; }
 };
 
-// A tile of `height` rows from row i on, times a factor: the first of all its rows, the second, ...
+// Packs a tile of `height` rows from row i on, times a number: the first entries of all its rows,
+// then the second ones, ...
 inline void tiled(const Matrix &from, int64_t i, int64_t height, int64_t count, float factor,
                   float *to)
 {
@@ -224,7 +228,7 @@ inline void tiled(const Matrix &from, int64_t i, int64_t height, int64_t count, 
             *to++ = from(i + h, k) * factor;
 }
 
-// All rows in tiles.
+// Packs all rows in tiles.
 void tiled(const Matrix &from, int64_t rows, int64_t count, float factor, float *to)
 {
     const int64_t tiles = parts(rows, MR);
@@ -234,7 +238,8 @@ void tiled(const Matrix &from, int64_t rows, int64_t count, float factor, float 
     }
 }
 
-// Panels of the columns j to `end` (rows of `from`), zeros beyond: of each all that is first, ...
+// Packs columns j to `end` (rows of `from`) in panels, with zeros beyond: the first entries of all
+// columns of a panel, then the second ones, ...
 void panels(const Matrix &from, int64_t j, int64_t end, int64_t count, float *to)
 {
     for (; j < end; j += NR, to += NR * count) {
@@ -247,7 +252,7 @@ void panels(const Matrix &from, int64_t j, int64_t end, int64_t count, float *to
     }
 }
 
-// Those columns of `rows` padded rows that `by_vectors` leaves out, one behind the other.
+// Copies those columns of `rows` padded rows that `by_vectors` leaves out, one after the other.
 void last_columns(const float *from, int64_t rows, int64_t rank, float *to)
 {
     for (int64_t k = by_vectors(rank); k < rank; k++)
@@ -255,7 +260,7 @@ void last_columns(const float *from, int64_t rows, int64_t rank, float *to)
             *to++ = from[i * padded(rank) + k];
 }
 
-// Rows, each with zeros up to whole vectors.
+// Copies rows, each padded with zeros up to whole vectors.
 void pad(const float *from, int64_t rows, int64_t rank, float *to)
 {
     for (int64_t i = 0; i < rows; i++, from += rank, to += padded(rank))
@@ -263,7 +268,7 @@ void pad(const float *from, int64_t rows, int64_t rank, float *to)
             to[r] = r < rank ? from[r] : 0;
 }
 
-// The other way, times a factor.
+// Copies padded rows without their padding, times a number.
 void compact(const float *from, int64_t rows, int64_t rank, float factor, float *to)
 {
     for (int64_t i = 0; i < rows; i++, from += padded(rank), to += rank)
@@ -271,7 +276,7 @@ void compact(const float *from, int64_t rows, int64_t rank, float factor, float 
             to[r] = from[r] * factor;
 }
 
-// Rows (columns of `from`) out of panels, times a factor.
+// Copies rows (columns of `from`) out of panels, times a number.
 void unpack(const float *from, int64_t rows, int64_t count, float factor, float *to)
 {
     for (int64_t j = 0; j < rows; j += NR, from += NR * count)
@@ -280,7 +285,8 @@ void unpack(const float *from, int64_t rows, int64_t count, float factor, float 
                 *to++ = from[k * NR + c] * factor;
 }
 
-// Memory to work in, handed out in whole cache lines.
+// Memory for intermediate results, handed out in whole cache lines. Without memory (`next` null) it
+// only counts.
 struct Room {
     float *next;
     int64_t used;

@@ -54,24 +54,41 @@ def test_what_was_pickled_by_an_old_path_loads(fresh):
         assert pickle.loads(old) == slot
 
 
-@pytest.mark.parametrize(
-    ("module", "old", "new"),
-    [
-        ("codecs", "Payload", "DecodedPayload"),
-        ("ledger", "Line", "LedgerLine"),
-        ("ledger", "Sum", "RunningTotals"),
-        ("support.storage", "Part", "PrefixView"),
-    ],
-)
-def test_an_old_name_gives_the_new_one_and_says_so(module, old, new):
+RENAMED = [
+    ("codecs", "Payload", "DecodedPayload"),
+    ("ledger", "Line", "LedgerLine"),
+    ("ledger", "Sum", "RunningTotals"),
+    ("support.storage", "Part", "PrefixView"),
+    ("references", "Coded", "EncodedDownlink"),
+    ("references", "Received", "DecodedDownlink"),
+    ("references", "alike", "same_layout"),
+    ("references", "shared_part", "shared_tensors"),
+    ("optimizers", "Kept", "CorrectionState"),
+    ("optimizers", "Norms", "NormHistory"),
+    ("optimizers", "OwnState", "StoredCorrectionState"),
+    ("optimizers", "Reply", "ClientUpdate"),
+    ("optimizers", "Verdict", "ChangeOutcome"),
+    ("optimizers", "difference", "subtract"),
+    ("optimizers", "tell_verdict", "log_outcome"),
+    ("optimizers", "watching", "observe_steps"),
+]
+
+
+@pytest.mark.parametrize(("module", "old", "new"), RENAMED)
+def test_an_old_name_gives_the_new_object_and_says_so(module, old, new):
     found = importlib.import_module(f"fedpara_plugins.{module}")
     with pytest.warns(DeprecationWarning, match=f"{old} has been renamed {new}"):
         assert getattr(found, old) is getattr(found, new)
+    assert new in found.__all__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = found.nothing
 
 
 def test_other_names_are_not_there():
+    from fedpara_plugins import references
+
+    with pytest.raises(AttributeError, match="references' has no attribute 'nothing'"):
+        _ = references.nothing
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fedpara_plugins.nothing
     with pytest.raises(ModuleNotFoundError):

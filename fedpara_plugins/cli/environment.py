@@ -22,7 +22,7 @@ from importlib.metadata import (
 
 from fedpara_plugins._version import __version__
 from fedpara_plugins.errors import PluginError
-from fedpara_plugins.factors.fast import native
+from fedpara_plugins.factors.fast.native_library import find_kernels
 from fedpara_plugins.plugins import ENTRY_POINT_GROUP, Adapter, adapters, layers, leave_out_broken
 from fedpara_plugins.plugins.registry import DISABLE_VARIABLE
 from fedpara_plugins.support.findings import Finding, satisfies
@@ -117,7 +117,7 @@ def _optional() -> Iterator[Finding]:
             yield Finding("ok", f"optional {name}", f"{version(name)}: {use}")
         except PackageNotFoundError:
             yield Finding("note", f"optional {name}", f"not installed; with it, {use}")
-    kernels = native.found()
+    kernels = find_kernels()
     yield Finding(kernels.level, f"optional {DISTRIBUTION}-kernels", kernels.text)
 
 

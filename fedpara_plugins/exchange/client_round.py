@@ -26,7 +26,7 @@ from fedpara_plugins.exchange.records import KindOf, State, check_finite, plain_
 from fedpara_plugins.exchange.settings import ExchangeSettings
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.state_split import merge
-from fedpara_plugins.references import Received
+from fedpara_plugins.references import DecodedDownlink
 
 __all__ = ["ClientRound", "OnEncoded", "ReceivedRecord"]
 
@@ -50,7 +50,7 @@ class ReceivedRecord:
     """
 
     spec: ModelSpec
-    held: Received
+    held: DecodedDownlink
     full: State
     fresh: bool = False
     dense: DenseRound | None = None
@@ -116,12 +116,12 @@ class ClientRound:
         }
         return self.received
 
-    def _decoded(self, name: str, payload: bytes) -> Received:
+    def _decoded(self, name: str, payload: bytes) -> DecodedDownlink:
         held = self._state.references.receive(name, payload, limit=blind_limit(payload))
         check_codecs(held.header, self._settings.codec_names, remedy=self._remedy)
         return held
 
-    def _read(self, name: str, held: Received, limit: int) -> ReceivedRecord:
+    def _read(self, name: str, held: DecodedDownlink, limit: int) -> ReceivedRecord:
         if self._kind_of(name) != "model":
             return ReceivedRecord(plain_spec(held.tensors), held, held.tensors)
         spec = self._agreed(held, limit)
@@ -130,7 +130,7 @@ class ClientRound:
         dense = DenseRound(spec, full) if self._settings.trains_dense else None
         return ReceivedRecord(spec, held, full, first and bool(private), dense)
 
-    def _agreed(self, held: Received, limit: int) -> ModelSpec:
+    def _agreed(self, held: DecodedDownlink, limit: int) -> ModelSpec:
         theirs = spec_of(held.header, held.tensors, limit=limit)
         if self._own is not None:
             self._own.check_equal(theirs, here="this client", there="the server")

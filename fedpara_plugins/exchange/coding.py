@@ -11,7 +11,7 @@ from fedpara_plugins.codecs import Codec, encode_with_feedback
 from fedpara_plugins.exchange.headers import header_extra
 from fedpara_plugins.exchange.outgoing import Outgoing
 from fedpara_plugins.exchange.records import State
-from fedpara_plugins.references import Received, alike
+from fedpara_plugins.references import DecodedDownlink, same_layout
 
 __all__ = ["CodedRecord", "encode_record", "update_codec"]
 
@@ -37,7 +37,7 @@ def encode_record(
     record: Outgoing,
     *,
     codec: Codec,
-    received: Received | None = None,
+    received: DecodedDownlink | None = None,
     residual: Mapping[str, Tensor] | None = None,
     tell_loss: bool = False,
 ) -> CodedRecord:
@@ -56,7 +56,7 @@ def encode_record(
     Raises:
         PayloadError: a tensor cannot be coded.
     """
-    usable = received if received and alike(record.shared, received.tensors) else None
+    usable = received if received and same_layout(record.shared, received.tensors) else None
     payload, rest = encode_with_feedback(
         record.shared,
         codec=_with_known_loss(codec) if tell_loss else codec,

@@ -14,7 +14,7 @@ from fedpara_plugins.exchange.settings import ExchangeSettings
 from fedpara_plugins.exchange.sizes import Size, size_of
 from fedpara_plugins.ledger import LayerSize, layer_sizes
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.references import GridDownlink, PerClientDownlink, shared_part
+from fedpara_plugins.references import GridDownlink, PerClientDownlink, shared_tensors
 
 __all__ = ["DownlinkEncoder", "downlink_of"]
 
@@ -61,7 +61,7 @@ class DownlinkEncoder:
                 optimizer's variates belong to no model, and those of a dense model would be as
                 large as itself.
         """
-        digest = reference_hash(shared_part(spec, full))
+        digest = reference_hash(shared_tensors(spec, full))
         self._contents[record] = _Content(spec, full, digest, sized_as or spec)
 
     @property
@@ -84,7 +84,7 @@ class DownlinkEncoder:
     def shared_names(self, record: str) -> tuple[str, ...]:
         """Return the names of a record that are sent, in order."""
         known = self._contents[record]
-        return tuple(shared_part(known.spec, known.full))
+        return tuple(shared_tensors(known.spec, known.full))
 
     def encode(self, client: str, record: str) -> bytes:
         """Return the payload of a record for one client.
@@ -164,12 +164,12 @@ class DownlinkEncoder:
     def size(self, record: str) -> Size:
         """Return the size of what is sent under a name, before coding."""
         known = self._contents[record]
-        return size_of(shared_part(known.spec, known.full), known.sized_as)
+        return size_of(shared_tensors(known.spec, known.full), known.sized_as)
 
     def layers(self, record: str) -> list[LayerSize]:
         """Return the sizes by layer of what is sent under a name, before coding."""
         known = self._contents[record]
-        return layer_sizes(shared_part(known.spec, known.full), known.spec)
+        return layer_sizes(shared_tensors(known.spec, known.full), known.spec)
 
     def close(self) -> None:
         """End the run; files stay for the next one."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.exchange.records import RecordKind, State, plain_spec
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.references import shared_part
+from fedpara_plugins.references import shared_tensors
 
 __all__ = ["Outgoing", "check_names", "outgoing", "spec_among"]
 
@@ -57,7 +57,7 @@ def outgoing(
     if kind == "model":
         spec = models[0]
         check_names(spec, tensors, others=others)
-        return Outgoing(spec, shared_part(spec, tensors))
+        return Outgoing(spec, shared_tensors(spec, tensors))
     # Nothing is held back from such a record, so nothing private may be in it.
     private = [key for key in tensors for spec in models if key in spec.private_keys]
     if private:

@@ -17,7 +17,7 @@ from fedpara_plugins.exchange.headers import blind_limit, spec_of
 from fedpara_plugins.exchange.records import KindOf, State, check_finite, plain_spec
 from fedpara_plugins.exchange.sizes import Size, size_of, tensor_bytes
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.references import shared_part
+from fedpara_plugins.references import shared_tensors
 
 __all__ = ["ReadRecord", "ReplyReader"]
 
@@ -136,7 +136,7 @@ class ReplyReader:
         spec = self._sent.spec(record) if self._sent.holds(record) else plain_spec(tensors)
         if self._kind_of(record) != "model":
             spec = self._model_of(tensors) or spec
-        return size_of(shared_part(spec, tensors), spec)
+        return size_of(shared_tensors(spec, tensors), spec)
 
 
 def _check_shapes(answer: State, sent: State) -> None:

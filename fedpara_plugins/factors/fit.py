@@ -1,4 +1,4 @@
-"""The closest factors to a weight that is already trained."""
+"""Factors that are closest to a weight that is already trained."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from fedpara_plugins.factors.plan import WeightPlan
 __all__ = ["fit_factors", "relative_error"]
 
 STEPS = 200
-"""Iterations of L-BFGS; more gained less than 1 % of the error on the layers of VGG16."""
+"""Iterations of L-BFGS. On the layers of VGG16, more iterations gained less than 1 % of the
+error."""
 
 FIRST_NOISE = 0.1
-"""Size of the second operand's entries around one, to leave the low-rank start."""
+"""Size of the noise in the factors of the other shared operands. Without noise the descent would
+not leave the low-rank start."""
 
 
 def fit_factors(plan: WeightPlan, weight: Tensor, first: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Factors whose composed weight is close to ``weight`` in the least-squares sense.
+    """Fit factors to a weight in the least-squares sense.
 
-    It starts from the best low-rank weight in the first shared operand (truncated SVD of the
-    unfoldings), with the other shared operands close to one, and descends from there by L-BFGS, so
-    the result is never worse than low rank at the same R. Private factors stay as they are: with
-    their operand at zero, the shared part alone has to match.
+    The start is the best low-rank weight in the first shared operand (truncated SVD of the
+    unfoldings), with the other shared operands close to one. L-BFGS descends from there, so the
+    result is never worse than low rank at the same R. Private factors stay as they are: with their
+    operand at zero, the shared part alone has to match.
 
     Args:
-        plan: the weight's plan; its scale stays what shapes and config make it.
-        weight: shape ``plan.shape``.
-        first: fresh factors, for the private ones and for the noise.
+        plan: the weight's plan; its scale stays as derived from shape and options.
+        weight: the target, shape ``plan.shape``.
+        first: initial factors by name; the private ones are returned as they are.
 
     Returns:
-        Factors by name, float32, each operand's factors of equal size.
+        Factors by name, float32; without tanh all shared factors have equal root mean square.
     """
     target = weight.detach().float().cpu()
     factors = {name: value.clone() for name, value in first.items()}
@@ -53,7 +55,7 @@ def fit_factors(plan: WeightPlan, weight: Tensor, first: dict[str, Tensor]) -> d
 
 
 def relative_error(plan: WeightPlan, weight: Tensor, factors: dict[str, Tensor]) -> float:
-    """|W - composed| / |W|, Frobenius; 0 for a zero weight that is met exactly."""
+    """Return |W - composed| / |W| in the Frobenius norm; for W = 0 return |composed|."""
     target = weight.detach().float().cpu()
     norm = float(target.norm())
     gap = float((plan.compose(factors) - target).norm())
@@ -61,7 +63,7 @@ def relative_error(plan: WeightPlan, weight: Tensor, factors: dict[str, Tensor])
 
 
 def _low_rank(plan: WeightPlan, target: Tensor) -> dict[str, Tensor]:
-    """Truncated SVD of a matrix, or of both unfoldings of a kernel (a Tucker weight)."""
+    """Factorise a matrix by a truncated SVD, or a kernel by one of each unfolding (Tucker)."""
     rank = plan.rank
     rows = target.flatten(1)
     if not plan.kernel:
@@ -79,7 +81,7 @@ def _low_rank(plan: WeightPlan, target: Tensor) -> dict[str, Tensor]:
 
 
 def _near_one(plan: WeightPlan) -> dict[str, Tensor]:
-    """An operand of ones from its first components, and noise in the others."""
+    """Return an operand of ones, made by its first components, with noise in the others."""
     rank, shape = plan.rank, plan.shape
     parts = {"x": (shape[0], rank), "y": (shape[1], rank)}
     values = {part: torch.randn(size) * FIRST_NOISE / sqrt(rank) for part, size in parts.items()}
@@ -92,7 +94,7 @@ def _near_one(plan: WeightPlan) -> dict[str, Tensor]:
 
 
 def _balance(factors: dict[str, Tensor], names: list[str]) -> None:
-    """Give all shared factors the same root mean square; their product stays what it is."""
+    """Give all shared factors the same root mean square, without changing their product."""
     sizes = [factors[name].square().mean().sqrt().item() for name in names]
     if min(sizes) <= 0:
         return

@@ -1,7 +1,7 @@
-"""First values of factors: by variance, never by ``kaiming_*`` on a factor.
+"""Initial values of factors, set by the composed weight's variance, never by ``kaiming_*``.
 
-The published recipes set each factor's variance on its own and miss the composed weight's by up to
-four orders of magnitude. Here the composed weight has exactly the variance of its plan.
+The published recipes set each factor's variance on its own, and miss the composed weight's variance
+by up to four orders of magnitude. Here the composed weight has exactly the variance of its plan.
 """
 
 from __future__ import annotations
@@ -19,34 +19,38 @@ from fedpara_plugins.factors.plan import WeightPlan
 __all__ = ["initial_factors", "initial_private", "seeded_normal", "seeded_shared"]
 
 TANH_PASSES = 8
+"""Rescaling passes under tanh, where the variance is no exact power of the factors' size."""
 
 PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-"""Whatever default dtype and device the user's process has: all sides must draw alike."""
+"""Dtype and device of every draw. The defaults of the user's process must not matter, since all
+sides must draw the same values."""
 
 SEEDED_BITS = 7
-"""Seeded shared factors are multiples of a power of two, at least this many bits below their
-standard deviation: later states then differ from them by short integers (`codecs.grid`)."""
+"""Seeded shared factors are multiples of a power of two that lies at least this many bits below
+their standard deviation. Later states then differ from them by short integers (`stages.grid`)."""
 
 GAIN_BITS = 20
-"""To which the rescaling of seeded factors is rounded, so that the order of summation, which the
-number of threads decides, does not show in them."""
+"""Bits to which the rescaling of seeded factors is rounded. The number of threads decides the order
+of summation; the rounding removes its effect."""
 
-
-PART = 2**20
-"""Entries of a composed weight that are computed at a time, where no row has more."""
+BLOCK_ENTRIES = 2**20
+"""Entries of a composed weight that are computed at a time, unless a single row has more."""
 
 
 def initial_factors(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]:
     """Draw all factors of a weight, float32, on the CPU.
 
     Shared factors come from torch's global random generator, as in every layer of torch; private
-    ones from `initial_private`. After the draw the shared factors are rescaled together, so that
-    the composed weight's variance is ``plan.variance`` whatever the rank.
+    ones come from `initial_private`. After the draw all shared factors are rescaled by one number,
+    so that the composed weight's variance is ``plan.variance`` whatever the rank.
 
     Args:
         plan: the weight's plan.
-        seed: of the private factors.
-        key: name of the weight in the model, which makes private factors of layers differ.
+        seed: the seed of the private factors.
+        key: the weight's name in the model; it makes the private factors of two layers differ.
+
+    Returns:
+        Factors by name.
     """
     private = initial_private(plan, seed=seed, key=key)
     factors: dict[str, Tensor] = {}
@@ -58,7 +62,7 @@ def initial_factors(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tenso
             else torch.empty(shape, **PLAIN).normal_(std=plan.factor_std)
         )
     shared = [factors[name] for name in plan.factor_names if name not in private]
-    # Without tanh the variance is an exact power of the factors' size and one pass is enough.
+    # Without tanh the variance is an exact power of the factors' size, so one pass is enough.
     for _ in range(TANH_PASSES if plan.tanh else 1):
         drawn = plan.compose(factors).double().var(unbiased=False).item()
         for factor in shared:
@@ -67,10 +71,15 @@ def initial_factors(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tenso
 
 
 def initial_private(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]:
-    """The private factors' first values, float32, the same on every device with the same seed.
+    """Return the private factors' initial values, float32, equal on every device for one seed.
 
-    One factor of the operand is zero, the others are normal with ``plan.private_std``: the
-    private operand is zero and yet has a gradient.
+    One factor of the operand is zero; the others are normal with standard deviation
+    ``plan.private_std``. The private operand is then zero, but its gradient is not.
+
+    Args:
+        plan: the weight's plan.
+        seed: the seed of the private factors.
+        key: the weight's name in the model.
     """
     factors = {}
     for name in plan.private_names:
@@ -85,16 +94,17 @@ def initial_private(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tenso
 
 
 def seeded_shared(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]:
-    """The shared factors' first values that anyone can derive, float32, on the CPU.
+    """Return shared factors that every side can derive from a seed, float32, on the CPU.
 
-    As in `initial_factors`, with the draw of each factor seeded by its own name, and rounded to a
-    grid (see `SEEDED_BITS`). The same seed gives the same bits with the same version of torch on
-    the same kind of processor; elsewhere compare hashes before relying on it.
+    They are made as in `initial_factors`, but the draw of each factor is seeded by the factor's own
+    name, and the values are rounded to a grid (see `SEEDED_BITS`). The same seed gives the same
+    bits with the same version of torch on the same kind of processor. Elsewhere, compare hashes
+    before you rely on it.
 
     Args:
         plan: the weight's plan.
-        seed: of all factors.
-        key: full name of the dense weight in the model.
+        seed: the seed of all factors.
+        key: the full name of the dense weight in the model.
     """
     drawn = {
         name: seeded_normal(
@@ -111,13 +121,13 @@ def seeded_shared(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]
         gain = round(gain * 2**GAIN_BITS) / 2**GAIN_BITS
         drawn = {name: value * gain for name, value in drawn.items()}
     step = 2.0 ** math.floor(math.log2(plan.factor_std) - SEEDED_BITS)
-    # The sum turns the negative zeros that rounding makes into ordinary ones.
+    # Rounding makes negative zeros; adding 0.0 turns them into positive ones.
     return {name: ((value / step).round() * step + 0.0).float() for name, value in drawn.items()}
 
 
 def _variance(plan: WeightPlan, factors: Mapping[str, Tensor]) -> float:
-    """Of the composed weight's entries, some rows at a time: all of them may not fit the memory."""
-    step = max(1, PART // math.prod(plan.shape[1:]))
+    """Return the composed weight's variance, from blocks of rows: it may not fit into memory."""
+    step = max(1, BLOCK_ENTRIES // math.prod(plan.shape[1:]))
     sums = torch.zeros(2, dtype=torch.float64)
     for start in range(0, plan.shape[0], step):
         part = {n: x[start : start + step] if n[0] == "x" else x for n, x in factors.items()}
@@ -128,7 +138,7 @@ def _variance(plan: WeightPlan, factors: Mapping[str, Tensor]) -> float:
 
 
 def seeded_normal(shape: tuple[int, ...], *, std: float, seed: int, key: str) -> Tensor:
-    """Normal values, float32, on the CPU: the same for everyone with the same seed and key."""
+    """Draw normal values, float32, on the CPU; one seed and key give the same values everywhere."""
     generator = torch.Generator("cpu").manual_seed(_seed_of(seed, key))
     return torch.randn(shape, generator=generator, **PLAIN) * std
 

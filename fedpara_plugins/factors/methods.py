@@ -1,7 +1,7 @@
 """The methods: how many operands a weight has, how they combine, and which of them stay private.
 
-A method is data. Third parties register their own through ``fedpara_register_methods``; whatever
-can be said as "operands, combined elementwise, some of them private" needs no further code.
+A method is data. Third parties register their own through ``fedpara_register_methods``. A method
+that can be described as "operands, combined elementwise, some of them private" needs no other code.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Method:
     """A way to write a weight as operands.
 
     Attributes:
-        name: what the user writes in the config.
+        name: the value of the option ``method``.
         operands: number of inner weights X Yᵀ (or T x1 X x2 Y).
-        private: indices of the operands that never leave the device. They start at zero value, so
-            a client without private state computes exactly the shared model.
-        combine: inner weights in, the (unscaled) weight out; all of the weight's shape. It must be
-            elementwise, and of order ``operands - len(private)`` in the shared operands.
-        speed: default of K, how far the composed weight moves per step, dense = 1.
+        private: indices of the operands that never leave the device. They start at zero, so a
+            client without private state computes exactly the shared model.
+        combine: maps the inner weights to the (unscaled) weight; all have the weight's shape. It
+            must be elementwise, and of order ``operands - len(private)`` in the shared operands.
+        speed: default of K, the composed weight's movement per step relative to a dense weight's.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Method:
     private: frozenset[int] = frozenset()
 
     def factor_names(self, *, kernel: bool) -> list[str]:
-        """The factors' names in order: x1, y1 (and t1 for a kernel), x2, y2, ..."""
+        """Return the factors' names in order: x1, y1 (and t1 for a kernel), x2, y2, ..."""
         parts = ("x", "y", "t") if kernel else ("x", "y")
         return [f"{part}{i + 1}" for i in range(self.operands) for part in parts]
 
     def private_names(self, *, kernel: bool) -> list[str]:
-        """The names among `factor_names` that belong to private operands."""
+        """Return those of `factor_names` that belong to private operands."""
         names = self.factor_names(kernel=kernel)
         return [name for name in names if int(name[1:]) - 1 in self.private]
 

@@ -1,4 +1,4 @@
-"""A ratio that no rank can meet is an error, and the message says what can be had."""
+"""The error for a ratio that no rank can reach; it names the ratios that can be reached."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["refuse_unreachable_ratios"]
 
 
 def refuse_unreachable_ratios(weights: Iterable[tuple[str, WeightPlan, float]]) -> None:
-    """Raise if a weight would hold more than the ratio that was asked for it.
+    """Raise if a weight would hold more than its ratio of the dense entries.
 
     Args:
         weights: full name, plan and ratio of every weight that is factorised by ratio.
 
     Raises:
-        ConversionError: it names the first such weight, how many there are, and the remedies.
+        ConversionError: names the first such weight, how many there are, and the remedies.
     """
     asked = list(weights)
     missed = [
@@ -30,28 +30,28 @@ def refuse_unreachable_ratios(weights: Iterable[tuple[str, WeightPlan, float]]) 
     if not missed:
         return
     name, plan, ratio, least = missed[0]
-    count = f"; so it is with {len(missed)} of {len(asked)} weights" if len(asked) > 1 else ""
+    count = f"; the same holds for {len(missed)} of {len(asked)} weights" if len(asked) > 1 else ""
     enough = max(row[3] for row in missed)
     raise ConversionError(
         f"{name}: option ratio={ratio:g} cannot be reached: the factors of a "
-        f"{'x'.join(map(str, plan.shape))} weight hold at least {_up(least):g} of its entries "
-        f"({plan.method.name}){count}. {_remedies(name, plan, enough)}"
+        f"{'x'.join(map(str, plan.shape))} weight hold at least {_rounded_up(least):g} of its "
+        f"entries ({plan.method.name}){count}. {_remedies(name, plan, enough)}"
     )
 
 
 def _remedies(name: str, plan: WeightPlan, enough: float) -> str:
     layer = name.rpartition(".")[0]
-    ways = [f"ask for ratio={_up(enough):g} or more"]
+    ways = [f"ask for ratio={_rounded_up(enough):g} or more"]
     if plan.method.operands == 2:
         share = parameter_count(plan.shape, smallest_full_rank(plan.shape)) / prod(plan.shape)
         own = f"overrides='{layer}: gamma=0'" if layer else "gamma=0"
-        ways.append(f"give it another rank rule, such as {own} ({_up(share):g}) or a rank")
-        ways.append("take method lowrank, which need not be able to have full rank")
+        ways.append(f"give it another rank rule, such as {own} ({_rounded_up(share):g}) or a rank")
+        ways.append("use method lowrank, which has no full-rank minimum")
     if layer:
         ways.append(f"leave it dense with exclude='{layer}'")
     return f"Remedies: {'; '.join(ways)}"
 
 
-def _up(share: float) -> float:
-    """Four decimals, rounded up, so that asking for the figure succeeds."""
+def _rounded_up(share: float) -> float:
+    """Round up to four decimals, so that asking for the figure succeeds."""
     return ceil(share * 10_000) / 10_000

@@ -13,7 +13,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, ConversionError
-from fedpara_plugins.factors.plan import WeightPlan, WeightSlot, plan_weight
+from fedpara_plugins.factors.plan import WeightPlan, WeightSlot
+from fedpara_plugins.factors.planning import plan_weight
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.models.private import matches

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.factors.initialise import seeded_normal
-from fedpara_plugins.factors.plan import portable
+from fedpara_plugins.factors.planning import portable
 from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.plugins import layers
 from fedpara_plugins.support.torch_seams import own_buffers, own_parameters

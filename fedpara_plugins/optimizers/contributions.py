@@ -1,19 +1,18 @@
-"""The sum of what all clients keep, on a server that keeps none of it, and who is in that sum.
+"""The sum of all clients' variates or duals, on a server that need not keep any of them.
 
 SCAFFOLD's c is the mean of the clients' variates, FedDyn's h the mean of their duals. The server
-only ever hears of changes, so a change that is lost on either side would make the two disagree for
-good. Each side therefore names the round that its knowledge of a client is of:
+receives changes only, so a change that is lost on either side would make the two sides disagree for
+good. Each side therefore names the round of its knowledge of a client:
 
-- a client's reply says of which round the state is that it started from (`since`), 0 for zeros;
-- the server's message says of which round it has the client's state (`accepted`).
+- a client's reply names the round of the state that it started from (`since`), 0 for zeros;
+- the server's message names the round of the client's state in the sum (`accepted`).
 
-A reply that never arrived is thereby undone on the client, and a client that lost its state is
-noticed on the server, which takes its old share out of the sum.
+This lets a client undo a reply that never arrived. It also lets the server notice that a client
+lost its state; the server then takes the client's old share out of the sum.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,75 +20,77 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedpara_plugins.optimizers.named import State, copied
+from fedpara_plugins.optimizers.named_tensors import State, copied
 
-__all__ = ["Contributions", "Kept", "Verdict"]
+__all__ = ["ChangeOutcome", "Contributions", "CorrectionState"]
 
-log = logging.getLogger(__name__)
-
-Verdict = Literal["taken", "new", "lost", "stale"]
-"""What became of a change: taken in; of a client that is new; of one that had lost its state; or
-not taken in, since it starts from a state that is not the one the server has of that client."""
+ChangeOutcome = Literal["taken", "new", "lost", "stale"]
+"""The outcome of a client's change: ``taken`` into the sum; taken, of a ``new`` client; taken, of a
+client that had ``lost`` its state; or not taken, since it starts from a ``stale`` state, not from
+the one in the sum."""
 
 
 @dataclass
-class Kept:
-    """What one client keeps between its rounds.
+class CorrectionState:
+    """One client's variate or dual between its rounds.
 
     Attributes:
-        known: its tensors as of the last round that the server confirmed; None for zeros.
-        known_round: that round, 0 for none.
-        last: its tensors after its last round, while the server has not confirmed that one.
-        last_round: that round, 0 for none.
+        confirmed: its tensors as of the last round that the server confirmed; None for zeros.
+        confirmed_round: that round, 0 for none.
+        pending: its tensors after its last round, while the server has not confirmed them.
+        pending_round: that round, 0 for none.
     """
 
-    known: State | None = None
-    known_round: int = 0
-    last: State | None = None
-    last_round: int = 0
+    confirmed: State | None = None
+    confirmed_round: int = 0
+    pending: State | None = None
+    pending_round: int = 0
 
     def begin(self, accepted: int | None) -> str | None:
-        """Settle which tensors count, before a round.
+        """Decide before a round which tensors count.
 
         Args:
-            accepted: of which round the server has this client's tensors; None if it does not know
-                the client (yet), which leaves the decision here.
+            accepted: the round of this client's tensors in the server's sum; None if the server
+                does not know the client yet, so that the client's own tensors count.
 
         Returns:
             What had to be undone, for the log; None if nothing.
         """
         undone = None
-        if accepted is None or (self.last_round and accepted == self.last_round):
-            if self.last_round:
-                self.known, self.known_round = self.last, self.last_round
-        elif accepted == self.known_round:
-            if self.last_round:
-                undone = f"the server never had the reply of round {self.last_round}; undone here"
+        if accepted is None or (self.pending_round and accepted == self.pending_round):
+            if self.pending_round:
+                self.confirmed, self.confirmed_round = self.pending, self.pending_round
+        elif accepted == self.confirmed_round:
+            if self.pending_round:
+                undone = (
+                    f"the server never had the reply of round {self.pending_round}; undone here"
+                )
         else:
             undone = (
-                f"the server has this client's state of round {accepted}, here is that of "
-                f"{self.last_round or self.known_round}; both start from zero"
+                f"the server has this client's state of round {accepted}, the client has that of "
+                f"round {self.pending_round or self.confirmed_round}; both start from zero"
             )
-            self.known, self.known_round = None, 0
-        self.last, self.last_round = None, 0
+            self.confirmed, self.confirmed_round = None, 0
+        self.pending, self.pending_round = None, 0
         return undone
 
     def end(self, tensors: State, server_round: int) -> None:
-        """Keep the tensors of a round that is over, until the server confirms them or not."""
-        self.last, self.last_round = tensors, server_round
+        """Keep the tensors of a finished round until the server confirms them or not."""
+        self.pending, self.pending_round = tensors, server_round
 
     def correct(self, lost: Mapping[str, Tensor], factor: float) -> None:
-        """Take into the last round's tensors what a codec has lost on the way to the server.
+        """Add what a codec lost on the way to the server to the last round's tensors.
 
-        Else the sum over all clients would drift away from what they keep.
+        Without this correction the server's sum would drift away from the clients' tensors.
 
         Args:
-            lost: by name, what was given to the codec minus what the server will decode.
-            factor: by which it enters.
+            lost: by name, the codec's input minus what the server will decode.
+            factor: by which the loss is multiplied.
         """
-        for name, value in (self.last or {}).items():
+        for name, value in (self.pending or {}).items():
             if name in lost:
-                self.last[name] = value + factor * lost[name].to(value.dtype)  # type: ignore[index]
+                corrected = value + factor * lost[name].to(value.dtype)
+                self.pending[name] = corrected  # type: ignore[index]
 
 
 @dataclass
@@ -97,12 +98,12 @@ class Contributions:
     """The weighted sum of all clients' tensors.
 
     Attributes:
-        remember: keep every client's tensors too: then a lost client is taken out of the sum
-            exactly, else by the mean of all clients in it.
+        remember: whether to keep every client's tensors too. A client that lost its state is then
+            taken out of the sum exactly; otherwise the mean of all clients in it is taken out.
         total: the sum, float64.
         rounds: for each client in the sum, the round of its last change.
-        weights: for each of them, its weight, as first told.
-        clients: which client a node is.
+        weights: for each client in the sum, its weight, as first told.
+        clients: the client's name of each node.
         kept: each client's tensors, if ``remember``.
     """
 
@@ -114,7 +115,7 @@ class Contributions:
     kept: dict[str, State] = field(default_factory=dict)
 
     def accepted(self, node: int) -> int | None:
-        """Of which round the state of that node is in the sum; None for a node not met yet."""
+        """Return the round of a node's state in the sum, 0 for none; None for an unknown node."""
         client = self.clients.get(node)
         return None if client is None else self.rounds.get(client, 0)
 
@@ -128,17 +129,17 @@ class Contributions:
         server_round: int,
         weight: float = 1.0,
         connected: Collection[int] = (),
-    ) -> Verdict:
+    ) -> ChangeOutcome:
         """Take a client's change into the sum.
 
         Args:
-            change: its tensors after the round minus before it.
-            node: where it comes from.
+            change: its tensors after the round minus those before it.
+            node: the id of its node.
             client: its own name, which may outlive the node's id.
-            since: of which round its tensors before were; 0 for zeros.
-            server_round: this one.
-            weight: of the client; the first one told stays.
-            connected: nodes that are there: a name used by two of them is two clients.
+            since: the round of its tensors before this one; 0 for zeros.
+            server_round: this round.
+            weight: of the client; the first weight told stays.
+            connected: the connected nodes; one name used by two of them means two clients.
         """
         holder = next((n for n, c in self.clients.items() if c == client and n != node), None)
         if holder is not None and holder in connected:
@@ -158,8 +159,8 @@ class Contributions:
         weight = self.weights.setdefault(client, weight)
         for name, value in change.items():
             wide = value.detach().to("cpu", torch.float64)
-            held = self.total.get(name)
-            self.total[name] = weight * wide if held is None else held + weight * wide
+            sofar = self.total.get(name)
+            self.total[name] = weight * wide if sofar is None else sofar + weight * wide
         if self.remember:
             own = self.kept.get(client)
             self.kept[client] = (
@@ -169,7 +170,7 @@ class Contributions:
         return "lost" if lost else "taken" if have else "new"
 
     def mean(self, clients: int) -> State:
-        """The mean over all clients, float64; those that never answered count with zeros.
+        """Return the mean over all clients, float64; clients that never answered count as zeros.
 
         Args:
             clients: how many there are.
@@ -182,7 +183,7 @@ class Contributions:
         return {name: value / whole for name, value in self.total.items()}
 
     def _remove(self, client: str) -> None:
-        """Take a client out of the sum: exactly if its tensors are here, else an average share."""
+        """Take a client out of the sum: exactly if its tensors are kept, else by a mean share."""
         if self.rounds.pop(client, None) is None:
             return
         share = self.weights[client] / sum(self.weights.values())

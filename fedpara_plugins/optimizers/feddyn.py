@@ -10,8 +10,8 @@ Server, from the clients P of the round, of m in all:
     h <- h - alpha / m * sum over P of (y - x)             which keeps h the mean of all d_k
     x <- mean over P of y  -  h / alpha
 
-All duals start at zero. h is taken in before x is made, so the very first round goes beyond the
-clients' mean: with d = 0 it is FedProx with mu = alpha and a server's rate of 1 + |P| / m.
+All duals start at zero. h is updated before x is computed, so the first round goes beyond the
+clients' mean: with d = 0 it is FedProx with mu = alpha and a server rate of 1 + |P| / m.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.optimizers.contributions import Contributions
 from fedpara_plugins.optimizers.guard import share_kept
 from fedpara_plugins.optimizers.local_round import LocalRound
-from fedpara_plugins.optimizers.named import (
+from fedpara_plugins.optimizers.named_tensors import (
     State,
+    add_scaled,
     check_fit,
-    difference,
+    copy_into,
     finite,
-    moved,
     norm,
-    put_back,
+    subtract,
     trained_parameters,
     zeros,
 )
-from fedpara_plugins.optimizers.rounds import LocalResult, Reply, Weighting, next_state
+from fedpara_plugins.optimizers.rounds import ClientUpdate, LocalResult, Weighting, next_state
 
 __all__ = ["FedDynServer", "LocalFedDyn", "check_alpha"]
 
@@ -50,20 +50,20 @@ class LocalFedDyn(LocalRound):
             train(model)                                    # any loop, any optimizer
         local.result.own                                    # d_k'
 
-    Beyond ``bound`` the update is shortened in the model itself, and the dual's with it. A round
-    that gave NaN or infinity leaves the model where it was.
+    An update beyond ``bound`` is shortened in the model itself, and the dual's change with it. A
+    round that gave NaN or infinity restores the model.
 
     Args:
-        model: at the server's x.
+        model: the client's model, at the server's x.
         own: d_k by name of `trained_parameters`; None for zeros.
-        alpha: of the quadratic term.
-        correct: whether the dual acts; if not, it is only collected.
-        bound: of the update's norm; None for none.
-        exchanged: names of the model that travel; None for the whole of its state.
+        alpha: weight of the quadratic term.
+        correct: whether the dual is used; if not, it is only collected.
+        bound: on the update's norm; None for no bound.
+        exchanged: names of the model that travel; None for its whole state.
 
     Raises:
-        ConfigError: alpha out of range, or an optimizer to whose gradients nothing can be added.
-        MismatchError: a dual of another model.
+        ConfigError: alpha is out of range, or nothing can be added to the optimizer's gradients.
+        MismatchError: the dual is that of another model.
     """
 
     def __init__(
@@ -89,15 +89,15 @@ class LocalFedDyn(LocalRound):
 
     @torch.no_grad()
     def _finish(self) -> LocalResult:
-        update = difference(self._parameters, self._start)
+        update = subtract(self._parameters, self._start)
         size = norm(update.values())
         self._steps.check_moved(update)
         if not finite(update.values()):
-            put_back(self._parameters, self._start)
+            copy_into(self._parameters, self._start)
             return LocalResult(None, {}, norm=size, kept=0.0, steps=self._steps.steps)
         kept = share_kept(size, self._bound)
         if kept < 1.0:
-            put_back(self._parameters, moved(self._start, update, kept))
+            copy_into(self._parameters, add_scaled(self._start, update, kept))
         change = {n: -self._alpha * kept * value.cpu() for n, value in update.items()}
         own = {name: self._own[name].cpu() + value for name, value in change.items()}
         return LocalResult(own, change, norm=size, kept=kept, steps=self._steps.steps)
@@ -105,21 +105,26 @@ class LocalFedDyn(LocalRound):
 
 @dataclass
 class FedDynServer:
-    """The server's half.
+    """The server's half of FedDyn.
 
     Attributes:
         alpha: as on the clients.
-        weighting: ``uniform`` as published: every client counts the same; ``examples``: by its
-            number of examples, in x and in h.
-        sums: of all clients' duals.
+        weighting: ``uniform``, as published, weights all clients equally; ``examples`` weights each
+            by its number of examples, in x and in h.
+        sums: the sum of all clients' duals.
     """
 
     alpha: float
     weighting: Weighting = "uniform"
     sums: Contributions = field(default_factory=Contributions)
 
-    def change(self, x: Mapping[str, Tensor], reply: Reply) -> State:
-        """How the client's dual has changed, as far as the server can see."""
+    def change(self, x: Mapping[str, Tensor], reply: ClientUpdate) -> State:
+        """Return the change of the client's dual, as it follows from the client's model.
+
+        Args:
+            x: the state that the client started from.
+            reply: the client's.
+        """
         return {
             name: -self.alpha * (reply.arrays[name].double() - x[name].double())
             for name in reply.names
@@ -128,18 +133,20 @@ class FedDynServer:
     def step(
         self,
         x: Mapping[str, Tensor],
-        replies: Sequence[Reply],
+        replies: Sequence[ClientUpdate],
         *,
         clients: int,
         correct: bool = True,
     ) -> State:
-        """The next x, once the replies' changes are in `sums`; names without duals are averaged.
+        """Return the next x; names without duals are averaged.
+
+        The replies' changes must be in `sums` before; see `Contributions.take`.
 
         Args:
-            x: that the clients started from.
-            replies: of the round.
+            x: the state that the clients started from.
+            replies: the round's replies.
             clients: m.
-            correct: whether h acts; if not, x becomes the clients' mean.
+            correct: whether h is used; if not, x becomes the clients' mean.
         """
         h = self.sums.mean(clients) if correct else {}
 
@@ -150,10 +157,10 @@ class FedDynServer:
 
 
 def check_alpha(alpha: float) -> float:
-    """The value, if it can be FedDyn's alpha.
+    """Return a value that can be FedDyn's alpha.
 
     Raises:
-        ConfigError: it is not positive and finite.
+        ConfigError: the value is not positive and finite.
     """
     if not (math.isfinite(alpha) and alpha > 0):
         raise ConfigError(f"FedDyn: alpha must be a positive number, got {alpha!r}")

@@ -1,9 +1,9 @@
-"""Keep SCAFFOLD's variates, and FedDyn's duals, from feeding on themselves.
+"""The guard, which keeps SCAFFOLD's variates and FedDyn's duals from growing on their own.
 
 A client's variate is the mean gradient on a path that the variate itself has bent. Where it pushes
-a client up its own loss, the gradient there is larger, the next variate too, and so on: a ratchet,
-on dense models as well, sooner on factors. The guard bounds how far one client's round may count,
-by what clients' rounds usually come to, and lets variates be collected before they are used.
+a client up its own loss, the gradient is larger, then the next variate is larger, and so on. This
+happens on dense models too, and sooner on factors. The guard bounds a client's update relative to
+the usual size of updates, and lets the server collect variates before it uses them.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from statistics import median
 
 from fedpara_plugins.errors import ConfigError
 
-__all__ = ["Guard", "Norms", "share_kept"]
+__all__ = ["Guard", "NormHistory", "share_kept"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guard:
-    """How far a client's update, and what is derived from it, may go.
+    """Options of the bound on a client's update and on the variate or dual derived from it.
 
     Attributes:
-        tau: bound of an update's norm, in units of the median norm of the last updates.
-        window: how many updates of all clients the median is over.
-        collect: rounds at the start in which variates are collected and not yet used; None for
-            one pass, ceil(clients / clients a round).
+        tau: bound on an update's norm, relative to the median norm of the last updates.
+        window: number of updates, of all clients, that the median is taken over.
+        collect: number of rounds at the start in which variates are collected but not used; None
+            for one pass over the clients, ceil(clients / clients per round).
 
     Raises:
         ConfigError: a value out of range.
@@ -46,14 +46,20 @@ class Guard:
             raise ConfigError(f"guard: collect must be 0 or more rounds, got {self.collect!r}")
 
     def collecting(self, server_round: int, *, clients: int, a_round: int) -> bool:
-        """Whether variates are only collected in this round (the first is 1)."""
+        """Return whether variates are only collected in this round.
+
+        Args:
+            server_round: 1 for the first.
+            clients: how many there are in all.
+            a_round: how many take part in a round.
+        """
         one_pass = math.ceil(clients / max(a_round, 1))
         return server_round <= (one_pass if self.collect is None else self.collect)
 
 
 @dataclass
-class Norms:
-    """The norms of the last updates that counted, and the bound that follows.
+class NormHistory:
+    """The norms of the last updates, as they counted, and the bound that follows from them.
 
     Attributes:
         guard: the bound's options.
@@ -64,16 +70,16 @@ class Norms:
     last: deque[float] = field(default_factory=deque)
 
     def add(self, norms: Iterable[float]) -> None:
-        """Take in the norms of a round's updates, as they counted."""
+        """Add the norms of a round's updates, as they counted."""
         self.last.extend(norms)
         while len(self.last) > self.guard.window:
             self.last.popleft()
 
     def bound(self) -> float | None:
-        """Tau times the median; None before the first update."""
+        """Return tau times the median; None before the first update."""
         return self.guard.tau * median(self.last) if self.last else None
 
 
 def share_kept(norm: float, bound: float | None) -> float:
-    """What of an update of that norm counts: 1 within the bound, bound / norm beyond it."""
+    """Return the share of an update that counts: 1 within the bound, bound / norm beyond it."""
     return 1.0 if bound is None or norm <= bound else bound / norm

@@ -1,4 +1,4 @@
-"""A server's rounds under the guard, and what its log says of clients, in every adapter."""
+"""A server's rounds under the guard, and its log lines about clients, for every adapter."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from fedpara_plugins.optimizers.contributions import Verdict
-from fedpara_plugins.optimizers.guard import Guard, Norms
+from fedpara_plugins.optimizers.contributions import ChangeOutcome
+from fedpara_plugins.optimizers.guard import Guard, NormHistory
 
-__all__ = ["GuardedRounds", "tell_verdict"]
+__all__ = ["GuardedRounds", "log_outcome"]
 
 
 class GuardedRounds:
-    """Decides what the guard asks of each round, and remembers what came of it.
+    """The guard's decision for each round, and its memory of the rounds before.
 
     Args:
-        guard: its options; None for the published algorithm, in which it asks nothing.
-        name: of the algorithm, for the log.
-        log: the adapter's.
+        guard: its options; None for the published algorithm, without a guard.
+        name: the algorithm's name in the log.
+        log: the adapter's logger.
     """
 
     def __init__(self, guard: Guard | None, name: str, log: logging.Logger) -> None:
         self.guard = guard
         self._name = name
         self._log = log
-        self._norms = None if guard is None else Norms(guard)
+        self._norms = None if guard is None else NormHistory(guard)
         self._collected = 0
 
     def begin(self, *, clients: int, a_round: int) -> tuple[bool, float | None]:
@@ -36,8 +36,8 @@ class GuardedRounds:
             a_round: how many are asked in this round.
 
         Returns:
-            Whether variates act (otherwise they are only collected), and the bound of an update's
-            norm, if there is one yet.
+            Whether variates are used (otherwise they are only collected), and the bound on an
+            update's norm; None if there is no bound yet.
         """
         if self.guard is None or self._norms is None:
             return True, None
@@ -52,11 +52,11 @@ class GuardedRounds:
         return not collects, self._norms.bound()
 
     def note(self, norms: Mapping[str, float], kept: Mapping[str, float]) -> None:
-        """Take in the updates of a round, and log which of them the guard has bounded.
+        """Add a round's updates, and log which of them the guard has bounded.
 
         Args:
-            norms: of the updates as they counted, by the client's name in the log.
-            kept: what of each counted, 1 for the whole.
+            norms: norms of the updates as they counted, by the client's name in the log.
+            kept: for each client, the share of its update that counted; 1 for all of it.
         """
         if self._norms is None:
             return
@@ -69,40 +69,46 @@ class GuardedRounds:
             )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """The last norms, and how many rounds have collected."""
+        """Return the last norms, and the number of rounds that only collected."""
         return {
             "norms": [] if self._norms is None else list(self._norms.last),
             "collected": self._collected,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`; what else the state holds is left alone."""
+        """Restore what `state_dict` returned; other entries of the state are ignored."""
         if self._norms is not None:
             self._norms.last.clear()
             self._norms.add(state["norms"])
         self._collected = int(state["collected"])
 
 
-def tell_verdict(
-    log: logging.Logger, name: str, verdict: Verdict, who: str, since: int, *, exactly: bool = False
+def log_outcome(
+    log: logging.Logger,
+    name: str,
+    outcome: ChangeOutcome,
+    who: str,
+    since: int,
+    *,
+    exactly: bool = False,
 ) -> None:
-    """Log what was out of the ordinary about a client's state.
+    """Log a client's change if its state was lost or stale.
 
     Args:
-        log: the adapter's.
-        name: of the algorithm.
-        verdict: see `Contributions.take`.
-        who: the client.
-        since: the round of the state that it started from.
+        log: the adapter's logger.
+        name: the algorithm's name.
+        outcome: what `Contributions.take` returned.
+        who: the client's name in the log.
+        since: the round of the state that the client started from.
         exactly: whether the server knew the share of a client that lost its state.
     """
-    if verdict == "lost":
+    if outcome == "lost":
         log.warning(
             "fedpara: %s: %s had lost its state and starts from zero; its old share was taken out "
             "of the sum %s",
             name, who, "exactly" if exactly else "by the clients' mean",
         )  # fmt: skip
-    elif verdict == "stale":
+    elif outcome == "stale":
         log.warning(
             "fedpara: %s: %s started from its state of round %d, which is not the one in the sum; "
             "its model counts, its state does not, and is put right next time",

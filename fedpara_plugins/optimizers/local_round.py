@@ -1,4 +1,4 @@
-"""A client's round as a context: what SCAFFOLD's and FedDyn's have in common."""
+"""A client's round as a context: the common part of SCAFFOLD and FedDyn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedpara_plugins.optimizers.named import State, copied
+from fedpara_plugins.optimizers.named_tensors import State, copied
 from fedpara_plugins.optimizers.rounds import LocalResult
 from fedpara_plugins.optimizers.steps import AddedGradient
 
@@ -20,16 +20,16 @@ Self = TypeVar("Self", bound="LocalRound")
 
 
 class LocalRound(abc.ABC):
-    """Adds a term to the gradient of every step inside the context, and learns from the update.
+    """A context that adds a term to the gradient of every step inside it.
 
     Args:
-        parameters: that are trained and shared, by name.
-        correct: whether the steps are corrected; if not, the client's state is only collected.
-        bound: of the update's norm; None for none.
-        check: called with each optimizer that holds any of them, before its first step.
+        parameters: the trained, shared parameters by name.
+        correct: whether the steps are corrected; if not, the variate or dual is only collected.
+        bound: on the update's norm; None for no bound.
+        check: called with each optimizer that has any of the parameters, before its first step.
 
     Attributes:
-        result: of the round; None until the context is left without an error.
+        result: the round's result; None until the context is left without an error.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class LocalRound(abc.ABC):
 
     @property
     def names(self) -> frozenset[str]:
-        """The parameters that have a variate or a dual."""
+        """Return the names of the parameters that have a variate or a dual."""
         return frozenset(self._parameters)
 
     def __enter__(self: Self) -> Self:
@@ -69,13 +69,13 @@ class LocalRound(abc.ABC):
             self.result = self._finish()
 
     def _prepare(self) -> None:
-        """What is to be known before the first step, with the model at the server's x."""
+        """Compute what the first step needs, with the model at the server's x."""
         return
 
     @abc.abstractmethod
     def _term(self, name: str, parameter: Tensor) -> Tensor | None:
-        """What is added to a parameter's gradient; None for nothing."""
+        """Return the tensor to add to a parameter's gradient; None for nothing."""
 
     @abc.abstractmethod
     def _finish(self) -> LocalResult:
-        """What the round came to; the steps are over."""
+        """Return the result of the round, after its steps."""

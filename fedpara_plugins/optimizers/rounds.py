@@ -1,4 +1,4 @@
-"""What a client's round comes to, and the average that a server makes of several."""
+"""The result of a client's round, and the server's average of several clients' models."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 
 from fedpara_plugins.errors import ConfigError
-from fedpara_plugins.optimizers.named import State
+from fedpara_plugins.optimizers.named_tensors import State
 
-__all__ = ["LocalResult", "Reply", "Weighting", "client_weights", "next_state"]
+__all__ = ["ClientUpdate", "LocalResult", "Weighting", "client_weights", "next_state"]
 
 Weighting = Literal["uniform", "examples"]
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a client's round came to.
+    """The result of a client's round.
 
     Attributes:
-        own: the client's variate or dual after it, on the CPU; None if the round gave NaN or
+        own: the client's variate or dual after the round, on the CPU; None if the round gave NaN or
             infinity and must not count.
-        change: the same minus what it was before.
-        norm: of the update of the shared parameters, before any bound.
+        change: the variate or dual minus its value before the round.
+        norm: norm of the shared parameters' update, before any bound.
         kept: the share of the update that counts: 1 unless a bound was exceeded, 0 for NaN.
-        steps: of optimizers.
+        steps: number of optimizer steps.
     """
 
     own: State | None
@@ -38,12 +38,12 @@ class LocalResult:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What a server has of one client.
+class ClientUpdate:
+    """One client's reply, as a server uses it.
 
     Attributes:
         arrays: the client's model.
-        names: those of it that have a variate or dual.
+        names: those of its names that have a variate or dual.
         examples: the client's number of examples.
     """
 
@@ -52,8 +52,8 @@ class Reply:
     examples: float = 1.0
 
 
-def client_weights(replies: Sequence[Reply], weighting: Weighting) -> list[float]:
-    """The replies' weights, of sum 1.
+def client_weights(replies: Sequence[ClientUpdate], weighting: Weighting) -> list[float]:
+    """Return the replies' weights, which sum to 1.
 
     Raises:
         ConfigError: a client reports no examples.
@@ -68,19 +68,19 @@ def client_weights(replies: Sequence[Reply], weighting: Weighting) -> list[float
 
 def next_state(
     x: Mapping[str, Tensor],
-    replies: Sequence[Reply],
+    replies: Sequence[ClientUpdate],
     *,
     weighting: Weighting,
     then: Callable[[Tensor, Tensor, str], Tensor],
 ) -> State:
-    """The server's next state, computed in float64 and rounded to the dtypes of ``x``.
+    """Compute the server's next state in float64, rounded to the dtypes of ``x``.
 
     Args:
         x: the state that the clients started from.
         replies: at least one.
-        weighting: of the clients.
-        then: from a tensor of x and the clients' mean of it to its next value, for the names with
-            a variate or dual; all others become the mean, integers rounded.
+        weighting: how the clients are weighted.
+        then: for the names with a variate or dual, maps a tensor of x and the clients' mean of it
+            to its next value. All other tensors become the mean, rounded if they are integers.
     """
     weights = client_weights(replies, weighting)
     names = replies[0].names

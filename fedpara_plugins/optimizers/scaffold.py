@@ -11,7 +11,7 @@ Server, from the clients S of the round, of N in all:
     x <- x + server_rate * mean over S of (y - x)
     c <- c + |S| / N * mean over S of (c_i' - c_i)      which keeps c the mean of all c_i
 
-All variates start at zero. Where the learning rate changes between steps, K lr is its sum.
+All variates start at zero. If the learning rate changes between steps, K lr is the rates' sum.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.optimizers.contributions import Contributions
 from fedpara_plugins.optimizers.guard import share_kept
 from fedpara_plugins.optimizers.local_round import LocalRound
-from fedpara_plugins.optimizers.named import (
+from fedpara_plugins.optimizers.named_tensors import (
     State,
+    add_scaled,
     check_fit,
     copied,
-    difference,
+    copy_into,
     finite,
-    moved,
     norm,
-    put_back,
+    subtract,
     trained_parameters,
     zeros,
 )
-from fedpara_plugins.optimizers.rounds import LocalResult, Reply, Weighting, next_state
+from fedpara_plugins.optimizers.rounds import ClientUpdate, LocalResult, Weighting, next_state
 from fedpara_plugins.training.step_hooks import shared_phase
 
 __all__ = ["LocalScaffold", "ScaffoldServer", "gradient_at"]
 
 Option = Literal["I", "II"]
 Losses = Callable[[], Iterable[tuple[Tensor, int]]]
-"""Makes one pass over a client's data: each batch's mean loss and how many examples it has."""
+"""Makes one pass over a client's data: the mean loss and the number of examples of each batch."""
 
 
 class LocalScaffold(LocalRound):
@@ -57,22 +57,22 @@ class LocalScaffold(LocalRound):
             train(model)                                    # any loop with torch.optim.SGD
         local.result.own, local.result.change               # c_i' and c_i' - c_i
 
-    Beyond ``bound`` the update is shortened in the model itself, and the variate with it. A round
-    that gave NaN or infinity leaves the model where it was.
+    An update beyond ``bound`` is shortened in the model itself, and the variate with it. A round
+    that gave NaN or infinity restores the model.
 
     Args:
-        model: at the server's x.
+        model: the client's model, at the server's x.
         own: c_i by name of `trained_parameters`; None for zeros.
         server: c; None for zeros.
-        option: see above.
+        option: ``I`` or ``II``; see the module's docstring.
         losses: for option I, a pass over this client's data.
         correct: whether the steps are corrected; if not, the variate is only collected.
-        bound: of the update's norm; None for none.
-        exchanged: names of the model that travel; None for the whole of its state.
+        bound: on the update's norm; None for no bound.
+        exchanged: names of the model that travel; None for its whole state.
 
     Raises:
-        ConfigError: the optimizer is not plain SGD, or option I without ``losses``.
-        MismatchError: variates of another model.
+        ConfigError: the optimizer is not plain SGD, or option I is given without ``losses``.
+        MismatchError: the variates are those of another model.
     """
 
     def __init__(
@@ -103,7 +103,8 @@ class LocalScaffold(LocalRound):
 
     def _prepare(self) -> None:
         if self._losses is not None:
-            with shared_phase(self._model):  # a round of the decoupled schedule begins in private
+            # A round of the decoupled schedule starts with private steps.
+            with shared_phase(self._model):
                 self._at_start = gradient_at(self._model, self._parameters, self._losses)
 
     def _term(self, name: str, parameter: Tensor) -> Tensor | None:
@@ -111,16 +112,16 @@ class LocalScaffold(LocalRound):
 
     @torch.no_grad()
     def _finish(self) -> LocalResult:
-        update = difference(self._parameters, self._start)
+        update = subtract(self._parameters, self._start)
         self._steps.check_moved(update)
         size = norm(update.values())
         variate = {name: self._new_variate(name, update[name]) for name in update}
         if not finite([*update.values(), *variate.values()]):
-            put_back(self._parameters, self._start)
+            copy_into(self._parameters, self._start)
             return LocalResult(None, {}, norm=size, kept=0.0, steps=self._steps.steps)
         kept = share_kept(size, self._bound)
         if kept < 1.0:
-            put_back(self._parameters, moved(self._start, update, kept))
+            copy_into(self._parameters, add_scaled(self._start, update, kept))
             variate = {name: kept * value for name, value in variate.items()}
         own = {name: value.cpu() for name, value in variate.items()}
         change = {name: value - self._own[name].cpu() for name, value in own.items()}
@@ -131,18 +132,18 @@ class LocalScaffold(LocalRound):
             return self._at_start[name]
         rates = self._steps.rates[name]
         if not rates:
-            return self._own[name]  # no step moved it, so nothing was learnt
+            return self._own[name]  # no step moved the parameter
         mean = -update / rates
         return mean + self._own[name] - self._server[name] if self._correct else mean
 
 
 def gradient_at(model: nn.Module, parameters: Mapping[str, nn.Parameter], losses: Losses) -> State:
-    """The gradient of the mean loss over a client's data where the model stands.
+    """Return the gradient of the mean loss over a client's data, at the model as it is.
 
-    Buffers, which a pass in training mode moves, are put back.
+    Buffers, which a pass in training mode changes, are restored.
 
     Args:
-        model: whose buffers they are.
+        model: the model whose buffers are restored.
         parameters: by name.
         losses: one pass over the data.
 
@@ -167,13 +168,13 @@ def gradient_at(model: nn.Module, parameters: Mapping[str, nn.Parameter], losses
 
 @dataclass
 class ScaffoldServer:
-    """The server's half.
+    """The server's half of SCAFFOLD.
 
     Attributes:
         rate: the server's learning rate.
-        weighting: ``uniform`` as published: every client counts the same; ``examples``: by its
-            number of examples, in x and in c.
-        sums: of all clients' variates.
+        weighting: ``uniform``, as published, weights all clients equally; ``examples`` weights each
+            by its number of examples, in x and in c.
+        sums: the sum of all clients' variates.
     """
 
     rate: float = 1.0
@@ -181,7 +182,7 @@ class ScaffoldServer:
     sums: Contributions = field(default_factory=Contributions)
 
     def variate(self, clients: int, like: Mapping[str, Tensor]) -> State:
-        """C for a round, in the dtypes of ``like``; {} before any client answered.
+        """Return c for a round, in the dtypes of ``like``; {} before any client answered.
 
         Args:
             clients: N.
@@ -190,10 +191,14 @@ class ScaffoldServer:
         mean = self.sums.mean(clients)
         return {name: value.to(like[name].dtype) for name, value in mean.items()}
 
-    def step(self, x: Mapping[str, Tensor], replies: Sequence[Reply]) -> State:
-        """The next x; names without variates (buffers) are averaged.
+    def step(self, x: Mapping[str, Tensor], replies: Sequence[ClientUpdate]) -> State:
+        """Return the next x; names without variates (buffers) are averaged.
 
-        The replies' changes are not taken in here, see `Contributions.take`.
+        This does not add the replies' changes to `sums`; see `Contributions.take`.
+
+        Args:
+            x: the state that the clients started from.
+            replies: the round's replies.
         """
         return next_state(
             x,
@@ -220,12 +225,12 @@ def _check_plain_sgd(optimizer: Optimizer) -> None:
     if not isinstance(optimizer, torch.optim.SGD):
         raise ConfigError(
             f"{why}, and the training loop uses {type(optimizer).__name__}; use "
-            f"torch.optim.SGD(..., momentum=0), or FedDyn, which bears any optimizer"
+            f"torch.optim.SGD(..., momentum=0), or FedDyn, which works with any optimizer"
         )
     for group in optimizer.param_groups:
         for name in ("momentum", "maximize"):
             if group.get(name):
                 raise ConfigError(
                     f"{why}, and the training loop's SGD has {name}={group[name]}; leave it out, "
-                    f"or use FedDyn, which bears any optimizer"
+                    f"or use FedDyn, which works with any optimizer"
                 )

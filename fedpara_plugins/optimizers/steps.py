@@ -1,8 +1,8 @@
-"""Change the gradients of whatever optimizer a user's training loop builds, step by step.
+"""Terms added to the gradients of any optimizer that a user's training loop builds.
 
-Both algorithms here are plain training with one term added to each gradient. The term is added by
-hooks that torch calls around every optimizer's step, so a training loop needs no edit. It comes
-after what the options ``clip`` and ``decay`` do: those are part of the client's own gradient.
+SCAFFOLD and FedDyn are plain training with one term added to each gradient. Hooks that torch calls
+around every optimizer's step add the term, so a training loop needs no edit. The term is added
+after the options ``clip`` and ``decay`` have acted, which belong to the client's own gradient.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedpara_plugins.errors import ConfigError
-from fedpara_plugins.optimizers.watch import watching
+from fedpara_plugins.optimizers.step_observers import observe_steps
 
 __all__ = ["AddedGradient", "Term"]
 
 Term = Callable[[str, Tensor], Tensor | None]
-"""From a parameter's name and present value to what is added to its gradient; None for nothing."""
+"""Maps a parameter's name and present value to the term for its gradient; None for no term."""
 
 
 class AddedGradient:
-    """Within this context, steps of optimizers that hold these parameters use gradient + term.
+    """A context in which optimizer steps on these parameters use gradient + term.
 
-    The user's own ``.grad`` is put back after the step. A parameter without a gradient is left
-    alone by its optimizer, and by this.
+    After the step the user's own ``.grad`` is restored. A parameter without a gradient is skipped
+    by its optimizer, and by this context.
 
     Args:
         parameters: by name.
-        term: what is added.
-        check: called with each optimizer that holds any of them, before its first step.
+        term: the term to add.
+        check: called with each optimizer that has any of the parameters, before its first step.
 
     Attributes:
-        steps: how many steps were made.
+        steps: number of steps made.
         rates: for each name, the sum of the learning rates of the steps that moved it.
     """
 
@@ -52,15 +52,15 @@ class AddedGradient:
         self._check = check
         self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._before: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._watch = ExitStack()
+        self._observing = ExitStack()
         self.steps = 0
         self.rates: dict[str, float] = dict.fromkeys(parameters, 0.0)
 
     def check_moved(self, update: Mapping[str, Tensor]) -> None:
-        """Raise if a parameter has changed though no step of an optimizer was seen.
+        """Raise if a parameter has changed without a step of an optimizer.
 
         Args:
-            update: by name, how the parameters have changed inside the context.
+            update: by name, the change of the parameters inside the context.
 
         Raises:
             ConfigError: the training loop changes parameters itself.
@@ -68,13 +68,13 @@ class AddedGradient:
         unseen = [n for n, rate in self.rates.items() if not rate and bool(update[n].any())]
         if unseen:
             raise ConfigError(
-                f"{unseen[0]!r} ({len(unseen)} such parameters) was trained, but by no step of a "
-                f"torch optimizer, so its gradients could not be corrected; train this very model "
-                f"with a torch.optim optimizer inside the context"
+                f"{unseen[0]!r} ({len(unseen)} such parameters) was trained, but not by a step of "
+                f"a torch optimizer, so its gradients could not be corrected; train this very "
+                f"model with a torch.optim optimizer inside the context"
             )
 
     def __enter__(self) -> AddedGradient:
-        self._watch.enter_context(watching(self._add, self._restore))
+        self._observing.enter_context(observe_steps(self._add, self._restore))
         return self
 
     def __exit__(
@@ -83,9 +83,9 @@ class AddedGradient:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._watch.close()
+        self._observing.close()
         for optimizer in list(self._before):
-            self._put_back(optimizer)
+            self._restore_by_id(optimizer)
 
     @torch.no_grad()
     def _add(self, optimizer: Optimizer) -> None:
@@ -113,10 +113,10 @@ class AddedGradient:
                 parameter.grad = parameter.grad + added
 
     def _restore(self, optimizer: Optimizer) -> None:
-        self._put_back(id(optimizer))
+        self._restore_by_id(id(optimizer))
 
-    def _put_back(self, optimizer: int) -> None:
-        """Of one optimizer alone: another thread's may be in the middle of its step."""
+    def _restore_by_id(self, optimizer: int) -> None:
+        """Restore the gradients of one optimizer; one of another thread may be amid its step."""
         for parameter, gradient in self._before.pop(optimizer, []):
             parameter.grad = gradient
 
@@ -125,5 +125,5 @@ def _refuse_closures(optimizer: Optimizer) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError(
             "LBFGS computes its gradients inside the step, where nothing can be added to them; "
-            "use an optimizer that takes one gradient a step, such as torch.optim.SGD"
+            "use an optimizer that takes one gradient per step, such as torch.optim.SGD"
         )

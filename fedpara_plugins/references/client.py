@@ -1,4 +1,4 @@
-"""The client's side: what it holds, and what it says when it does not hold enough."""
+"""The client's side of references: the states that it holds, and the error if one is missing."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from fedpara_plugins.codecs.agreement import check_model
 from fedpara_plugins.codecs.chain import Codec
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.references.version_zero import base_from_header
+from fedpara_plugins.references.version_zero import reference_from_header
 from fedpara_plugins.stages.stage import Tensors
 
-__all__ = ["ClientReferences", "LostReferenceError", "Received"]
+__all__ = ["ClientReferences", "DecodedDownlink", "LostReferenceError"]
 
 LAST = "last"
 BEFORE = "before"
 
 
 class LostReferenceError(MismatchError):
-    """The message is sound, but coded against what this client does not hold.
+    """A sound message is coded against a state that this client does not hold.
 
     Attributes:
-        holds: what it does hold, by hash, for the server's ``refused``.
+        holds: the states that it holds, by hash, for the server's ``refused``.
     """
 
     def __init__(self, message: str, holds: tuple[str, ...] = ()) -> None:
@@ -38,13 +38,13 @@ class LostReferenceError(MismatchError):
 
 
 @dataclass(frozen=True)
-class Received:
-    """A decoded downlink.
+class DecodedDownlink:
+    """One downlink message, decoded.
 
     Attributes:
         tensors: the shared state.
-        reference: its hash, for the answer to name.
-        header: of the payload.
+        reference: its hash, which the client's answer names.
+        header: the payload's header.
     """
 
     tensors: Tensors
@@ -53,38 +53,39 @@ class Received:
 
 
 class ClientReferences:
-    """What a client holds of each record: the state it received last, and what that came against.
+    """What a client holds of each record: the last state, and the one it was coded against.
 
-    Both are needed: a server that never got the answer codes its next message against the older
-    one. Nothing changes before `keep`, so a round that fails leaves no trace.
+    Both are needed: a server that never received the answer codes its next message against the
+    older state. Nothing changes before `keep`, so a round that fails leaves no trace.
 
     Args:
-        storage: where the states live, as bytes by key; whatever survives in the framework at
-            hand. A dict that lives as long as this object by default.
+        storage: bytes by key that survive between rounds in the framework at hand; by default a
+            dict that lives as long as this object.
     """
 
     def __init__(self, storage: MutableMapping[str, bytes] | None = None) -> None:
         self._storage: MutableMapping[str, bytes] = {} if storage is None else storage
 
     def holds(self, record: str) -> tuple[str, ...]:
-        """The hashes of what is held of that record, the last one first."""
+        """Return the hashes of the states that are held of a record, the last one first."""
         return tuple(self._held(record))
 
     def receive(
         self, record: str, payload: bytes, *, limit: int, expect: ModelSpec | None = None
-    ) -> Received:
-        """Decode a downlink.
+    ) -> DecodedDownlink:
+        """Decode a downlink message.
 
         Args:
-            record: its name.
+            record: the record's name.
             payload: the bytes.
-            limit: bytes that the state may have.
-            expect: this side's model, if it is known; a message that describes another is refused
-                before anything is derived or decoded.
+            limit: largest size of the state in bytes.
+            expect: this side's model, if it is known; a message that describes another model is
+                refused before anything is derived or decoded.
 
         Raises:
             MismatchError: the message is of another model than expected.
-            LostReferenceError: answer with its ``holds`` and no work done; the server sends again.
+            LostReferenceError: the state is missing; do no work and answer with the error's
+                ``holds``, so that the server sends the message again.
             PayloadError: the payload is damaged or exceeds the limit.
         """
         header = peek_header(payload)
@@ -93,34 +94,34 @@ class ClientReferences:
         wanted = header.reference
         references: dict[str, Tensors] = {}
         if wanted is not None:
-            base = base_from_header(header.extra, header.model, limit=limit, expect=expect)
-            references = self._held(record) if base is None else {base.reference: base.tensors}
+            derived = reference_from_header(header.extra, header.model, limit=limit, expect=expect)
+            references = {derived.reference: derived.tensors} if derived else self._held(record)
             if wanted not in references:
-                what = "version 0" if base else "a reference"
+                what = "version 0" if derived else "a reference"
                 raise LostReferenceError(
                     f"record {record!r} is coded against {what} {wanted[:16]}, this client holds "
-                    f"{', '.join(name[:16] for name in references) or 'none'}; the server is to "
-                    "send it again, coded against what the client holds",
+                    f"{', '.join(name[:16] for name in references) or 'none'}; the server must "
+                    "send it again, coded against a state that the client holds",
                     self.holds(record),
                 )
         tensors = decode_payload(payload, references=references, limit=limit).tensors
-        return Received(tensors, reference_hash(tensors), header)
+        return DecodedDownlink(tensors, reference_hash(tensors), header)
 
-    def keep(self, record: str, received: Received) -> None:
-        """Hold what was received, and what it was coded against if that was held."""
+    def keep(self, record: str, received: DecodedDownlink) -> None:
+        """Hold the received state, and the one it was coded against if that was held."""
         against = received.header.reference
         before = next((key for key in self._keys(record) if self._hash(key) == against), None)
-        kept = None if before is None else self._storage[before]
+        older = None if before is None else self._storage[before]
         payload = encode_payload(received.tensors, codec=Codec(()))
         self._storage[f"{record}/{LAST}"] = payload
         key = f"{record}/{BEFORE}"
-        if kept is not None and against != received.reference:
-            self._storage[key] = kept
+        if older is not None and against != received.reference:
+            self._storage[key] = older
         elif key in self._storage:
             del self._storage[key]
 
     def forget(self, record: str) -> None:
-        """Hold nothing of that record any more."""
+        """Drop everything that is held of a record."""
         for key in self._keys(record):
             del self._storage[key]
 
@@ -140,4 +141,4 @@ class ClientReferences:
         try:
             return decode_payload(data, limit=max(len(data), 1)).tensors
         except PayloadError:
-            return None  # what is damaged is not held; the server will be told
+            return None  # a damaged state counts as not held; the server will be told

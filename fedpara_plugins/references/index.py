@@ -1,4 +1,4 @@
-"""Which client holds which reference: a small table that survives the server's death."""
+"""The table of which client holds which reference; it survives the death of the server."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from fedpara_plugins.support.database import open_database
 
-__all__ = ["HeldIndex"]
+__all__ = ["NOTHING", "ClientIndex"]
 
 log = logging.getLogger("fedpara.references")
 
 IN_FLIGHT = 2
-"""Messages without an answer that are remembered a slot; older ones were overtaken."""
+"""Unanswered messages that are remembered per slot; older ones were overtaken."""
 
 NOTHING = ""
-"""Stands for a client that said it holds nothing, not even version 0."""
+"""In place of a hash: the client said that it holds nothing, not even version 0."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS slots (
@@ -29,8 +29,8 @@ CREATE TABLE IF NOT EXISTS contents (reference TEXT PRIMARY KEY, content TEXT) W
 """
 
 
-class HeldIndex:
-    """For each slot (client, record): the reference that is held, and those in flight.
+class ClientIndex:
+    """For each slot (client, record): the reference that the client holds, and those in flight.
 
     Args:
         path: of the database; None keeps it in memory.
@@ -40,35 +40,42 @@ class HeldIndex:
         self._database = open_database(path, _TABLES)
 
     def held(self, client: str, record: str) -> str | None:
-        """What the client said it holds; None before it said anything, `NOTHING` for nothing."""
+        """Return what the client said it holds: a hash, or `NOTHING`; None before it said it."""
         row = self._database.execute(
             "SELECT reference FROM slots WHERE client = ? AND record = ? AND held", (client, record)
         ).fetchone()
         return None if row is None else str(row[0])
 
-    def content(self, reference: str) -> str | None:
-        """Hash of the content whose coded form a reference is, if it was noted."""
+    def content_of(self, reference: str) -> str | None:
+        """Return the hash of the content that was coded as this reference, if it was noted."""
         row = self._database.execute(
             "SELECT content FROM contents WHERE reference = ?", (reference,)
         ).fetchone()
         return None if row is None else str(row[0])
 
-    def used(self) -> set[str]:
-        """Every reference that a client holds or may just be receiving."""
+    def references(self) -> set[str]:
+        """Return every reference that a client holds or may be receiving now."""
         rows = self._database.execute("SELECT DISTINCT reference FROM slots").fetchall()
         return {str(row[0]) for row in rows} - {NOTHING}
 
-    def clients(self) -> int:
-        """How many clients hold something."""
+    def count_clients(self) -> int:
+        """Return how many clients have a slot."""
         row = self._database.execute("SELECT COUNT(DISTINCT client) FROM slots").fetchone()
         return int(row[0])
 
-    def sent(self, client: str, record: str, reference: str, content: str) -> set[str]:
-        """Note a message; returns the references that nobody needs any more."""
-        with self._transaction():
-            return self._sent((client, record), reference, content)
+    def note_sent(self, client: str, record: str, reference: str, content: str) -> set[str]:
+        """Note a message; return the references that are no longer needed.
 
-    def _sent(self, slot: tuple[str, str], reference: str, content: str) -> set[str]:
+        Args:
+            client: its name.
+            record: the record's name.
+            reference: hash of the state that the client has once it has decoded the message.
+            content: hash of the content that the message carries.
+        """
+        with self._transaction():
+            return self._note_sent((client, record), reference, content)
+
+    def _note_sent(self, slot: tuple[str, str], reference: str, content: str) -> set[str]:
         last = self._database.execute(
             "SELECT COALESCE(MAX(number), 0) FROM slots WHERE client = ? AND record = ?", slot
         ).fetchone()[0]
@@ -80,20 +87,20 @@ class HeldIndex:
         self._database.execute(
             "INSERT OR REPLACE INTO contents VALUES (?, ?)", (reference, content)
         )
-        return self._dropped(
+        return self._delete(
             "client = ? AND record = ? AND NOT held AND number <= ?", (*slot, last + 1 - IN_FLIGHT)
         )
 
-    def hold(self, client: str, record: str, reference: str, *, keep: bool = True) -> set[str]:
-        """Note what a client holds; returns the references that nobody needs any more.
+    def note_held(self, client: str, record: str, reference: str, *, keep: bool = True) -> set[str]:
+        """Note what a client holds; return the references that are no longer needed.
 
-        Messages that were sent later than it stay in flight.
+        Messages that were sent later stay in flight.
 
         Args:
             client: its name.
             record: the record's name.
-            reference: one that the slot `knows`.
-            keep: False if it will not be needed any more.
+            reference: a reference that the slot `knows`.
+            keep: whether the reference will be needed again.
         """
         slot = (client, record)
         with self._transaction():
@@ -101,23 +108,23 @@ class HeldIndex:
                 "UPDATE slots SET held = (reference = ?) WHERE client = ? AND record = ?",
                 (reference, *slot),
             )
-            return self._dropped(
+            return self._delete(
                 "client = ? AND record = ? AND (reference <> ? OR ?) AND number <= (SELECT number "
                 "FROM slots WHERE client = ? AND record = ? AND reference = ?)",
                 (*slot, reference, not keep, *slot, reference),
             )
 
-    def only(self, client: str, record: str, reference: str) -> set[str]:
-        """Replace all of a slot by what the client says it has, or `NOTHING`."""
+    def replace(self, client: str, record: str, reference: str) -> set[str]:
+        """Replace a slot by one reference or `NOTHING`; return the references no longer needed."""
         slot = (client, record)
         with self._transaction():
             self._database.execute(
                 "INSERT OR REPLACE INTO slots VALUES (?, ?, ?, 0, 1)", (*slot, reference)
             )
-            return self._dropped("client = ? AND record = ? AND reference <> ?", (*slot, reference))
+            return self._delete("client = ? AND record = ? AND reference <> ?", (*slot, reference))
 
     def knows(self, client: str, record: str, reference: str) -> bool:
-        """Whether a reference is held by, or in flight to, that very slot."""
+        """Return whether this slot holds a reference, or has it in flight."""
         row = self._database.execute(
             "SELECT 1 FROM slots WHERE client = ? AND record = ? AND reference = ?",
             (client, record, reference),
@@ -125,9 +132,9 @@ class HeldIndex:
         return row is not None
 
     def forget(self, client: str, record: str) -> set[str]:
-        """Drop a slot; returns the references that nobody needs any more."""
+        """Drop a slot; return the references that are no longer needed."""
         with self._transaction():
-            return self._dropped("client = ? AND record = ?", (client, record))
+            return self._delete("client = ? AND record = ?", (client, record))
 
     def close(self) -> None:
         """Close the database."""
@@ -143,18 +150,19 @@ class HeldIndex:
             raise
         self._database.execute("COMMIT")
 
-    def _dropped(self, where: str, values: tuple[object, ...]) -> set[str]:
+    def _delete(self, where: str, values: tuple[object, ...]) -> set[str]:
+        """Delete rows; return those of their references that no other row needs."""
         rows = self._database.execute(f"SELECT reference FROM slots WHERE {where}", values)
         gone = {str(row[0]) for row in rows.fetchall()}
         if not gone:
             return set()
         self._database.execute(f"DELETE FROM slots WHERE {where}", values)
-        unused = {reference for reference in gone - {NOTHING} if not self._needed(reference)}
+        unused = {reference for reference in gone - {NOTHING} if not self._is_needed(reference)}
         for reference in unused:
             self._database.execute("DELETE FROM contents WHERE reference = ?", (reference,))
         return unused
 
-    def _needed(self, reference: str) -> bool:
+    def _is_needed(self, reference: str) -> bool:
         row = self._database.execute(
             "SELECT 1 FROM slots WHERE reference = ? LIMIT 1", (reference,)
         ).fetchone()

@@ -1,4 +1,4 @@
-"""States by their hash: in memory up to a bound, the rest in files."""
+"""States by their hash: in memory up to a limit, the rest in files."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ __all__ = ["ReferenceStore"]
 
 log = logging.getLogger("fedpara.references")
 
-MEMORY = 256 * 2**20
+MEMORY_BYTES = 256 * 2**20
 SUFFIX = ".safetensors"
 UNFINISHED = ".tmp"
 
 
 class ReferenceStore(Mapping[str, Tensors]):
-    """States of tensors under their `reference_hash`, read like a dict.
+    """States of tensors by their `reference_hash`, read like a dict.
 
-    Memory holds those that were used last. With a folder every state is written there at once, so
-    that a server that is killed finds it again; without one, only what exceeds the memory goes to a
-    temporary folder. A file whose content has another hash than its name counts as not held.
+    Memory contains the states that were used last. With a folder every state is written there at
+    once, so that a server that was killed finds it again. Without a folder, only states that exceed
+    the memory go to a temporary one. A file whose content has another hash than its name says
+    counts as missing.
 
     Args:
-        memory_bytes: of tensors kept in memory; one state more while it is being read.
-        folder: for the files, created if need be; nothing else may write there.
+        memory_bytes: size of the tensors kept in memory; one more state while it is being read.
+        folder: for the files, created if it is missing; nothing else may write there.
     """
 
-    def __init__(self, *, memory_bytes: int = MEMORY, folder: Path | None = None) -> None:
-        self._bound = memory_bytes
+    def __init__(self, *, memory_bytes: int = MEMORY_BYTES, folder: Path | None = None) -> None:
+        self._limit = memory_bytes
         self._memory: OrderedDict[str, Tensors] = OrderedDict()
         self._used = 0
-        self._lasting = folder is not None
+        self._persistent = folder is not None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._folder = folder
         self._files: set[str] = set()
@@ -72,7 +73,7 @@ class ReferenceStore(Mapping[str, Tensors]):
 
     @property
     def memory_used(self) -> int:
-        """Bytes of the tensors in memory."""
+        """Return the size in bytes of the tensors in memory."""
         return self._used
 
     # Writing
@@ -82,7 +83,7 @@ class ReferenceStore(Mapping[str, Tensors]):
 
         Args:
             tensors: of any dtype that can travel.
-            digest: their hash, where the caller knows it.
+            digest: their hash, if the caller knows it.
 
         Returns:
             The hash.
@@ -90,14 +91,14 @@ class ReferenceStore(Mapping[str, Tensors]):
         digest = digest or reference_hash(tensors)
         if digest not in self:
             state = {name: value.detach().cpu().clone() for name, value in tensors.items()}
-            if self._lasting:
+            if self._persistent:
                 self._write(digest, state)
             self._remember(digest, state)
             self._evict()
         return digest
 
     def discard(self, digest: str) -> None:
-        """Forget a state, if it is there; its file goes too."""
+        """Delete a state and its file, if they exist."""
         state = self._memory.pop(digest, None)
         self._used -= _size(state or {})
         if digest in self._files:
@@ -105,7 +106,7 @@ class ReferenceStore(Mapping[str, Tensors]):
             self._path(digest).unlink(missing_ok=True)
 
     def retain(self, digests: Collection[str]) -> None:
-        """Forget every other state."""
+        """Delete every other state."""
         for digest in set(self) - set(digests):
             self.discard(digest)
 
@@ -123,7 +124,7 @@ class ReferenceStore(Mapping[str, Tensors]):
         self._used += _size(state)
 
     def _evict(self) -> None:
-        while self._used > self._bound and self._memory:
+        while self._used > self._limit and self._memory:
             digest, state = next(iter(self._memory.items()))
             if digest not in self._files:
                 self._write(digest, state)
@@ -140,7 +141,7 @@ class ReferenceStore(Mapping[str, Tensors]):
         path = self._path(digest)
         unfinished = path.with_suffix(UNFINISHED)
         unfinished.write_bytes(encode_payload(state, codec=Codec(())))
-        # A reader, or a server that starts anew, sees the whole file or none.
+        # A reader, or a server that starts again, sees the whole file or none.
         os.replace(unfinished, path)
         self._files.add(digest)
 
@@ -150,11 +151,11 @@ class ReferenceStore(Mapping[str, Tensors]):
         try:
             data = self._path(digest).read_bytes()
             state = decode_payload(data, limit=len(data)).tensors
-            sound = reference_hash(state) == digest
+            intact = reference_hash(state) == digest
         except (OSError, PayloadError) as error:
             log.warning("fedpara: %s", error)
-            sound = False
-        if not sound:
+            intact = False
+        if not intact:
             log.warning("fedpara: the file of reference %s is damaged and counts as lost", digest)
             self.discard(digest)
             raise KeyError(digest)

@@ -1,4 +1,4 @@
-"""Which states were published, in their order, on disk where a folder is given."""
+"""The states that were published, in their order; on disk if a folder is given."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Version:
     """One published state.
 
     Attributes:
-        number: 1, 2, ... of its record.
+        number: its number in the record, from 1 on.
         reference: its hash.
         content: hash of the exact state that it stands for.
-        exponents: of the steps that led to it.
+        exponents: exponents of the steps that led to it, by name.
     """
 
     number: int
@@ -41,7 +41,7 @@ class VersionLog:
 
     Args:
         path: of the database; None keeps it in memory.
-        keep: versions a record.
+        keep: number of versions kept of each record.
     """
 
     def __init__(self, path: Path | None, *, keep: int) -> None:
@@ -49,7 +49,7 @@ class VersionLog:
         self._keep = keep
 
     def last(self, record: str) -> Version | None:
-        """The newest version."""
+        """Return the newest version of a record; None before the first."""
         row = self._database.execute(
             "SELECT number, reference, content, exponents FROM versions WHERE record = ? "
             "ORDER BY number DESC LIMIT 1",
@@ -58,7 +58,7 @@ class VersionLog:
         return None if row is None else Version(row[0], row[1], row[2], json.loads(row[3]))
 
     def add(self, record: str, version: Version) -> None:
-        """Append one; the oldest goes if there are too many."""
+        """Append a version; delete the oldest if there are too many."""
         self._database.execute("BEGIN IMMEDIATE")
         self._database.execute(
             "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?)",
@@ -77,7 +77,7 @@ class VersionLog:
         self._database.execute("COMMIT")
 
     def references(self) -> set[str]:
-        """The hashes of all versions that are kept."""
+        """Return the hashes of all versions that are kept."""
         return {str(row[0]) for row in self._database.execute("SELECT reference FROM versions")}
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""Version 0: what a newcomer holds at no cost, and what a self-contained message is coded against.
+"""References that both sides derive: version 0 for newcomers, zeros for self-contained messages.
 
-Both are states that the receiver derives from the message's header alone, so every message has one
-form: a codec, and a reference named by its hash. The header's ``extra`` says which state is meant::
+The receiver derives either of them from the message's header alone. Every message therefore has the
+same form: a codec, and a reference named by its hash. The header's ``extra`` names the state::
 
     {"base": {"kind": "seeded" | "zeros", "layout": TEXT}}
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from fedpara_plugins.codecs.json_reader import strict_json
 from fedpara_plugins.codecs.reference import reference_hash
 from fedpara_plugins.errors import PayloadError
-from fedpara_plugins.factors.initialise import PART, seeded_shared
+from fedpara_plugins.factors.initialise import BLOCK_ENTRIES, seeded_shared
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.spec_rows import plan_from_row
 from fedpara_plugins.stages.stage import (
@@ -37,17 +37,24 @@ from fedpara_plugins.stages.stage import (
     dtype_name,
 )
 
-__all__ = ["SEEDED", "ZEROS", "Base", "BaseKind", "base_from_header", "base_of"]
+__all__ = [
+    "SEEDED",
+    "ZEROS",
+    "DerivedKind",
+    "DerivedReference",
+    "derive_reference",
+    "reference_from_header",
+]
 
-BaseKind = Literal["seeded", "zeros"]
-SEEDED: BaseKind = "seeded"
-ZEROS: BaseKind = "zeros"
+DerivedKind = Literal["seeded", "zeros"]
+SEEDED: DerivedKind = "seeded"
+ZEROS: DerivedKind = "zeros"
 
 KEY = "base"
 LONGEST_LAYOUT = 4 * 2**20
-"""Bytes of the layout's JSON, unpacked; as many as a payload's whole table may have."""
+"""Largest size in bytes of the layout's JSON, unpacked; a payload's whole table has the same."""
 DENSE_FACTOR = 64
-"""Deriving factors composes their weights once: entries allowed for a byte of the state."""
+"""Deriving factors composes their weights once: entries allowed for each byte of the state."""
 DENSE_ENTRIES = 2**26
 """Entries of composed weights that are allowed however small the state is."""
 
@@ -56,13 +63,13 @@ _Layout = Mapping[str, tuple[torch.dtype, list[int]]]
 
 
 @dataclass(frozen=True)
-class Base:
+class DerivedReference:
     """A state that both sides derive.
 
     Attributes:
         tensors: the state.
         reference: its hash.
-        extra: what the header says of it.
+        extra: its description in the header.
     """
 
     tensors: Tensors
@@ -70,36 +77,39 @@ class Base:
     extra: Mapping[str, Any]
 
 
-def base_of(kind: BaseKind, spec: ModelSpec, like: Mapping[str, Tensor]) -> Base:
-    """The base for a state of these names, shapes and dtypes.
+def derive_reference(
+    kind: DerivedKind, spec: ModelSpec, like: Mapping[str, Tensor]
+) -> DerivedReference:
+    """Derive a reference for states of these names, shapes and dtypes.
 
     Args:
-        kind: ``seeded`` has seeded normal values for the shared factors and zeros elsewhere;
-            ``zeros`` has nothing but zeros.
+        kind: ``seeded`` (version 0) has seeded normal values for the shared factors and zeros
+            elsewhere; ``zeros`` has zeros only.
         spec: the model.
-        like: any state of it.
+        like: any state of the model.
     """
     tensors = _derived(kind, spec, {n: (x.dtype, list(x.shape)) for n, x in like.items()})
     layout = [[name, dtype_name(value.dtype), list(value.shape)] for name, value in like.items()]
     packed = zlib.compress(json.dumps(layout, separators=(",", ":")).encode(), 9)
     text = base64.b64encode(packed).decode("ascii")
-    return Base(tensors, reference_hash(tensors), {KEY: {"kind": kind, "layout": text}})
+    extra = {KEY: {"kind": kind, "layout": text}}
+    return DerivedReference(tensors, reference_hash(tensors), extra)
 
 
-def base_from_header(
+def reference_from_header(
     extra: Mapping[str, Any] | None,
     model: Mapping[str, Any] | None,
     *,
     limit: int,
     expect: ModelSpec | None = None,
-) -> Base | None:
-    """The base that a header means; None if it means none.
+) -> DerivedReference | None:
+    """Derive the reference that a header describes; return None if it describes none.
 
     Args:
         extra: the header's field of that name.
         model: the header's field of that name.
-        limit: bytes that the state may have.
-        expect: this side's model, if it is known; the header's must be the very same.
+        limit: largest size of the state in bytes.
+        expect: this side's model, if it is known; the header's must be equal.
 
     Raises:
         MismatchError: the header's model is not the one expected.
@@ -129,15 +139,15 @@ def base_from_header(
     if spec is not None:
         _check_spec(spec, like)
     tensors = _derived(kind, spec, like)
-    return Base(tensors, reference_hash(tensors), {KEY: extra[KEY]})
+    return DerivedReference(tensors, reference_hash(tensors), {KEY: extra[KEY]})
 
 
 def _spec(model: Mapping[str, Any]) -> ModelSpec:
-    """Weights and seed; a record may hold a part of the model, so its names do not matter."""
+    """Read weights and seed; the record may contain a part of the model, so no names are read."""
     rows, seed = model["weights"], model["seed"]
     weights = {str(row[0]): plan_from_row(row) for row in rows}
     if type(seed) is not int or len(weights) != len(rows):
-        raise ValueError("the seed is no integer, or a weight stands there twice")
+        raise ValueError("the seed is not an integer, or a weight is listed twice")
     return ModelSpec(weights=weights, keys=(), seed=seed)
 
 
@@ -148,20 +158,20 @@ def _layout(text: str, limit: int) -> _Layout:
         raise ValueError("the layout is too long")
     rows = strict_json(plain.decode("utf-8"))
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
-        raise ValueError("the layout is no list of tensors")
+        raise ValueError("the layout is not a list of tensors")
     check_count(len(rows), "the layout of version 0")
     like = {name: (DTYPES[dtype], _checked_shape(shape)) for name, dtype, shape in rows}
     if len(like) != len(rows) or not all(isinstance(name, str) for name in like):
-        raise ValueError("a name is no text, or stands there twice")
+        raise ValueError("a name is not text, or is listed twice")
     check_limit(_size(like), limit, "version 0")
     return like
 
 
 def _checked_shape(shape: object) -> list[int]:
     if not isinstance(shape, list) or len(shape) > 32:
-        raise ValueError("a shape is no list of sizes")
+        raise ValueError("a shape is not a list of sizes")
     if not all(type(size) is int and 0 <= size < 2**40 for size in shape):
-        raise ValueError("a shape is no list of sizes")
+        raise ValueError("a shape is not a list of sizes")
     return shape
 
 
@@ -170,10 +180,12 @@ def _size(like: _Layout) -> int:
 
 
 def _drawn(spec: ModelSpec, like: _Layout) -> dict[str, dict[str, str]]:
-    """The weights that are drawn: those whose shared factors all stand in the layout.
+    """Return the weights to draw: those whose shared factors are all in the layout.
 
-    By name, the full name of each of these factors by its short one. Whatever else a description
-    lists costs nothing.
+    Other weights of the description are never drawn, so they cost nothing.
+
+    Returns:
+        By weight, the full name of each shared factor by its short name.
     """
     found = {}
     for weight, plan in spec.weights.items():
@@ -189,7 +201,11 @@ def _fits(entry: tuple[torch.dtype, list[int]] | None, shape: tuple[int, ...]) -
 
 
 def _check_spec(spec: ModelSpec, like: _Layout) -> None:
-    """Sizes and deviations come from a stranger: nothing is drawn before they are sound."""
+    """Raise unless sizes and deviations, which come from a stranger, are sound enough to draw.
+
+    Raises:
+        PayloadError: a number is out of range, or composed weights would be too large.
+    """
     plans = {weight: spec.weights[weight] for weight in _drawn(spec, like)}
     for weight, plan in plans.items():
         numbers = [plan.scale, plan.factor_std, plan.variance]
@@ -200,7 +216,7 @@ def _check_spec(spec: ModelSpec, like: _Layout) -> None:
                 f"{weight[:200]!r}: no factors can have shape {plan.shape}, rank {plan.rank} and "
                 f"the numbers {numbers}"
             )
-        row, most = prod(plan.shape[1:]), max(PART, _size(like))
+        row, most = prod(plan.shape[1:]), max(BLOCK_ENTRIES, _size(like))
         if row > most:
             raise PayloadError(
                 f"{weight[:200]!r}: a row of the composed weight has {row} entries; at most {most} "
@@ -212,11 +228,11 @@ def _check_spec(spec: ModelSpec, like: _Layout) -> None:
         raise PayloadError(
             f"version 0: its composed weights have {entries} entries, and at most {allowed} are "
             f"computed for a state of {_size(like)} bytes: the message is forged, or its ranks are "
-            f"far smaller than any that pays"
+            f"far too small to be useful"
         )
 
 
-def _derived(kind: BaseKind, spec: ModelSpec | None, like: _Layout) -> Tensors:
+def _derived(kind: DerivedKind, spec: ModelSpec | None, like: _Layout) -> Tensors:
     seeded: Tensors = {}
     if kind == SEEDED and spec is not None:
         for weight, keys in _drawn(spec, like).items():

@@ -1,7 +1,8 @@
-"""Contracts that plugins, built in or of third parties, inherit as their tests; need pytest.
+"""Tests that plugins inherit: the contracts of layers and stages, built in or of third parties.
 
-Also the hostile bytes that the project's own tests and adapters use. May import everything but
-``cli``.
+A public face of the core, which may import everything but ``cli``. Offers `LayerContract` and
+`StageContract`, which need pytest, and hostile bytes for the tests of codecs and adapters
+(`damaged`, `signed`, `check_refusal`), which do not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["LayerContract", "StageContract", "check_refusal", "damaged", "signed
 
 
 def __getattr__(name: str) -> Any:
-    """Import a contract when it is asked for: without pytest the rest still works."""
+    """Import a contract on first use; the rest works without pytest."""
     if name == "LayerContract":
         from fedpara_plugins.testing.layer_contract import LayerContract
 

@@ -1,7 +1,8 @@
 """Payloads as an attacker makes them: taken apart, damaged, and signed again.
 
-The checksum stops accidents and nobody else, so damage that is to reach the code behind it needs
-`signed`. Used by this project's tests and fuzzer, and useful to whoever writes a stage.
+The checksum detects accidents but stops no attacker. Damage that is to reach the code behind the
+checksum therefore needs `signed`. This project's tests and fuzzer use this module; it is also
+useful for tests of a new stage.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fedpara_plugins.errors import ConfigError, FedParaError
 __all__ = ["check_refusal", "damaged", "every_codec", "pack", "parts", "signed"]
 
 MARK = b'{\\"crc32\\":\\"'
-"""What the checksum's eight digits follow."""
+"""The bytes before the checksum's eight digits."""
 
 _STRANGE: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 255, 2**31, 2**62, 2**64, 2**70, 1.5, -0.0, 1e300, 5e-324),
@@ -35,10 +36,13 @@ _PIECES = (b"0", b"9", b"-", b"e", b".", b'"', b"[", b"]", b"{", b"}", b",", b":
 
 
 def every_codec(stages: Mapping[str, Stage]) -> dict[str, Codec]:
-    """By text, whatever can be encoded here: all presets, and each stage in several places.
+    """Return every codec that can encode here, by its text: presets, and stages in several places.
 
-    A stage stands alone, before ``zlib``, behind ``delta``, and between the two; the word
-    ``entropy`` becomes the coder that is preferred, where its library is installed.
+    Each stage is used alone, before ``zlib``, after ``delta``, and between the two. The word
+    ``entropy`` becomes the preferred coder whose library is installed.
+
+    Args:
+        stages: by name.
     """
     usable = set(decoders())
     texts = [*PRESETS, *_WITH_OPTIONS, *(name for name in stages if name not in PRESETS)]
@@ -48,7 +52,7 @@ def every_codec(stages: Mapping[str, Stage]) -> dict[str, Codec]:
     for text in texts:
         try:
             codec = parse_codec(text, stages).resolved(usable)
-        except ConfigError:  # a stage twice, or behind an entropy coder
+        except ConfigError:  # a stage twice, or after an entropy coder
             continue
         if all(stage.name in usable for stage in codec.stages if stage.entropy):
             found[text] = codec
@@ -56,15 +60,15 @@ def every_codec(stages: Mapping[str, Stage]) -> dict[str, Codec]:
 
 
 LONGEST_MESSAGE = 3000
-"""Characters of an error's text: it goes into logs, and a stranger decides what it quotes."""
+"""Largest length of an error's text in characters. It goes into logs and may quote a stranger."""
 
 
 def check_refusal(error: FedParaError) -> None:
-    """Whether bytes were refused as they should be: in words, in time, for what is wrong in them.
+    """Raise unless an error refuses bytes properly: in words, early, and for the right reason.
 
     Raises:
-        AssertionError: the text is long or holds control characters, or says that memory was
-            short or that a stage failed for a reason which it does not know.
+        AssertionError: the text is too long, has control characters, or says that memory was short
+            or that a stage failed for an unknown reason.
     """
     text = str(error)
     assert len(text) <= LONGEST_MESSAGE, f"a text of {len(text)} characters: {text[:200]!r}"
@@ -74,7 +78,7 @@ def check_refusal(error: FedParaError) -> None:
 
 
 def signed(data: bytes) -> bytes:
-    """The same bytes with a right checksum, wherever there still is a place for one."""
+    """Return the bytes with a correct checksum, if they still have a place for one."""
     place = data.find(MARK) + len(MARK)
     if place < len(MARK) or len(data) < place + 8:
         return data
@@ -83,17 +87,17 @@ def signed(data: bytes) -> bytes:
 
 
 def pack(table: Any, body: bytes = b"") -> bytes:
-    """A signed container with any table: an object to be written as JSON, or the text itself."""
+    """Return a signed container with any table: an object to write as JSON, or the text itself."""
     is_text = isinstance(table, bytes)
     text = table if is_text else json.dumps(table, separators=(",", ":")).encode()
     return signed(struct.pack("<Q", len(text)) + text + body)
 
 
 def parts(data: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
-    """The container's table, our header in it, and the body.
+    """Split a payload into the container's table, this project's header in it, and the body.
 
     Raises:
-        ValueError, KeyError, TypeError, struct.error: the bytes are no payload.
+        ValueError, KeyError, TypeError, struct.error: the bytes are not a payload.
     """
     size = 8 + struct.unpack_from("<Q", data)[0]
     table = json.loads(data[8:size])
@@ -101,11 +105,11 @@ def parts(data: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """Bytes near ``data``: its fields changed, its table, its body, or simply its bytes.
+    """Return damaged bytes: with a change in the header, the table, the body, or anywhere.
 
     Args:
         data: a payload, or what is left of one.
-        draw: decides what is done; the same state gives the same damage.
+        draw: decides on the damage; the same state gives the same damage.
     """
     try:
         table, header, body = parts(data)
@@ -129,7 +133,7 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
 
 
 def _damaged_lines(data: bytes, draw: random.Random) -> bytes:
-    """JSON lines with one of them changed, or the bytes of them all."""
+    """Change one of several JSON lines, or any of their bytes."""
     lines = data.splitlines(keepends=True)
     place = draw.randrange(len(lines))
     try:
@@ -165,7 +169,7 @@ def _damaged_bytes(data: bytes, draw: random.Random, *, keep_size: bool = False)
 
 
 def _change_somewhere(root: Any, draw: random.Random) -> None:
-    """Replace, drop, double or nudge one value anywhere in a JSON object or list."""
+    """Replace, delete, double or slightly change one value anywhere in a JSON object or list."""
     target = root
     while True:
         keys = list(target) if isinstance(target, dict) else list(range(len(target)))

@@ -1,4 +1,4 @@
-"""State dicts with the corners that codecs stumble over."""
+"""Sample state dicts with the corner cases of codecs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SAMPLE_NAMES = ("plain", "halves", "buffers", "corners", "extremes", "strided", 
 
 
 def finite_sample(name: str) -> Tensors:
-    """One of `SAMPLE_NAMES`, the same at every call; all floating values are finite."""
+    """Return the sample with one of `SAMPLE_NAMES`, equal at every call; all values are finite."""
     draw = torch.Generator().manual_seed(7)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -59,7 +59,7 @@ def finite_sample(name: str) -> Tensors:
 
 
 def nearby(tensors: Tensors) -> Tensors:
-    """A reference for ``tensors``: floating values moved a little, everything else equal."""
+    """Return a reference for ``tensors``: floating values times 0.75, all others equal."""
     return {
         name: tensor * 0.75 if tensor.dtype in REAL_DTYPES else tensor.clone()
         for name, tensor in tensors.items()
@@ -67,7 +67,7 @@ def nearby(tensors: Tensors) -> Tensors:
 
 
 def same_bits(one: Tensors, other: Tensors) -> bool:
-    """Same names in the same order, same dtypes, shapes and bytes; NaN equals itself."""
+    """Return whether names, their order, dtypes, shapes and bytes are equal; NaN equals itself."""
     return list(one) == list(other) and all(
         (a.dtype, a.shape) == (b.dtype, b.shape) and tensor_bytes(a) == tensor_bytes(b)
         for a, b in zip(one.values(), other.values(), strict=True)

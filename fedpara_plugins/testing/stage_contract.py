@@ -1,13 +1,13 @@
 # ruff: noqa: D102  (a test's name is its docstring)
-"""What every codec stage must do, as a test class to inherit.
+"""The contract of codec stages, as a pytest class to inherit.
 
 Example::
 
-class TestMyStage(StageContract):
-    stage = MyStage()
+    class TestMyStage(StageContract):
+        stage = MyStage()
 
-    def error_bound(self, tensor, reference):   # only if the stage is not lossless
-        return tensor.abs() * 0.01
+        def error_bound(self, tensor, reference):   # only if the stage is not lossless
+            return tensor.abs() * 0.01
 """
 
 from __future__ import annotations
@@ -32,27 +32,31 @@ every_sample = pytest.mark.parametrize("sample", SAMPLE_NAMES)
 
 
 class StageContract:
-    """Inherit, set ``stage``, and override `error_bound` for a lossy stage."""
+    """Tests of a stage. Inherit, set ``stage``, and override `error_bound` for a lossy stage.
+
+    Attributes:
+        stage: under test.
+    """
 
     stage: Stage
 
     def error_bound(
         self, tensor: torch.Tensor, reference: torch.Tensor | None
     ) -> torch.Tensor | float:
-        """Largest allowed |decoded - sent| for each value; asked only of a lossy stage.
+        """Return the largest allowed |decoded - sent| for each value; called for lossy stages.
 
         Args:
-            tensor: what was sent, as float64.
-            reference: the reference's tensor as float64, or None where the stage uses none.
+            tensor: the tensor that was sent, as float64.
+            reference: the reference's tensor as float64; None if the stage uses no reference.
         """
         raise NotImplementedError(f"{self.stage.name} is lossy: state its error_bound")
 
     def sample(self, name: str) -> Tensors:
-        """The tensors of a sample; override where a stage refuses some of them by intent."""
+        """Return the tensors of a sample; override if a stage refuses some of them by intent."""
         return finite_sample(name)
 
     def encoded(self, sample: str) -> tuple[Tensors, Tensors | None, Tensors, Notes]:
-        """A sample, its reference, and what the stage makes of them."""
+        """Return a sample, its reference, and the stage's tensors and notes for them."""
         tensors = self.sample(sample)
         reference = nearby(tensors) if self.stage.needs_reference else None
         coded, notes = self.stage.encode(tensors, reference=reference)
@@ -143,7 +147,7 @@ class StageContract:
     def decode_or_refuse(
         self, coded: Tensors, notes: Notes, reference: Tensors | None, limit: int
     ) -> None:
-        """Decode; either `PayloadError`, or tensors within the limit."""
+        """Decode, and check that the result is a `PayloadError` or tensors within the limit."""
         try:
             back = self.stage.decode(coded, notes, reference=reference, limit=limit)
         except PayloadError:
@@ -159,7 +163,7 @@ _STRANGE: tuple[Any, ...] = (
 
 
 def broken_notes(notes: Notes) -> Iterator[Notes]:
-    """The notes with a field left out, replaced, shortened, doubled or damaged within."""
+    """Yield the notes with a field missing, replaced, shortened, doubled or damaged inside."""
     for key, value in notes.items():
         yield {other: kept for other, kept in notes.items() if other != key}
         for strange in _STRANGE:

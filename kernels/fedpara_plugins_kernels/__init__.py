@@ -1,7 +1,7 @@
-"""Composes FedPara weights and their gradients in C++, on memory that the caller owns.
+"""FedPara weights and their gradients composed in C++, on memory that the caller owns.
 
-`fedpara_plugins.factors.fast.native` calls this; nothing here knows torch. See ``kernels.cpp`` for
-what is computed and for the meaning of the structures' fields.
+`fedpara_plugins.factors.fast.native` calls these functions; they know nothing of torch. For what
+they compute and for the meaning of the structures' fields see ``kernels.cpp``.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ __all__ = [
 ]
 
 API = 3
-"""Of these functions; `fedpara_plugins` uses one that it knows."""
+"""Version of these functions; `fedpara_plugins` calls one version only."""
 
 COLUMNS = 128
 """Work can be divided at multiples of this many columns of the weight, or rows for `linear`."""
 
 Operand = tuple[int, int, int, int, int]
-"""Addresses of x (rows, rank), a (columns, rank), dx and da (the same, or both 0), and the rank."""
+"""The addresses of x (rows, rank), a (columns, rank), and of dx and da, which have the same shapes
+or are both 0; and the rank."""
 
 Linear = tuple[int, int, int, int, int, int]
-"""The batch B of a linear layer, and addresses of inputs (B, columns), bias (rows,) or 0, output
-(B, rows), and the gradients by the output and by the inputs, the last 0 if nobody wants it."""
+"""The batch size B of a linear layer, and the addresses of inputs (B, columns), bias (rows,) or 0,
+output (B, rows), and the gradients by the output and by the inputs; the last is 0 if not needed."""
 
 _LAYOUT = struct.Struct("@2q 2f 2P 4Pq 4Pq q5P")  # `Weight` in kernels.cpp
 
@@ -56,19 +57,20 @@ def describe(
     second: Operand,
     linear: Linear = (0, 0, 0, 0, 0, 0),
 ) -> bytes:
-    """What the functions below work on: W = scale * (x1 a1ᵀ) * (x2 a2ᵀ + shift).
+    """Describe the data of the functions below: W = scale * (x1 a1ᵀ) * (x2 a2ᵀ + shift).
 
-    All addresses are of contiguous float32 in rows, 0 for what is not there; nothing checks them.
+    All addresses are of contiguous float32, in row-major order, or 0 if there is no such array.
+    Nothing checks them.
 
     Args:
         shape: of the weight, (rows, columns).
         scale: see above.
         shift: see above.
-        weight: where `compose` writes it.
-        gradient: by the weight, for `gradients`; 0 if it is that of a linear layer.
+        weight: the address that `compose` writes to.
+        gradient: the address of the weight's gradient, for `gradients`; 0 for a linear layer.
         first: x1, a1, ...
         second: x2, a2, ...
-        linear: what `linear` and, without ``gradient``, `gradients` work on.
+        linear: the arrays of `linear`, and of `gradients` without ``gradient``.
     """
     return _LAYOUT.pack(*shape, scale, shift, weight, gradient, *first, *second, *linear)
 
@@ -77,17 +79,20 @@ def compose(description: bytes, start: int, end: int) -> None:
     """Write columns ``start`` to ``end`` of the weight.
 
     Raises:
-        MemoryError: there is none to work in.
+        MemoryError: there is no memory for intermediate results.
     """
     if _compose(description, start, end):
         raise MemoryError("no memory to compose a weight in")
 
 
 def gradients(description: bytes, start: int, end: int) -> None:
-    """Write, of these columns of the weight, the rows of both da, the share of both dx, d_inputs.
+    """Write the gradients that columns ``start`` to ``end`` of the weight contribute to.
+
+    These are the columns' rows of both da, their share of both dx, and for a linear layer these
+    columns of the inputs' gradient.
 
     Raises:
-        MemoryError: there is none to work in.
+        MemoryError: there is no memory for intermediate results.
     """
     if _gradients(description, start, end):
         raise MemoryError("no memory to compute a weight's gradient in")
@@ -97,7 +102,7 @@ def linear(description: bytes, start: int, end: int) -> None:
     """Write columns ``start`` to ``end`` of the output.
 
     Raises:
-        MemoryError: there is none to work in.
+        MemoryError: there is no memory for intermediate results.
     """
     if _linear(description, start, end):
         raise MemoryError("no memory to compute a linear layer's output in")

@@ -9,7 +9,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 import fedpara_plugins as fedpara
 from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.layers import FactorisedAttentionOutput, FactorisedMultiheadAttention
-from fedpara_plugins.testing.layer_contract import LayerContract, reference_weight
+from fedpara_plugins.testing.brute_force import reference_weight
+from fedpara_plugins.testing.layer_contract import LayerContract
 
 METHODS = ("lowrank", "fedpara", "pfedpara")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedpara_plugins.optimizers import Contributions, Kept
+from fedpara_plugins.optimizers import Contributions, CorrectionState
 
 
 def tensors(value: float):
@@ -91,32 +91,32 @@ def test_one_name_of_two_nodes_that_are_there_is_two_clients():
 
 def test_a_state_that_the_server_does_not_know_is_not_taken_in():
     """The server was started anew without its state; the client is told to begin from zero."""
-    sums, kept = Contributions(), Kept()
+    sums, kept = Contributions(), CorrectionState()
     kept.end(tensors(9.0), 4)
     assert kept.begin(sums.accepted(1)) is None
-    assert take(sums, "a", 1.0, since=kept.known_round, server_round=1, node=1) == "stale"
+    assert take(sums, "a", 1.0, since=kept.confirmed_round, server_round=1, node=1) == "stale"
     assert sums.mean(1) == {}
     kept.end(tensors(10.0), 1)
     assert "start from zero" in kept.begin(sums.accepted(1))
-    assert (kept.known, kept.known_round) == (None, 0)
+    assert (kept.confirmed, kept.confirmed_round) == (None, 0)
 
 
 def test_a_confirmed_round_stands_and_an_unconfirmed_one_is_undone():
-    kept = Kept()
+    kept = CorrectionState()
     assert kept.begin(None) is None
     kept.end(tensors(1.0), 1)
     assert kept.begin(1) is None
-    assert (float(kept.known["w"][0]), kept.known_round) == (1.0, 1)
+    assert (float(kept.confirmed["w"][0]), kept.confirmed_round) == (1.0, 1)
     kept.end(tensors(2.0), 2)
     assert "never had the reply of round 2" in kept.begin(1)
-    assert (float(kept.known["w"][0]), kept.known_round, kept.last) == (1.0, 1, None)
+    assert (float(kept.confirmed["w"][0]), kept.confirmed_round, kept.pending) == (1.0, 1, None)
 
 
 def test_both_sides_agree_whatever_is_lost():
     """Replies and clients' states are lost at random; the sum is that of what clients keep."""
     generator = torch.Generator().manual_seed(1)
     sums = Contributions(remember=True)
-    kept = {client: Kept() for client in "abcde"}
+    kept = {client: CorrectionState() for client in "abcde"}
 
     def chance(limit):
         return float(torch.rand((), generator=generator)) < limit
@@ -126,23 +126,27 @@ def test_both_sides_agree_whatever_is_lost():
             if chance(0.5):
                 continue
             if chance(0.1):
-                kept[client] = Kept()
+                kept[client] = CorrectionState()
             mine = kept[client]
             mine.begin(sums.accepted(ord(client)))
-            before = 0.0 if mine.known is None else float(mine.known["w"][0])
+            before = 0.0 if mine.confirmed is None else float(mine.confirmed["w"][0])
             after = float(torch.randn((), generator=generator))
             mine.end(tensors(after), server_round)
             if not chance(0.2):
                 take(
-                    sums, client, after - before, since=mine.known_round, server_round=server_round
+                    sums,
+                    client,
+                    after - before,
+                    since=mine.confirmed_round,
+                    server_round=server_round,
                 )
     in_sum = []
     for client, mine in kept.items():
         mine.begin(sums.accepted(ord(client)))
-        in_sum.append(0.0 if mine.known is None else float(mine.known["w"][0]))
+        in_sum.append(0.0 if mine.confirmed is None else float(mine.confirmed["w"][0]))
     # Who lost its state and has not been heard since is still in the sum with its old one.
     for client, mine in kept.items():
-        if mine.known is None and client in sums.rounds:
+        if mine.confirmed is None and client in sums.rounds:
             sums._remove(client)
     assert float(sums.mean(5)["w"][0]) == pytest.approx(sum(in_sum) / 5, abs=1e-4)
     assert any(in_sum)

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins.optimizers import Guard, LocalFedDyn, LocalScaffold, Norms, share_kept
+from fedpara_plugins.optimizers import Guard, LocalFedDyn, LocalScaffold, NormHistory, share_kept
 
 
 def test_the_bound_is_tau_medians_of_the_last_updates():
-    norms = Norms(Guard(tau=2.0, window=3))
+    norms = NormHistory(Guard(tau=2.0, window=3))
     assert norms.bound() is None
     norms.add([1.0, 5.0, 2.0])
     assert norms.bound() == pytest.approx(4.0)

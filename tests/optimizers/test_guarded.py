@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from fedpara_plugins.optimizers import Guard, GuardedRounds, tell_verdict
+from fedpara_plugins.optimizers import Guard, GuardedRounds, log_outcome
 
 LOG = logging.getLogger("a test's")
 
@@ -61,6 +61,6 @@ def test_the_published_algorithm_has_no_guard(caplog):
     ],
 )
 def test_what_is_out_of_the_ordinary_is_told(caplog, verdict, exactly, words):
-    tell_verdict(LOG, "scaffold", verdict, "node 3", 7, exactly=exactly)
+    log_outcome(LOG, "scaffold", verdict, "node 3", 7, exactly=exactly)
     assert bool(caplog.records) == bool(words)
     assert re.search(words, caplog.text)

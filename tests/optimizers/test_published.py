@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fedpara_plugins.optimizers import (
+    ClientUpdate,
+    CorrectionState,
     FedDynServer,
-    Kept,
     LocalFedDyn,
     LocalScaffold,
-    Reply,
     ScaffoldServer,
 )
 
@@ -156,7 +156,7 @@ def _train(federation, model, client, server_round):
 
 def _kept(kept, server, client):
     kept.begin(server.sums.accepted(client))
-    return kept.known
+    return kept.confirmed
 
 
 def _assert_close(mine, theirs, names):
@@ -168,7 +168,7 @@ def _assert_close(mine, theirs, names):
 def test_scaffold_is_the_published_algorithm(federation, option):
     clients = Clients(federation)
     model, x, server = clients.model, dict(clients.first), ScaffoldServer(rate=RATE)
-    kept = [Kept() for _ in range(CLIENTS)]
+    kept = [CorrectionState() for _ in range(CLIENTS)]
     for server_round, chosen in enumerate(PARTICIPANTS, 1):
         c = server.variate(CLIENTS, x) or None
         replies = []
@@ -184,14 +184,14 @@ def test_scaffold_is_the_published_algorithm(federation, option):
                     (federation.loss(model, b), len(b[0])) for b in federation.batches(i, r)
                 ),
             )
-            since = kept[i].known_round
+            since = kept[i].confirmed_round
             with local:
                 _train(federation, model, i, server_round)
             result = local.result
             assert (result.steps, result.kept) == (5, 1.0)
             kept[i].end(result.own, server_round)
             names = frozenset(result.change)
-            replies.append(Reply(clients.done(i), names))
+            replies.append(ClientUpdate(clients.done(i), names))
             verdict = server.sums.take(
                 result.change, node=i, client=str(i), since=since, server_round=server_round
             )
@@ -202,13 +202,13 @@ def test_scaffold_is_the_published_algorithm(federation, option):
     _assert_close(x, theirs, shared)
     _assert_close(server.variate(CLIENTS, x), c, c)
     for mine, own in zip(kept, c_i, strict=True):
-        _assert_close(mine.last or mine.known, own, own)
+        _assert_close(mine.pending or mine.confirmed, own, own)
 
 
 def test_feddyn_is_the_published_algorithm(federation):
     clients = Clients(federation)
     model, x, server = clients.model, dict(clients.first), FedDynServer(alpha=ALPHA)
-    kept = [Kept() for _ in range(CLIENTS)]
+    kept = [CorrectionState() for _ in range(CLIENTS)]
     for server_round, chosen in enumerate(PARTICIPANTS, 1):
         replies = []
         for i in chosen:
@@ -217,13 +217,13 @@ def test_feddyn_is_the_published_algorithm(federation):
             with LocalFedDyn(model, own=own, alpha=ALPHA) as local:
                 _train(federation, model, i, server_round)
             kept[i].end(local.result.own, server_round)
-            reply = Reply(clients.done(i), frozenset(local.result.change))
+            reply = ClientUpdate(clients.done(i), frozenset(local.result.change))
             replies.append(reply)
             server.sums.take(
                 server.change(x, reply),
                 node=i,
                 client=str(i),
-                since=kept[i].known_round,
+                since=kept[i].confirmed_round,
                 server_round=server_round,
             )
         x = server.step(x, replies, clients=CLIENTS)
@@ -231,4 +231,4 @@ def test_feddyn_is_the_published_algorithm(federation):
     _assert_close(x, theirs, [k for k in theirs if k not in clients.private])
     _assert_close(server.sums.mean(CLIENTS), h, h)
     for mine, own in zip(kept, duals, strict=True):
-        _assert_close(mine.last or mine.known, own, own)
+        _assert_close(mine.pending or mine.confirmed, own, own)

@@ -110,7 +110,7 @@ def test_parameters_that_no_optimizer_moved_are_refused():
         with LocalFedDyn(model, alpha=0.1), torch.no_grad():
             model[0].weight.add_(1.0)
 
-    with pytest.raises(ConfigError, match="no step of a torch optimizer"):
+    with pytest.raises(ConfigError, match="not by a step of a torch optimizer"):
         by_hand()
 
 

@@ -14,7 +14,7 @@ from fedpara_plugins import ModelSpec
 from fedpara_plugins.codecs import parse_codec
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.references import ClientReferences, GridDownlink, PerClientDownlink
-from fedpara_plugins.references.version_zero import base_from_header, base_of
+from fedpara_plugins.references.version_zero import derive_reference, reference_from_header
 from fedpara_plugins.testing.hostile import check_refusal, damaged, parts
 
 LIMIT = 10**5
@@ -93,7 +93,7 @@ def test_the_messages_are_sound(messages, spec):
 @given(base=json_like, model=json_like)
 def test_any_description_of_version_zero(base, model):
     try:
-        found = base_from_header({"base": base}, model, limit=LIMIT)
+        found = reference_from_header({"base": base}, model, limit=LIMIT)
     except PayloadError as error:
         check_refusal(error)
     else:
@@ -107,11 +107,11 @@ def test_any_value_in_a_row_of_a_model(spec, place, value):
     described = spec.to_json()
     described["weights"][0][place] = value
     state = {name: torch.zeros(shape) for name, shape in spec.shared_shapes().items()}
-    extra = base_of("zeros", spec, state).extra
+    extra = derive_reference("zeros", spec, state).extra
     extra = {"base": {**extra["base"], "kind": "seeded"}}
     for attempt in (
         lambda: ModelSpec.from_json(described, tuple(state), limit=LIMIT).initial_private(),
-        lambda: base_from_header(extra, described, limit=LIMIT),
+        lambda: reference_from_header(extra, described, limit=LIMIT),
         lambda: spec.check_described(described, here="here", there="there"),
     ):
         try:

@@ -335,4 +335,4 @@ def test_memory_of_payloads_is_bounded(helpers):
         exchange.state = helpers.moved(exchange.state, seed)
     for seed in range(per_client_module.REMEMBERED + 3):
         exchange.round(str(seed))
-    assert len(exchange.downlink._encoded["model"][1]) <= per_client_module.REMEMBERED
+    assert len(exchange.downlink._encoded) <= per_client_module.REMEMBERED

@@ -16,7 +16,12 @@ import fedpara_plugins as fedpara
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.factors.initialise import seeded_shared
 from fedpara_plugins.references import version_zero
-from fedpara_plugins.references.version_zero import SEEDED, ZEROS, base_from_header, base_of
+from fedpara_plugins.references.version_zero import (
+    SEEDED,
+    ZEROS,
+    derive_reference,
+    reference_from_header,
+)
 from fedpara_plugins.stages.stage import MAX_TENSORS
 
 
@@ -27,13 +32,13 @@ def model(helpers):
 
 def through_header(base, spec, limit=10**6):
     extra, described = json.loads(json.dumps([base.extra, spec.to_json()]))
-    return base_from_header(extra, described, limit=limit)
+    return reference_from_header(extra, described, limit=limit)
 
 
 @pytest.mark.parametrize("kind", [SEEDED, ZEROS])
 def test_the_header_alone_gives_the_very_state(model, helpers, kind):
     spec = fedpara.ModelSpec.of(model)
-    base = base_of(kind, spec, model.state_dict())
+    base = derive_reference(kind, spec, model.state_dict())
     found = through_header(base, spec)
     assert found.reference == base.reference
     assert list(found.tensors) == list(model.state_dict())
@@ -42,7 +47,7 @@ def test_the_header_alone_gives_the_very_state(model, helpers, kind):
 
 def test_a_model_that_starts_seeded_differs_only_where_it_is_dense(model, helpers):
     spec = fedpara.ModelSpec.of(model)
-    zero = base_of(SEEDED, spec, model.state_dict()).tensors
+    zero = derive_reference(SEEDED, spec, model.state_dict()).tensors
     factors = {"0.x1", "0.y1", "0.x2", "0.y2"}
     for name, value in model.state_dict().items():
         if name in factors:
@@ -84,7 +89,7 @@ def test_seeded_weights_have_the_target_variance(method, tanh):
 
 def test_private_factors_have_no_part_in_it():
     net = fedpara.convert(nn.Sequential(nn.Linear(64, 64)), method="pfedpara", init="seeded")
-    zero = base_of(SEEDED, fedpara.ModelSpec.of(net), fedpara.split(net).shared).tensors
+    zero = derive_reference(SEEDED, fedpara.ModelSpec.of(net), fedpara.split(net).shared).tensors
     assert set(zero) == {"0.x1", "0.y1", "0.bias"}
 
 
@@ -114,8 +119,8 @@ def test_a_zero_padding_row_stays_zero():
 
 
 def test_without_a_base_in_the_header_there_is_none():
-    assert base_from_header(None, None, limit=1) is None
-    assert base_from_header({"other": 1}, None, limit=1) is None
+    assert reference_from_header(None, None, limit=1) is None
+    assert reference_from_header({"other": 1}, None, limit=1) is None
 
 
 def pack(rows):
@@ -148,14 +153,14 @@ def pack(rows):
 )
 def test_forged_descriptions_raise_nothing_but_payload_error(forged):
     with pytest.raises(PayloadError):
-        base_from_header({"base": forged}, {}, limit=10**6)
+        reference_from_header({"base": forged}, {}, limit=10**6)
 
 
 def test_a_layout_that_unpacks_to_too_much_is_refused(monkeypatch):
     monkeypatch.setattr(version_zero, "LONGEST_LAYOUT", 100)
     forged = {"kind": "zeros", "layout": pack([["x" * 200, "F32", [1]]])}
     with pytest.raises(PayloadError, match="too long"):
-        base_from_header({"base": forged}, {}, limit=10**6)
+        reference_from_header({"base": forged}, {}, limit=10**6)
 
 
 def layout_of(row):
@@ -168,7 +173,7 @@ def layout_of(row):
 
 def seeded(layout, rows, limit=10**8):
     header = {"base": {"kind": "seeded", "layout": pack(layout)}}
-    return base_from_header(header, {"seed": 0, "weights": rows}, limit=limit)
+    return reference_from_header(header, {"seed": 0, "weights": rows}, limit=limit)
 
 
 SOUND = ["weight", "fedpara", [10, 12], 3, [1.0, 1.0, 0.0, 1.0], False]
@@ -252,13 +257,13 @@ def test_composed_weights_that_no_such_state_has_are_refused(rows, said, drawn):
 def test_the_state_of_another_model_than_expected_is_not_derived(model, drawn):
     spec = fedpara.ModelSpec.of(model)
     other = fedpara.ModelSpec.of(fedpara.convert(nn.Linear(64, 32), method="fedpara", gamma=0.9))
-    base = base_of(SEEDED, spec, model.state_dict())
+    base = derive_reference(SEEDED, spec, model.state_dict())
     drawn.clear()
     given = {"limit": 10**8, "expect": other}
     with pytest.raises(MismatchError, match="this side"):
-        base_from_header(base.extra, spec.to_json(), **given)
+        reference_from_header(base.extra, spec.to_json(), **given)
     assert drawn == []
-    same = base_from_header(base.extra, spec.to_json(), limit=10**8, expect=spec)
+    same = reference_from_header(base.extra, spec.to_json(), limit=10**8, expect=spec)
     assert same.reference == base.reference
 
 
@@ -266,4 +271,4 @@ def test_more_tensors_than_a_payload_may_have_are_refused():
     many = [[str(i), "U8", [0]] for i in range(MAX_TENSORS + 1)]
     header = {"base": {"kind": "zeros", "layout": pack(many)}}
     with pytest.raises(PayloadError, match="65537 tensors"):
-        base_from_header(header, None, limit=10**6)
+        reference_from_header(header, None, limit=10**6)

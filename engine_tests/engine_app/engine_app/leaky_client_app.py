@@ -6,20 +6,20 @@ from typing import Any
 
 from engine_app import client_app
 from fedpara_plugins.exchange import client_round
-from fedpara_plugins.references import coded
+from fedpara_plugins.references import downlink
 
 app = client_app.app
 
 _outgoing = client_round.outgoing
-_shared_names = coded.shared_names
+_shared_names = downlink.shared_names
 
 
 def _everything(*args: Any, **kwargs: Any) -> Any:
-    coded.shared_names = lambda spec: spec.keys
+    downlink.shared_names = lambda spec: spec.keys
     try:
         return _outgoing(*args, **kwargs)
     finally:
-        coded.shared_names = _shared_names
+        downlink.shared_names = _shared_names
 
 
 client_round.outgoing = _everything

@@ -1,7 +1,8 @@
-"""Memory for composed weights that is used again in the next step.
+"""Memory for composed weights that the next step uses again.
 
-A weight lives from a forward pass to its backward pass and is as large as a dense one. Taken from
-the operating system anew each time, its pages cost more than its arithmetic does for small batches.
+A weight lives from a forward pass to its backward pass and is as large as a dense one. If each step
+took its memory anew from the operating system, the pages would cost more than the arithmetic does
+for small batches.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from torch import Tensor
 __all__ = ["clear", "empty"]
 
 SMALLEST = 1 << 20
-"""Bytes below which torch's allocator keeps memory by itself."""
+"""Size in bytes below which torch's allocator keeps freed memory itself."""
 
 _free: dict[int, list[mmap.mmap]] = {}
-"""By size. Lists and dictionaries alone, without a lock: memory may come back at any moment, in any
-thread, and in a process that was forked while another thread was here."""
+"""Free memory by size. Lists and dictionaries alone, without a lock: memory may be returned at any
+moment, in any thread, and in a process that was forked while another thread was in this module."""
 
 
 class _Lease(weakref.ref[Any]):
-    """Notices that torch has let go of memory, with less around it than `weakref.finalize` has."""
+    """Reference that tells when torch has released memory; cheaper than `weakref.finalize`."""
 
     __slots__ = ("memory",)
 
@@ -36,10 +37,16 @@ _leases: dict[int, _Lease] = {}
 
 
 def empty(like: Tensor, rows: int, columns: int) -> Tensor:
-    """An uninitialised (rows, columns) of the dtype and device of another tensor.
+    """Return an uninitialised tensor of shape (rows, columns).
 
-    Large ones on the CPU of a POSIX system use memory again that has come back, and it comes back
-    when nothing refers to it any more: no view, no graph. It is never more than was in use at once.
+    Large tensors on the CPU of a POSIX system use returned memory again. Memory is returned when
+    nothing refers to it any more: no tensor, no view, no graph. This module never keeps more memory
+    than was in use at once.
+
+    Args:
+        like: a tensor of the wanted dtype and device.
+        rows: the number of rows.
+        columns: the number of columns.
     """
     size = rows * columns * like.element_size()
     if size < SMALLEST or like.device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
@@ -50,20 +57,20 @@ def empty(like: Tensor, rows: int, columns: int) -> Tensor:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
-    # torch holds what it was given as long as any tensor uses it.
-    held = (ctypes.c_char * size).from_buffer(memory)
-    lease = _Lease(held, _came_back)
+    # torch refers to this object as long as any tensor uses the memory.
+    owner = (ctypes.c_char * size).from_buffer(memory)
+    lease = _Lease(owner, _take_back)
     lease.memory = memory
     _leases[id(lease)] = lease
-    # Not by `view`: of views that several outputs of a node are, torch refuses to change any.
-    return torch.frombuffer(held, dtype=like.dtype).resize_(rows, columns)
+    # No `view`: where several outputs of a node are views, torch refuses to change any in place.
+    return torch.frombuffer(owner, dtype=like.dtype).resize_(rows, columns)
 
 
-def _came_back(lease: _Lease) -> None:
+def _take_back(lease: _Lease) -> None:
     _leases.pop(id(lease), None)
     _free.setdefault(len(lease.memory), []).append(lease.memory)
 
 
 def clear() -> None:
-    """Give all that is not in use back to the operating system."""
+    """Return all memory that is not in use to the operating system."""
     _free.clear()

@@ -1,8 +1,8 @@
-"""When a hand-written function may run, and when torch's own operations must.
+"""Conditions under which a hand-written function may run, and torch's own operations must.
 
 The functions of this folder are ordinary nodes of autograd: they work with double backward,
 checkpoints, hooks on saved tensors and autocast. What rewrites or records operations (the compiler,
-`torch.func`, forward mode, tracing, subclasses of tensors) gets torch's own operations instead.
+`torch.func`, forward mode, tracing, tensor subclasses) gets torch's own operations instead.
 """
 
 from __future__ import annotations
@@ -36,43 +36,44 @@ FALLBACKS = (
     "tracing, modes of dispatch (fake tensors, counters of operations), with gradients enabled in "
     "inference mode and for tensor subclasses weights are composed by torch's own operations"
 )
-"""For `fedpara doctor`."""
+"""Text for `fedpara doctor`."""
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
 def rewritten() -> bool:
-    """Whether operations are compiled, traced, transformed, dualised or unrecorded just now."""
+    """Return whether operations are now compiled, traced, transformed, dualised or unrecorded."""
     return (
         torch.compiler.is_compiling()
         or is_tracing()
         or are_functorch_transforms_active()
         or in_forward_mode()
-        # Fake tensors, counters of operations, selective checkpoints: they must see operations.
+        # Fake tensors, counters of operations and selective checkpoints must see operations.
         or count_dispatch_modes() > 0
-        # torch's own operations record nothing then, whatever is enabled inside; a `Function` does.
+        # In inference mode torch's own operations record nothing, even with gradients enabled
+        # inside; a `Function` would.
         or (torch.is_inference_mode_enabled() and torch.is_grad_enabled())
     )
 
 
 def differentiates(gradient: Tensor) -> bool:
-    """Whether a backward pass with this gradient must itself be made of torch's own operations.
+    """Return whether a backward pass with this gradient must consist of torch's own operations.
 
-    Somebody differentiates it again, rewrites it, or takes many gradients at once.
+    It must if the pass is differentiated again, is rewritten, or takes many gradients at once.
     """
-    # By `autograd.grad(..., is_grads_batched=True)`, which is no transform of torch.func.
+    # `autograd.grad(..., is_grads_batched=True)` batches; it is no transform of torch.func.
     return torch.is_grad_enabled() or rewritten() or is_legacy_batchedtensor(gradient)
 
 
 def may_run(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a hand-written function may compute what these tensors (None: no tensor) give."""
+    """Return whether a hand-written function may compute with these tensors (None: no tensor)."""
     if rewritten():
         return False
     first = tensors[0]
     if first is None or not first.dtype.is_floating_point:
         return False
     dtype, device = first.dtype, first.device
-    for tensor in tensors:  # a loop: this runs before each layer, and `all` takes longer
+    for tensor in tensors:  # a loop, since this runs before each layer and `all` takes longer
         if tensor is not None and not (
             type(tensor) in _PLAIN and tensor.dtype is dtype and tensor.device == device
         ):
@@ -81,16 +82,16 @@ def may_run(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """For weights that stand for parameters: autocast leaves those as they are."""
+    """Return a context without autocast, for weights in place of parameters: those are not cast."""
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
 
 def as_autocast_casts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors as a matrix product would see them: cast where autocast is on.
+    """Cast the tensors as autocast does for a matrix product, if it is on.
 
-    As there, float64 stays as it is. The cast is differentiable: gradients have the old dtype.
+    As there, float64 stays as it is. The cast is differentiable: gradients keep the old dtype.
     """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):

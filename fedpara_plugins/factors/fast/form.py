@@ -1,8 +1,8 @@
-"""The forms of weight that have a hand-written way to be computed.
+"""The forms of weight that hand-written functions can compute.
 
-All of this project's methods are W = s W1 or W = s W1 * (W2 + c), c being 0 or 1, with or without
-tanh around each operand. A method with another ``combine`` function has no form: its weights are
-composed by torch's own operations, with the same result.
+All of this project's methods have W = s W1 or W = s W1 * (W2 + c), where c is 0 or 1, with or
+without tanh around each operand. A method with another ``combine`` function has no form: torch's
+own operations compose its weights, with the same result.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Form(NamedTuple):
     Attributes:
         operands: 1 or 2.
         plus_one: whether 1 is added to the second operand.
-        gains: what each operand is multiplied with; without tanh the first carries s.
-        tanh: whether each operand then goes through tanh.
-        bound: what multiplies the result; 1 without tanh.
+        gains: the multiplier of each operand; without tanh the first one carries s.
+        tanh: whether each operand then passes through tanh.
+        bound: the multiplier of the result; 1 without tanh.
     """
 
     operands: int
@@ -43,28 +43,29 @@ _KNOWN: dict[Callable[..., object], tuple[int, bool]] = {
     combine_fedpara: (2, False),
     combine_pfedpara: (2, True),
 }
-"""By the function itself: a third party's of the same name may compute something else."""
+"""Number of operands and `Form.plus_one` by the combining function. The key is the function itself,
+since another method of the same name may compute something else."""
 
 
 def by_operand(factors: Sequence[T], operands: int) -> list[Sequence[T]]:
-    """What belongs to each operand: of x1, y1, x2, ... (x, y), of a kernel's factors (x, y, t)."""
+    """Group the factors x1, y1, x2, ... by operand: (x, y) of a matrix, (x, y, t) of a kernel."""
     size = len(factors) // operands
     return [factors[at : at + size] for at in range(0, len(factors), size)]
 
 
 def is_known(method: Method) -> bool:
-    """Whether weights of this method have a form."""
+    """Return whether weights of this method have a form."""
     return _KNOWN.get(method.combine, (0, False))[0] == method.operands
 
 
 def form_of(method: Method, gains: tuple[float, ...], *, tanh: bool, bound: float) -> Form | None:
-    """Return the form of a method's weights; None if the method is none of those known here.
+    """Return the form of a method's weights; None if the method has none.
 
     Args:
         method: combines the operands.
-        gains: what each operand is multiplied with.
-        tanh: whether each operand then goes through tanh.
-        bound: what multiplies the result.
+        gains: the multiplier of each operand.
+        tanh: whether each operand then passes through tanh.
+        bound: the multiplier of the result.
     """
     if not is_known(method):
         return None

@@ -1,4 +1,4 @@
-"""Which way a linear layer takes from factors and inputs to its output."""
+"""The choice of the fastest computation of a linear layer's output from factors and inputs."""
 
 from __future__ import annotations
 
@@ -20,45 +20,46 @@ from fedpara_plugins.factors.fast.linear_fused import linear_fused
 __all__ = ["linear_from_factors"]
 
 FACTORS_COST = 1.25
-"""Measured time of `linear_by_factors` per multiplication, that of composing by torch = 1."""
+"""Measured time of `linear_by_factors` per multiplication, relative to composing by torch."""
 
 FACTORS_COST_NATIVE = 1.6
-"""The same next to `linear_fused`,"""
+"""Measured time of `linear_by_factors` per multiplication, relative to `linear_fused`."""
 
 FACTORS_START_NATIVE = 40_000_000
-"""and how many multiplications the latter does while the former, in many small steps, starts."""
+"""Multiplications that `linear_fused` makes in the time that `linear_by_factors`, which makes many
+small steps, takes to start."""
 
 BLOCKS_BYTES = 32 << 20
-"""From this size on torch composes the blocks of a weight twice, forward and backward, in less time
-than its passes through memory over the whole take. The kernels make no such passes."""
-
+"""Size of a weight from which on torch composes its blocks twice, in forward and backward, in less
+time than its passes through memory take over the whole weight. The native library makes no such
+passes."""
 
 FUSED_INPUTS = 256
-"""Up to so many inputs the kernels multiply a weight that never exists as a whole; torch's products
-with more of them are fast enough to pay for one that does."""
+"""Largest number of inputs that the native library multiplies with a weight that never exists as a
+whole. With more inputs torch's products are fast enough to compose the whole weight first."""
 
 
 class PlannedMatrix(Protocol):
-    """What a `WeightPlan` of a matrix (m, n) is here."""
+    """The part of a `WeightPlan` of a matrix (m, n) that this module needs."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(m, n)."""
+        """Return (m, n)."""
 
     @property
     def rank(self) -> int:
-        """R of every operand."""
+        """Return the rank R of every operand."""
 
     @property
     def form(self) -> Form | None:
-        """How the operands make the weight; None if no function here computes it."""
+        """Return how operands make the weight; None if no hand-written function computes it."""
 
     @property
     def recompute(self) -> bool | None:
-        """Whether backward computes products again; None lets their size decide."""
+        """Return whether backward computes products again; None lets the size decide."""
 
     def ordered(self, factors: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return x1, y1, x2, y2 as far as there are any."""
+        """Return those of x1, y1, x2, y2 that there are, in this order."""
 
     def compose_plainly(self, ordered: Sequence[Tensor]) -> Tensor:
         """Return W (m, n), composed by torch's own operations."""
@@ -67,13 +68,16 @@ class PlannedMatrix(Protocol):
 def linear_from_factors(
     plan: PlannedMatrix, factors: Mapping[str, Tensor], inputs: Tensor, bias: Tensor | None
 ) -> Tensor | None:
-    """Give x Wᵀ + b, shape (..., m); None where W is to be composed as for any other layer.
+    """Compute x Wᵀ + b, unless it is better to compose W as for any other layer.
 
     Args:
         plan: of a matrix (m, n).
         factors: by name.
         inputs: x, shape (..., n).
         bias: b, shape (m,), or None.
+
+    Returns:
+        The output, shape (..., m); None if the caller is to compose W.
     """
     form = plan.form
     if form is None or not _fits(plan, inputs) or _frozen(factors, inputs, bias):
@@ -100,21 +104,24 @@ def linear_from_factors(
 
 
 def _fits(plan: PlannedMatrix, inputs: Tensor) -> bool:
-    """Whether they are rows of as many features as the layer has; torch says what is wrong."""
+    """Return whether the inputs are rows of n features; torch raises errors for others."""
     if inputs.is_nested or inputs.layout is not torch.strided or not inputs.dim():
         return False
     return inputs.shape[-1] == plan.shape[1]
 
 
 def _frozen(factors: Mapping[str, Tensor], inputs: Tensor, bias: Tensor | None) -> bool:
-    """Whether gradients pass a layer that learns nothing: a dense one does not keep its inputs."""
+    """Return whether gradients pass through a layer that is not trained.
+
+    A dense layer then does not hold its inputs for backward, and neither may this one.
+    """
     if not torch.is_grad_enabled() or any(f.requires_grad for f in factors.values()):
         return False
     return inputs.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def _as_planned(plan: PlannedMatrix, factors: Mapping[str, Tensor], bias: Tensor | None) -> bool:
-    """Whether they have the planned shapes; torch broadcasts others, or says what is wrong."""
+    """Return whether factors and bias have the planned shapes; torch broadcasts, or raises."""
     m, n = factors["x1"].shape[0], factors["y1"].shape[0]
     return (m, n) == plan.shape and (bias is None or bias.shape == (m,))
 
@@ -134,7 +141,7 @@ def _plus(output: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _by_blocks(plan: PlannedMatrix, kernels: bool) -> bool:
-    """Whether the weight is never to exist as a whole: by its size in float32, or as asked for."""
+    """Return whether to compose by blocks, by the weight's size in float32 or ``recompute``."""
     large = 4 * plan.shape[0] * plan.shape[1] >= BLOCKS_BYTES
     if kernels:
         return large and plan.recompute is True
@@ -142,7 +149,7 @@ def _by_blocks(plan: PlannedMatrix, kernels: bool) -> bool:
 
 
 def _few(plan: PlannedMatrix, inputs: int, kernels: bool) -> bool:
-    """Whether inputs are so few that products with factors cost less than composing."""
+    """Return whether inputs are so few that products with factors cost less than composing."""
     (m, n), rank = plan.shape[:2], plan.rank
     cost, start = (FACTORS_COST_NATIVE, FACTORS_START_NATIVE) if kernels else (FACTORS_COST, 0)
     by_factors = start + cost * 2 * inputs * rank * rank * (4 * m + 3 * n)

@@ -1,7 +1,7 @@
 """A linear layer's output from factors, a block of the weight's rows at a time.
 
-No tensor of the weight's size is ever made: a block is composed, used for the output (in backward:
-for all its gradients, composed once more) and dropped while it is still in the cache.
+No tensor of the weight's size is ever made. Forward composes a block, uses it for the output, and
+drops it while it is still in the cache; backward composes it once more for all its gradients.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from torch import Tensor
 
 from fedpara_plugins.factors.fast.conditions import differentiates
 from fedpara_plugins.factors.fast.form import Form
-from fedpara_plugins.factors.fast.weight import (
+from fedpara_plugins.factors.fast.operands import (
     FactorGradients,
-    Plain,
-    combined,
-    differentiable,
+    combine_into,
     operands_of,
     products,
     row_blocks,
 )
+from fedpara_plugins.factors.fast.weight import Plain, differentiable_gradients
 
 __all__ = ["linear_by_blocks"]
 
@@ -30,13 +29,13 @@ __all__ = ["linear_by_blocks"]
 def linear_by_blocks(
     form: Form, inputs: Tensor, factors: Sequence[Tensor], *, plain: Plain
 ) -> Tensor:
-    """Give x Wᵀ, shape (B, m).
+    """Compute x Wᵀ, shape (B, m).
 
     Args:
         form: how the operands make the weight.
         inputs: x, shape (B, n).
-        factors: as for `fedpara_plugins.factors.fast.weight.compose`, of a matrix.
-        plain: from x and the factors the same with torch's own operations.
+        factors: of a matrix, as for `fedpara_plugins.factors.fast.weight.compose`.
+        plain: the same by torch's own operations, from x and the factors.
     """
     output: Tensor = _ByBlocks.apply(form, plain, inputs, *factors)  # type: ignore[no-untyped-call]
     return output
@@ -50,7 +49,7 @@ class _ByBlocks(torch.autograd.Function):
         output = inputs.new_empty(inputs.shape[0], m)
         for rows in row_blocks(m, n, inputs.element_size()):
             values = products(form, operands, rows)
-            combined(form, values, values[0])
+            combine_into(values[0], form, values)
             output[:, rows] = inputs @ values[0].T
         ctx.form, ctx.plain = form, plain
         ctx.save_for_backward(inputs, *factors)
@@ -62,7 +61,8 @@ class _ByBlocks(torch.autograd.Function):
         inputs, *factors = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
         if differentiates(gradient):
-            return None, None, *differentiable(ctx.plain, (inputs, *factors), gradient, needed)
+            found = differentiable_gradients(ctx.plain, (inputs, *factors), gradient, needed)
+            return None, None, *found
         operands = operands_of(form, factors)
         gradients = FactorGradients(form, operands, needed[1:])
         d_inputs = torch.zeros_like(inputs) if needed[0] else None
@@ -72,6 +72,6 @@ class _ByBlocks(torch.autograd.Function):
             if any(needed[1:]):
                 gradients.add(rows, own.T @ inputs, values)
             if d_inputs is not None:
-                combined(form, values, values[0])
+                combine_into(values[0], form, values)
                 d_inputs.addmm_(own, values[0])
         return None, None, d_inputs, *gradients.result()

@@ -1,13 +1,13 @@
-"""A linear layer's output without its weight: products of inputs with factors alone.
+"""A linear layer's output without its weight, from products of inputs and factors alone.
 
 With W = (X1 Y1ᵀ) * (X2 Y2ᵀ) an output is
 
     y_o = sum_p X1_op sum_q X2_oq M_pq        M_pq = sum_i x_i Y1_ip Y2_iq
 
-that is, 2 R² (m + n) multiplications and additions for each input where a dense layer has 2 m n:
-about twice as many at the smallest rank that can be full (R² = m), whatever the batch. To compose
-first costs a dense layer's (1 + 2 R / B) times. Fewer inputs than about 2 R are cheaper here.
-1 in W1 * (W2 + 1) is one more column of ones in X2 and in Y2.
+This takes 2 R² (m + n) multiplications and additions for each input, where a dense layer takes
+2 m n: about twice as many at the smallest rank that can be full (R² = m), for any batch size B.
+Composing first costs (1 + 2 R / B) times as much as a dense layer, so fewer inputs than about 2 R
+are cheaper here. For the 1 in W1 * (W2 + 1), X2 and Y2 get one more column of ones.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from torch import Tensor
 
 from fedpara_plugins.factors.fast.conditions import differentiates
 from fedpara_plugins.factors.fast.form import Form
-from fedpara_plugins.factors.fast.weight import Plain, differentiable
+from fedpara_plugins.factors.fast.weight import Plain, differentiable_gradients
 
 __all__ = ["linear_by_factors"]
 
 CHUNK_BYTES = 2 << 20
-"""Of one product of some inputs with a factor, (inputs, R, n)."""
+"""Size of one product of some inputs with a factor, (inputs, R, n)."""
 
 
 def linear_by_factors(
     form: Form, inputs: Tensor, factors: Sequence[Tensor], *, plain: Plain
 ) -> Tensor:
-    """Give x Wᵀ, shape (B, m), of a weight of two operands without tanh.
+    """Compute x Wᵀ, shape (B, m), for a weight of two operands without tanh.
 
     Args:
         form: how the operands make the weight.
         inputs: x, shape (B, n).
         factors: x1, y1, x2, y2.
-        plain: from x and the factors the same with torch's own operations.
+        plain: the same by torch's own operations, from x and the factors.
     """
     output: Tensor = _ByFactors.apply(form, plain, inputs, *factors)  # type: ignore[no-untyped-call]
     return output
@@ -64,7 +64,8 @@ class _ByFactors(torch.autograd.Function):
         inputs, *factors, inner = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
         if differentiates(gradient):
-            return None, None, *differentiable(ctx.plain, (inputs, *factors), gradient, needed)
+            found = differentiable_gradients(ctx.plain, (inputs, *factors), gradient, needed)
+            return None, None, *found
         x1, y1, x2, y2 = own = _columns(ctx.form, factors)
         d_x1, d_y1, d_x2, d_y2 = (torch.zeros_like(factor) for factor in own)
         d_inputs = torch.empty_like(inputs)
@@ -81,12 +82,12 @@ class _ByFactors(torch.autograd.Function):
             d_y1 += (dz * x.unsqueeze(1)).sum(0)
             d_inputs[rows] = dz.mul_(y1).sum(1)
         gain, second = ctx.form.gains[0], x2.shape[0] - ctx.form.plus_one
-        found = (d_x1.T * gain, d_y1.T, d_x2[:second].T, d_y2[:second].T)
-        return None, None, d_inputs, *found
+        d_factors = (d_x1.T * gain, d_y1.T, d_x2[:second].T, d_y2[:second].T)
+        return None, None, d_inputs, *d_factors
 
 
 def _columns(form: Form, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """x1, y1, x2, y2 with their columns first, (R, m or n); the scalar and the 1 in them."""
+    """Transpose x1, y1, x2, y2 to (R, m or n), with the scalar and the 1 included."""
     x1, y1, x2, y2 = factors
     second = [_with_ones(factor) if form.plus_one else factor.T.contiguous() for factor in (x2, y2)]
     return (x1.T * form.gains[0]).contiguous(), y1.T.contiguous(), *second
@@ -97,12 +98,12 @@ def _with_ones(factor: Tensor) -> Tensor:
 
 
 def _outer(inputs: Tensor, factor: Tensor) -> Tensor:
-    """Every row of the inputs times every column of the factor, elementwise: (B R, n)."""
+    """Multiply every row of the inputs by every column of the factor, elementwise: (B R, n)."""
     return (inputs.unsqueeze(1) * factor).flatten(0, 1)
 
 
 def _chunks(inputs: Tensor, rank: int, m: int) -> Iterator[tuple[slice, slice]]:
-    """Inputs that are taken together, and what of (B R) belongs to them."""
+    """Yield slices of inputs to compute together, each with its slice of (B R)."""
     size = rank * max(m, inputs.shape[1]) * inputs.element_size()
     step = max(1, CHUNK_BYTES // size)
     for start in range(0, inputs.shape[0], step):

@@ -1,9 +1,9 @@
-"""A linear layer's output and gradients from a weight that never exists as a whole.
+"""A linear layer's output and gradients by the native library, without the whole weight.
 
-With the kernels, a block of the weight is composed and multiplied with the inputs while it is in
-the cache, and the gradient by the weight is computed a tile at a time and taken back to the factors
-at once. What torch would do instead, matrix products that read and write all of it, takes longer
-for few inputs.
+The library composes a block of the weight and multiplies it with the inputs while the block is in
+the cache. It computes the weight's gradient a tile at a time, and at once from each tile the
+gradients of the factors. For few inputs this takes less time than torch's matrix products, which
+read and write the whole weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from fedpara_plugins.factors.fast import native
 from fedpara_plugins.factors.fast.conditions import differentiates
 from fedpara_plugins.factors.fast.form import Form
-from fedpara_plugins.factors.fast.weight import Plain, differentiable
+from fedpara_plugins.factors.fast.weight import Plain, differentiable_gradients
 
 __all__ = ["linear_fused"]
 
@@ -30,14 +30,14 @@ def linear_fused(
     *,
     plain: Plain,
 ) -> Tensor:
-    """Give x Wᵀ + b, shape (..., m).
+    """Compute x Wᵀ + b, shape (..., m).
 
     Args:
         form: how the operands make the weight.
         inputs: x, shape (..., n).
-        factors: of a matrix, such that `fedpara_plugins.factors.fast.native.serves` them.
+        factors: of a matrix; `fedpara_plugins.factors.fast.native.serves` must accept them.
         bias: b, shape (m,), or None.
-        plain: from x, b and the factors the same with torch's own operations.
+        plain: the same by torch's own operations, from x, b and the factors.
     """
     output: Tensor = _Fused.apply(form, plain, inputs, bias, *factors)  # type: ignore[no-untyped-call]
     return output
@@ -59,10 +59,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        given = ctx.saved_tensors  # once: a checkpoint gives them no second time
+        given = ctx.saved_tensors  # read once: a checkpoint does not return them again
         needed = ctx.needs_input_grad[2:]
         if differentiates(gradient):
-            return None, None, *differentiable(ctx.plain, given, gradient, needed)
+            return None, None, *differentiable_gradients(ctx.plain, given, gradient, needed)
         inputs, _, *factors = given
         for_inputs, for_bias, *for_factors = needed
         d_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if for_bias else None

@@ -1,76 +1,44 @@
-"""Weights composed by the optional distribution fedpara-plugins-kernels, where it is installed.
+"""Weights and linear layers computed by fedpara-plugins-kernels, if that is installed.
 
-It serves the common case only: two operands without tanh, all of float32, on a CPU. What it does
-not serve goes on as without it.
+The distribution serves the common case only: two operands without tanh, all of float32, on a CPU.
+Every other case is computed as if it were not installed.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
-from itertools import pairwise
+from collections.abc import Sequence
 from math import prod
-from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedpara_plugins.factors.fast import buffers
 from fedpara_plugins.factors.fast.form import Form, by_operand
+from fedpara_plugins.factors.fast.native_library import find_kernels, run_parts, split_work
 
-__all__ = ["Found", "compose", "found", "gradients", "linear", "linear_gradients", "serves"]
-
-API = 3
-"""Of the distribution's functions that this module knows how to call."""
-
-PARALLEL = 4_000_000
-"""Multiplications of one product from which on it is worth to wake further threads."""
-
-
-class Found(NamedTuple):
-    """The distribution, as it was found: ``level`` and ``text`` are for `fedpara doctor`."""
-
-    kernels: Any
-    level: Literal["ok", "note", "attention"]
-    text: str
-
-
-@cache
-def found() -> Found:
-    """Look for it, once; ``kernels`` is None where it is not there or cannot be used."""
-    try:
-        import fedpara_plugins_kernels as kernels
-    except ModuleNotFoundError:
-        return Found(None, "note", "not installed; with it weights are composed faster on x86-64")
-    except (ImportError, OSError) as error:
-        return Found(None, "attention", f"cannot be loaded, torch composes instead: {error}")
-    if kernels.API != API:
-        text = f"{kernels.__version__} does not fit this version: install both from one release"
-        return Found(None, "attention", text)
-    text = f"{kernels.__version__}: composes weights of float32 on the CPU, without tanh"
-    return Found(kernels, "ok", text)
+__all__ = ["compose", "gradients", "linear", "linear_gradients", "serves"]
 
 
 def serves(form: Form, factors: Sequence[Tensor]) -> bool:
-    """Whether `compose` and `gradients` can be called with these factors (x1, y1, t1, x2, ...).
+    """Return whether the functions of this module can be called with these factors.
 
-    They are of one dtype and on one device, as `conditions.may_run` has found.
+    Args:
+        form: how the operands make the weight.
+        factors: x1, y1, t1, x2, ...; of one dtype and device, as `conditions.may_run` has checked.
     """
     first = factors[0]
     if first.dtype is not torch.float32 or not first.is_cpu:
         return False
-    if form.operands != 2 or form.tanh or found().kernels is None:
+    if form.operands != 2 or form.tanh or find_kernels().kernels is None:
         return False
-    for factor in factors:  # a loop, as there
+    for factor in factors:  # a loop for speed, as in `conditions.may_run`
         if not factor.is_contiguous():
             return False
     return _fit([factor.shape for factor in factors])
 
 
 def _fit(shapes: Sequence[torch.Size]) -> bool:
-    """Whether shapes fit together: the kernels see addresses, torch says what is wrong."""
+    """Return whether shapes fit together. The kernels see addresses only; torch raises errors."""
     first, second = by_operand(shapes, 2)
     (m1, r1), (n1, q1), *core1 = first
     (m2, r2), (n2, q2), *core2 = second
@@ -83,11 +51,11 @@ def _fit(shapes: Sequence[torch.Size]) -> bool:
 
 
 class Core:
-    """A kernel's y and t as the kernels want them, together.
+    """The factors y and t of a convolution's operand in one matrix, as the library needs them.
 
     Attributes:
         core: t with the rank of x last, (R of y, k R).
-        a: (n k, R), what the rows of x are multiplied with.
+        a: the matrix that the rows of x are multiplied by, (n k, R).
     """
 
     def __init__(self, y: Tensor, t: Tensor) -> None:
@@ -96,40 +64,52 @@ class Core:
         self.a = (y @ self.core).view(-1, t.shape[0])
 
     def gradients(self, da: Tensor | None) -> list[Tensor | None]:
-        """Of y and t, from that by `a`; None if nobody wants any."""
+        """Return the gradients of y and t from the gradient of `a`; None where that is None."""
         if da is None:
             return [None, None]
         t = self.t
         by_row = da.view(self.y.shape[0], -1)  # (n, k R)
         dt = (self.y.T @ by_row).view(t.shape[1], -1, t.shape[0])
-        # With the few columns of y in front: faster than the other way round, the copy included.
+        # With y's few columns first, this is faster than the other order, copy included.
         by_y = (self.core @ by_row.T).T.contiguous()
         return [by_y, dt.permute(2, 0, 1).reshape(t.shape)]
 
 
 def compose(form: Form, factors: Sequence[Tensor]) -> Tensor:
-    """Give s W1 or s W1 * (W2 + c), shape (m, n k).
+    """Compose s W1 * (W2 + c), shape (m, n k).
 
     Args:
         form: of two operands, without tanh.
-        factors: x1, y1, t1, x2, y2, t2, or x1, y1, x2, y2, as `serves` wants them.
+        factors: x1, y1, t1, x2, y2, t2, or x1, y1, x2, y2; `serves` must accept them.
     """
     matrices, _ = _as_matrices(factors)
     x1, a1, x2, a2 = matrices
     rows, columns = x1.shape[0], a1.shape[0]
     weight = buffers.empty(x1, rows, columns)
-    described = found().kernels.describe(
-        (rows, columns), *_constants(form), weight.data_ptr(), 0, _read(x1, a1), _read(x2, a2)
+    described = find_kernels().kernels.describe(
+        (rows, columns),
+        *_constants(form),
+        weight.data_ptr(),
+        0,
+        _addresses(x1, a1),
+        _addresses(x2, a2),
     )
-    parts = _parts(rows, columns, x1, x2)
-    _run(found().kernels.compose, [described] * len(parts), parts)
+    parts = split_work(rows, columns, x1, x2)
+    run_parts(find_kernels().kernels.compose, [described] * len(parts), parts)
     return weight
 
 
 def gradients(
     form: Form, factors: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Of x1, y1, t1, ..., from that by the weight (m, n k); None for operands that need none."""
+    """Return the gradients of x1, y1, t1, ...; None for operands that need none.
+
+    Args:
+        form: of two operands, without tanh.
+        factors: as for `compose`.
+        gradient: the weight's gradient, shape (m, n k).
+        needed: for each factor, whether its gradient is needed.
+    """
     gradient = gradient.contiguous()
     matrices, cores = _as_matrices(_as_saved(factors))
     wanted = [True in own for own in by_operand(needed, 2)]
@@ -141,12 +121,12 @@ def gradients(
 
 
 def _as_saved(factors: Sequence[Tensor]) -> list[Tensor]:
-    """As `serves` has seen them: a hook on saved tensors may give them back in another layout."""
+    """Make factors contiguous, as `serves` requires; hooks on saved tensors may change layouts."""
     return [factor.contiguous() for factor in factors]
 
 
 def _as_matrices(factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Core]]:
-    """x1, a1, x2, a2 with W1 = x1 a1ᵀ, ...; and what has made a kernel's a."""
+    """Return x1, a1, x2, a2 with W1 = x1 a1ᵀ, ..., and for a convolution what made a1 and a2."""
     if len(factors) == 4:
         return factors, ()
     x1, y1, t1, x2, y2, t2 = factors
@@ -155,11 +135,11 @@ def _as_matrices(factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[
 
 
 def linear(form: Form, factors: Sequence[Tensor], inputs: Tensor, bias: Tensor | None) -> Tensor:
-    """Give x Wᵀ + b, shape (..., m); the weight never exists as a whole.
+    """Compute x Wᵀ + b, shape (..., m); the weight never exists as a whole.
 
     Args:
         form: of two operands, without tanh.
-        factors: of a matrix (m, n), as `serves` wants them.
+        factors: of a matrix (m, n); `serves` must accept them.
         inputs: x, shape (..., n).
         bias: b, shape (m,), or None.
     """
@@ -170,17 +150,17 @@ def linear(form: Form, factors: Sequence[Tensor], inputs: Tensor, bias: Tensor |
         bias = bias.contiguous()
         at = bias.data_ptr()
     output = inputs.new_empty(*outer, rows)
-    described = found().kernels.describe(
+    described = find_kernels().kernels.describe(
         (rows, columns),
         *_constants(form),
         0,
         0,
-        _read(x1, y1),
-        _read(x2, y2),
+        _addresses(x1, y1),
+        _addresses(x2, y2),
         (prod(outer), inputs.data_ptr(), at, output.data_ptr(), 0, 0),
     )
-    parts = _parts(columns, rows, x1, x2)
-    _run(found().kernels.linear, [described] * len(parts), parts)
+    parts = split_work(columns, rows, x1, x2)
+    run_parts(find_kernels().kernels.linear, [described] * len(parts), parts)
     return output
 
 
@@ -191,14 +171,14 @@ def linear_gradients(
     d_output: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Of x, x1, y1, x2, y2, from that by the output of `linear`; see there and `gradients`.
+    """Return the gradients of x, x1, y1, x2, y2 through `linear`; None where none is needed.
 
     Args:
-        form: see `linear`.
-        factors: see `linear`.
+        form: as for `linear`.
+        factors: as for `linear`.
         inputs: x, shape (..., n).
-        d_output: the gradient by the output, shape (..., m).
-        needed: of x, x1, y1, ...
+        d_output: the output's gradient, shape (..., m).
+        needed: for each of x, x1, y1, x2, y2, whether its gradient is needed.
     """
     d_inputs, at = None, 0
     if needed[0]:
@@ -219,27 +199,31 @@ def _gradients(
     gradient: int,
     linear: tuple[int, ...],
 ) -> list[Tensor | None]:
-    """Of x1, a1, x2, a2: see `_as_matrices`."""
+    """Return the gradients of x1, a1, x2, a2; for these see `_as_matrices`."""
     x1, a1, x2, a2 = matrices
     shape = (x1.shape[0], a1.shape[0])
-    parts = _parts(*shape, x1, x2)
+    parts = split_work(*shape, x1, x2)
     dx1, da1, slots1 = _memory(x1, a1, wanted[0], len(parts))
     dx2, da2, slots2 = _memory(x2, a2, wanted[1], len(parts))
     scale, shift = _constants(form)
-    describe = found().kernels.describe
+    describe = find_kernels().kernels.describe
     described = [
         describe(shape, scale, shift, 0, gradient, *slots, linear)
         for slots in zip(slots1, slots2, strict=True)
     ]
-    _run(found().kernels.gradients, described, parts)
+    run_parts(find_kernels().kernels.gradients, described, parts)
     return [_sum(dx1), da1, _sum(dx2), da2]
 
 
 def _memory(
     x: Tensor, a: Tensor, wanted: bool, parts: int
 ) -> tuple[list[Tensor], Tensor | None, list[tuple[int, int, int, int, int]]]:
-    """For one operand's gradients, by x once for each part of the work, by a once; and `_read`."""
-    at_x, at_a, _, _, rank = reads = _read(x, a)
+    """Allocate one operand's gradients: of x once for each part of the work, of a once.
+
+    Returns:
+        Both, and for each part the addresses that the library needs.
+    """
+    at_x, at_a, _, _, rank = reads = _addresses(x, a)
     if not wanted:
         return [], None, [reads] * parts
     dx, da = [torch.empty_like(x) for _ in range(parts)], torch.empty_like(a)
@@ -253,49 +237,11 @@ def _sum(parts: Sequence[Tensor]) -> Tensor | None:
     return parts[0] if parts else None
 
 
-def _read(x: Tensor, a: Tensor) -> tuple[int, int, int, int, int]:
+def _addresses(x: Tensor, a: Tensor) -> tuple[int, int, int, int, int]:
     return x.data_ptr(), a.data_ptr(), 0, 0, x.shape[1]
 
 
 def _constants(form: Form) -> tuple[float, float]:
-    """Of s W1 (W2 + c), with gains: g1 W1 (g2 W2 + c) = (g1 g2) W1 (W2 + c / g2)."""
+    """Return scale and shift of the weight: g1 W1 (g2 W2 + c) = (g1 g2) W1 (W2 + c / g2)."""
     first, second = form.gains
     return first * second * form.bound, (1 / second) if form.plus_one else 0.0
-
-
-def _parts(other: int, divided: int, x1: Tensor, x2: Tensor) -> list[tuple[int, int]]:
-    """Ranges of the weight's columns, or of its rows: one for each of torch's threads."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        return [(0, divided)]
-    step: int = found().kernels.COLUMNS
-    blocks = -(-divided // step)
-    most = other * divided * (x1.shape[1] + x2.shape[1]) // PARALLEL
-    count = max(1, min(threads, blocks, most))
-    edges = [min(divided, blocks * i // count * step) for i in range(count + 1)]
-    return list(pairwise(edges))
-
-
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
-
-
-def _run(
-    work: Callable[[bytes, int, int], None],
-    described: Sequence[bytes],
-    parts: Sequence[tuple[int, int]],
-) -> None:
-    """All parts at once: the kernels let other threads of Python run."""
-    if len(parts) == 1:
-        work(described[0], *parts[0])
-        return
-    (first, *others) = zip(described, parts, strict=True)
-    key = (os.getpid(), len(others))  # threads do not survive a fork
-    if key not in _pools:
-        _pools[key] = ThreadPoolExecutor(len(others), thread_name_prefix="fedpara-kernels")
-    waiting = [_pools[key].submit(work, one, *part) for one, part in others]
-    try:
-        work(first[0], *first[1])
-    finally:
-        wait(waiting)  # they write to memory that is freed after this
-    for one in waiting:
-        one.result()

@@ -1,6 +1,7 @@
-"""From the update of a dense weight to the update of its factors: one step of least squares.
+"""The update of factors from the update of a dense weight: one step of least squares.
 
-For clients that train an ordinary dense model and send factors (option ``local``).
+It serves clients that train an ordinary dense model and send factors (option ``local``). May import
+the modules of ``factors``. Offers `project`, its parts `Tangent` and `solve`, and their results.
 """
 
 from __future__ import annotations

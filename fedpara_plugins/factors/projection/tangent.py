@@ -1,12 +1,12 @@
-r"""What small movements of a weight's factors do to the weight: its Jacobian J, never written out.
+r"""The Jacobian J of a weight by its factors, as products with vectors; J is never written out.
 
-A weight is s * combine(operands), with operand = X M and M = Yᵀ for a matrix, or the core's second
-side multiplied with Y for a kernel. Methods combine elementwise, so to first order
+A weight is s * combine(operands), with operand = X M, where M = Yᵀ for a matrix, or the core's
+second side multiplied by Y for a kernel. Methods combine elementwise, so to first order
 
 .. math:: J d = \sum_i S_i \circ (dX_i M_i + X_i dM_i)
 
-with S_i the elementwise derivative of the weight by operand i (gain, scale and tanh included). For
-FedPara S_1 is the second operand and S_2 the first; for pFedPara S_1 = W2 + 1 and S_2 = W1, and
+where S_i is the elementwise derivative of the weight by operand i (gain, scale and tanh included).
+For FedPara S_1 is the second operand and S_2 the first; for pFedPara S_1 = W2 + 1 and S_2 = W1, and
 both halves move. Every product here has the inner size R or 2 R.
 """
 
@@ -29,7 +29,7 @@ Factors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class _Operand:
-    """One operand at the point of the tangent.
+    """One operand at the factors where J is taken.
 
     Attributes:
         number: 1, 2, ...
@@ -52,8 +52,8 @@ class Tangent:
     """J and its transpose at some factors of one weight.
 
     Args:
-        plan: of the weight.
-        factors: all of them, in one floating dtype.
+        plan: the weight's plan.
+        factors: all factors by name, in one floating dtype.
     """
 
     def __init__(self, plan: WeightPlan, factors: Mapping[str, Tensor]) -> None:
@@ -64,11 +64,11 @@ class Tangent:
             right = y.T if t is None else core_product(y, t)
             self._operands.append(_Operand(i, x, y, t, right, slope))
 
-    def push(self, moves: Mapping[str, Tensor]) -> Tensor:
-        """J d: the weight's movement to first order, shape (m, n k1 ...).
+    def jvp(self, moves: Mapping[str, Tensor]) -> Tensor:
+        """Return J d, the weight's movement to first order, shape (m, n k1 ...).
 
         Args:
-            moves: of all factors, with their shapes.
+            moves: d, a movement of each factor, of the factor's shape.
         """
         total: Tensor | None = None
         for part in self._operands:
@@ -85,30 +85,30 @@ class Tangent:
         assert total is not None
         return total
 
-    def pull(self, values: Tensor) -> Factors:
-        """Jᵀ V: the gradient of <J d, V> by d.
+    def vjp(self, values: Tensor) -> Factors:
+        """Return Jᵀ V, the gradient of <J d, V> by d.
 
         Args:
             values: V, shape (m, n k1 ...).
         """
-        moves: Factors = {}
+        gradients: Factors = {}
         for part in self._operands:
-            seen = part.slope * values
-            moves[f"x{part.number}"] = seen @ part.right.T
-            left = part.x.T @ seen  # (R, n k1 ...), the gradient by M
+            d_product = part.slope * values
+            gradients[f"x{part.number}"] = d_product @ part.right.T
+            dm = part.x.T @ d_product  # (R, n k1 ...)
             if part.t is None:
-                moves[f"y{part.number}"] = left.T
+                gradients[f"y{part.number}"] = dm.T
             else:
-                dy, dt = _through_core(left, part.y, part.t)
-                moves[f"y{part.number}"], moves[f"t{part.number}"] = dy, dt
-        return moves
+                dy, dt = _through_core(dm, part.y, part.t)
+                gradients[f"y{part.number}"], gradients[f"t{part.number}"] = dy, dt
+        return gradients
 
     def preconditioner(self) -> Callable[[Mapping[str, Tensor]], Factors]:
-        """An approximate inverse of JᵀJ, block by block: what one factor does alone.
+        """Return an approximate inverse of JᵀJ that treats each factor alone, as one block.
 
-        With the other factor's side F fixed, a factor's block of JᵀJ has for each of its rows the
-        matrix Fᵀ diag(S² of that row) F. Here all rows share one, with the mean of S² over them;
-        a core has one on each of its sides.
+        With the other factors fixed, as a matrix F, a factor's block of JᵀJ has for each of its
+        rows the matrix Fᵀ diag(S² of that row) F. Here all rows share one matrix, with the mean of
+        S² over the rows; a core has one matrix on each of its sides.
         """
         inverses: dict[str, tuple[Tensor, ...]] = {}
         for part in self._operands:
@@ -125,27 +125,27 @@ class Tangent:
             by_row = square.view(len(part.x), n, -1).mean(1).flatten()  # (m k)
             inverses[f"y{part.number}"] = (_inverse_gram(rows, by_row),)
             mean = square.mean()
-            # S² is taken for a product of a row's and a column's share, (m) and (n).
-            ours, theirs = square.mean(1), by_column.view(n, -1).mean(1)
+            # S² is approximated by the product of a row's and a column's share, (m) and (n).
+            row_share, column_share = square.mean(1), by_column.view(n, -1).mean(1)
             inverses[f"t{part.number}"] = (
-                _inverse_gram(part.x, ours),
-                _inverse_gram(part.y, theirs / mean if mean > 0 else theirs),
+                _inverse_gram(part.x, row_share),
+                _inverse_gram(part.y, column_share / mean if mean > 0 else column_share),
             )
 
         def apply(moves: Mapping[str, Tensor]) -> Factors:
-            return {name: _sided(moves[name], *sides) for name, sides in inverses.items()}
+            return {name: _multiplied(moves[name], *sides) for name, sides in inverses.items()}
 
         return apply
 
 
 def _slopes(plan: WeightPlan, factors: Mapping[str, Tensor]) -> list[Tensor]:
-    """S of every operand, shape (m, n k1 ...)."""
+    """Return S of every operand, shape (m, n k1 ...)."""
     inner = []
     for i, gain in enumerate(plan.gains, start=1):
         value = operand(factors[f"x{i}"], factors[f"y{i}"], factors.get(f"t{i}")) * gain
         inner.append(torch.tanh(value) if plan.tanh else value)
     with torch.enable_grad():
-        # Combining is elementwise: the gradient of the sum is the derivative of every entry.
+        # Combining is elementwise, so the gradient of the sum is the derivative of every entry.
         values = [value.detach().requires_grad_() for value in inner]
         found = torch.autograd.grad(plan.method.combine(values).sum(), values, allow_unused=True)
     slopes = []
@@ -155,10 +155,10 @@ def _slopes(plan: WeightPlan, factors: Mapping[str, Tensor]) -> list[Tensor]:
     return slopes
 
 
-def _through_core(left: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients by Y and by the core, from the one by M = core times Y, (R, n k1 ...)."""
+def _through_core(dm: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients by Y and by the core from that by M = core times Y, (R, n k1 ...)."""
     rank, other = t.shape[:2]
-    of_m = left.view(rank, y.shape[0], -1)  # (R, n, k)
+    of_m = dm.view(rank, y.shape[0], -1)  # (R, n, k)
     core = t.flatten(2)  # (R, R, k)
     dt = of_m.transpose(1, 2).reshape(-1, y.shape[0]) @ y  # (R k, R)
     dt = dt.view(rank, -1, other).transpose(1, 2).reshape(t.shape)
@@ -167,12 +167,12 @@ def _through_core(left: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 RIDGE = {torch.float32: 1e-5, torch.float64: 1e-10}
-"""Of the mean eigenvalue: directions that a side does not have (factors of lower rank) would
-otherwise be blown up from rounding noise to anything."""
+"""Regularisation by dtype, relative to the mean eigenvalue. Without it, rounding noise would grow
+without bound in directions that a factor of lower rank does not have."""
 
 
 def _inverse_gram(side: Tensor, weights: Tensor) -> Tensor:
-    """(Fᵀ diag(w) F)^-1, shape (R, R); zero where there is nothing to invert."""
+    """Return (Fᵀ diag(w) F)^-1, shape (R, R); zero if the matrix is zero."""
     exact = side.to(torch.float64)
     gram = exact.T @ (exact * weights.to(torch.float64).unsqueeze(1))
     size = gram.diagonal().mean()
@@ -183,11 +183,11 @@ def _inverse_gram(side: Tensor, weights: Tensor) -> Tensor:
     return (torch.cholesky_inverse(torch.linalg.cholesky(gram)) / size).to(side.dtype)
 
 
-def _sided(move: Tensor, *sides: Tensor) -> Tensor:
-    """A movement of X or Y times one matrix, or of a core times one on each side."""
+def _multiplied(move: Tensor, *sides: Tensor) -> Tensor:
+    """Multiply a movement of X or Y by one matrix, or that of a core by one on each side."""
     if len(sides) == 1:
         return move @ sides[0]
-    ours, theirs = sides
+    left, right = sides
     rank = move.shape[0]
-    first = (ours @ move.flatten(1)).view(rank, theirs.shape[0], -1)
-    return (first.transpose(1, 2) @ theirs).transpose(1, 2).reshape(move.shape)
+    first = (left @ move.flatten(1)).view(rank, right.shape[0], -1)
+    return (first.transpose(1, 2) @ right).transpose(1, 2).reshape(move.shape)

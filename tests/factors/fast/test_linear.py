@@ -6,7 +6,8 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fedpara_plugins as fedpara
-from fedpara_plugins.factors.fast import linear, linear_factors, native, weight
+from fedpara_plugins.factors.fast import linear, linear_factors, native, operands
+from fedpara_plugins.factors.fast.native_library import KernelLibrary
 
 METHODS = ("lowrank", "fedpara", "pfedpara")
 WAYS = ("by factors", "by blocks")
@@ -17,7 +18,7 @@ def way(request, monkeypatch):
     """One way for every number of inputs; small pieces, so that there are several."""
     monkeypatch.setattr(linear, "_few", lambda plan, inputs, kernels: request.param == "by factors")
     monkeypatch.setattr(linear_factors, "CHUNK_BYTES", 8 * 3 * 20 * 2)
-    monkeypatch.setattr(weight, "BLOCK_BYTES", 8 * 18 * 6)
+    monkeypatch.setattr(operands, "BLOCK_BYTES", 8 * 18 * 6)
     return request.param
 
 
@@ -35,7 +36,7 @@ def layer_of(method, *, tanh=False, bias=True):
 @pytest.fixture
 def without_kernels(monkeypatch):
     """Whether they are installed or not: they move what pays."""
-    monkeypatch.setattr(native, "found", lambda: native.Found(None, "note", ""))
+    monkeypatch.setattr(native, "find_kernels", lambda: KernelLibrary(None, "note", ""))
 
 
 def never_composed(layer, monkeypatch):

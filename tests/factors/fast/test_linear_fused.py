@@ -9,10 +9,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fedpara_plugins as fedpara
-from fedpara_plugins.factors.fast import linear, native
+from fedpara_plugins.factors.fast import linear, native, native_library
+from fedpara_plugins.factors.fast.native_library import find_kernels
 
 pytestmark = pytest.mark.skipif(
-    native.found().kernels is None and os.environ.get("FEDPARA_KERNELS") != "required",
+    find_kernels().kernels is None and os.environ.get("FEDPARA_KERNELS") != "required",
     reason="fedpara-plugins-kernels is not installed; `tox run -e kernels` installs it",
 )
 
@@ -87,7 +88,7 @@ def test_output_and_gradients(n, m, rank, batch, method, products):
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_divide_the_work(threads, products, monkeypatch):
-    monkeypatch.setattr(native, "PARALLEL", 1)
+    monkeypatch.setattr(native_library, "PARALLEL", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -11,9 +11,10 @@ from torch import nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins.cli.environment import check_environment
-from fedpara_plugins.factors.fast import linear, native
+from fedpara_plugins.factors.fast import linear, native, native_library
+from fedpara_plugins.factors.fast.native_library import find_kernels
 
-INSTALLED = native.found().kernels is not None
+INSTALLED = find_kernels().kernels is not None
 REQUIRED = os.environ.get("FEDPARA_KERNELS") == "required"  # in the tox environment `kernels`
 needs_kernels = pytest.mark.skipif(
     not INSTALLED and not REQUIRED,
@@ -119,7 +120,7 @@ def test_weight_and_gradients(name, method, rank, calls):
 @needs_kernels
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_divide_the_work(threads, monkeypatch):
-    monkeypatch.setattr(native, "PARALLEL", 1)
+    monkeypatch.setattr(native_library, "PARALLEL", 1)
     used = set()
 
     def noted(old):
@@ -129,7 +130,7 @@ def test_threads_divide_the_work(threads, monkeypatch):
 
         return call
 
-    kernels = native.found().kernels
+    kernels = find_kernels().kernels
     for name in ("compose", "gradients", "linear"):
         monkeypatch.setattr(kernels, name, noted(getattr(kernels, name)))
     layer = converted("kernels", "pfedpara", 7)
@@ -279,7 +280,7 @@ def test_without_usable_kernels_torch_composes(code, level, text, tmp_path, monk
     monkeypatch.syspath_prepend(tmp_path)
     for module in [m for m in __import__("sys").modules if m.startswith("fedpara_plugins_kernels")]:
         monkeypatch.delitem(__import__("sys").modules, module)
-    native.found.cache_clear()
+    find_kernels.cache_clear()
     try:
         layer = converted("kernels", "fedpara", 4)
         weight = layer.weight
@@ -287,7 +288,7 @@ def test_without_usable_kernels_torch_composes(code, level, text, tmp_path, monk
         lines = [f for f in check_environment() if f.subject == "optional fedpara-plugins-kernels"]
         assert [(line.level, text in line.text) for line in lines] == [(level, True)]
     finally:
-        native.found.cache_clear()
+        find_kernels.cache_clear()
 
 
 @needs_kernels

@@ -11,7 +11,7 @@ from torch.func import functional_call, jvp, vmap
 
 import fedpara_plugins as fedpara
 from fedpara_plugins.cli.doctor import check_model
-from fedpara_plugins.factors.fast import conditions, weight
+from fedpara_plugins.factors.fast import conditions, operands, weight
 from fedpara_plugins.factors.methods import Method
 from fedpara_plugins.factors.plan import compose_together
 
@@ -63,7 +63,7 @@ def by_sums(plan, factors):
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Blocks of three rows or so: several of them, the last one smaller."""
-    monkeypatch.setattr(weight, "BLOCK_BYTES", 8 * 16 * 3)
+    monkeypatch.setattr(operands, "BLOCK_BYTES", 8 * 16 * 3)
 
 
 @pytest.mark.parametrize(("method", "tanh", "shape", "recompute"), CASES)

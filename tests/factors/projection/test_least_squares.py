@@ -100,15 +100,15 @@ def test_every_built_in_kind_is_here():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tanh", [False, True], ids=["plain", "tanh"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_push_and_pull_are_the_jacobian_and_its_transpose(kind, method, tanh):
+def test_jvp_and_vjp_are_the_jacobian_and_its_transpose(kind, method, tanh):
     for plan, factors in _cases(kind, method, tanh=tanh):
         jacobian, tangent = _jacobian(plan, factors), Tangent(plan, factors)
         moves = {name: torch.randn_like(value) for name, value in factors.items()}
-        pushed = tangent.push(moves).flatten()
-        torch.testing.assert_close(pushed, jacobian @ _flat(plan, moves), rtol=1e-9, atol=1e-11)
+        jvp = tangent.jvp(moves).flatten()
+        torch.testing.assert_close(jvp, jacobian @ _flat(plan, moves), rtol=1e-9, atol=1e-11)
         wanted = _wanted(plan)
-        pulled = _flat(plan, tangent.pull(wanted))
-        torch.testing.assert_close(pulled, jacobian.T @ wanted.flatten(), rtol=1e-9, atol=1e-11)
+        vjp = _flat(plan, tangent.vjp(wanted))
+        torch.testing.assert_close(vjp, jacobian.T @ wanted.flatten(), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -259,8 +259,8 @@ def test_a_weight_that_training_moved_far_does_not_overshoot(kind, method, times
 @pytest.mark.parametrize("times", [1e-30, 1e-9, 1e-8, 1e-7])
 def test_a_tiny_change_is_not_shortened(method, times, monkeypatch):
     """Though the difference of two composed weights is rounding there, and points anywhere."""
-    lengths, length = [], update._length
-    monkeypatch.setattr(update, "_length", lambda *a: lengths.append(length(*a)) or lengths[-1])
+    lengths, plain = [], update._step_length
+    monkeypatch.setattr(update, "_step_length", lambda *a: lengths.append(plain(*a)) or lengths[-1])
     ((plan, factors),) = _cases("linear", method)
     factors = {name: value.float() for name, value in factors.items()}
     for seed in range(10):
@@ -378,11 +378,11 @@ def test_a_third_party_s_method_is_projected_too():
         for name in plan.factor_names
     }
     jacobian, tangent, wanted = _jacobian(plan, factors), Tangent(plan, factors), _wanted(plan)
-    pulled = _flat(plan, tangent.pull(wanted))
-    torch.testing.assert_close(pulled, jacobian.T @ wanted.flatten(), rtol=1e-9, atol=1e-11)
+    vjp = _flat(plan, tangent.vjp(wanted))
+    torch.testing.assert_close(vjp, jacobian.T @ wanted.flatten(), rtol=1e-9, atol=1e-11)
     moves = {name: torch.randn_like(value) for name, value in factors.items()}
-    pushed = tangent.push(moves).flatten()
-    torch.testing.assert_close(pushed, jacobian @ _flat(plan, moves), rtol=1e-9, atol=1e-11)
+    jvp = tangent.jvp(moves).flatten()
+    torch.testing.assert_close(jvp, jacobian @ _flat(plan, moves), rtol=1e-9, atol=1e-11)
 
 
 def test_neither_the_process_s_defaults_nor_gradients_matter():

@@ -13,16 +13,16 @@ from typing import Any
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins.optimizers import (
+    ClientUpdate,
     Contributions,
     Guard,
     GuardedRounds,
-    Reply,
     State,
     Weighting,
-    difference,
     finite,
+    log_outcome,
     norm,
-    tell_verdict,
+    subtract,
 )
 from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.rules.base import ClientReply, Mean, Rule
@@ -44,7 +44,7 @@ class UsableReply:
     """
 
     client_reply: ClientReply
-    reply: Reply
+    reply: ClientUpdate
     change: State
 
 
@@ -141,7 +141,7 @@ class DriftRule(Rule):
             server_round=self._round,
             weight=usable.client_reply.examples if self.weighting == "examples" else 1.0,
         )
-        tell_verdict(log, self.name, verdict, f"client {client}", since)
+        log_outcome(log, self.name, verdict, f"client {client}", since)
 
     # Parts
 
@@ -151,7 +151,7 @@ class DriftRule(Rule):
         if why is not None:
             log.warning("fedpara: %s: left out client %s: %s", self.name, reply.client, why)
             return None
-        return UsableReply(reply, Reply(reply.state, self.trained, reply.examples), change)
+        return UsableReply(reply, ClientUpdate(reply.state, self.trained, reply.examples), change)
 
     def _why_not(self, reply: ClientReply, change: State) -> str | None:
         if not _has_report(reply):
@@ -174,7 +174,7 @@ class DriftRule(Rule):
         before = {name: x[name] for name in self.trained}
         replies = {f"client {each.client_reply.client}": each.client_reply for each in usable}
         self._guarded.note(
-            {who: norm(difference(u.state, before).values()) for who, u in replies.items()},
+            {who: norm(subtract(u.state, before).values()) for who, u in replies.items()},
             {who: u.report["kept"] for who, u in replies.items()},
         )
 

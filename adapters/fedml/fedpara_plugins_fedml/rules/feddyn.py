@@ -11,8 +11,8 @@ from fedpara_plugins.optimizers import (
     FedDynServer,
     LocalFedDyn,
     LocalResult,
-    OwnState,
     State,
+    StoredCorrectionState,
     check_alpha,
 )
 from fedpara_plugins_fedml.rules.base import LocalRound
@@ -75,7 +75,7 @@ class LocalFedDynRule(LocalDrift):
         return {}
 
     def correct_kept(
-        self, own: OwnState, errors: Mapping[str, State], local_round: LocalRound
+        self, own: StoredCorrectionState, errors: Mapping[str, State], local_round: LocalRound
     ) -> None:
         """Correct the dual: the server computes its change from the decoded y."""
-        own.kept.correct(errors.get("model", {}), float(local_round.task["alpha"]))
+        own.correction.correct(errors.get("model", {}), float(local_round.task["alpha"]))

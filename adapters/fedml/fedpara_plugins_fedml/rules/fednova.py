@@ -25,8 +25,8 @@ from fedpara_plugins import ConfigError
 from fedpara_plugins.optimizers import (
     AddedGradient,
     copied,
-    difference,
     finite,
+    subtract,
     trained_parameters,
 )
 from fedpara_plugins_fedml.logs import log
@@ -143,7 +143,7 @@ class LocalFedNova(LocalRule):
         counted = counting_steps(parameters, normaliser)
         with AddedGradient(parameters, term, check_sgd) as steps, counted:
             yield extras
-        steps.check_moved(difference(parameters, start))
+        steps.check_moved(subtract(parameters, start))
         extras.report.update(normaliser=normaliser.length, steps=steps.steps)
 
 

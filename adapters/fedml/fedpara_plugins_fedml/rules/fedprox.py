@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from fedpara_plugins.optimizers import AddedGradient, copied, difference, trained_parameters
+from fedpara_plugins.optimizers import AddedGradient, copied, subtract, trained_parameters
 from fedpara_plugins_fedml.rules.base import LocalRound, LocalRule, ReplyExtras
 from fedpara_plugins_fedml.rules.fedavg import FedAvg
 
@@ -44,4 +44,4 @@ class LocalFedProx(LocalRule):
 
         with AddedGradient(parameters, term) as steps:
             yield ReplyExtras()
-        steps.check_moved(difference(parameters, start))
+        steps.check_moved(subtract(parameters, start))

@@ -8,7 +8,12 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from fedpara_plugins.optimizers import LocalFedDyn, LocalResult, LocalScaffold, OwnState
+from fedpara_plugins.optimizers import (
+    LocalFedDyn,
+    LocalResult,
+    LocalScaffold,
+    StoredCorrectionState,
+)
 from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.rules.base import LocalRound, LocalRule, ReplyExtras, State
 
@@ -36,20 +41,20 @@ class LocalDrift(LocalRule):
 
     @abstractmethod
     def correct_kept(
-        self, own: OwnState, errors: Mapping[str, State], local_round: LocalRound
+        self, own: StoredCorrectionState, errors: Mapping[str, State], local_round: LocalRound
     ) -> None:
         """Correct the kept state by the codec's errors, so that it is what the server decodes."""
 
     @contextmanager
     def around(self, model: nn.Module, local_round: LocalRound) -> Iterator[ReplyExtras]:
         """Correct the steps in this context; then keep the new state, and report on the round."""
-        own = OwnState(local_round.storage, self.name, local_round.client)
-        undone = own.kept.begin(int(local_round.task["accepted"]))
+        own = StoredCorrectionState(local_round.storage, self.name, local_round.client)
+        undone = own.correction.begin(int(local_round.task["accepted"]))
         if undone is not None:
             log.warning("fedpara: %s of client %s: %s", self.name, local_round.client, undone)
-        since = own.kept.known_round
+        since = own.correction.confirmed_round
         extras = ReplyExtras()
-        local = self.local(model, own.kept.known, local_round)
+        local = self.local(model, own.correction.confirmed, local_round)
         with local:
             yield extras
         result = local.result
@@ -60,7 +65,7 @@ class LocalDrift(LocalRule):
         if result.own is None:
             own.save()
             return
-        own.kept.end(result.own, local_round.server_round)
+        own.correction.end(result.own, local_round.server_round)
         own.save()
         extras.records.update(self.records(result))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins.optimizers import watching
+from fedpara_plugins.optimizers import observe_steps
 
 __all__ = ["Normaliser", "check_sgd", "counting_steps"]
 
@@ -93,5 +93,5 @@ def counting_steps(parameters: Mapping[str, Tensor], normaliser: Normaliser) -> 
         if any(p.grad is not None for g in held for p in g["params"] if id(p) in known):
             normaliser.step(optimizer, held)
 
-    with watching(hook):
+    with observe_steps(hook):
         yield

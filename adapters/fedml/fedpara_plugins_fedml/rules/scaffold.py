@@ -7,7 +7,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fedpara_plugins.optimizers import LocalResult, LocalScaffold, OwnState, ScaffoldServer, State
+from fedpara_plugins.optimizers import (
+    LocalResult,
+    LocalScaffold,
+    ScaffoldServer,
+    State,
+    StoredCorrectionState,
+)
 from fedpara_plugins_fedml.rules.base import LocalRound
 from fedpara_plugins_fedml.rules.drift import CHANGE, DriftRule, UsableReply
 from fedpara_plugins_fedml.rules.local_drift import LocalDrift
@@ -94,7 +100,7 @@ class LocalScaffoldRule(LocalDrift):
         return {CHANGE: result.change}
 
     def correct_kept(
-        self, own: OwnState, errors: Mapping[str, State], local_round: LocalRound
+        self, own: StoredCorrectionState, errors: Mapping[str, State], local_round: LocalRound
     ) -> None:
         """Correct c_i, so that it is what the server decodes."""
-        own.kept.correct(errors.get(CHANGE, {}), -1.0)
+        own.correction.correct(errors.get(CHANGE, {}), -1.0)

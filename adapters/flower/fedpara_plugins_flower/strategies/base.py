@@ -19,9 +19,9 @@ from fedpara_plugins.optimizers import (
     GuardedRounds,
     State,
     Weighting,
-    difference,
+    log_outcome,
     norm,
-    tell_verdict,
+    subtract,
 )
 from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.messages.drift_records import (
@@ -231,13 +231,13 @@ class DriftStrategy(FedAvg):
         )
         who = f"node {reply.node} ({report.client})"
         exactly = self.sums.remember
-        tell_verdict(log, self.algorithm, verdict, who, report.since, exactly=exactly)
+        log_outcome(log, self.algorithm, verdict, who, report.since, exactly=exactly)
 
     def _inform_guard(self, replies: Sequence[ClientReply]) -> None:
         """Give the guard the norms of the round's updates and the fractions that clients kept."""
         norms = {
             f"node {reply.node}": norm(
-                difference(reply.reply.arrays, {k: self._x[k] for k in reply.reply.names}).values()
+                subtract(reply.reply.arrays, {k: self._x[k] for k in reply.reply.names}).values()
             )
             for reply in replies
         }

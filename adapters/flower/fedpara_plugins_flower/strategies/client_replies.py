@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, Message, MetricRecord
 
 from fedpara_plugins import PayloadError
-from fedpara_plugins.optimizers import Reply, State, finite
+from fedpara_plugins.optimizers import ClientUpdate, State, finite
 from fedpara_plugins_flower.messages.drift_records import ClientReport, from_bitmap
 from fedpara_plugins_flower.messages.records import to_tensors
 
@@ -36,7 +36,7 @@ class ClientReply:
 
     node: int
     report: ClientReport
-    reply: Reply
+    reply: ClientUpdate
     change: State
     message: Message
 
@@ -79,7 +79,7 @@ def read_reply(
     metrics = next(iter(message.content.metric_records.values()), MetricRecord())
     count = metrics.get(examples_key, 1.0)
     examples = float(count) if isinstance(count, int | float) else 1.0
-    reply = Reply(arrays, names, examples)
+    reply = ClientUpdate(arrays, names, examples)
     return ClientReply(message.metadata.src_node_id, report, reply, change, message)
 
 

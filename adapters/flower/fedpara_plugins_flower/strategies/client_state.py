@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 from flwr.app import Context
 
-from fedpara_plugins.optimizers import OwnState
+from fedpara_plugins.optimizers import StoredCorrectionState
 from fedpara_plugins_flower.client.storage import client_storage, lasting_name
 from fedpara_plugins_flower.run import Run
 from fedpara_plugins_flower.settings import FlowerSettings
 
-__all__ = ["OwnState", "own_state"]
+__all__ = ["StoredCorrectionState", "own_state"]
 
 
 @contextlib.contextmanager
-def own_state(context: Context, algorithm: str, run: Run | None) -> Iterator[OwnState]:
+def own_state(context: Context, algorithm: str, run: Run | None) -> Iterator[StoredCorrectionState]:
     """Open a client's state for one algorithm: as part of a round of the mod, or on its own.
 
     In a round of the mod, changes are written when the reply is complete. Otherwise they are
@@ -29,9 +29,9 @@ def own_state(context: Context, algorithm: str, run: Run | None) -> Iterator[Own
     """
     name = lasting_name(context)
     if run is not None and run.storage is not None:
-        yield OwnState(run.storage, algorithm, name)
+        yield StoredCorrectionState(run.storage, algorithm, name)
         return
     folder = FlowerSettings.from_run_config(context.run_config).state_dir
     with contextlib.closing(client_storage(context, folder)) as storage:
-        yield OwnState(storage, algorithm, name)
+        yield StoredCorrectionState(storage, algorithm, name)
         storage.commit()

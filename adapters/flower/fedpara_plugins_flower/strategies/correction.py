@@ -51,17 +51,17 @@ class Correction:
         if self._run is not None:
             refuse_in_factor_space(self.algorithm, self._run.settings.config)
         with own_state(context, self.algorithm, self._run) as state:
-            self._client, self._kept = state.client, state.kept
+            self._client, self._kept = state.client, state.correction
         undone = self._kept.begin(self._task.accepted)
         if undone is not None:
             log.warning("fedpara: %s of %s: %s", self.algorithm, self._client, undone)
-        self._since = self._kept.known_round
+        self._since = self._kept.confirmed_round
         self._local = self._algorithm(model, message, self._task, losses)
 
     def _algorithm(
         self, model: nn.Module, message: Message, task: ClientTask, losses: Losses | None
     ) -> LocalScaffold | LocalFedDyn:
-        own = self._kept.known
+        own = self._kept.confirmed
         if task.algorithm == "feddyn":
             return LocalFedDyn(
                 model, own=own, alpha=task.alpha, correct=task.correct, bound=task.bound
@@ -106,7 +106,7 @@ class Correction:
 
     def _save(self) -> None:
         with own_state(self._context, self.algorithm, self._run) as state:
-            state.client, state.kept = self._client, self._kept
+            state.client, state.correction = self._client, self._kept
             state.save()
 
     def _log_result(self, result: LocalResult) -> None:
@@ -157,7 +157,7 @@ class Correction:
 
     def _encoded(self, lost: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Correct the kept state by the codec's error, so that it is what the server decodes."""
-        if self._task is None or self._kept.last is None:
+        if self._task is None or self._kept.pending is None:
             return
         if self.algorithm == "scaffold":
             self._kept.correct(lost.get(CHANGE, {}), -1.0)

@@ -1,4 +1,4 @@
-"""Which tensors of a model an optimizer's own state is about, and arithmetic on named tensors."""
+"""The parameters that have variates or duals, and arithmetic on named tensors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fedpara_plugins.models.spec import ModelSpec
 
 __all__ = [
     "State",
+    "add_scaled",
     "check_fit",
     "copied",
-    "difference",
+    "copy_into",
     "finite",
-    "moved",
     "norm",
-    "put_back",
+    "subtract",
     "trained_parameters",
     "zeros",
 ]
@@ -32,14 +32,14 @@ State: TypeAlias = dict[str, Tensor]
 def trained_parameters(
     model: nn.Module, exchanged: Collection[str] | None = None
 ) -> dict[str, nn.Parameter]:
-    """The parameters that have variates and duals, by name: those that are trained and shared.
+    """Return by name the parameters that have variates and duals: the trained, shared ones.
 
-    Private names have none, since the server never sees them, and buffers (BatchNorm's) have no
-    gradient. Of tied parameters the first name counts.
+    Private names have none, since the server never sees them. Buffers (BatchNorm's) have none,
+    since they have no gradient. Tied parameters appear under their first name.
 
     Args:
         model: of a client or the server.
-        exchanged: names that travel; None for the whole of the state.
+        exchanged: names that travel; None for the whole state.
     """
     private = ModelSpec.of(model).private_keys
     return {
@@ -53,40 +53,40 @@ def trained_parameters(
 
 
 def copied(tensors: Mapping[str, Tensor]) -> State:
-    """Copies without a gradient, where the tensors live."""
+    """Copy tensors, without gradients, on their devices."""
     return {name: value.detach().clone() for name, value in tensors.items()}
 
 
 def zeros(like: Mapping[str, Tensor]) -> State:
-    """Zeros of the same names, shapes, dtypes and devices."""
+    """Return zeros of the same names, shapes, dtypes and devices."""
     return {name: torch.zeros_like(value, requires_grad=False) for name, value in like.items()}
 
 
-def difference(after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> State:
-    """``after - before``, for the names of ``before``."""
+def subtract(after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> State:
+    """Return ``after - before`` for the names of ``before``."""
     return {name: (after[name] - value).detach() for name, value in before.items()}
 
 
-def moved(start: Mapping[str, Tensor], by: Mapping[str, Tensor], factor: float = 1.0) -> State:
-    """``start + factor * by``, for the names of ``start``."""
+def add_scaled(start: Mapping[str, Tensor], by: Mapping[str, Tensor], factor: float) -> State:
+    """Return ``start + factor * by`` for the names of ``start``."""
     return {name: value + factor * by[name] for name, value in start.items()}
 
 
 @torch.no_grad()
-def put_back(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Write values into parameters, in place."""
+def copy_into(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into parameters, in place."""
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
-    """Euclidean norm over all entries of all tensors, summed in float64."""
+    """Return the Euclidean norm over all entries of all tensors, summed in float64."""
     squares = [float(value.detach().double().square().sum()) for value in tensors]
     return math.sqrt(sum(squares))
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no entry is NaN or infinite."""
+    """Return whether no entry is NaN or infinite."""
     return all(bool(torch.isfinite(value).all()) for value in tensors if value.is_floating_point())
 
 
@@ -94,12 +94,12 @@ def check_fit(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], *, what
     """Raise unless both have the same names and shapes.
 
     Args:
-        tensors: to be checked.
-        like: that they must fit.
-        what: they are, for the message.
+        tensors: the tensors to check.
+        like: tensors of the expected names and shapes.
+        what: what the tensors are, for the error's text.
 
     Raises:
-        MismatchError: names the first difference.
+        MismatchError: names and shapes differ; the text names the first difference.
     """
     for name, value in like.items():
         if name not in tensors or tensors[name].shape != value.shape:
@@ -110,6 +110,6 @@ def check_fit(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], *, what
             )
     if extra := [name for name in tensors if name not in like]:
         raise MismatchError(
-            f"{what}: {extra[0]!r} is no shared parameter that is trained here ({len(extra)} such "
-            f"names); both sides must train the same shared parameters, frozen ones included"
+            f"{what}: {extra[0]!r} is not a shared parameter that is trained here ({len(extra)} "
+            f"such names); both sides must train the same shared parameters, frozen ones included"
         )

@@ -1,4 +1,4 @@
-"""What a downlink scheme offers, and the few things that all of them do alike."""
+"""The interface of a downlink scheme, and what it does with tensors before they are encoded."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.state_split import shared_names
 from fedpara_plugins.stages.stage import Tensors
 
-__all__ = ["Coded", "Downlink", "Kind", "alike", "shared_part"]
+__all__ = ["Downlink", "EncodedDownlink", "MessageKind", "same_layout", "shared_tensors"]
 
-Kind = Literal["update", "repeat", "first", "full", "plain"]
+MessageKind = Literal["update", "repeat", "first", "full", "plain"]
 
 
 @dataclass(frozen=True)
-class Coded:
-    """One downlink, ready to be sent.
+class EncodedDownlink:
+    """One downlink message, ready to be sent.
 
     Attributes:
         payload: the bytes.
-        reference: hash of what the receiver has once it has decoded them; what it takes the delta
-            of its reply against.
+        reference: hash of the state that the receiver holds once it has decoded them, against which
+            it takes the delta of its reply.
         kind: ``update`` (coded against what the client holds), ``repeat`` (the client has the coded
             form of this very content already), ``first`` (against version 0), ``full``
             (self-contained), ``plain`` (the codec needs no reference).
@@ -33,11 +33,11 @@ class Coded:
 
     payload: bytes
     reference: str
-    kind: Kind
+    kind: MessageKind
 
 
 class Downlink(Protocol):
-    """A scheme of who holds what; safe to call from several threads."""
+    """A scheme that decides what each downlink is coded against; safe to call from any thread."""
 
     def encode(
         self,
@@ -50,28 +50,28 @@ class Downlink(Protocol):
         decoders: Collection[str] | None = None,
         extra: Mapping[str, Any] | None = None,
         content: str | None = None,
-    ) -> Coded:
-        """The payload of ``tensors`` for one client."""
+    ) -> EncodedDownlink:
+        """Encode ``tensors`` for one client."""
 
     def acknowledge(self, client: str, record: str, held: str | None) -> None:
-        """A client has answered, and said by hash what it holds now; None for nothing."""
+        """Note that a client has answered and holds this state, by hash; None for no state."""
 
     def refused(self, client: str, record: str, holds: Sequence[str] = ()) -> None:
-        """A client could not decode its last message; ``holds`` is what it does have, by hash."""
+        """Note that a client could not decode its last message, and what it holds, by hash."""
 
     @property
     def references(self) -> Mapping[str, Tensors]:
-        """Everything that some client may take a delta against, by hash."""
+        """Return every state that a client may take a delta against, by hash."""
 
 
-def shared_part(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Tensors:
-    """What of ``tensors`` may be sent: everything but the model's private names."""
+def shared_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Tensors:
+    """Return those of ``tensors`` that may be sent: all but the model's private names."""
     allowed = set(shared_names(spec)) | (set(tensors) - set(spec.keys))
     return {name: value for name, value in tensors.items() if name in allowed}
 
 
-def alike(tensors: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:
-    """Same names, shapes and dtypes."""
+def same_layout(tensors: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:
+    """Return whether both have the same names, shapes and dtypes."""
     return tensors.keys() == reference.keys() and all(
         value.shape == reference[name].shape and value.dtype == reference[name].dtype
         for name, value in tensors.items()
