@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedpara_plugins.factors.fast.conditions import rewritten
 from fedpara_plugins.factors.plan import WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, composed
-from fedpara_plugins.layers.kept_weights import composed_once, holds
+from fedpara_plugins.layers.kept_weights import composed_once, has_kept_weights
 from fedpara_plugins.layers.linear import FactorisedLinear
 from fedpara_plugins.support.torch_seams import (
     NonDynamicallyQuantizableLinear,
@@ -82,7 +82,7 @@ class FactorisedMultiheadAttention(FactorisedLayer, nn.MultiheadAttention):
         watched = self.on_composed is not None  # it must see each weight once
         evaluates = not (self.training or torch.is_grad_enabled() or watched or rewritten())
         if evaluates or query.is_nested or key.is_nested or value.is_nested:
-            keep = evaluates and not holds(self)
+            keep = evaluates and not has_kept_weights(self)
             with composed_once(self) if keep else nullcontext():
                 return super().forward(
                     query, key, value, key_padding_mask, need_weights, attn_mask,

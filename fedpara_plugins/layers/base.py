@@ -24,7 +24,7 @@ from fedpara_plugins.factors.fast.conditions import without_autocast
 from fedpara_plugins.factors.fit import fit_factors, relative_error
 from fedpara_plugins.factors.initialise import initial_factors, seeded_shared
 from fedpara_plugins.factors.plan import WeightPlan, WeightSlot, compose_together, factor_key
-from fedpara_plugins.layers.kept_weights import forget, holds, kept_weight
+from fedpara_plugins.layers.kept_weights import drop_kept_weights, has_kept_weights, kept_weight
 from fedpara_plugins.support.torch_seams import assembled_module, attributes_of, own_parameters
 
 __all__ = ["FactorisedLayer", "Phase", "composed", "full_name", "layers_alive"]
@@ -198,7 +198,7 @@ class FactorisedLayer(nn.Module):
 
     def composed_weights(self) -> dict[str, Tensor]:
         """Return all composed weights by attribute, each as `composed_weight` returns it."""
-        if holds(self):
+        if has_kept_weights(self):
             return {weight: self.composed_weight(weight) for weight in self.plans}
         factors = [self.factors_now(weight) for weight in self.plans]
         values = compose_together([*self.plans.values()], factors)
@@ -212,7 +212,7 @@ class FactorisedLayer(nn.Module):
         """Return whether the composed weight itself is needed, or is kept already."""
         if weight not in self.plans or self.on_composed is not None:
             return True
-        return holds(self)
+        return has_kept_weights(self)
 
     def factors(self, weight: str) -> dict[str, Tensor]:
         """Return the parameters that are the factors of one weight, by name (x1, y1, ...)."""
@@ -265,7 +265,7 @@ class FactorisedLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `model.to(dtype)` and its kin write through `.data`, which changes no version.
-        forget(self)
+        drop_kept_weights(self)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -22,7 +22,13 @@ from fedpara_plugins.factors.fast.conditions import may_run, without_autocast
 from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.support.torch_seams import is_tracing, saved_tensors_hooks_are_enabled
 
-__all__ = ["before_step", "composed_once", "forget", "holds", "kept_weight"]
+__all__ = [
+    "composed_once",
+    "drop_before_step",
+    "drop_kept_weights",
+    "has_kept_weights",
+    "kept_weight",
+]
 
 
 class ComposingLayer(Protocol):
@@ -152,7 +158,7 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
         """Return whether weights have accumulated gradients."""
         return any(kept.value.grad is not None for kept in self._trained)
 
-    def forget(self, layer: ComposingLayer) -> None:
+    def drop(self, layer: ComposingLayer) -> None:
         """Compose a layer's weights again at their next use."""
         for name in layer.plans:
             self._kept.pop((self._thread, id(layer), name), None)
@@ -205,21 +211,21 @@ def kept_weight(layer: ComposingLayer, name: str) -> Tensor | None:
     return once.compose(layer, name)
 
 
-def holds(layer: ComposingLayer) -> bool:
+def has_kept_weights(layer: ComposingLayer) -> bool:
     """Return whether an open context keeps the layer's weights."""
     if not _open or is_compiling():
         return False
     return _innermost(layer) is not None
 
 
-def before_step(layers: Iterable[ComposingLayer]) -> None:
+def drop_before_step(layers: Iterable[ComposingLayer]) -> None:
     """Drop the weights of layers that an optimizer is about to change.
 
     Raises:
         ConversionError: gradients are waiting that this step would miss.
     """
     for layer in layers:
-        forget(layer)  # fused optimizers change factors without changing their versions
+        drop_kept_weights(layer)  # fused optimizers change factors without changing their versions
         once = _innermost(layer)
         if once is not None and once.has_gradients():
             raise ConversionError(
@@ -228,10 +234,10 @@ def before_step(layers: Iterable[ComposingLayer]) -> None:
             )
 
 
-def forget(layer: ComposingLayer) -> None:
+def drop_kept_weights(layer: ComposingLayer) -> None:
     """Compose a layer's weights again at their next use, in every open context."""
     for once in tuple(_open):
-        once.forget(layer)
+        once.drop(layer)
 
 
 _open: list[composed_once] = []

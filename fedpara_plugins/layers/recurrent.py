@@ -94,7 +94,7 @@ class FactorisedRecurrent(FactorisedLayer, nn.RNNBase):
         """Do nothing: composed weights are new at each forward, with nothing to lay out."""
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:  # noqa: A002
-        """Check dtype and shape of the input without composing a weight, as the dense layer would.
+        """Check the input; the dense layer would compose every weight to learn the dtype.
 
         Args:
             input: (length, batch, input_size) or batch first; (total, input_size) if packed.

@@ -19,7 +19,7 @@ from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.models.private import matches
 from fedpara_plugins.models.weight_checks import (
-    refuse_unsound,
+    refuse_unusable_layer,
     refuse_unusable_weight,
     why_no_kind,
 )
@@ -112,7 +112,7 @@ def _why_left_dense(name: str, layer: nn.Module, config: FedParaConfig) -> str:
     if not _is_selected(name, config):
         return LEFT_OUT
     kinds = layers()
-    refuse_unsound(name, layer, kinds)
+    refuse_unusable_layer(name, layer, kinds)
     if type(layer) not in kinds:
         return why_no_kind(layer, kinds)
     if any(p is not None and not p.numel() for p in own_parameters(layer).values()):

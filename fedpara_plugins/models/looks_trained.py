@@ -67,8 +67,8 @@ def norm_has_moved(layer: nn.Module) -> bool:
 
 
 def _largest_eigenvalue(rows: Tensor) -> float:
-    """Return that of rowsᵀ rows, from below, by Lanczos' method from a fixed start."""
-    generator = torch.Generator("cpu").manual_seed(0)
+    """Return a lower bound of the largest eigenvalue of rowsᵀ rows, by Lanczos' method."""
+    generator = torch.Generator("cpu").manual_seed(0)  # so that the answer is always the same
     vector = torch.randn(rows.shape[1], generator=generator, dtype=rows.dtype, device="cpu")
     vector = vector / vector.norm()
     before, beta = torch.zeros_like(vector), 0.0

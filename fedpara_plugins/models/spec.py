@@ -316,8 +316,8 @@ class ModelSpec:
 def _sum(dense: Mapping[str, Tensor], onto: str, private: Tensor, key: str) -> Tensor:
     if onto not in dense or dense[onto].shape != private.shape:
         raise PayloadError(
-            f"{key!r} of shape {tuple(private.shape)} is to be added to {onto!r}, which the dense "
-            f"model has not in that shape"
+            f"{key!r} of shape {tuple(private.shape)} is to be added to {onto!r}, but the "
+            f"dense model has no such tensor of that shape"
         )
     return dense[onto] + private
 

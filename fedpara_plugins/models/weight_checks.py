@@ -25,7 +25,7 @@ from fedpara_plugins.support.torch_seams import (
 __all__ = [
     "check_model",
     "holds_nan",
-    "refuse_unsound",
+    "refuse_unusable_layer",
     "refuse_unusable_weight",
     "why_no_kind",
 ]
@@ -65,7 +65,7 @@ def why_no_kind(layer: nn.Module, kinds: Iterable[type[nn.Module]]) -> str:
     return f"{name} is no kind of layer that can be factorised"
 
 
-def refuse_unsound(name: str, layer: nn.Module, kinds: Iterable[type[nn.Module]]) -> None:
+def refuse_unusable_layer(name: str, layer: nn.Module, kinds: Iterable[type[nn.Module]]) -> None:
     """Raise if a layer is lazy, quantised, parametrised or holds values that are not finite.
 
     Args:

@@ -18,7 +18,7 @@ from torch import nn
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.layers.base import FactorisedLayer, Phase, layers_alive
-from fedpara_plugins.layers.kept_weights import before_step
+from fedpara_plugins.layers.kept_weights import drop_before_step
 from fedpara_plugins.support.torch_seams import register_optimizer_step_pre_hook
 from fedpara_plugins.training.decay import compose_decay
 from fedpara_plugins.training.label_counts import warn_without_counts
@@ -120,7 +120,7 @@ _held = weakref.WeakKeyDictionary()
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     layers = _layers_held_by(optimizer)
-    before_step(layers)
+    drop_before_step(layers)
     for progress in {id(layer.progress): layer.progress for layer in layers}.values():
         of_model = [layer for layer in layers if layer.progress is progress]
         if progress.config.label_prior and progress.steps == 0:
