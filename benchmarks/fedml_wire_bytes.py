@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "compat_tests")]
 
 from fedpara_plugins import Ledger  # noqa: E402
-from harness.fedml.engine import FedMLEngine  # noqa: E402
+from harness.fedml.deployment import FedMLEngine  # noqa: E402
 
 Row = dict[str, Any]
 

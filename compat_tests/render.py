@@ -11,23 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-from harness.cells.cells import (
-    CODECS,
-    ENVIRONMENTS,
-    METHODS,
-    MODELS,
-    NOT_BY_DEFAULT,
-    OURS,
-    STRATEGIES,
-    Cell,
-    cells,
-    drift_cells,
-)
-from harness.cells.engine_cells import ENGINE_CELLS
-from harness.cells.fedml_cells import FEDML, FEDML_ENVIRONMENT, fedml_cells
+from harness.cells.base import Cell
+from harness.cells.engines import ENGINE_CELLS
+from harness.cells.environments import ENVIRONMENTS, NOT_BY_DEFAULT
+from harness.cells.fedml import FEDML, FEDML_ENVIRONMENT, fedml_cells
+from harness.cells.flower import CODECS, METHODS, MODELS, cells, drift_cells
+from harness.cells.strategies import OURS, STRATEGIES
+from harness.cells.transports import TRANSPORT_CELLS
 from harness.matrix.engine_page import engine_section, of_an_engine
 from harness.matrix.page import Row, listed, results_of, table
-from harness.matrix.transport_cells import TRANSPORT_CELLS
 from harness.matrix.transport_page import of_a_transport, transport_section
 
 SPELLED = {"flower": "Flower", "fedml": "FedML"}
@@ -54,10 +46,11 @@ assertions that can fail:
   ([`fedml_rules.py`](../compat_tests/harness/oracles/fedml_rules.py)); where variates, duals or
   gradients are coded too, a lossy codec may end within 10 %. What FedML itself computes is in
   [its faults](fedml-faults.md).
-- One truth: FedAvg, FedProx, FedAdam and SCAFFOLD with `none`, `fedpara` and `pfedpara` come to the
-  same weights on Flower, on FedML and in a plain loop, which is
-  [a file](../compat_tests/reference/truth.safetensors) (`compat_tests/test_flower_truth.py`,
-  `compat_tests/test_fedml_truth.py`).
+- FedAvg, FedProx, FedAdam and SCAFFOLD with `none`, `fedpara` and `pfedpara` give the same weights
+  on Flower, on FedML and in a plain loop. These golden weights are
+  [a file](../compat_tests/golden/weights.safetensors), with which
+  `compat_tests/test_flower_golden_weights.py` and `compat_tests/test_fedml_golden_weights.py`
+  compare.
 - The DP wrappers run without noise here; noise and bound have
   [tests of their own](../compat_tests/test_flower_clipping.py).
 

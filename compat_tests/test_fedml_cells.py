@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError, Ledger, LedgerEntry, ModelSpec, convert, split
-from harness.cells.cell import Cell
-from harness.cells.cells import GAMMA, environment, part
-from harness.cells.fedml_cells import FEDML, HIERARCHICAL, fedml_cells
+from harness.cells.base import Cell
+from harness.cells.environments import environment, part
+from harness.cells.fedml import FEDML, HIERARCHICAL, fedml_cells
+from harness.cells.flower import GAMMA
 from harness.cells.strategies import RATE
 from harness.fedml.project import Outcome, run
-from harness.fedml.task import task_dataset, task_keys
+from harness.fedml.task_dataset import task_dataset, task_keys
 from harness.matrix.results import CellResult
 from harness.oracles.fedml_rules import ALGORITHMS, Loop
 from harness.oracles.task import Task, evaluate

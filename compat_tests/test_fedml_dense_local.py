@@ -23,8 +23,8 @@ from fedpara_plugins.codecs import decode_payload
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins_fedml.messages.envelope import unpack
 from harness.fedml.project import Outcome, dataset, forget_security, model, run
-from harness.fedml.reference import FedAvgLoop
-from harness.oracles.dense_reference import follow
+from harness.oracles.dense_local import follow
+from harness.oracles.fedml_fedavg import FedAvgLoop
 
 KEYS = {"fedpara_gamma": 0.5, "fedpara_local": "dense"}
 CONVERTING = ("lowrank", "fedpara", "pfedpara")

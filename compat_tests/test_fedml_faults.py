@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("fedml", reason="needs FedML 0.9.6")
 
-from harness.cells.cells import part
+from harness.cells.environments import part
 
 DOCS = Path(__file__).parents[1] / "docs"
 FOLDER = DOCS / "fedml_faults"

@@ -19,7 +19,7 @@ from fedpara_plugins import ConfigError, MismatchError, ModelSpec, convert
 from fedpara_plugins.layers.personal import PersonalLinear
 from fedpara_plugins.training.step_hooks import training_of
 from harness.fedml.project import dataset, forget_security, model, run
-from harness.fedml.reference import FedAvgLoop
+from harness.oracles.fedml_fedavg import FedAvgLoop
 
 PERSONAL = {"fedpara_method": "pfedpara", "fedpara_gamma": 0.5}
 PRIVACY = {

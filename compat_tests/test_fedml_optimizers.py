@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("fedml", reason="the FedML adapter; run in an environment that has fedml 0.9.6")
 
-from harness.fedml.optimizers import (
+from harness.fedml.optimizer_cases import (
     A_ROUND,
     CASES,
     CLIENTS,

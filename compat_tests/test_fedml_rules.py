@@ -23,7 +23,7 @@ from fedpara_plugins.optimizers.kept_storage import OwnState
 from fedpara_plugins.support.storage import Part
 from fedpara_plugins_fedml.rules import RULES, Answer, Rule, rule_for
 from fedpara_plugins_fedml.settings import Settings
-from harness.fedml.optimizers import (
+from harness.fedml.optimizer_cases import (
     CASES,
     CLIENTS,
     GAMMA,

@@ -19,7 +19,7 @@ from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 from torch import nn
 
 from fedpara_plugins import ConfigError
-from harness.fedml.optimizers import CASES, METHODS, assert_same, federated, loop, with_keys
+from harness.fedml.optimizer_cases import CASES, METHODS, assert_same, federated, loop, with_keys
 from harness.fedml.project import model
 from harness.fedml.project import run as run_single
 from harness.fedml.threads import Parties

@@ -19,7 +19,7 @@ from fedpara_plugins import ConfigError, FedParaError, Ledger, ModelSpec, conver
 from fedpara_plugins.ledger import Evaluation, read_lines
 from fedpara_plugins_fedml.messages.envelope import pack, unpack
 from harness.fedml.project import Outcome, Sent, dataset, forget_security, model, run
-from harness.fedml.reference import FedAvgLoop
+from harness.oracles.fedml_fedavg import FedAvgLoop
 
 PERSONAL = {"fedpara_method": "pfedpara", "fedpara_gamma": 0.5}
 

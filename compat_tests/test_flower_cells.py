@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from fedpara_plugins import Ledger, LedgerEntry
-from harness.cells.cells import Cell, cells, environment, installed_version, part
+from harness.cells.base import Cell
+from harness.cells.environments import environment, installed_version, part
+from harness.cells.flower import cells
 from harness.cells.refusals import refusal
 from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
 from harness.matrix.cell_runs import plain_loop, private_names, run, section
 from harness.matrix.checks import check_cell, check_close, check_refused, check_same_weights
 from harness.matrix.results import CellResult
-from harness.oracles.build import build
-from harness.oracles.reference import RULES, Reference, federated
+from harness.oracles.cell_model import build
+from harness.oracles.plain_loop import RULES, Reference, federated
 from harness.oracles.task import Task
 
 

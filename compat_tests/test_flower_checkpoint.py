@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-from harness.cells.cells import CODECS, GAMMA, METHODS
+from harness.cells.flower import CODECS, GAMMA, METHODS
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.oracles.task import Task
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.oracles.task import Task
 

@@ -18,11 +18,12 @@ from torch import Tensor
 import fedpara_plugins_flower.privacy.clipping as clipping
 from fedpara_plugins import FedParaError
 from fedpara_plugins_flower.server.strategy_arrays import averageable
-from harness.cells.cells import GAMMA, STRATEGIES
+from harness.cells.flower import GAMMA
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
 from harness.matrix.checks import distance
-from harness.oracles.build import build
-from harness.oracles.reference import RULES, federated
+from harness.oracles.cell_model import build
+from harness.oracles.plain_loop import RULES, federated
 from harness.oracles.task import Task
 
 CLIP = 0.05

@@ -20,11 +20,12 @@ import fedpara_plugins_flower as flower_side
 from fedpara_plugins.codecs import decode_payload
 from fedpara_plugins.ledger import LayerSize, LedgerEntry, read_lines
 from fedpara_plugins_flower.messages.records import carried_payload
-from harness.cells.cells import GAMMA, STRATEGIES
+from harness.cells.flower import GAMMA
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Apps, Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.flower.legacy_apps import LegacyExperiment, legacy_plugin_apps
-from harness.oracles.dense_reference import descend_dense
-from harness.oracles.reference import RULES, Reference, federated
+from harness.oracles.dense_local import descend_dense
+from harness.oracles.plain_loop import RULES, Reference, federated
 from harness.oracles.task import Task
 
 State = dict[str, Tensor]

@@ -15,11 +15,11 @@ import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
 from fedpara_plugins.codecs import decode_payload
 from fedpara_plugins_flower.strategies.client_state import own_state
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Outcome, federate
 from harness.flower.drift_apps import DriftExperiment, drift_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
-from harness.oracles.drift_reference import Published, feddyn, scaffold
+from harness.oracles.drift import Published, feddyn, scaffold
 from harness.oracles.task import Task, train
 
 TOLERANCE = 1e-4

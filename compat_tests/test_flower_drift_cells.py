@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from fedpara_plugins import Ledger, LedgerEntry, split
-from harness.cells.cells import GAMMA, OURS, Cell, drift_cells, environment, part
+from harness.cells.base import Cell
+from harness.cells.environments import environment, part
+from harness.cells.flower import GAMMA, drift_cells
+from harness.cells.strategies import OURS
 from harness.flower.apps import Outcome, federate
 from harness.flower.drift_apps import DriftExperiment, drift_apps
 from harness.matrix.checks import distance
 from harness.matrix.results import CellResult
-from harness.oracles.build import build
-from harness.oracles.drift_reference import published
+from harness.oracles.cell_model import build
+from harness.oracles.drift import published
 from harness.oracles.task import Task
 
 TOLERANCE = 1e-4

@@ -20,7 +20,7 @@ import fedpara_plugins_flower as fedpara
 from fedpara_plugins.layers.base import FactorisedLayer
 from fedpara_plugins_flower.run import Run, open_run
 from fedpara_plugins_flower.settings import Settings
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import (
     Apps,
     Experiment,

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-from harness.cells.cells import GAMMA, METHODS, STRATEGIES, every_strategy, part
+from harness.cells.environments import part
+from harness.cells.flower import GAMMA, METHODS, every_strategy
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Experiment, Outcome, federate, plain_apps, plugin_apps
 from harness.flower.inprocess_grid import Sent
 from harness.oracles.task import MODELS, Task

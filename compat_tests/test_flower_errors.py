@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
 import fedpara_plugins_flower.client.mod as client_side
-from harness.cells.cells import GAMMA, STRATEGIES
+from harness.cells.flower import GAMMA
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Apps, Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.flower.inprocess_grid import Engine, Sent
 from harness.flower.legacy_apps import LegacyExperiment, legacy_plugin_apps
-from harness.oracles.reference import RULES, Reference, federated
+from harness.oracles.plain_loop import RULES, Reference, federated
 from harness.oracles.task import Task
 
 TASK = Task(rounds=3, epochs=1)

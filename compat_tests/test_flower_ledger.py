@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 import fedpara_plugins as fedpara
 from fedpara_plugins import ConfigError, LedgerEntry
 from fedpara_plugins.ledger import Evaluation, LayerSize, RunStart, read_lines
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Apps, Experiment, Outcome, federate, plugin_apps
 from harness.oracles.task import Task
 

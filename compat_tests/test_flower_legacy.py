@@ -14,7 +14,8 @@ import fedpara_plugins as fedpara
 import fedpara_plugins.references.coded as coded
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
 from fedpara_plugins.references.version_zero import base_from_header
-from harness.cells.cells import GAMMA, METHODS, STRATEGIES
+from harness.cells.flower import GAMMA, METHODS
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Hooks, Outcome, federate
 from harness.flower.inprocess_grid import InProcessGrid, Sent
 from harness.flower.legacy_apps import (
@@ -24,7 +25,7 @@ from harness.flower.legacy_apps import (
     legacy_plain_apps,
     legacy_plugin_apps,
 )
-from harness.oracles.reference import RULES, Reference, federated
+from harness.oracles.plain_loop import RULES, Reference, federated
 from harness.oracles.task import Task
 
 State = dict[str, Tensor]

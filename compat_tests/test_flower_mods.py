@@ -20,7 +20,7 @@ from torch import nn
 
 import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Apps, Experiment, Hooks, Outcome, federate, plugin_apps, train_app
 from harness.oracles.task import Task
 

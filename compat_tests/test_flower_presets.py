@@ -7,7 +7,7 @@ import torch
 
 import fedpara_plugins_flower.client.mod as client_side
 from fedpara_plugins.codecs import decoders, peek_header
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
 from harness.flower.inprocess_grid import Sent
 from harness.oracles.task import Task

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Apps, Hooks, Outcome, federate
 from harness.flower.legacy_apps import LegacyExperiment, components, legacy_client_app
-from harness.oracles.reference import RULES, Reference, federated
+from harness.oracles.plain_loop import RULES, Reference, federated
 from harness.oracles.task import Task
 
 State = dict[str, Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Apps, federate
 from harness.oracles.task import Task, train
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from harness.fedml.engine import FedMLEngine, Net
+from harness.fedml.deployment import FedMLEngine, Net
 
 PLUGIN = {"method": "pfedpara", "gamma": 0.3, "codec": "balanced"}
 ROUNDS = 3

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.fedml.engine import FedMLEngine, why_not
-from harness.processes.processes import wait_until
+from harness.fedml.deployment import FedMLEngine, why_not
+from harness.processes.supervisor import wait_until
 
 FEDPARA = {"method": "fedpara", "gamma": 0.3, "codec": "balanced", "timeout": 20}
 NOT_MPI = ("TRPC", "GRPC", "MQTT_S3")

@@ -10,8 +10,8 @@ import pytest
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from harness.fedml.engine import FedMLEngine, Net, why_not
-from harness.processes.search import count_pieces, pieces_of
+from harness.fedml.deployment import FedMLEngine, Net, why_not
+from harness.processes.wire_search import count_pieces, pieces_of
 
 PLUGIN = {"method": "pfedpara", "gamma": 0.3}
 ROUNDS, CLIENTS = 2, 2

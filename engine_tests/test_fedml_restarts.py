@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from harness.fedml.engine import FedMLEngine, Net, why_not
+from harness.fedml.deployment import FedMLEngine, Net, why_not
 
 PLUGIN: dict[str, Any] = {"method": "pfedpara", "gamma": 0.3, "codec": "balanced"}
 LIMIT = 240.0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import ModelSpec
-from harness.fedml.engine import FedMLEngine, Net, digits, why_not
+from harness.fedml.deployment import FedMLEngine, Net, digits, why_not
 from harness.oracles.fedml_rules import ALGORITHMS
 
 Keys = Mapping[str, Any]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fedpara_plugins import Ledger
-from harness.fedml.engine import FedMLEngine, accuracy, why_not
+from harness.cells.transports import TRANSPORT_CELLS, TransportCell
+from harness.fedml.deployment import FedMLEngine, accuracy, why_not
 from harness.matrix.results import CellResult
-from harness.matrix.transport_cells import TRANSPORT_CELLS, TransportCell
 
 ROUNDS = 4
 CLIENTS = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.cells.cell import Cell
+from harness.cells.base import Cell
 from harness.cells.strategies import STRATEGIES
 
 __all__ = ["Refusal", "refusal"]

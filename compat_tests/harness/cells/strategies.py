@@ -1,4 +1,4 @@
-"""The optimizers of the matrix, as data. Standard library only, as `harness.cells.cells`."""
+"""The optimizers of the matrix, as data. Standard library only, as `harness.cells.flower`."""
 
 from __future__ import annotations
 
@@ -136,4 +136,4 @@ OURS: Mapping[str, StrategySpec] = {
     "feddyn": StrategySpec("FedDyn", "feddyn", {"alpha": 0.3}, home=PLUGIN),
 }
 """Optimizers that Flower lacks. Their clients have lines of their own, so they are run by
-`harness.flower.drift_apps` and checked against `harness.oracles.drift_reference`."""
+`harness.flower.drift_apps` and checked against `harness.oracles.drift`."""

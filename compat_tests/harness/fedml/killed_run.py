@@ -1,4 +1,4 @@
-"""FedML's runs in the single process that are killed (`harness.processes.killing`)."""
+"""FedML's runs in the single process that are killed (`harness.processes.killed_runs`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from harness.fedml.project import Sent, arguments
 from harness.fedml.project import run as run_project
-from harness.processes.killing import Killer, Order, serve
+from harness.processes.killed_runs import Killer, Order, serve
 
 __all__ = ["FedMLOrder"]
 

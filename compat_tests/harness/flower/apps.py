@@ -18,7 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
-from harness.cells.cells import STRATEGIES
+from harness.cells.strategies import STRATEGIES
 from harness.flower.inprocess_grid import Engine, InProcessGrid, RunConfig, Sent
 from harness.oracles.task import Task, evaluate, train
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from harness.flower.certificates import Certificates, certificates, node_key
 from harness.oracles import task
-from harness.processes.processes import Processes, Program, free_ports, wait_until
+from harness.processes.supervisor import Processes, Program, free_ports, wait_until
 from harness.processes.wiretap import Wiretap
 
 __all__ = ["Deployment", "Finished", "app_copy", "deployment", "simulated"]

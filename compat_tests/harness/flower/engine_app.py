@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import Ledger, LedgerEntry
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.deployment import app_copy
-from harness.oracles.reference import RULES, Reference, federated
+from harness.oracles.plain_loop import RULES, Reference, federated
 from harness.oracles.task import Task
 
 __all__ = ["EngineApp"]

@@ -1,4 +1,4 @@
-"""Flower's runs that are killed (`harness.processes.killing`)."""
+"""Flower's runs that are killed (`harness.processes.killed_runs`)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from safetensors.torch import save_file
 
 import fedpara_plugins_flower
-from harness.cells.cells import STRATEGIES
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Experiment, federate, plugin_apps
 from harness.flower.drift_apps import DriftExperiment, drift_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
 from harness.oracles.task import Task
-from harness.processes.killing import Killer, Order, serve
+from harness.processes.killed_runs import Killer, Order, serve
 
 __all__ = ["FlowerOrder"]
 
@@ -25,7 +25,7 @@ class FlowerOrder(Order):
 
     Attributes:
         section: the options of the plugin.
-        strategy: a name in `harness.cells.cells.STRATEGIES`, or of a class of the plugin.
+        strategy: a name in `harness.cells.strategies.STRATEGIES`, or of a class of the plugin.
         options: of its constructor.
         rounds: of the run.
         epochs: of a client in a round.

@@ -17,7 +17,7 @@ from flwr.serverapp import ServerApp
 from numpy.typing import NDArray
 from torch import nn
 
-from harness.cells.cells import STRATEGIES
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Apps, Factory, Hooks, Outcome
 from harness.oracles.task import Task, evaluate, train
 

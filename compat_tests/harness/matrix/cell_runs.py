@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from harness.cells.cells import GAMMA, STRATEGIES, Cell
-from harness.cells.strategies import RATE
+from harness.cells.base import Cell
+from harness.cells.flower import GAMMA
+from harness.cells.strategies import RATE, STRATEGIES
 from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
-from harness.oracles.build import build
-from harness.oracles.reference import RULES, Reference, federated
+from harness.oracles.cell_model import build
+from harness.oracles.plain_loop import RULES, Reference, federated
 from harness.oracles.task import Task
 
 __all__ = ["plain_loop", "private_names", "run", "section", "shared", "task_of"]

@@ -10,11 +10,12 @@ import pytest
 from torch import Tensor
 
 from fedpara_plugins import LedgerEntry
-from harness.cells.cells import STRATEGIES, Cell
+from harness.cells.base import Cell
 from harness.cells.refusals import Refusal
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Outcome
 from harness.matrix.cell_runs import COUNTERS, private_names, shared, task_of
-from harness.oracles.reference import Reference
+from harness.oracles.plain_loop import Reference
 from harness.oracles.task import HELD_OUT, TEST
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from harness.cells.engine_cells import ENGINE_CELLS
+from harness.cells.engines import ENGINE_CELLS
 from harness.matrix.page import Row, listed, table
 
 __all__ = ["engine_section", "of_an_engine"]

@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
-from harness.cells.cells import OURS, STRATEGIES, Cell, installed_version
-from harness.cells.engine_cells import EngineCell
-from harness.cells.fedml_cells import FEDML
-from harness.matrix.transport_cells import TransportCell
+from harness.cells.base import Cell
+from harness.cells.engines import EngineCell
+from harness.cells.environments import installed_version
+from harness.cells.fedml import FEDML
+from harness.cells.strategies import OURS, STRATEGIES
+from harness.cells.transports import TransportCell
 
 __all__ = ["AnyCell", "CellResult", "pytest_configure", "pytest_runtest_makereport", "result"]
 

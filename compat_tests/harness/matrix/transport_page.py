@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from harness.cells.transports import TRANSPORT_CELLS
 from harness.matrix.page import Row, listed, table
-from harness.matrix.transport_cells import TRANSPORT_CELLS
 
 __all__ = ["of_a_transport", "transport_section"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from harness.cells.cell import Cell
+from harness.cells.base import Cell
 
 __all__ = ["FEDML", "FEDML_ENVIRONMENT", "HIERARCHICAL", "FedMLSpec", "fedml_cells"]
 
@@ -78,7 +78,7 @@ BASIC = ("fedavg", "fedadam", "scaffold")
 
 
 def fedml_cells(environment_name: str, which: str = "all") -> list[Cell]:
-    """What runs in an environment of FedML; see `harness.cells.cells.cells`."""
+    """What runs in an environment of FedML; see `harness.cells.flower.cells`."""
     ours = [name for name in FEDML if name != HIERARCHICAL]
     if which == "smoke":
         rows = [(name, method, "none", "groupnorm") for name, method in product(BASIC, METHODS)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fedpara_plugins_flower as fedpara
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
 from fedpara_plugins.references.version_zero import base_from_header
-from harness.cells.cells import CODECS
+from harness.cells.flower import CODECS
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.oracles.task import Task
 

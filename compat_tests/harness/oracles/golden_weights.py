@@ -23,7 +23,7 @@ from harness.oracles.task import Task
 
 __all__ = ["CASES", "FILE", "GAMMA", "METHODS", "TASK", "TOLERANCE", "TruthNet", "check", "loop"]
 
-FILE = Path(__file__).parents[2] / "reference" / "truth.safetensors"
+FILE = Path(__file__).parents[2] / "golden" / "weights.safetensors"
 METHODS = ("none", "fedpara", "pfedpara")
 GAMMA = 0.3
 TASK = Task(rounds=4, epochs=1, lr=0.1)

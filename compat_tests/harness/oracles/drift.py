@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.cells.strategies import OURS
-from harness.oracles.build import build as cell_model
+from harness.oracles.cell_model import build as cell_model
 from harness.oracles.task import Task
 
 __all__ = ["Published", "feddyn", "published", "scaffold"]

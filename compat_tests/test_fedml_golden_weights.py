@@ -11,8 +11,8 @@ pytest.importorskip("fedml", reason="the FedML adapter; run in an environment th
 from torch import Tensor
 
 from harness.fedml.project import run
-from harness.fedml.task import task_dataset, task_keys
-from harness.oracles.truth import CASES, GAMMA, METHODS, TASK, check, loop, net
+from harness.fedml.task_dataset import task_dataset, task_keys
+from harness.oracles.golden_weights import CASES, GAMMA, METHODS, TASK, check, loop, net
 
 
 def federated(name: str, method: str) -> Mapping[str, Tensor]:

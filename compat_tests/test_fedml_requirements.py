@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.fedml.programs import BACKENDS, why_not
+from harness.cells.transports import BACKENDS
+from harness.fedml.requirements import why_not
 
 SCRIPT = Path(__file__).parents[1] / "engine_tests" / "install.sh"
 
@@ -79,7 +80,7 @@ def test_why_a_transport_cannot_run(
 def test_a_missing_module_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program(tmp_path / "mpirun", "")
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("harness.fedml.programs.find_spec", lambda name: None)
+    monkeypatch.setattr("harness.fedml.requirements.find_spec", lambda name: None)
     assert why_not("MPI") == "MPI needs mpi4py (pip install mpi4py)"
     assert why_not("GRPC") == "GRPC needs grpcio (pip install grpcio)"
     assert why_not("TRPC") == ""

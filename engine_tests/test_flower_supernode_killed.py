@@ -12,7 +12,7 @@ from torch import Tensor
 import fedpara_plugins as fedpara
 from harness.flower.deployment import deployment
 from harness.flower.engine_app import EngineApp
-from harness.processes.processes import wait_until
+from harness.processes.supervisor import wait_until
 
 ROUNDS = 3
 KILLED = 2

@@ -9,19 +9,12 @@ import pytest
 import torch
 from flwr.serverapp import strategy as flower
 
-from harness.cells.cells import (
-    CODECS,
-    ENVIRONMENTS,
-    LATEST,
-    METHODS,
-    MODELS,
-    STRATEGIES,
-    Cell,
-    Environment,
-    cells,
-)
+from harness.cells.base import Cell
+from harness.cells.environments import ENVIRONMENTS, LATEST, Environment
+from harness.cells.flower import CODECS, METHODS, MODELS, cells
 from harness.cells.pairwise import pairwise
 from harness.cells.refusals import refusal
+from harness.cells.strategies import STRATEGIES
 from harness.oracles.replies import PlainReply, State, mean
 from harness.oracles.rules import RULES
 

@@ -22,7 +22,7 @@ from fedpara_plugins_fedml.rules import rule_for
 from fedpara_plugins_fedml.settings import Settings
 from harness.fedml.killed_run import FedMLOrder
 from harness.fedml.project import arguments, run
-from harness.processes.killing import Program, assert_equal, assert_little_repeated
+from harness.processes.killed_runs import Program, assert_equal, assert_little_repeated
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")
 

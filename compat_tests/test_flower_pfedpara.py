@@ -18,11 +18,11 @@ import fedpara_plugins_flower.client.mod as client_side
 from fedpara_plugins import FedParaError
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
 from fedpara_plugins.references.version_zero import base_from_header
-from harness.cells.cells import CODECS, GAMMA
+from harness.cells.flower import CODECS, GAMMA
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plain_apps, plugin_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
 from harness.oracles.task import Task
-from harness.processes.search import count_pieces, pieces_of
+from harness.processes.wire_search import count_pieces, pieces_of
 
 State = dict[str, Tensor]
 

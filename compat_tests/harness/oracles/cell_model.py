@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 import fedpara_plugins as fedpara
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.oracles.task import Task
 
 

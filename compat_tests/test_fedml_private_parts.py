@@ -21,7 +21,7 @@ from torch import nn
 
 from fedpara_plugins import ConversionError, ModelSpec, convert
 from fedpara_plugins.training.step_hooks import start_round, training_of
-from harness.fedml.optimizers import (
+from harness.fedml.optimizer_cases import (
     CASES,
     CLIENTS,
     GAMMA,

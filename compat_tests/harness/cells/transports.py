@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
-from harness.fedml.programs import BACKENDS
+__all__ = ["BACKENDS", "TRANSPORT_CELLS", "TransportCell"]
 
-__all__ = ["TRANSPORT_CELLS", "TransportCell"]
+BACKENDS = ("TRPC", "MPI", "GRPC", "MQTT_S3")
+"""FedML's transports between processes, by their ``backend``."""
 
 METHODS = (("none", "none"), ("fedpara", "balanced"), ("pfedpara", "none"))
 

@@ -15,8 +15,9 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from harness.fedml.programs import BACKENDS, why_not
-from harness.processes.processes import Processes, Program, wait_until
+from harness.cells.transports import BACKENDS
+from harness.fedml.requirements import why_not
+from harness.processes.supervisor import Processes, Program, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.append(str(ROOT / "examples" / "fedml_cross_silo"))
@@ -25,7 +26,7 @@ import digits  # noqa: E402
 import start  # noqa: E402
 from net import Net  # noqa: E402
 
-from harness.fedml.wire import Wire  # noqa: E402
+from harness.fedml.taps import Wire  # noqa: E402
 
 __all__ = ["BACKENDS", "FedMLEngine", "Net", "accuracy", "why_not"]
 

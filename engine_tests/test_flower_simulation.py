@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cells.engine_cells import ENGINE_CELLS, EngineCell
+from harness.cells.engines import ENGINE_CELLS, EngineCell
 from harness.flower.deployment import simulated
 from harness.flower.engine_app import EngineApp
 from harness.matrix.results import CellResult

@@ -17,7 +17,8 @@ from fedpara_plugins.exchange.client_state import ClientState
 from fedpara_plugins_flower import run as adapter_run
 from fedpara_plugins_flower.client import mod as client
 from fedpara_plugins_flower.server import accounting, grid, outbox
-from harness.cells.cells import Cell, installed_version
+from harness.cells.base import Cell
+from harness.cells.environments import installed_version
 from harness.cells.refusals import refusal
 from harness.flower import apps
 from harness.matrix.cell_runs import _plain_loop, plain_loop, run

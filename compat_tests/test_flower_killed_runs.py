@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedpara_plugins import ConfigError
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Experiment, Hooks, federate, plugin_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
 from harness.flower.killed_run import FlowerOrder
 from harness.oracles.task import Task
-from harness.processes.killing import Program, assert_equal, assert_little_repeated
+from harness.processes.killed_runs import Program, assert_equal, assert_little_repeated
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")
 

@@ -13,7 +13,7 @@ import fedpara_plugins_flower as fedpara
 from fedpara_plugins.optimizers import trained_parameters
 from harness.flower.apps import federate
 from harness.flower.drift_apps import DriftExperiment, drift_apps
-from harness.oracles.truth import CASES, GAMMA, METHODS, TASK, TruthNet, check
+from harness.oracles.golden_weights import CASES, GAMMA, METHODS, TASK, TruthNet, check
 
 
 def federated(name: str, method: str) -> Any:

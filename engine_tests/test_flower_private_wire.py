@@ -11,7 +11,7 @@ from torch import Tensor
 import fedpara_plugins as fedpara
 from harness.flower.deployment import deployment
 from harness.flower.engine_app import EngineApp
-from harness.processes.search import count_pieces, pieces_of
+from harness.processes.wire_search import count_pieces, pieces_of
 
 State = dict[str, Tensor]
 

@@ -7,9 +7,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["BACKENDS", "why_not"]
-
-BACKENDS = ("TRPC", "MPI", "GRPC", "MQTT_S3")
+__all__ = ["why_not"]
 
 
 def why_not(backend: str) -> str:
