@@ -16,7 +16,7 @@ from harness.cells.engines import ENGINE_CELLS
 from harness.cells.environments import ENVIRONMENTS, NOT_BY_DEFAULT
 from harness.cells.fedml import FEDML, FEDML_ENVIRONMENT, fedml_cells
 from harness.cells.flower import CODECS, METHODS, MODELS, cells, drift_cells
-from harness.cells.strategies import OURS, STRATEGIES
+from harness.cells.strategies import PLUGIN_STRATEGIES, STRATEGIES
 from harness.cells.transports import TRANSPORT_CELLS
 from harness.matrix.engine_page import engine_section, of_an_engine
 from harness.matrix.page import Row, listed, results_of, table
@@ -148,7 +148,7 @@ def _overview(names: Sequence[str], results: Results) -> str:
 
 def _labels(framework: str = "") -> dict[str, str]:
     """All optimizers by marker, named as the framework does, Flower's names first."""
-    flower = {name: spec.label for name, spec in {**STRATEGIES, **OURS}.items()}
+    flower = {name: spec.label for name, spec in {**STRATEGIES, **PLUGIN_STRATEGIES}.items()}
     fedml = {name: spec.label for name, spec in FEDML.items()}
     return {**flower, **fedml} if framework == "fedml" else {**fedml, **flower}
 

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError, Ledger, LedgerEntry, ModelSpec, convert, split
 from harness.cells.base import Cell
-from harness.cells.environments import environment, part
+from harness.cells.environments import environment, selection
 from harness.cells.fedml import FEDML, HIERARCHICAL, fedml_cells
 from harness.cells.flower import GAMMA
 from harness.cells.strategies import RATE
 from harness.fedml.project import Outcome, run
 from harness.fedml.task_dataset import task_dataset, task_keys
 from harness.matrix.results import CellResult
-from harness.oracles.fedml_rules import ALGORITHMS, Loop
-from harness.oracles.task import Task, evaluate
+from harness.oracles.fedml_rules import ALGORITHMS, PlainLoop
+from harness.oracles.task import TrainingTask, evaluate
 
 TOLERANCE = 1e-5
 """Of a weight over two rounds; both compute in float32 and sum up in another order."""
@@ -37,7 +37,7 @@ ACCURACY = 0.02
 def _params() -> list[object]:
     return [
         pytest.param(cell, id=cell.id, marks=getattr(pytest.mark, cell.strategy))
-        for cell in fedml_cells(environment(), part())
+        for cell in fedml_cells(environment(), selection())
     ]
 
 
@@ -66,9 +66,9 @@ def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
     assert loss(cell, outcome.state) < loss(cell, built(cell).state_dict())
 
 
-def task_of(cell: Cell) -> Task:
+def task_of(cell: Cell) -> TrainingTask:
     """As on Flower: short, and yet every optimizer uses its memory once."""
-    return Task(model=cell.model, rounds=2, epochs=1, batch_size=40, lr=RATE)
+    return TrainingTask(model=cell.model, rounds=2, epochs=1, batch_size=40, lr=RATE)
 
 
 def built(cell: Cell) -> nn.Module:
@@ -94,7 +94,7 @@ def federated(cell: Cell, **more: Any) -> Outcome:
 
 
 @cache
-def plain_loop(strategy: str, method: str, model: str) -> Loop:
+def plain_loop(strategy: str, method: str, model: str) -> PlainLoop:
     """The published algorithm, run to its end."""
     cell, spec = Cell("fedml", "", strategy, method, "none", model), FEDML[strategy]
     task, net = task_of(cell), built(cell)
@@ -107,7 +107,7 @@ def plain_loop(strategy: str, method: str, model: str) -> Loop:
             return task.size(client)
 
     keys = {k: v for k, v in spec.keys.items() if not k.startswith("fedpara_")}
-    made: Loop = OfTask(
+    made: PlainLoop = OfTask(
         net,
         dict.fromkeys(range(task.clients), ()),
         private=ModelSpec.of(net).initial_private(),
@@ -144,7 +144,7 @@ def _own(cell: Cell, state_of: Any) -> float:
     return sum(each) / len(each)
 
 
-def _check_weights(cell: Cell, outcome: Outcome, wanted: Loop) -> None:
+def _check_weights(cell: Cell, outcome: Outcome, wanted: PlainLoop) -> None:
     state = wanted.sent(wanted.x)
     assert state.keys() <= outcome.state.keys()
     assert bool(outcome.state.keys() - state.keys()) == (cell.method == "pfedpara")

@@ -20,9 +20,9 @@ from fedpara_plugins import ConfigError
 from fedpara_plugins_fedml.engine.server_state import CompletedRound, ServerFile
 from fedpara_plugins_fedml.rules import rule_for
 from fedpara_plugins_fedml.settings import Settings
-from harness.fedml.killed_run import FedMLOrder
+from harness.fedml.killed_run import FedMLRunRequest
 from harness.fedml.project import arguments, run
-from harness.processes.killed_runs import Program, assert_equal, assert_little_repeated
+from harness.processes.killed_runs import ForkServer, assert_equal, assert_little_repeated
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")
 
@@ -30,8 +30,8 @@ ROUNDS = 4
 
 
 @pytest.fixture(scope="module")
-def program() -> Iterator[Program]:
-    made = Program("harness.fedml.killed_run")
+def program() -> Iterator[ForkServer]:
+    made = ForkServer("harness.fedml.killed_run")
     yield made
     made.end()
 
@@ -65,35 +65,35 @@ def keys(
     ],
 )
 def test_a_run_killed_between_rounds_ends_as_if_it_had_not_been(
-    program: Program, tmp_path: Path, optimizer: str, method: str, codec: str
+    program: ForkServer, tmp_path: Path, optimizer: str, method: str, codec: str
 ) -> None:
     """The optimizer's state, references, private factors, variates and error feedback all go on."""
 
-    def order(name: str, die_before: int = 0) -> FedMLOrder:
+    def request(name: str, die_before: int = 0) -> FedMLRunRequest:
         output = str(tmp_path / f"{name}.safetensors")
-        return FedMLOrder(
+        return FedMLRunRequest(
             output, keys(tmp_path / name, optimizer, method, codec), die_before=die_before
         )
 
-    whole = program.run(order("whole"))
-    assert program.run(order("killed", die_before=2)) is None
-    assert program.run(order("killed", die_before=4)) is None
-    assert_equal(program.run(order("killed")), whole)
+    whole = program.run(request("whole"))
+    assert program.run(request("killed", die_before=2)) is None
+    assert program.run(request("killed", die_before=4)) is None
+    assert_equal(program.run(request("killed")), whole)
     log = (tmp_path / "killed.log").read_text()
     assert "holds round 3 of 4" in log
     assert "that lost it" not in log
 
 
-def test_the_kept_round_is_what_makes_them_equal(program: Program, tmp_path: Path) -> None:
+def test_the_kept_round_is_what_makes_them_equal(program: ForkServer, tmp_path: Path) -> None:
     """The control: with Adam's moments forgotten the run ends elsewhere."""
 
-    def order(name: str, die_before: int = 0) -> FedMLOrder:
+    def request(name: str, die_before: int = 0) -> FedMLRunRequest:
         output = str(tmp_path / f"{name}.safetensors")
         made = keys(tmp_path / name, "FedOpt", "fedpara", "none")
-        return FedMLOrder(output, made, die_before=die_before)
+        return FedMLRunRequest(output, made, die_before=die_before)
 
-    whole = program.run(order("whole"))
-    assert program.run(order("killed", die_before=3)) is None
+    whole = program.run(request("whole"))
+    assert program.run(request("killed", die_before=3)) is None
     file = ServerFile(tmp_path / "killed")
     saved = file._decoded(tmp_path / "killed" / "server" / "round.safetensors")
     assert saved.round == 2
@@ -101,7 +101,7 @@ def test_the_kept_round_is_what_makes_them_equal(program: Program, tmp_path: Pat
     args = arguments(**keys(None, "FedOpt", "fedpara", "none"))
     fresh = rule_for(args, Settings.from_args(args), clients=4, a_round=2)
     file.write(replace(saved, rule=fresh.state_dict()))
-    ended = program.run(order("killed"))
+    ended = program.run(request("killed"))
     assert whole is not None
     assert ended is not None
     assert max(float((ended[name] - value).abs().max()) for name, value in whole.items()) > 1e-3
@@ -112,20 +112,20 @@ def test_the_kept_round_is_what_makes_them_equal(program: Program, tmp_path: Pat
     [("FedAvg", "pfedpara", "small"), ("SCAFFOLD", "fedpara", "none")],
 )
 def test_a_run_killed_at_any_moment_goes_on(
-    program: Program, tmp_path: Path, optimizer: str, method: str, codec: str
+    program: ForkServer, tmp_path: Path, optimizer: str, method: str, codec: str
 ) -> None:
     ledger = tmp_path / "ledger.jsonl"
     # Enough of them that some are left for the third kill, however fast messages pass meanwhile.
     many = {"comm_round": 12}
     made = keys(tmp_path / "state", optimizer, method, codec, fedpara_ledger=str(ledger), **many)
-    order = FedMLOrder(str(tmp_path / "end.safetensors"), made)
+    request = FedMLRunRequest(str(tmp_path / "end.safetensors"), made)
     draw, killed = random.Random(optimizer), 0
     for _ in range(10):
         moment = {"die_after": draw.randint(1, 12), "moment": draw.uniform(0.0, 0.03)}
-        killed += program.run(replace(order, **moment)) is None
+        killed += program.run(replace(request, **moment)) is None
     assert killed >= 3
-    state = program.run(order)
-    whole = FedMLOrder(
+    state = program.run(request)
+    whole = FedMLRunRequest(
         str(tmp_path / "whole.safetensors"), keys(None, optimizer, method, codec, **many)
     )
     assert_little_repeated(state, program.run(whole), ledger, many["comm_round"])

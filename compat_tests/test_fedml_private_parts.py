@@ -28,19 +28,19 @@ from harness.fedml.optimizer_cases import (
     METHODS,
     assert_same,
     batch_model,
-    federated,
-    loop,
+    published_loop,
+    run_case,
     with_keys,
 )
 from harness.fedml.project import dataset, model
-from harness.oracles.fedml_rules import Loop
+from harness.oracles.fedml_rules import PlainLoop
 
 SHORT = {"comm_round": 4, "epochs": 1}
 DRIFT = ("scaffold", "scaffold-one", "feddyn")
 FEDPER, FEDBN = ("4.*", model), ("1.*", batch_model)
 
 
-def assert_kept(outcome: Any, wanted: Loop) -> None:
+def assert_kept(outcome: Any, wanted: PlainLoop) -> None:
     """Each client's own part is that of the loop; a client that never trained has the first one."""
     for client in range(CLIENTS):
         found = outcome.kept(client)
@@ -51,9 +51,9 @@ def assert_kept(outcome: Any, wanted: Loop) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", DRIFT)
 def test_names_that_stay_on_the_client(name: str, method: str, private: str, net: Any) -> None:
-    wanted = loop(CASES[name], method, net(), epochs=1, options={"private": (private,)})
+    wanted = published_loop(CASES[name], method, net(), epochs=1, options={"private": (private,)})
     state = wanted.run(4, 2)
-    outcome = federated(CASES[name], method, net(), fedpara_private=private, **SHORT)
+    outcome = run_case(CASES[name], method, net(), fedpara_private=private, **SHORT)
     assert_same({k: outcome.state[k] for k in state}, state, 5e-6)
     assert_kept(outcome, wanted)
     assert [k for k in wanted.own[0] if k.startswith(private[:2])]
@@ -81,7 +81,7 @@ def test_a_private_head_and_the_decoupled_schedule(name: str) -> None:
         "halves": halves,
         "absent": halves,
     }
-    wanted = loop(CASES[name], "pfedpara", model(), 2, **more)
+    wanted = published_loop(CASES[name], "pfedpara", model(), 2, **more)
     training = training_of(wanted.model)
     assert training is not None
     training.decoupled = False  # the loop itself decides what a step moves
@@ -94,7 +94,7 @@ def test_a_private_head_and_the_decoupled_schedule(name: str) -> None:
             wanted.own[client]["4.label_prior"] = torch.tensor(prior)
     state = wanted.run(4, 2)
     keys = {f"fedpara_{key}": value for key, value in options.items()}
-    outcome = federated(CASES[name], "pfedpara", model(), comm_round=4, epochs=2, **keys)
+    outcome = run_case(CASES[name], "pfedpara", model(), comm_round=4, epochs=2, **keys)
     assert_same({k: outcome.state[k] for k in state}, state, 5e-6)
     assert_kept(outcome, wanted)
     assert float(wanted.own[min(chosen)]["4.correction"].abs().max()) > 1e-3
@@ -105,7 +105,7 @@ def test_a_private_head_and_the_decoupled_schedule(name: str) -> None:
 def test_codecs_with_names_that_stay(name: str, codec: str) -> None:
     keys = {**SHORT, "comm_round": 6, "fedpara_private": "4.*"}
     exact, coded = (
-        federated(with_keys(name, fedpara_codec=text), "pfedpara", model(), **keys)
+        run_case(with_keys(name, fedpara_codec=text), "pfedpara", model(), **keys)
         for text in ("none", codec)
     )
     start = convert(model(), method="pfedpara", gamma=GAMMA).state_dict()
@@ -173,13 +173,13 @@ def test_a_project_that_exchanges_a_part_of_its_model(name: str, method: str, fr
         found[0].requires_grad_(not frozen)
         return found
 
-    wanted: Any = loop(CASES[name], method, net(), epochs=1)
+    wanted: Any = published_loop(CASES[name], method, net(), epochs=1)
     wanted.__class__ = type("Passing", (Passing, type(wanted)), {})
     wanted.names = [k for k in wanted.names if not k.startswith("0.")]
     wanted.begin()
     state = _without_first_layer(wanted.run(4, 2))
     parts = {"client_trainer": SendsAPart, "server_aggregator": AveragesAPart}
-    outcome = federated(CASES[name], method, net(), **parts, **SHORT)
+    outcome = run_case(CASES[name], method, net(), **parts, **SHORT)
     names = [k for k in state if k in outcome_names(outcome)]
     assert names
     assert not [k for k in outcome.state if k.startswith("0.")]
@@ -193,4 +193,4 @@ class SendsOneFactor(ModelTrainerCLS):  # type: ignore[misc]
 
 def test_a_part_of_a_weights_factors_is_refused() -> None:
     with pytest.raises(ConversionError, match=r"gives '0.x2' and not '0.x1', both factors of '0.w"):
-        federated(CASES["fedavg"], "pfedpara", model(), client_trainer=SendsOneFactor, **SHORT)
+        run_case(CASES["fedavg"], "pfedpara", model(), client_trainer=SendsOneFactor, **SHORT)

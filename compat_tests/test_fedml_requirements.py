@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.cells.transports import BACKENDS
-from harness.fedml.requirements import why_not
+from harness.fedml.requirements import missing_for
 
 SCRIPT = Path(__file__).parents[1] / "engine_tests" / "install.sh"
 
@@ -66,21 +66,23 @@ def test_why_a_transport_cannot_run(
         program(tmp_path / name, "")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("MOTO_SERVER", str(tmp_path / "moto_server"))
-    with_all = why_not(backend)
+    with_all = missing_for(backend)
     assert "install.sh" not in with_all
     for name in ("mpirun", "moto_server"):
         (tmp_path / name).unlink()
     missing = {"MPI": "mpirun", "MQTT_S3": "moto_server"}.get(backend)
     if missing is None:
-        assert why_not(backend) == with_all
+        assert missing_for(backend) == with_all
     else:
-        assert why_not(backend).startswith(f"{backend} needs {missing} (engine_tests/install.sh")
+        assert missing_for(backend).startswith(
+            f"{backend} needs {missing} (engine_tests/install.sh"
+        )
 
 
 def test_a_missing_module_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program(tmp_path / "mpirun", "")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("harness.fedml.requirements.find_spec", lambda name: None)
-    assert why_not("MPI") == "MPI needs mpi4py (pip install mpi4py)"
-    assert why_not("GRPC") == "GRPC needs grpcio (pip install grpcio)"
-    assert why_not("TRPC") == ""
+    assert missing_for("MPI") == "MPI needs mpi4py (pip install mpi4py)"
+    assert missing_for("GRPC") == "GRPC needs grpcio (pip install grpcio)"
+    assert missing_for("TRPC") == ""

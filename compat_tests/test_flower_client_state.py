@@ -14,12 +14,12 @@ from torch import Tensor, nn
 import fedpara_plugins as fedpara
 from harness.cells.flower import GAMMA
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
 State = dict[str, Tensor]
 States = dict[tuple[int, int], State]
 
-TASK = Task(rounds=2, epochs=1)
+TASK = TrainingTask(rounds=2, epochs=1)
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "gamma": ({"gamma": 0.6}, r"'conv2.x2' is of shape \(32, \d+\) there and of shape"),

@@ -22,14 +22,14 @@ from harness.cells.flower import GAMMA
 from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
 from harness.matrix.checks import distance
-from harness.oracles.cell_model import build
-from harness.oracles.plain_loop import RULES, federated
-from harness.oracles.task import Task
+from harness.oracles.cell_model import cell_model
+from harness.oracles.plain_loop import RULES, run_plain_loop
+from harness.oracles.task import TrainingTask
 
 CLIP = 0.05
 """Well below the norm of an update of one epoch, which is about 1."""
 
-TASK = Task(rounds=1, epochs=1)
+TASK = TrainingTask(rounds=1, epochs=1)
 
 CLIENT = ("dpclientfixed", "dpclientadaptive")
 SERVER = ("dpserverfixed", "dpserveradaptive")
@@ -44,7 +44,7 @@ def _run(
     codec: str,
     *,
     method: str = "fedpara",
-    task: Task = TASK,
+    task: TrainingTask = TASK,
     raises: bool = True,
     mods: tuple[Any, ...] | None = None,
     options: dict[str, float] | None = None,
@@ -64,7 +64,7 @@ def _run(
 
 def _initial(method: str) -> dict[str, Tensor]:
     torch.manual_seed(TASK.seed)
-    return build(method, TASK.model).state_dict()
+    return cell_model(method, TASK.model).state_dict()
 
 
 def _distance(state: Mapping[str, Tensor], method: str) -> float:
@@ -234,11 +234,11 @@ def test_the_noise_is_that_of_the_seeded_generator(strategy: str, codec: str) ->
 
 def test_integers_go_to_qfedavg_as_numbers_and_the_log_says_so() -> None:
     """Flower's own run dies on them; here the counters count as weights, and a line says it."""
-    task = Task(model="batchnorm", rounds=2, epochs=1)
+    task = TrainingTask(model="batchnorm", rounds=2, epochs=1)
     experiment = Experiment(task, "qfedavg", {"client_learning_rate": task.lr})
     outcome = federate(plugin_apps(experiment), {"fedpara.codec": "lossless"})
     rule = RULES["qfedavg"](client_learning_rate=task.lr, q=STRATEGIES["qfedavg"].options["q"])
-    plain = federated(task, task.net, rule)
+    plain = run_plain_loop(task, task.net, rule)
     for key, value in outcome.state.items():
         np.testing.assert_allclose(value.double(), plain.state[key], atol=5e-6, err_msg=key)
     said = [line for line in outcome.log if "num_batches_tracked" in line and "norm" in line]
@@ -247,7 +247,7 @@ def test_integers_go_to_qfedavg_as_numbers_and_the_log_says_so() -> None:
 
 
 def test_integers_are_no_news_for_a_mean() -> None:
-    experiment = Experiment(Task(model="batchnorm", rounds=1, epochs=1))
+    experiment = Experiment(TrainingTask(model="batchnorm", rounds=1, epochs=1))
     outcome = federate(plugin_apps(experiment), {"fedpara.codec": "lossless"})
     assert outcome.accuracies
     assert not [line for line in outcome.log if "integer tensors" in line]

@@ -31,9 +31,9 @@ from harness.flower.apps import (
     train_app,
 )
 from harness.oracles.task import Net as PlainNet
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
-TASK = Task(clients=2, rounds=2, epochs=1)
+TASK = TrainingTask(clients=2, rounds=2, epochs=1)
 
 FILES = {
     "task.py": """
@@ -57,10 +57,10 @@ from torch.nn.functional import cross_entropy
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from no_edit_app.task import {name}
-from harness.oracles.task import Task, train
+from harness.oracles.task import TrainingTask, train
 
 app = ClientApp()
-data = Task(clients=2)
+data = TrainingTask(clients=2)
 
 @app.train()
 def fit(message, context):

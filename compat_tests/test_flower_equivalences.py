@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-from harness.cells.environments import part
+from harness.cells.environments import selection
 from harness.cells.flower import GAMMA, METHODS, every_strategy
 from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Experiment, Outcome, federate, plain_apps, plugin_apps
 from harness.flower.inprocess_grid import Sent
-from harness.oracles.task import MODELS, Task
+from harness.oracles.task import MODELS, TrainingTask
 
 Key = tuple[str, int, str, int]
 
-EVERY = every_strategy(part())
+EVERY = every_strategy(selection())
 
 
 @cache
@@ -38,8 +38,8 @@ def _run(
     return federate(plugin_apps(Experiment(_task(strategy, model), strategy, options)), section)
 
 
-def _task(strategy: str, model: str = "groupnorm") -> Task:
-    return Task(model=model, clients=STRATEGIES[strategy].clients, epochs=1)
+def _task(strategy: str, model: str = "groupnorm") -> TrainingTask:
+    return TrainingTask(model=model, clients=STRATEGIES[strategy].clients, epochs=1)
 
 
 def _by_place(outcome: Outcome) -> dict[Key, Sent]:

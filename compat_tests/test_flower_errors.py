@@ -18,10 +18,10 @@ from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Apps, Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.flower.inprocess_grid import Engine, Sent
 from harness.flower.legacy_apps import LegacyExperiment, legacy_plugin_apps
-from harness.oracles.plain_loop import RULES, Reference, federated
-from harness.oracles.task import Task
+from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
+from harness.oracles.task import TrainingTask
 
-TASK = Task(rounds=3, epochs=1)
+TASK = TrainingTask(rounds=3, epochs=1)
 
 
 def plugin_experiment(**lines: frozenset[str]) -> Apps:
@@ -345,10 +345,10 @@ def _build(method: str) -> nn.Module:
     return fedpara.convert(TASK.net(), method=method, gamma=GAMMA, init="random")
 
 
-def _reference(method: str, *, missing: bool = True) -> Reference:
+def _reference(method: str, *, missing: bool = True) -> PlainResult:
     everyone = list(range(TASK.clients))
     others = [client for client in everyone if client != CULPRIT]
-    return federated(
+    return run_plain_loop(
         TASK,
         partial(_build, method),
         RULES["fedavg"](),

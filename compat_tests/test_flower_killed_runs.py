@@ -17,9 +17,9 @@ from fedpara_plugins import ConfigError
 from harness.cells.flower import GAMMA
 from harness.flower.apps import Experiment, Hooks, federate, plugin_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
-from harness.flower.killed_run import FlowerOrder
-from harness.oracles.task import Task
-from harness.processes.killed_runs import Program, assert_equal, assert_little_repeated
+from harness.flower.killed_run import FlowerRunRequest
+from harness.oracles.task import TrainingTask
+from harness.processes.killed_runs import ForkServer, assert_equal, assert_little_repeated
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")
 
@@ -27,8 +27,8 @@ ROUNDS = 4
 
 
 @pytest.fixture(scope="module")
-def program() -> Iterator[Program]:
-    made = Program("harness.flower.killed_run")
+def program() -> Iterator[ForkServer]:
+    made = ForkServer("harness.flower.killed_run")
     yield made
     made.end()
 
@@ -53,7 +53,7 @@ def _section(
     ],
 )
 def test_a_run_killed_between_rounds_ends_as_if_it_had_not_been(
-    program: Program,
+    program: ForkServer,
     tmp_path: Path,
     strategy: str,
     options: dict[str, Any],
@@ -62,15 +62,15 @@ def test_a_run_killed_between_rounds_ends_as_if_it_had_not_been(
 ) -> None:
     """Moments of the strategy, references, private factors and error feedback all go on."""
 
-    def order(name: str, die_before: int = 0) -> FlowerOrder:
+    def request(name: str, die_before: int = 0) -> FlowerRunRequest:
         section = _section(tmp_path / name, method, codec)
         output = str(tmp_path / f"{name}.safetensors")
-        return FlowerOrder(output, section, strategy, options, ROUNDS, die_before=die_before)
+        return FlowerRunRequest(output, section, strategy, options, ROUNDS, die_before=die_before)
 
-    whole = program.run(order("whole"))
-    assert program.run(order("killed", die_before=2)) is None
-    assert program.run(order("killed", die_before=4)) is None
-    assert_equal(program.run(order("killed")), whole)
+    whole = program.run(request("whole"))
+    assert program.run(request("killed", die_before=2)) is None
+    assert program.run(request("killed", die_before=4)) is None
+    assert_equal(program.run(request("killed")), whole)
     log = (tmp_path / "killed.log").read_text()
     assert "holds round 3 of 4" in log
     assert "that lost it" not in log
@@ -78,18 +78,18 @@ def test_a_run_killed_between_rounds_ends_as_if_it_had_not_been(
 
 
 def test_the_strategy_s_own_state_is_what_makes_them_equal(
-    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: without its moments, FedAdam ends elsewhere."""
 
-    def order(name: str, die_before: int = 0) -> FlowerOrder:
+    def request(name: str, die_before: int = 0) -> FlowerRunRequest:
         output = str(tmp_path / f"{name}.safetensors")
-        return FlowerOrder(
+        return FlowerRunRequest(
             output, _section(tmp_path / name), "fedadam", {}, ROUNDS, die_before=die_before
         )
 
-    whole = program.run(order("whole"))
-    assert program.run(order("killed", die_before=3)) is None
+    whole = program.run(request("whole"))
+    assert program.run(request("killed", die_before=3)) is None
     (rounds,) = (tmp_path / "killed" / "server").glob("rounds-0.safetensors")
     from fedpara_plugins_flower.server.resume import _Snapshot
 
@@ -98,7 +98,7 @@ def test_the_strategy_s_own_state_is_what_makes_them_equal(
     for forgotten in ("m_t", "v_t"):
         assert snapshot.state["attributes"].pop(forgotten)["value"] is not None
     snapshot.write(rounds)
-    ended = program.run(order("killed"))
+    ended = program.run(request("killed"))
     assert whole is not None
     assert ended is not None
     assert max(float((ended[name] - value).abs().max()) for name, value in whole.items()) > 1e-3
@@ -106,26 +106,26 @@ def test_the_strategy_s_own_state_is_what_makes_them_equal(
 
 @pytest.mark.parametrize(("method", "codec"), [("fedpara", "none"), ("pfedpara", "small")])
 def test_a_run_killed_at_any_moment_goes_on(
-    program: Program, tmp_path: Path, method: str, codec: str
+    program: ForkServer, tmp_path: Path, method: str, codec: str
 ) -> None:
     ledger = tmp_path / "ledger.jsonl"
     section = _section(tmp_path / "state", method, codec, ledger=str(ledger))
-    order = FlowerOrder(str(tmp_path / "end.safetensors"), section, "fedadam", {}, ROUNDS)
+    request = FlowerRunRequest(str(tmp_path / "end.safetensors"), section, "fedadam", {}, ROUNDS)
     draw, killed = random.Random(method), 0
     for _ in range(8):
         moment = {"die_after": draw.randint(1, 30), "moment": draw.uniform(0.0, 0.2)}
-        killed += program.run(replace(order, **moment)) is None
+        killed += program.run(replace(request, **moment)) is None
     assert killed >= 3
-    state = program.run(order)
+    state = program.run(request)
     whole = _section(None, method, codec)
     end = str(tmp_path / "whole.safetensors")
-    plain = program.run(FlowerOrder(end, whole, "fedadam", {}, ROUNDS))
+    plain = program.run(FlowerRunRequest(end, whole, "fedadam", {}, ROUNDS))
     assert_little_repeated(state, plain, ledger, ROUNDS)
 
 
 def test_a_finished_folder_gives_its_result_again_and_more_rounds_go_on(tmp_path: Path) -> None:
     def run(rounds: int, folder: Path) -> Any:
-        apps = plugin_apps(Experiment(Task(rounds=rounds, epochs=1), "fedadam"))
+        apps = plugin_apps(Experiment(TrainingTask(rounds=rounds, epochs=1), "fedadam"))
         return federate(apps, _section(folder))
 
     first = run(2, tmp_path / "a")
@@ -143,7 +143,7 @@ def test_a_finished_folder_gives_its_result_again_and_more_rounds_go_on(tmp_path
 
 def test_a_finished_folder_writes_the_checkpoint_again(tmp_path: Path) -> None:
     """Nothing is sent any more that would show the model."""
-    task, files = Task(rounds=1, epochs=1), [tmp_path / "first", tmp_path / "second"]
+    task, files = TrainingTask(rounds=1, epochs=1), [tmp_path / "first", tmp_path / "second"]
     for path in files:
         section = _section(tmp_path / "state", checkpoint=str(path))
         federate(plugin_apps(Experiment(task, evaluate_fn=False)), section)
@@ -162,14 +162,14 @@ def test_a_finished_folder_writes_the_checkpoint_again(tmp_path: Path) -> None:
 def test_a_folder_of_another_run_is_refused(
     tmp_path: Path, strategy: str, more: dict[str, Any], says: str
 ) -> None:
-    task = Task(rounds=1, epochs=1)
+    task = TrainingTask(rounds=1, epochs=1)
     federate(plugin_apps(Experiment(task, "fedadam")), _section(tmp_path))
     with pytest.raises(ConfigError, match=says):
         federate(plugin_apps(Experiment(task, strategy)), _section(tmp_path, **more))
 
 
 def test_a_damaged_round_is_refused_and_said(tmp_path: Path) -> None:
-    task = Task(rounds=1, epochs=1)
+    task = TrainingTask(rounds=1, epochs=1)
     federate(plugin_apps(Experiment(task)), _section(tmp_path))
     path = tmp_path / "server" / "rounds-0.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -182,7 +182,7 @@ def test_a_setting_that_the_user_changed_is_the_user_s(tmp_path: Path) -> None:
 
     def run(eta: float, rounds: int, folder: Path) -> dict[str, Tensor]:
         options = {"eta": eta}
-        apps = plugin_apps(Experiment(Task(rounds=rounds, epochs=1), "fedadam", options))
+        apps = plugin_apps(Experiment(TrainingTask(rounds=rounds, epochs=1), "fedadam", options))
         return federate(apps, _section(folder)).state
 
     before = run(0.05, 1, tmp_path)
@@ -210,7 +210,7 @@ def test_a_restarted_client_goes_on_with_its_own_file(tmp_path: Path) -> None:
                 grid.lose_state(partition)
 
     hooks = Hooks(loaded=noted(before), trained=noted(after))
-    apps = plugin_apps(Experiment(Task(rounds=2, epochs=1), hooks=hooks))
+    apps = plugin_apps(Experiment(TrainingTask(rounds=2, epochs=1), hooks=hooks))
     outcome = federate(apps, _section(tmp_path, "pfedpara", "small"), tap=tap)
     for client in range(4):
         assert_equal(before[client, 2], after[client, 1])
@@ -220,7 +220,7 @@ def test_a_restarted_client_goes_on_with_its_own_file(tmp_path: Path) -> None:
 
 
 def test_a_node_without_a_lasting_name_is_told_how_to_get_one(tmp_path: Path) -> None:
-    apps = plugin_apps(Experiment(Task(rounds=1, epochs=1)))
+    apps = plugin_apps(Experiment(TrainingTask(rounds=1, epochs=1)))
     grid = InProcessGrid(apps.client, run_config=_section(tmp_path))
     for node in grid._nodes.values():
         node.config = {}

@@ -22,9 +22,9 @@ import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
 from harness.cells.flower import GAMMA
 from harness.flower.apps import Apps, Experiment, Hooks, Outcome, federate, plugin_apps, train_app
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
-TASK = Task(clients=2, rounds=2, epochs=1)
+TASK = TrainingTask(clients=2, rounds=2, epochs=1)
 
 
 def _section(method: str, codec: str) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from fedpara_plugins.references.version_zero import base_from_header
 from harness.cells.flower import CODECS, GAMMA
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plain_apps, plugin_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 from harness.processes.wire_search import count_pieces, pieces_of
 
 State = dict[str, Tensor]
 
-TASK = Task(rounds=3, epochs=1)
+TASK = TrainingTask(rounds=3, epochs=1)
 
 
 def _section(codec: str = "none", method: str = "pfedpara") -> dict[str, Any]:
@@ -265,7 +265,7 @@ def _assert_equal(mine: State, theirs: State) -> None:
 def test_private_factors_persist_while_a_client_is_away(codec: str) -> None:
     """Half of the clients a round: whoever comes back goes on where it was."""
     hooks, before, after = _watched()
-    task = Task(rounds=6, epochs=1)
+    task = TrainingTask(rounds=6, epochs=1)
     options = {"fraction_train": 0.5, "fraction_evaluate": 0.5}
     apps = plugin_apps(Experiment(task, "fedavg", options, hooks))
     federate(apps, _section(codec))
@@ -305,7 +305,7 @@ def test_a_client_without_state_starts_from_the_seeded_private_factors() -> None
     starts = []
     for seed in (7, 8):  # of the weights and the data, not of the private factors
         hooks, before, _ = _watched()
-        task = Task(rounds=1, epochs=1, seed=seed)
+        task = TrainingTask(rounds=1, epochs=1, seed=seed)
         federate(plugin_apps(Experiment(task, "fedavg", {}, hooks)), _section())
         starts += [before[client, 1] for client in range(task.clients)]
     torch.manual_seed(12345)

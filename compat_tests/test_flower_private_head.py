@@ -15,11 +15,11 @@ from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
 from fedpara_plugins.references.version_zero import base_from_header
 from harness.cells.flower import CODECS
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
 State = dict[str, Tensor]
 
-TASK = Task(rounds=3, epochs=1)
+TASK = TrainingTask(rounds=3, epochs=1)
 ADDED = ("fc2.correction", "fc2.label_prior")
 PIECE = 8
 """Bytes that count as a find: two neighbouring float32."""

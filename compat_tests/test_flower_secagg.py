@@ -20,12 +20,12 @@ import fedpara_plugins_flower as fedpara
 from harness.cells.flower import GAMMA
 from harness.flower.apps import Apps, Hooks, Outcome, federate
 from harness.flower.legacy_apps import LegacyExperiment, components, legacy_client_app
-from harness.oracles.plain_loop import RULES, Reference, federated
-from harness.oracles.task import Task
+from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
+from harness.oracles.task import TrainingTask
 
 State = dict[str, Tensor]
 
-TASK = Task(clients=3, rounds=2, epochs=1)
+TASK = TrainingTask(clients=3, rounds=2, epochs=1)
 CLIPPING = 3.0
 LEVELS = 2**20
 """Of the workflow's quantisation: one step is 6e-6, so that a run stays near the exact one."""
@@ -78,8 +78,8 @@ def _build(method: str) -> nn.Module:
     return core.convert(TASK.net(), method=method, gamma=GAMMA, init="random")
 
 
-def _plain_loop(method: str) -> Reference:
-    return federated(
+def _plain_loop(method: str) -> PlainResult:
+    return run_plain_loop(
         TASK,
         partial(_build, method),
         RULES["fedavg"](),

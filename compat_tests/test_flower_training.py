@@ -8,7 +8,7 @@ from torch import nn
 import fedpara_plugins_flower as fedpara
 from fedpara_plugins.training.step_hooks import training_of
 from harness.flower.apps import Experiment, Hooks, federate, plugin_apps
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
 SECTION = {"fedpara.method": "pfedpara", "fedpara.gamma": 0.3, "fedpara.schedule": "decoupled"}
 
@@ -24,7 +24,9 @@ def test_private_steps_are_counted_anew_in_every_round(wanted: float, share: flo
         seen[client, server_round] = (training.private_steps, training.steps)
 
     section = SECTION | {"fedpara.private-steps": wanted, "fedpara.first-private-steps": 2}
-    outcome = federate(plugin_apps(Experiment(Task(), hooks=Hooks(trained=trained))), section)
+    outcome = federate(
+        plugin_apps(Experiment(TrainingTask(), hooks=Hooks(trained=trained))), section
+    )
     assert len(seen) == 3 * 4  # rounds, clients
     assert outcome.losses[-1] < outcome.losses[0]
     for (client, server_round), (private, steps) in seen.items():

@@ -15,9 +15,9 @@ import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
 from harness.cells.flower import GAMMA
 from harness.flower.apps import Apps, federate
-from harness.oracles.task import Task, train
+from harness.oracles.task import TrainingTask, train
 
-TASK = Task(clients=2, rounds=2, epochs=1)
+TASK = TrainingTask(clients=2, rounds=2, epochs=1)
 SECTION = {"fedpara.method": "pfedpara", "fedpara.gamma": GAMMA}
 
 

@@ -11,27 +11,29 @@ import torch
 
 from fedpara_plugins import Ledger
 from harness.cells.transports import TRANSPORT_CELLS, TransportCell
-from harness.fedml.deployment import FedMLEngine, accuracy, why_not
+from harness.fedml.deployment import FedMLDeployment, accuracy, missing_for
 from harness.matrix.results import CellResult
 
 ROUNDS = 4
 CLIENTS = 2
-Single = Callable[[TransportCell], FedMLEngine]
+Single = Callable[[TransportCell], FedMLDeployment]
 
 
-def engine_of(folder: Path, backend: str, cell: TransportCell, **options: Any) -> FedMLEngine:
+def engine_of(folder: Path, backend: str, cell: TransportCell, **options: Any) -> FedMLDeployment:
     """A cell's run over a transport, or in the single process (``sp``)."""
     train = {"learning_rate": 0.1, "comm_round": ROUNDS, "client_num_in_total": cell.silos}
     common = {"training_type": "simulation" if backend == "sp" else cell.mode}
-    return FedMLEngine(folder, backend, plugin=cell.plugin, train=train, common=common, **options)
+    return FedMLDeployment(
+        folder, backend, plugin=cell.plugin, train=train, common=common, **options
+    )
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Single:
     """A cell's run in one process, over; cells that differ in their transport alone share it."""
-    known: dict[tuple[str, str, int], FedMLEngine] = {}
+    known: dict[tuple[str, str, int], FedMLDeployment] = {}
 
-    def finished(cell: TransportCell) -> FedMLEngine:
+    def finished(cell: TransportCell) -> FedMLDeployment:
         key = cell.method, cell.codec, cell.silos
         if key not in known:
             with engine_of(tmp_path_factory.mktemp("single") / "run", "sp", cell) as engine:
@@ -42,7 +44,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Single:
     return finished
 
 
-def check_learned(engine: FedMLEngine, rounds: int) -> None:
+def check_learned(engine: FedMLDeployment, rounds: int) -> None:
     """By the server's own log: it tested each round, and in the end it is better than guessing."""
     log = engine.text("server")
     results = [line for line in log.splitlines() if "metric_result_in_current_round" in line]
@@ -55,7 +57,7 @@ def test_the_transport_makes_no_difference(
     tmp_path: Path, cell: TransportCell, result: CellResult, single: Single
 ) -> None:
     """Bit for bit: nothing that a transport does may touch a number."""
-    if reason := why_not(cell.transport):
+    if reason := missing_for(cell.transport):
         pytest.skip(reason)
     with engine_of(tmp_path, cell.transport, cell) as engine:
         engine.finished()
@@ -77,7 +79,7 @@ def test_the_transport_makes_no_difference(
         check_silos(engine, alone, private=cell.method == "pfedpara")
 
 
-def check_silos(mpi: FedMLEngine, single: FedMLEngine, *, private: bool) -> None:
+def check_silos(mpi: FedMLDeployment, single: FedMLDeployment, *, private: bool) -> None:
     """Five silos on two processes: those of one process, each with what is its own."""
     noted = sorted(path.name for path in mpi.notes.iterdir())
     assert noted == sorted(path.name for path in single.notes.iterdir())

@@ -17,7 +17,7 @@ __all__ = [
     "Environment",
     "environment",
     "installed_version",
-    "part",
+    "selection",
 ]
 
 
@@ -69,7 +69,7 @@ def environment() -> str:
     return (os.environ.get("FEDPARA_MATRIX_ENV") or "local").removesuffix("-smoke")
 
 
-def part() -> str:
+def selection() -> str:
     """``smoke`` or ``all``: how many of an environment's cells run."""
     return "smoke" if (os.environ.get("FEDPARA_MATRIX_ENV") or "").endswith("-smoke") else "all"
 

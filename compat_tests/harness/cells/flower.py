@@ -9,7 +9,7 @@ from harness.cells.base import Cell
 from harness.cells.environments import ENVIRONMENTS, LATEST
 from harness.cells.pairwise import pairwise
 from harness.cells.refusals import refusal
-from harness.cells.strategies import OURS, STRATEGIES
+from harness.cells.strategies import PLUGIN_STRATEGIES, STRATEGIES
 
 __all__ = [
     "CODECS",
@@ -44,16 +44,16 @@ def cells(environment_name: str, which: str = "all") -> list[Cell]:
 
 
 def drift_cells(environment_name: str, which: str = "all") -> list[Cell]:
-    """The cells of `OURS`, whose clients have lines of their own; as `cells`."""
+    """The cells of `PLUGIN_STRATEGIES`, whose clients have lines of their own; as `cells`."""
     if environment_name not in (LATEST, "flower-oldest", "local") or which == "smoke":
         rows = [("scaffold", "pfedpara", "int8", "groupnorm")]
         rows += [("feddyn", "fedpara", "int8", "groupnorm")]
     else:
         rows = [
             (strategy, method, codec, "groupnorm")
-            for strategy, method, codec in product(OURS, METHODS, ("none", "int8"))
+            for strategy, method, codec in product(PLUGIN_STRATEGIES, METHODS, ("none", "int8"))
         ]
-        rows += [(strategy, "fedpara", "balanced", "batchnorm") for strategy in OURS]
+        rows += [(strategy, "fedpara", "balanced", "batchnorm") for strategy in PLUGIN_STRATEGIES]
     return [Cell("flower", environment_name, *row) for row in rows]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["OURS", "RATE", "STRATEGIES", "StrategySpec"]
+__all__ = ["PLUGIN_STRATEGIES", "RATE", "STRATEGIES", "StrategySpec"]
 
 FLOWER = "flwr.serverapp.strategy"
 
@@ -131,7 +131,7 @@ STRATEGIES: Mapping[str, StrategySpec] = {
 """By marker: ``-m fedadam`` runs its cells. A new one is an entry here and a rule."""
 
 PLUGIN = "fedpara_plugins_flower"
-OURS: Mapping[str, StrategySpec] = {
+PLUGIN_STRATEGIES: Mapping[str, StrategySpec] = {
     "scaffold": StrategySpec("Scaffold", "scaffold", home=PLUGIN),
     "feddyn": StrategySpec("FedDyn", "feddyn", {"alpha": 0.3}, home=PLUGIN),
 }

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from harness.cells.transports import BACKENDS
-from harness.fedml.requirements import why_not
+from harness.fedml.requirements import missing_for
 from harness.processes.supervisor import Processes, Program, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,9 +26,9 @@ import digits  # noqa: E402
 import start  # noqa: E402
 from net import Net  # noqa: E402
 
-from harness.fedml.taps import Wire  # noqa: E402
+from harness.fedml.taps import TransportTaps  # noqa: E402
 
-__all__ = ["BACKENDS", "FedMLEngine", "Net", "accuracy", "why_not"]
+__all__ = ["BACKENDS", "FedMLDeployment", "Net", "accuracy", "missing_for"]
 
 APP = ROOT / "engine_tests" / "fedml_app" / "main.py"
 
@@ -36,7 +36,7 @@ PATIENCE = 300.0
 """Seconds for a run: importing FedML alone takes 6 to 40, on a busy machine."""
 
 
-class FedMLEngine:
+class FedMLDeployment:
     """One run, a context: at its end no process of it is left.
 
     Args:
@@ -48,7 +48,7 @@ class FedMLEngine:
         train: keys of ``train_args``.
         common: keys of ``common_args``.
         trouble: see the project.
-        tap: whether a `Wire` counts the bytes between processes (not with MPI).
+        tap: whether a `TransportTaps` counts the bytes between processes (not with MPI).
         record: whether it keeps them.
         app: the project's script.
     """
@@ -74,7 +74,7 @@ class FedMLEngine:
         self.notes = folder / "notes"
         self.checkpoint = folder / "final.safetensors"
         self.ledger = folder / "ledger.jsonl"
-        self.wire: Wire | None = None
+        self.wire: TransportTaps | None = None
         self.programs: dict[str, Program] = {}
         self._of_rank = dict(of_rank or {})
         self._plugin = plugin
@@ -86,7 +86,7 @@ class FedMLEngine:
         self._app = app
         self._stack = ExitStack()
 
-    def __enter__(self) -> FedMLEngine:
+    def __enter__(self) -> FedMLDeployment:
         self.notes.mkdir(parents=True)
         home = self.folder / "home"
         home.mkdir()
@@ -102,7 +102,7 @@ class FedMLEngine:
             comm = self._sections["comm_args"]
             self._stack.enter_context(start.broker_and_store(comm, self.folder))
         if self._tapped:
-            self.wire = Wire(
+            self.wire = TransportTaps(
                 self.backend,
                 self.folder,
                 self.clients,
@@ -185,7 +185,7 @@ class FedMLEngine:
         self.start_all()
         return self.wait()
 
-    def finished(self) -> FedMLEngine:
+    def finished(self) -> FedMLDeployment:
         """Run to a good end.
 
         Raises:

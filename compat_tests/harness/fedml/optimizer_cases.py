@@ -11,7 +11,7 @@ from torch import nn
 
 from fedpara_plugins import ModelSpec, convert
 from harness.fedml.project import dataset, run
-from harness.oracles.fedml_rules import ALGORITHMS, Loop
+from harness.oracles.fedml_rules import ALGORITHMS, PlainLoop
 
 __all__ = [
     "A_ROUND",
@@ -20,11 +20,11 @@ __all__ = [
     "GAMMA",
     "METHODS",
     "ROUNDS",
-    "Case",
+    "OptimizerCase",
     "assert_same",
     "batch_model",
-    "federated",
-    "loop",
+    "published_loop",
+    "run_case",
     "with_keys",
 ]
 
@@ -34,7 +34,7 @@ METHODS = ("none", "fedpara", "pfedpara")
 
 
 @dataclass(frozen=True)
-class Case:
+class OptimizerCase:
     """One optimizer under keys of its own.
 
     Attributes:
@@ -55,54 +55,54 @@ class Case:
 FLOWER = {"fedpara_server_rule": "flower"}
 NO_GUARD = {"fedpara_guard": False}
 CASES = {
-    "fedavg": Case("FedAvg"),
-    "fedprox": Case("FedProx", {"fedprox_mu": 0.5}),
-    "fedopt-sgd": Case("FedOpt", {"server_optimizer": "sgd", "server_lr": 0.7}),
-    "fedopt-momentum": Case(
+    "fedavg": OptimizerCase("FedAvg"),
+    "fedprox": OptimizerCase("FedProx", {"fedprox_mu": 0.5}),
+    "fedopt-sgd": OptimizerCase("FedOpt", {"server_optimizer": "sgd", "server_lr": 0.7}),
+    "fedopt-momentum": OptimizerCase(
         "FedOpt", {"server_optimizer": "sgd", "server_lr": 0.5, "server_momentum": 0.6}
     ),
-    "fedopt-adam": Case(
+    "fedopt-adam": OptimizerCase(
         "FedOpt",
         {"server_optimizer": "adam", "server_lr": 0.02, "fedpara_server_tau": 1e-3},
         more={"eps": 1e-3},
     ),
-    "fedopt-adagrad": Case(
+    "fedopt-adagrad": OptimizerCase(
         "FedOpt",
         {"server_optimizer": "adagrad", "server_lr": 0.02, "fedpara_server_tau": 1e-3},
         more={"eps": 1e-3},
     ),
-    "fedopt-yogi": Case(
+    "fedopt-yogi": OptimizerCase(
         "FedOpt",
         {"server_optimizer": "yogi", "server_lr": 0.02},
         "published yogi",
         {"tau": 1e-3},
     ),
-    "fedopt-flower-adam": Case(
+    "fedopt-flower-adam": OptimizerCase(
         "FedOpt",
         {"server_optimizer": "adam", "server_lr": 0.02, **FLOWER},
         "flower adam",
         {"tau": 1e-3},
     ),
-    "fedopt-flower-yogi": Case(
+    "fedopt-flower-yogi": OptimizerCase(
         "FedOpt",
         {"server_optimizer": "yogi", "server_lr": 0.02, "fedpara_server_tau": 1e-2, **FLOWER},
         "flower yogi",
         {"tau": 1e-2},
     ),
-    "fedopt-flower-adagrad": Case(
+    "fedopt-flower-adagrad": OptimizerCase(
         "FedOpt",
         {"server_optimizer": "adagrad", "server_lr": 0.02, "fedpara_server_tau": 1e-2, **FLOWER},
         "flower adagrad",
         {"tau": 1e-2},
     ),
-    "scaffold": Case("SCAFFOLD", NO_GUARD),
-    "scaffold-rate": Case("SCAFFOLD", {"server_lr": 0.5, **NO_GUARD}),
-    "scaffold-one": Case(
+    "scaffold": OptimizerCase("SCAFFOLD", NO_GUARD),
+    "scaffold-rate": OptimizerCase("SCAFFOLD", {"server_lr": 0.5, **NO_GUARD}),
+    "scaffold-one": OptimizerCase(
         "SCAFFOLD", {"fedpara_scaffold_option": "I", **NO_GUARD}, more={"option": "I"}
     ),
-    "feddyn": Case("FedDyn", {"feddyn_alpha": 0.5}),
-    "fednova": Case("FedNova", {}),
-    "fednova-momentum": Case(
+    "feddyn": OptimizerCase("FedDyn", {"feddyn_alpha": 0.5}),
+    "fednova": OptimizerCase("FedNova", {}),
+    "fednova-momentum": OptimizerCase(
         "FedNova",
         {
             "momentum": 0.8,
@@ -112,21 +112,23 @@ CASES = {
             "fedpara_decay": "factors",
         },
     ),
-    "fednova-proximal": Case("FedNova", {"mu": 0.5}),
-    "fednova-all": Case(
+    "fednova-proximal": OptimizerCase("FedNova", {"mu": 0.5}),
+    "fednova-all": OptimizerCase(
         "FedNova",
         {"momentum": 0.5, "nesterov": True, "mu": 0.5, "gmf": 0.3, "learning_rate": 0.05},
     ),
-    "fednova-dampening": Case(
+    "fednova-dampening": OptimizerCase(
         "FedNova", {"momentum": 0.5, "dampening": 0.2, "learning_rate": 0.05}
     ),
-    "mime": Case("Mime", {"server_optimizer": "sgd", "server_momentum": 0.5}),
-    "mime-adam": Case(
+    "mime": OptimizerCase("Mime", {"server_optimizer": "sgd", "server_momentum": 0.5}),
+    "mime-adam": OptimizerCase(
         "Mime",
         {"server_optimizer": "adam", "learning_rate": 0.005, "fedpara_server_tau": 1e-2},
         more={"tau": 1e-2},
     ),
-    "mimelite": Case("Mime", {"server_optimizer": "sgd", "server_momentum": 0.5, "mimelite": True}),
+    "mimelite": OptimizerCase(
+        "Mime", {"server_optimizer": "sgd", "server_momentum": 0.5, "mimelite": True}
+    ),
 }
 
 
@@ -139,16 +141,26 @@ def batch_model() -> nn.Module:
     )  # fmt: skip
 
 
-def loop(
-    case: Case,
+def published_loop(
+    case: OptimizerCase,
     method: str,
     net: nn.Module,
     epochs: int = 2,
     smoothing: float = 0.0,
     options: Mapping[str, Any] = {},
     **more: Any,
-) -> Loop:
-    """The published algorithm in plain torch; ``options`` of the conversion, ``more`` of `Loop`."""
+) -> PlainLoop:
+    """Build the published algorithm in plain torch.
+
+    Args:
+        case: the optimizer.
+        method: of the conversion.
+        net: the model, dense.
+        epochs: of a client's round.
+        smoothing: of the labels.
+        options: of the conversion.
+        more: arguments of `PlainLoop`.
+    """
     net = convert(net, method=method, gamma=GAMMA, **options)
     keys = {k: v for k, v in case.keys.items() if not k.startswith("fedpara_")}
     return ALGORITHMS[case.algorithm or case.optimizer](
@@ -162,7 +174,7 @@ def loop(
     )
 
 
-def federated(case: Case, method: str, net: nn.Module, **more: Any) -> Any:
+def run_case(case: OptimizerCase, method: str, net: nn.Module, **more: Any) -> Any:
     """The run of FedML's project with the plugin's keys."""
     keys: dict[str, Any] = {
         "federated_optimizer": case.optimizer,
@@ -191,7 +203,7 @@ def assert_same(found: State, wanted: State, atol: float = 2e-6) -> None:
         )
 
 
-def with_keys(name: str, **keys: Any) -> Case:
+def with_keys(name: str, **keys: Any) -> OptimizerCase:
     """A case with more keys, or others; ``federated_optimizer`` too."""
     case = CASES[name]
     optimizer = keys.pop("federated_optimizer", case.optimizer)

@@ -7,10 +7,10 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["why_not"]
+__all__ = ["missing_for"]
 
 
-def why_not(backend: str) -> str:
+def missing_for(backend: str) -> str:
     """What is not installed for a backend, and how to get it; "" if it can run."""
     missing = [*_programs(backend), *_modules(backend)]
     return f"{backend} needs {' and '.join(missing)}" if missing else ""

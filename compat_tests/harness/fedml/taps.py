@@ -12,12 +12,12 @@ import start
 
 from harness.processes.wiretap import Wiretap
 
-__all__ = ["Wire"]
+__all__ = ["TransportTaps"]
 
 Comm = Mapping[str, Any]
 
 
-class Wire:
+class TransportTaps:
     """Taps of one run.
 
     gRPC has a proxy before each process, MQTT_S3 one before the broker and one before the store.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.oracles.task import TEST, Task
+from harness.oracles.task import TEST, TrainingTask
 
 __all__ = ["TaskLoader", "task_dataset", "task_keys"]
 
@@ -15,14 +15,14 @@ __all__ = ["TaskLoader", "task_dataset", "task_keys"]
 class TaskLoader:
     """A client's batches, in the order that belongs to the round which the arguments name."""
 
-    def __init__(self, task: Task, client: int, args: Any) -> None:
+    def __init__(self, task: TrainingTask, client: int, args: Any) -> None:
         self.task, self.client, self.args = task, client, args
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.task.batches(self.client, self.args.round_idx + 1)
 
 
-def task_dataset(task: Task) -> Callable[[Any], list[Any]]:
+def task_dataset(task: TrainingTask) -> Callable[[Any], list[Any]]:
     """Makes FedML's eight entries for some arguments; all clients' last ones are held out."""
 
     def made(args: Any) -> list[Any]:
@@ -35,7 +35,7 @@ def task_dataset(task: Task) -> Callable[[Any], list[Any]]:
     return made
 
 
-def task_keys(task: Task) -> dict[str, Any]:
+def task_keys(task: TrainingTask) -> dict[str, Any]:
     """The YAML's keys that belong to a task; the batches of all epochs come as one."""
     return {
         "client_num_in_total": task.clients,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from harness.cells.strategies import STRATEGIES
 from harness.flower.inprocess_grid import Engine, InProcessGrid, RunConfig, Sent
-from harness.oracles.task import Task, evaluate, train
+from harness.oracles.task import TrainingTask, evaluate, train
 
 __all__ = [
     "Apps",
@@ -69,7 +69,7 @@ class Experiment:
             None.
     """
 
-    task: Task = field(default_factory=Task)
+    task: TrainingTask = field(default_factory=TrainingTask)
     strategy: str = "fedavg"
     options: Mapping[str, Any] = field(default_factory=dict)
     hooks: Hooks = field(default_factory=Hooks)

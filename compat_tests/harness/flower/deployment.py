@@ -20,7 +20,7 @@ from harness.oracles import task
 from harness.processes.supervisor import Processes, Program, free_ports, wait_until
 from harness.processes.wiretap import Wiretap
 
-__all__ = ["Deployment", "Finished", "app_copy", "deployment", "simulated"]
+__all__ = ["Deployment", "FinishedRun", "app_copy", "deployment", "simulated"]
 
 CONNECTION = "engine"
 START = 180.0
@@ -52,7 +52,7 @@ def app_copy(source: Path, folder: Path, *more: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedRun:
     """A run that is over.
 
     Attributes:
@@ -66,7 +66,7 @@ class Finished:
     status: str
     traffic: int = 0
 
-    def check(self) -> Finished:
+    def check(self) -> FinishedRun:
         """Itself, if the run completed.
 
         Raises:
@@ -124,12 +124,12 @@ class Deployment:
         command = ("flwr", "run", str(app), CONNECTION, "--stream")
         return self.processes.start("run", *command, "--run-config", _overrides(config))
 
-    def finish(self, program: Program, seconds: float = LIMIT) -> Finished:
+    def finish(self, program: Program, seconds: float = LIMIT) -> FinishedRun:
         """Wait for the end of a run, and ask Flower how it went."""
         code = program.wait(seconds)
         return _finished(self.processes, program.text, code)
 
-    def run(self, app: Path, config: RunConfig, seconds: float = LIMIT) -> Finished:
+    def run(self, app: Path, config: RunConfig, seconds: float = LIMIT) -> FinishedRun:
         """Run an app to its end."""
         return self.finish(self.submit(app, config), seconds)
 
@@ -177,7 +177,7 @@ def deployment(
 
 def simulated(
     folder: Path, app: Path, config: RunConfig, *, nodes: int = 2, seconds: float = LIMIT
-) -> Finished:
+) -> FinishedRun:
     """Run an app to its end in Flower's simulation engine (Ray), through ``flwr run``.
 
     The SuperLink is one of our own: what ``flwr run`` starts by itself must answer within 15 s, too
@@ -227,7 +227,7 @@ def _overrides(config: RunConfig) -> str:
     return " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
 
 
-def _finished(processes: Processes, log: str, code: int) -> Finished:
+def _finished(processes: Processes, log: str, code: int) -> FinishedRun:
     """``flwr run`` ends with 0 whatever becomes of the run: its status is asked for."""
     found = re.search(r"run[ _-]?(?:id)?\W*(\d{6,})", log, re.IGNORECASE)
     if code or found is None:
@@ -235,4 +235,4 @@ def _finished(processes: Processes, log: str, code: int) -> Finished:
     command = ("flwr", "list", CONNECTION, "--run-id", found[1], "--format", "json")
     answer: dict[str, Any] = json.loads(processes.run("list", *command, seconds=START))
     run = answer["runs"][0]
-    return Finished(log, run["status"], run["network-traffic"]["total-bytes"])
+    return FinishedRun(log, run["status"], run["network-traffic"]["total-bytes"])

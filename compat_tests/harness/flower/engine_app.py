@@ -15,8 +15,8 @@ import fedpara_plugins as fedpara
 from fedpara_plugins import Ledger, LedgerEntry
 from harness.cells.flower import GAMMA
 from harness.flower.deployment import app_copy
-from harness.oracles.plain_loop import RULES, Reference, federated
-from harness.oracles.task import Task
+from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
+from harness.oracles.task import TrainingTask
 
 __all__ = ["EngineApp"]
 
@@ -73,7 +73,7 @@ class EngineApp:
             text = text.replace(f"engine_app.{part}:", f"engine_app.{chosen}:")
         declared.write_text(text, "utf-8")
         self.method, self.codec = method, codec
-        self.task = Task(clients=clients, rounds=rounds, epochs=1)
+        self.task = TrainingTask(clients=clients, rounds=rounds, epochs=1)
         self.config = {
             "rounds": rounds,
             "clients": clients,
@@ -122,10 +122,10 @@ class EngineApp:
 
     # What it must have come to
 
-    def reference(self) -> Reference:
+    def reference(self) -> PlainResult:
         """The plain loop in torch for the same task."""
         names = fedpara.split(self.build()).private
-        return federated(self.task, self.build, RULES["fedavg"](), private_names=names)
+        return run_plain_loop(self.task, self.build, RULES["fedavg"](), private_names=names)
 
     def check_everyone_took_part(self, log: str) -> None:
         """Each round's answers are complete; a run without some clients could equal by luck."""

@@ -19,10 +19,10 @@ from torch import nn
 
 from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Apps, Factory, Hooks, Outcome
-from harness.oracles.task import Task, evaluate, train
+from harness.oracles.task import TrainingTask, evaluate, train
 
 __all__ = [
-    "PARTS",
+    "ARRAY_ACCESS",
     "LegacyExperiment",
     "components",
     "legacy_client_app",
@@ -34,7 +34,7 @@ Arrays = list[NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Part:
+class ArrayAccess:
     """What of a model an app sends, and how it loads it again."""
 
     get: Callable[[nn.Module], Arrays]
@@ -60,9 +60,9 @@ def _set_parameters(model: nn.Module, arrays: Arrays) -> None:
             value.copy_(torch.as_tensor(array))
 
 
-PARTS = {
-    "state": Part(_get_state, _set_state),
-    "parameters": Part(_get_parameters, _set_parameters),
+ARRAY_ACCESS = {
+    "state": ArrayAccess(_get_state, _set_state),
+    "parameters": ArrayAccess(_get_parameters, _set_parameters),
 }
 
 
@@ -75,12 +75,12 @@ class LegacyExperiment:
         strategy: a name in `STRATEGIES`; the class of that name in ``flwr.server.strategy``.
         options: of the strategy's constructor, beside those of its `StrategySpec`.
         hooks: see there.
-        part: of the model that travels, a name in `PARTS`.
+        part: of the model that travels, a name in `ARRAY_ACCESS`.
         initial: whether the server gives the first weights, or asks a client for them.
         evaluate_fn: whether the server evaluates the global model itself.
     """
 
-    task: Task = field(default_factory=Task)
+    task: TrainingTask = field(default_factory=TrainingTask)
     strategy: str = "fedavg"
     options: Mapping[str, Any] = field(default_factory=dict)
     hooks: Hooks = field(default_factory=Hooks)
@@ -125,7 +125,7 @@ def legacy_plugin_apps(
 class _Client(NumPyClient):
     def __init__(self, experiment: LegacyExperiment, model: nn.Module, client: int) -> None:
         self.experiment, self.model, self.number = experiment, model, client
-        self.part = PARTS[experiment.part]
+        self.part = ARRAY_ACCESS[experiment.part]
 
     def get_parameters(self, config: dict[str, Any]) -> Arrays:
         return self.part.get(self.model)
@@ -174,7 +174,7 @@ def components(
     experiment: LegacyExperiment, net: Factory, outcome: Outcome
 ) -> Callable[[Context], ServerAppComponents]:
     """What the ``server_fn`` is."""
-    task, part = experiment.task, PARTS[experiment.part]
+    task, part = experiment.task, ARRAY_ACCESS[experiment.part]
 
     def evaluate_fn(
         server_round: int, arrays: Arrays, config: dict[str, Any]

@@ -15,7 +15,7 @@ from harness.cells.refusals import Refusal
 from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Outcome
 from harness.matrix.cell_runs import COUNTERS, private_names, shared, task_of
-from harness.oracles.plain_loop import Reference
+from harness.oracles.plain_loop import PlainResult
 from harness.oracles.task import HELD_OUT, TEST
 
 __all__ = [
@@ -46,7 +46,7 @@ ACCURACY = 0.02
 
 
 def check_cell(
-    cell: Cell, outcome: Outcome, plain: Reference, entries: Sequence[LedgerEntry]
+    cell: Cell, outcome: Outcome, plain: PlainResult, entries: Sequence[LedgerEntry]
 ) -> None:
     """All of the below, for a cell that trains."""
     check_every_client_took_part(outcome, cell)
@@ -105,7 +105,7 @@ def _check_dense_bytes(entries: Sequence[LedgerEntry], cell: Cell) -> None:
         assert {entry.dense_bytes for entry in entries} == {dense}
 
 
-def check_same_weights(outcome: Outcome, plain: Reference, cell: Cell) -> None:
+def check_same_weights(outcome: Outcome, plain: PlainResult, cell: Cell) -> None:
     """Every weight is the plain loop's, and so is what comes of it."""
     assert outcome.state.keys() == plain.state.keys()
     if slack := STRATEGIES[cell.strategy].slack / 10:
@@ -116,7 +116,7 @@ def check_same_weights(outcome: Outcome, plain: Reference, cell: Cell) -> None:
     assert outcome.losses == pytest.approx(plain.losses, abs=1e-3 + slack)
 
 
-def _check_each(outcome: Outcome, plain: Reference, cell: Cell) -> None:
+def _check_each(outcome: Outcome, plain: PlainResult, cell: Cell) -> None:
     travels = shared(cell)
     for key, value in outcome.state.items():
         if key in travels:
@@ -125,7 +125,7 @@ def _check_each(outcome: Outcome, plain: Reference, cell: Cell) -> None:
             assert not value.any(), key
 
 
-def check_close(outcome: Outcome, plain: Reference, cell: Cell) -> None:
+def check_close(outcome: Outcome, plain: PlainResult, cell: Cell) -> None:
     """A lossy codec ends next to the plain loop, having learnt as much."""
     share = QUANTISATION + STRATEGIES[cell.strategy].slack
     _check_distance(outcome, plain, cell, share)
@@ -134,13 +134,13 @@ def check_close(outcome: Outcome, plain: Reference, cell: Cell) -> None:
     assert outcome.losses == pytest.approx(plain.losses, abs=share * fallen)
 
 
-def _check_distance(outcome: Outcome, plain: Reference, cell: Cell, share: float) -> None:
+def _check_distance(outcome: Outcome, plain: PlainResult, cell: Cell, share: float) -> None:
     floats = [key for key, value in shared(cell).items() if value.is_floating_point()]
     way = distance(plain.state, plain.initial, floats)
     assert distance(outcome.state, plain.state, floats) <= share * way
 
 
-def check_learned(outcome: Outcome, plain: Reference, cell: Cell) -> None:
+def check_learned(outcome: Outcome, plain: PlainResult, cell: Cell) -> None:
     """The plain loop learns, so that being equal to it means something; clients' models too."""
     assert plain.losses[-1] < plain.losses[0]
     last = outcome.client_accuracies[task_of(cell).rounds]

@@ -21,7 +21,7 @@ from harness.cells.base import Cell
 from harness.cells.engines import EngineCell
 from harness.cells.environments import installed_version
 from harness.cells.fedml import FEDML
-from harness.cells.strategies import OURS, STRATEGIES
+from harness.cells.strategies import PLUGIN_STRATEGIES, STRATEGIES
 from harness.cells.transports import TransportCell
 
 __all__ = ["AnyCell", "CellResult", "pytest_configure", "pytest_runtest_makereport", "result"]
@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register a marker for each optimizer: ``-m fedadam`` runs its cells."""
     for name, spec in STRATEGIES.items():
         config.addinivalue_line("markers", f"{name}: cells of Flower's {spec.class_name}")
-    for name, spec in OURS.items():
+    for name, spec in PLUGIN_STRATEGIES.items():
         config.addinivalue_line("markers", f"{name}: the plugin's {spec.class_name}")
     for name, fedml in FEDML.items():
         config.addinivalue_line("markers", f"{name}: cells of FedML's {fedml.label}")

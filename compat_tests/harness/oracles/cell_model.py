@@ -6,10 +6,10 @@ from torch import nn
 
 import fedpara_plugins as fedpara
 from harness.cells.flower import GAMMA
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
 
-def build(method: str, model: str) -> nn.Module:
+def cell_model(method: str, model: str) -> nn.Module:
     """The cell's model, as `fedpara_plugins.convert` makes it."""
-    net = Task(model=model).net()
+    net = TrainingTask(model=model).net()
     return net if method == "none" else fedpara.convert(net, method=method, gamma=GAMMA)

@@ -13,13 +13,13 @@ from fedpara_plugins import to_dense
 from fedpara_plugins.factors.projection import project
 from fedpara_plugins.layers import FactorisedLayer
 from harness.oracles.plain_loop import descend
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
 __all__ = ["descend_dense", "follow"]
 
 
 def descend_dense(
-    model: nn.Module, task: Task, client: int, server_round: int, mu: float | None
+    model: nn.Module, task: TrainingTask, client: int, server_round: int, mu: float | None
 ) -> float:
     """Train the dense model that a converted one composes, then move the factors after it."""
     plain = task.net()

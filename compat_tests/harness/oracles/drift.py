@@ -13,18 +13,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.cells.strategies import OURS
-from harness.oracles.cell_model import build as cell_model
-from harness.oracles.task import Task
+from harness.cells.strategies import PLUGIN_STRATEGIES
+from harness.oracles.cell_model import cell_model
+from harness.oracles.task import TrainingTask
 
-__all__ = ["Published", "feddyn", "published", "scaffold"]
+__all__ = ["DriftResult", "feddyn", "run_published", "scaffold"]
 
 State = dict[str, Tensor]
 Weights = Callable[[int], float]
 
 
 @dataclass
-class Published:
+class DriftResult:
     """How a run comes out.
 
     Attributes:
@@ -52,19 +52,19 @@ class Published:
 class _Federation:
     """What both algorithms share: the model, the clients' private state, the average."""
 
-    task: Task
+    task: TrainingTask
     model: nn.Module
     private_names: frozenset[str]
     participants: Sequence[Sequence[int]] | None
     weights: Weights
 
-    def start(self) -> Published:
+    def start(self) -> DriftResult:
         initial = _copy(self.model.state_dict())
         state = {k: v.double() for k, v in initial.items()}
         zero = {k: torch.zeros_like(state[k]) for k in self.names()}
         own = {i: _copy(zero) for i in range(self.task.clients)}
         private = {i: {k: initial[k] for k in self.private_names} for i in range(self.task.clients)}
-        out = Published(initial, state, zero, own, private)
+        out = DriftResult(initial, state, zero, own, private)
         self.score(out)
         return out
 
@@ -76,7 +76,7 @@ class _Federation:
             self.participants[server_round - 1] if self.participants else range(self.task.clients)
         )
 
-    def load(self, out: Published, client: int) -> None:
+    def load(self, out: DriftResult, client: int) -> None:
         self.model.load_state_dict({**_as(out.state, out.initial), **out.private[client]})
         self.model.train()
 
@@ -104,7 +104,7 @@ class _Federation:
             zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True)
         )
 
-    def reply(self, out: Published, client: int, server_round: int) -> State:
+    def reply(self, out: DriftResult, client: int, server_round: int) -> State:
         after = _copy(self.model.state_dict())
         out.private[client] = {k: after[k] for k in self.private_names}
         if server_round == 1:
@@ -121,7 +121,7 @@ class _Federation:
         return self.weights(client) / sum(self.weights(i) for i in range(self.task.clients))
 
     @torch.no_grad()
-    def score(self, out: Published) -> None:
+    def score(self, out: DriftResult) -> None:
         self.model.load_state_dict(_as(out.state, out.initial))
         self.model.eval()
         images, labels = self.task.test_data()
@@ -131,7 +131,7 @@ class _Federation:
 
 
 def scaffold(
-    task: Task,
+    task: TrainingTask,
     build: Callable[[], nn.Module],
     *,
     private_names: Collection[str] = (),
@@ -139,7 +139,7 @@ def scaffold(
     option: Literal["I", "II"] = "II",
     rate: float = 1.0,
     weights: Weights = lambda client: 1.0,
-) -> Published:
+) -> DriftResult:
     """arXiv 1910.06378, algorithm 1.
 
     Args:
@@ -190,14 +190,14 @@ def scaffold(
 
 
 def feddyn(
-    task: Task,
+    task: TrainingTask,
     build: Callable[[], nn.Module],
     *,
     alpha: float,
     private_names: Collection[str] = (),
     participants: Sequence[Sequence[int]] | None = None,
     weights: Weights = lambda client: 1.0,
-) -> Published:
+) -> DriftResult:
     """arXiv 2111.04263, algorithm 1; the argmin by gradient descent. Else as `scaffold`."""
     run = _begun(task, build, private_names, participants, weights)
     out, names = run.start(), run.names()
@@ -227,7 +227,7 @@ def feddyn(
 
 
 def _begun(
-    task: Task,
+    task: TrainingTask,
     build: Callable[[], nn.Module],
     private_names: Collection[str],
     participants: Sequence[Sequence[int]] | None,
@@ -249,12 +249,14 @@ def _as(state: State, like: State) -> State:
     }
 
 
-def published(strategy: str, method: str, task: Task, private_names: Collection[str]) -> Published:
-    """What a cell of `harness.cells.strategies.OURS` must come to."""
+def run_published(
+    strategy: str, method: str, task: TrainingTask, private_names: Collection[str]
+) -> DriftResult:
+    """What a cell of `harness.cells.strategies.PLUGIN_STRATEGIES` must come to."""
 
     def build() -> nn.Module:
         return cell_model(method, task.model)
 
     if strategy == "scaffold":
         return scaffold(task, build, private_names=private_names)
-    return feddyn(task, build, private_names=private_names, **OURS[strategy].options)
+    return feddyn(task, build, private_names=private_names, **PLUGIN_STRATEGIES[strategy].options)

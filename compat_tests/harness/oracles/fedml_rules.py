@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ALGORITHMS", "Loop"]
+__all__ = ["ALGORITHMS", "PlainLoop"]
 
 State = dict[str, Tensor]
 Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass
-class Local:
+class LocalResult:
     """What a client's round comes to."""
 
     state: State
@@ -32,7 +32,7 @@ class Local:
     told: dict[str, Any] = field(default_factory=dict)
 
 
-class Loop:
+class PlainLoop:
     """Federated training over clients that may keep a part of the model to themselves.
 
     Subclasses are the algorithms; this one is FedAvg (arXiv 1602.05629).
@@ -94,7 +94,7 @@ class Loop:
         """What a step goes along, for a shared parameter."""
         return gradient
 
-    def server(self, replies: Mapping[int, Local]) -> State:
+    def server(self, replies: Mapping[int, LocalResult]) -> State:
         """The next x of all shared names."""
         return self.mean(replies)
 
@@ -134,7 +134,7 @@ class Loop:
         self.model.load_state_dict({**self.sent(self.x), **self.own[client]})
         self.model.train()
 
-    def local(self, client: int) -> Local:
+    def local(self, client: int) -> LocalResult:
         """A client's round; what is private stays with it."""
         self.load(client)
         self.start = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
@@ -157,7 +157,7 @@ class Loop:
                 steps, left = steps + (left <= 0), left - 1
         after = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.own[client] = {k: after[k] for k in self.own[client]}
-        return Local(after, self.size(client), steps)
+        return LocalResult(after, self.size(client), steps)
 
     def first_step(self, client: int) -> None:
         """A client is about to make its first step."""
@@ -184,7 +184,7 @@ class Loop:
         weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
         return dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
 
-    def mean(self, replies: Mapping[int, Local], *, uniform: bool = False) -> State:
+    def mean(self, replies: Mapping[int, LocalResult], *, uniform: bool = False) -> State:
         """Of the clients' states, weighted by examples unless ``uniform``."""
         weights = {c: 1 if uniform else reply.size for c, reply in replies.items()}
         whole = sum(weights.values())
@@ -211,14 +211,14 @@ class Loop:
         return right / sum(len(y) for _, y in data)
 
 
-class FedProx(Loop):
+class FedProx(PlainLoop):
     """arXiv 1812.06127: the clients' loss plus mu/2 |w - x|²."""
 
     def direction(self, client: int, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
         return gradient + self.keys["fedprox_mu"] * (weight - self.start[name])
 
 
-class FedOpt(Loop):
+class FedOpt(PlainLoop):
     """arXiv 2003.00295 with a class of ``torch.optim`` on g = x - mean: FedML's own rule."""
 
     def begin(self) -> None:
@@ -235,7 +235,7 @@ class FedOpt(Loop):
             options["eps"] = self.keys["eps"]
         self.optimizer = kind(self.weights.values(), **options)
 
-    def server(self, replies: Mapping[int, Local]) -> State:
+    def server(self, replies: Mapping[int, LocalResult]) -> State:
         mean = self.mean(replies)
         for k, weight in self.weights.items():
             weight.data = self.x[k].clone()
@@ -244,7 +244,7 @@ class FedOpt(Loop):
         return {**mean, **{k: w.detach().clone() for k, w in self.weights.items()}}
 
 
-class Adaptive(Loop):
+class Adaptive(PlainLoop):
     """arXiv 2003.00295, algorithm 2: m and v of d = mean - x."""
 
     beta_1, beta_2 = 0.9, 0.99
@@ -260,7 +260,7 @@ class Adaptive(Loop):
         rate: float = self.keys["server_lr"]
         return rate
 
-    def server(self, replies: Mapping[int, Local]) -> State:
+    def server(self, replies: Mapping[int, LocalResult]) -> State:
         new = self.mean(replies)
         self.t += 1
         for k in self.names:
@@ -309,7 +309,7 @@ class CommonAdagrad(Adaptive):
         return v + square
 
 
-class Scaffold(Loop):
+class Scaffold(PlainLoop):
     """arXiv 1910.06378, algorithm 1; clients count the same. Key ``option``: II, or I."""
 
     def begin(self) -> None:
@@ -330,7 +330,7 @@ class Scaffold(Loop):
     def direction(self, client: int, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
         return gradient + (self.c[name] - self.c_i[client][name]).float()
 
-    def server(self, replies: Mapping[int, Local]) -> State:
+    def server(self, replies: Mapping[int, LocalResult]) -> State:
         new = self.mean(replies, uniform=True)
         for k in self.names:
             new[k] = self.x[k] + self.keys.get("server_lr", 1.0) * (new[k] - self.x[k])
@@ -353,7 +353,7 @@ class Scaffold(Loop):
         return new
 
 
-class FedDyn(Loop):
+class FedDyn(PlainLoop):
     """arXiv 2111.04263, algorithm 1; the argmin by gradient descent."""
 
     def begin(self) -> None:
@@ -364,7 +364,7 @@ class FedDyn(Loop):
         pull = self.keys["feddyn_alpha"] * (weight - self.start[name])
         return gradient - self.dual[client][name].float() + pull
 
-    def server(self, replies: Mapping[int, Local]) -> State:
+    def server(self, replies: Mapping[int, LocalResult]) -> State:
         alpha = self.keys["feddyn_alpha"]
         new = self.mean(replies, uniform=True)
         for k in self.names:
@@ -376,7 +376,7 @@ class FedDyn(Loop):
         return new
 
 
-class FedNova(Loop):
+class FedNova(PlainLoop):
     """arXiv 2007.07481. With momentum rho the paper's a = [1 - rho^tau, ..., 1 - rho] / (1 - rho),
     with a proximal term a = [(1 - lr mu)^(tau - 1), ..., 1], written out as coefficients of the
     gradients; with both, the coefficients of the combined recursion, by brute force."""
@@ -426,7 +426,7 @@ class FedNova(Loop):
             way += gradient + rho * held if keys.get("nesterov") else held
         return way
 
-    def server(self, replies: Mapping[int, Local]) -> State:
+    def server(self, replies: Mapping[int, LocalResult]) -> State:
         new = self.mean(replies)
         whole = sum(reply.size for reply in replies.values())
         p = {client: reply.size / whole for client, reply in replies.items()}
@@ -443,7 +443,7 @@ class FedNova(Loop):
         return new
 
 
-class Mime(Loop):
+class Mime(PlainLoop):
     """arXiv 2008.03606, algorithm 1, and MimeLite; base SGD with momentum, or Adam.
 
     The first round of Adam, which has no statistics yet, steps as SGD."""
@@ -480,7 +480,7 @@ class Mime(Loop):
             g = g / (self.v[name].float().sqrt() + self.keys.get("tau", 1e-3))
         return g
 
-    def server(self, replies: Mapping[int, Local]) -> State:
+    def server(self, replies: Mapping[int, LocalResult]) -> State:
         self.t += 1
         for k in self.names:
             self.m[k] = (1 - self.beta) * self.c[k] + self.beta * self.m[k]
@@ -488,8 +488,8 @@ class Mime(Loop):
         return self.mean(replies, uniform=True)
 
 
-ALGORITHMS: Mapping[str, Callable[..., Loop]] = {
-    "FedAvg": Loop,
+ALGORITHMS: Mapping[str, Callable[..., PlainLoop]] = {
+    "FedAvg": PlainLoop,
     "FedProx": FedProx,
     "FedOpt": FedOpt,
     "published yogi": PublishedYogi,

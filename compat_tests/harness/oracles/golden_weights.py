@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from fedpara_plugins import ModelSpec, convert
-from harness.oracles.fedml_rules import ALGORITHMS, Loop
-from harness.oracles.task import Task
+from harness.oracles.fedml_rules import ALGORITHMS, PlainLoop
+from harness.oracles.task import TrainingTask
 
 __all__ = ["CASES", "FILE", "GAMMA", "METHODS", "TASK", "TOLERANCE", "TruthNet", "check", "loop"]
 
 FILE = Path(__file__).parents[2] / "golden" / "weights.safetensors"
 METHODS = ("none", "fedpara", "pfedpara")
 GAMMA = 0.3
-TASK = Task(rounds=4, epochs=1, lr=0.1)
+TASK = TrainingTask(rounds=4, epochs=1, lr=0.1)
 TOLERANCE = 5e-6
 """Largest difference of a weight; all compute in float32 and sum up in another order."""
 
@@ -55,7 +55,7 @@ class TruthNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class Case:
+class GoldenCase:
     """One optimizer, under the keys of both frameworks.
 
     Attributes:
@@ -74,15 +74,15 @@ class Case:
 
 
 CASES = {
-    "fedavg": Case("FedAvg", fedml={"federated_optimizer": "FedAvg"}),
-    "fedprox": Case(
+    "fedavg": GoldenCase("FedAvg", fedml={"federated_optimizer": "FedAvg"}),
+    "fedprox": GoldenCase(
         "FedProx",
         {"fedprox_mu": 0.2},
         {"federated_optimizer": "FedProx", "fedprox_mu": 0.2},
         "FedProx",
         {"proximal_mu": 0.2},
     ),
-    "fedadam": Case(
+    "fedadam": GoldenCase(
         "flower adam",
         {"server_lr": 0.02, "tau": 0.01},
         {
@@ -95,7 +95,7 @@ CASES = {
         "FedAdam",
         {"eta": 0.02, "tau": 0.01},
     ),
-    "scaffold": Case(
+    "scaffold": GoldenCase(
         "SCAFFOLD",
         fedml={"federated_optimizer": "SCAFFOLD", "fedpara_guard": False},
         flower="Scaffold",
@@ -124,7 +124,7 @@ def loop(name: str, method: str) -> State:
             return TASK.size(client)
 
     clients: Mapping[int, Any] = dict.fromkeys(range(TASK.clients), ())
-    made: Loop = OfTask(model, clients, private=private, lr=TASK.lr, **case.keys)
+    made: PlainLoop = OfTask(model, clients, private=private, lr=TASK.lr, **case.keys)
     return made.run(TASK.rounds, TASK.clients)
 
 

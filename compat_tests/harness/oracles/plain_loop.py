@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from harness.oracles.replies import PlainReply, Rule, State
 from harness.oracles.rules import RULES
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
-__all__ = ["RULES", "Reference", "Rule", "descend", "federated"]
+__all__ = ["RULES", "PlainResult", "Rule", "descend", "run_plain_loop"]
 
-Training = Callable[[nn.Module, Task, int, int, float | None], float]
+Training = Callable[[nn.Module, TrainingTask, int, int, float | None], float]
 
 
 @dataclass(frozen=True)
-class Reference:
+class PlainResult:
     """How a run comes out.
 
     Attributes:
@@ -42,8 +42,8 @@ class Reference:
     client_accuracy: float
 
 
-def federated(
-    task: Task,
+def run_plain_loop(
+    task: TrainingTask,
     build: Callable[[], nn.Module],
     rule: Rule,
     *,
@@ -51,7 +51,7 @@ def federated(
     private_names: Collection[str] = (),
     participants: Sequence[Sequence[int]] | None = None,
     training: Training | None = None,
-) -> Reference:
+) -> PlainResult:
     """Train over all rounds.
 
     Args:
@@ -91,11 +91,11 @@ def federated(
         for client in range(task.clients)
     ]
     own_accuracy = sum(own_accuracies) / task.clients  # all hold out equally many
-    return Reference(initial, state, losses, accuracies, kept, own_accuracy)
+    return PlainResult(initial, state, losses, accuracies, kept, own_accuracy)
 
 
 def descend(
-    model: nn.Module, task: Task, client: int, server_round: int, mu: float | None
+    model: nn.Module, task: TrainingTask, client: int, server_round: int, mu: float | None
 ) -> float:
     """Gradient descent by hand; FedProx's term enters as its gradient, mu (w - w0).
 

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-__all__ = ["MODELS", "BatchNet", "Net", "Task", "evaluate", "train"]
+__all__ = ["MODELS", "BatchNet", "Net", "TrainingTask", "evaluate", "train"]
 
 SIZES = {
     1: (201,),
@@ -70,7 +70,7 @@ MODELS: dict[str, type[Net]] = {"groupnorm": Net, "batchnorm": BatchNet}
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingTask:
     """One training problem, with everything that decides its outcome.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Federated runs that are killed, whatever framework runs them, and what must be left of them.
 
-A program forks one whole run for each line on its input, the JSON of an `Order`. Forking makes a
-start cheap, since torch and the framework are imported once.
+A program forks one whole run for each line on its input, the JSON of a `RunRequest`. Forking makes
+a start cheap, since torch and the framework are imported once.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from fedpara_plugins import Ledger
 
-__all__ = ["Killer", "Order", "Program", "assert_equal", "assert_little_repeated", "serve"]
+__all__ = ["ForkServer", "Killer", "RunRequest", "assert_equal", "assert_little_repeated", "serve"]
 
 
 @dataclass(frozen=True)
-class Order:
+class RunRequest:
     """One run; what it is about is said by each framework's own.
 
     Attributes:
@@ -50,7 +50,7 @@ class Order:
         return Path(self.output).with_suffix(".log")
 
 
-class Program:
+class ForkServer:
     """The program, from outside.
 
     Args:
@@ -73,17 +73,17 @@ class Program:
         while self._process.stdout.readline() not in ("ready\n", ""):
             pass  # what the framework prints
 
-    def run(self, order: Order) -> dict[str, Tensor] | None:
+    def run(self, request: RunRequest) -> dict[str, Tensor] | None:
         """The global state at the end; None if the run was killed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asdict(order)) + "\n")
+        self._process.stdin.write(json.dumps(asdict(request)) + "\n")
         self._process.stdin.flush()
         code = int(self._process.stdout.readline())
         if code == -signal.SIGKILL:
             return None
-        assert code == 0, order.log.read_text()
-        return load_file(order.output)
+        assert code == 0, request.log.read_text()
+        return load_file(request.output)
 
     def end(self) -> None:
         """End the program."""
@@ -92,28 +92,28 @@ class Program:
 
 # In the program
 
-Any_Order = TypeVar("Any_Order", bound=Order)
+AnyRequest = TypeVar("AnyRequest", bound=RunRequest)
 
 
-def serve(kind: type[Any_Order], run: Callable[[Any_Order], None]) -> None:
-    """Fork a run for each order on the standard input, and write its exit code.
+def serve(kind: type[AnyRequest], run: Callable[[AnyRequest], None]) -> None:
+    """Fork a run for each request on the standard input, and write its exit code.
 
     Args:
-        kind: of the orders.
+        kind: of the requests.
         run: does what one says; writes its output and its log.
     """
     print("ready", flush=True)
     for line in sys.stdin:
-        order = kind(**json.loads(line))
+        request = kind(**json.loads(line))
         child = os.fork()
         if not child:
             status = 1
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # it is not for what a framework prints
             try:
-                run(order)
+                run(request)
                 status = 0
             except BaseException:
-                with order.log.open("a") as log:
+                with request.log.open("a") as log:
                     traceback.print_exc(file=log)
             finally:
                 os._exit(status)
@@ -122,10 +122,10 @@ def serve(kind: type[Any_Order], run: Callable[[Any_Order], None]) -> None:
 
 
 class Killer:
-    """Kills this process when an order says so; told of each message of the run."""
+    """Kills this process when a request says so; told of each message of the run."""
 
-    def __init__(self, order: Order) -> None:
-        self._order = order
+    def __init__(self, request: RunRequest) -> None:
+        self._request = request
         self._messages = 0
 
     def passes(self, *, trains_in: int) -> None:
@@ -135,9 +135,9 @@ class Killer:
             trains_in: the round in which it asks a client to train; 0 for other messages.
         """
         self._messages += 1
-        if self._messages == self._order.die_after:
-            threading.Timer(self._order.moment, _die).start()
-        if trains_in and trains_in == self._order.die_before:
+        if self._messages == self._request.die_after:
+            threading.Timer(self._request.moment, _die).start()
+        if trains_in and trains_in == self._request.die_before:
             _die()
 
 

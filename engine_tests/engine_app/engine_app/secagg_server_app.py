@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 import fedpara_plugins_flower as fedpara
-from engine_app.task import Net, Task, evaluate
+from engine_app.task import Net, TrainingTask, evaluate
 
 Net = fedpara.factorised(Net)
 app = fedpara.server_app(ServerApp())
@@ -28,7 +28,7 @@ def main(grid: Grid, context: Context) -> None:
     """FedAvg over masked sums, with all clients in each round."""
     torch.set_num_threads(1)
     clients = int(context.run_config["clients"])
-    task = Task(clients=clients, rounds=int(context.run_config["rounds"]), epochs=1)
+    task = TrainingTask(clients=clients, rounds=int(context.run_config["rounds"]), epochs=1)
     folder = Path(str(context.run_config["results"]))
     losses: list[float] = []
 
