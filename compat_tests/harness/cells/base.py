@@ -31,15 +31,15 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """As in test ids and file names; the environment is left out."""
+        """Return the cell's name in test ids and file names, without the environment."""
         return "-".join((self.strategy, self.method, self.codec, self.model))
 
     @property
     def plain(self) -> bool:
-        """Whether the plugin has nothing to do."""
+        """Tell whether the plugin has nothing to do."""
         return (self.method, self.codec) == ("none", "none")
 
     @property
     def exact(self) -> bool:
-        """Whether the codec loses nothing."""
+        """Tell whether the codec is lossless."""
         return self.codec not in LOSSY

@@ -32,7 +32,7 @@ class EngineCell:
 
     @property
     def id(self) -> str:
-        """As in test ids and file names."""
+        """Return the cell's name in test ids and file names."""
         return "-".join((self.engine, self.variant, self.method, self.codec))
 
 

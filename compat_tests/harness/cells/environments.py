@@ -65,17 +65,17 @@ NOT_BY_DEFAULT: Mapping[str, str] = {
 
 
 def environment() -> str:
-    """The tox environment that runs; ``local`` outside tox."""
+    """Return the name of the tox environment that runs; ``local`` outside tox."""
     return (os.environ.get("FEDPARA_MATRIX_ENV") or "local").removesuffix("-smoke")
 
 
 def selection() -> str:
-    """``smoke`` or ``all``: how many of an environment's cells run."""
+    """Return which of an environment's cells run: ``smoke`` or ``all``."""
     return "smoke" if (os.environ.get("FEDPARA_MATRIX_ENV") or "").endswith("-smoke") else "all"
 
 
 def installed_version(framework: str = "flower") -> str:
-    """The framework's version here; empty if it is not installed."""
+    """Return the version of the framework installed here; empty if it is not installed."""
     try:
         return version({"flower": "flwr"}.get(framework, framework))
     except PackageNotFoundError:

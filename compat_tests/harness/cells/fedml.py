@@ -40,7 +40,7 @@ class FedMLSpec:
 
 
 def _opt(label: str, name: str, rate: float, **more: Any) -> FedMLSpec:
-    """FedOpt under FedML's own rule, but for the constant in the root."""
+    """Describe FedOpt under FedML's own rule, except for the constant in the root."""
     keys = {"server_optimizer": name, "server_lr": rate, "fedpara_server_tau": 0.01}
     return FedMLSpec(label, "FedOpt", keys, **more)
 
@@ -78,7 +78,7 @@ BASIC = ("fedavg", "fedadam", "scaffold")
 
 
 def fedml_cells(environment_name: str, which: str = "all") -> list[Cell]:
-    """What runs in an environment of FedML; see `harness.cells.flower.cells`."""
+    """List the cells of an environment of FedML; see `harness.cells.flower.cells`."""
     ours = [name for name in FEDML if name != HIERARCHICAL]
     if which == "smoke":
         rows = [(name, method, "none", "groupnorm") for name, method in product(BASIC, METHODS)]

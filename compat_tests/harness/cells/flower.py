@@ -31,7 +31,7 @@ BASIC = ("fedavg", "fedprox", "fedadam")
 
 
 def cells(environment_name: str, which: str = "all") -> list[Cell]:
-    """What runs in an environment.
+    """List the cells of an environment.
 
     Args:
         environment_name: one of `ENVIRONMENTS`, or ``local``, which is the latest.
@@ -44,7 +44,7 @@ def cells(environment_name: str, which: str = "all") -> list[Cell]:
 
 
 def drift_cells(environment_name: str, which: str = "all") -> list[Cell]:
-    """The cells of `PLUGIN_STRATEGIES`, whose clients have lines of their own; as `cells`."""
+    """List the cells of `PLUGIN_STRATEGIES`, whose client code differs; see `cells`."""
     if environment_name not in (LATEST, "flower-oldest", "local") or which == "smoke":
         rows = [("scaffold", "pfedpara", "int8", "groupnorm")]
         rows += [("feddyn", "fedpara", "int8", "groupnorm")]
@@ -58,7 +58,7 @@ def drift_cells(environment_name: str, which: str = "all") -> list[Cell]:
 
 
 def every_strategy(which: str) -> tuple[str, ...]:
-    """The strategies of the tests beside the cells, in a part of an environment."""
+    """List the strategies that the tests beside the cells use."""
     return BASIC if which == "smoke" else tuple(STRATEGIES)
 
 
@@ -66,7 +66,7 @@ Row = tuple[str, str, str, str]
 
 
 def _all(environment_name: str) -> list[Row]:
-    """The full table on the latest version, every pair of values on the others."""
+    """List the full table for the latest version, and every pair of values for the others."""
     factors = {
         "strategy": tuple(STRATEGIES),
         "method": METHODS,
@@ -85,13 +85,13 @@ def _all(environment_name: str) -> list[Row]:
 
 
 def _upstream() -> list[Row]:
-    """Where Flower itself fails on BatchNorm, in all versions or in old ones; the plugin is off."""
+    """List the cells where Flower itself fails on BatchNorm; the plugin is off."""
     names = ("qfedavg", "dpserverfixed", "dpclientfixed", "fedadam")
     return [(name, "none", "none", "batchnorm") for name in names]
 
 
 def _in_place_of_refusals(found: list[Cell], version: str) -> list[Cell]:
-    """For each cell that cannot train the next one that can: a pair is not met by a refusal."""
+    """Return a trainable cell for each refused one: a refusal alone covers no pair."""
     refused = [cell for cell in found if refusal(cell, version) is not None]
     allowed = [replace(cell, model="groupnorm") for cell in refused]
     return [
@@ -101,12 +101,12 @@ def _in_place_of_refusals(found: list[Cell], version: str) -> list[Cell]:
 
 
 def _two_codecs(strategy: str) -> tuple[str, str]:
-    """A lossy codec after the client's clip is refused, which the pairs show."""
+    """Return two codecs, one of them lossy unless the client clips: that is refused."""
     return ("none", "lossless") if STRATEGIES[strategy].client_mod else ("none", "int8")
 
 
 def _smoke() -> list[Row]:
-    """Every strategy once, methods in turn; the basic ones with each method; BatchNorm."""
+    """List every strategy once, methods in turn, the basic ones with each method, and BatchNorm."""
     square = [
         (strategy, method, codec, "groupnorm")
         for strategy, method, codec in product(BASIC, METHODS, ("none", "int8"))
@@ -120,7 +120,7 @@ def _smoke() -> list[Row]:
 
 
 def _batchnorm() -> list[Row]:
-    """With the strategy that takes it in every version."""
+    """List the BatchNorm cells, with the strategy that takes BatchNorm in every version."""
     return [
         ("fedavg", method, codec, "batchnorm")
         for method, codec in product(("none", "fedpara", "pfedpara"), ("none", "int8"))

@@ -33,7 +33,7 @@ class Refusal:
 
 
 def refusal(cell: Cell, version: str) -> Refusal | None:
-    """What is expected instead of a result; None if the cell trains.
+    """Return what is expected instead of a result; None if the cell trains.
 
     Args:
         cell: the cell.

@@ -46,17 +46,17 @@ class StrategySpec:
 
     @property
     def label(self) -> str:
-        """As in the table."""
+        """Return the name in the table."""
         return self.class_name.replace("DifferentialPrivacy", "DP ")
 
     @property
     def proximal_mu(self) -> float | None:
-        """Of the clients' loss; None for no such term."""
+        """Return mu of the clients' loss; None for no such term."""
         return self.options.get("proximal_mu")
 
     @property
     def rule_options(self) -> dict[str, float]:
-        """Of the rule."""
+        """Return the options of the rule."""
         return {key: value for key, value in self.options.items() if key != "proximal_mu"}
 
 

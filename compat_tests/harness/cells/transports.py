@@ -37,12 +37,12 @@ class TransportCell:
 
     @property
     def id(self) -> str:
-        """As in test ids and file names."""
+        """Return the cell's name in test ids and file names."""
         return "-".join((self.mode, self.transport, self.method, self.codec))
 
     @property
     def plugin(self) -> Mapping[str, Any]:
-        """Keys of ``fedpara_args``, without their prefix; dense runs have the plugin's engine."""
+        """Return the keys of ``fedpara_args`` without prefix; dense runs have the plugin's engine."""
         if self.method == "none":
             return {"mend": True, "codec": self.codec}
         return {"method": self.method, "gamma": 0.3, "codec": self.codec}

@@ -124,7 +124,7 @@ class FedMLDeployment:
     # Running
 
     def config(self, rank: int) -> Path:
-        """The configuration of one process."""
+        """Write the configuration of one process and return its path."""
         plugin = self._of_rank.get(rank, self._plugin)
         keys = None
         if plugin is not None:
@@ -162,7 +162,7 @@ class FedMLDeployment:
         return program
 
     def start_all(self) -> None:
-        """Start all processes; FedML's single process is one."""
+        """Start all processes; FedML's single process counts as one."""
         if self.backend == "sp":
             self.start(0)
             return
@@ -177,16 +177,16 @@ class FedMLDeployment:
         self.programs["mpirun"] = self.processes.start("mpirun", *launcher, *words)
 
     def wait(self, seconds: float = PATIENCE) -> dict[str, int]:
-        """Wait for the ends of all; their exit codes."""
+        """Wait until all processes have ended, and return their exit codes."""
         return {name: program.wait(seconds) for name, program in self.programs.items()}
 
     def run(self) -> dict[str, int]:
-        """Start all and wait."""
+        """Start all processes, wait for them, and return their exit codes."""
         self.start_all()
         return self.wait()
 
     def finished(self) -> FedMLDeployment:
-        """Run to a good end.
+        """Run all processes to a good end.
 
         Raises:
             RuntimeError: a process ended with another code than 0.
@@ -200,22 +200,22 @@ class FedMLDeployment:
 
     @property
     def final(self) -> dict[str, Tensor]:
-        """The server's dense model."""
+        """Load the server's dense model."""
         return load_file(self.checkpoint)
 
     def noted(self, client: int, number: int, when: str) -> dict[str, Tensor]:
-        """A client's state in a round, the first being 1, ``before`` or ``after`` training."""
+        """Load a client's state of a round (from 1 on), ``before`` or ``after`` training."""
         path = self.notes / f"{client}-{number}-{when}.pt"
         state: dict[str, Tensor] = torch.load(path, weights_only=True)
         return state
 
     def text(self, name: str) -> str:
-        """What a process printed; under ``mpirun``, what all have."""
+        """Return what a process printed; under ``mpirun``, the output of all."""
         return self.programs["mpirun" if self.backend == "MPI" else name].text
 
 
 def accuracy(state: Mapping[str, Tensor]) -> float:
-    """Of the project's model with these dense weights, on images that no client trains on.
+    """Return the accuracy of the project's model with these dense weights on unseen images.
 
     However many clients there are, they hold out the first fifth between them.
     """

@@ -28,7 +28,7 @@ class FedMLRunRequest(RunRequest):
 
 
 def run(request: FedMLRunRequest) -> None:
-    """Do what an request says."""
+    """Carry out a request."""
     logging.basicConfig(filename=request.log, level=logging.INFO, force=True)
     killer = Killer(request)
 

@@ -133,7 +133,7 @@ CASES = {
 
 
 def batch_model() -> nn.Module:
-    """With BatchNorm: float and integer buffers in the state."""
+    """Build a model with BatchNorm: float and integer buffers in the state."""
     torch.manual_seed(3)
     return nn.Sequential(
         nn.Linear(32, 64), nn.BatchNorm1d(64), nn.Tanh(), nn.Linear(64, 48), nn.Tanh(),
@@ -175,7 +175,7 @@ def published_loop(
 
 
 def run_case(case: OptimizerCase, method: str, net: nn.Module, **more: Any) -> Any:
-    """The run of FedML's project with the plugin's keys."""
+    """Run FedML's project with the plugin's keys."""
     keys: dict[str, Any] = {
         "federated_optimizer": case.optimizer,
         "comm_round": ROUNDS,
@@ -195,7 +195,7 @@ State = Mapping[str, torch.Tensor]
 
 
 def assert_same(found: State, wanted: State, atol: float = 2e-6) -> None:
-    """All tensors that are wanted are found, to rounding."""
+    """Assert that all wanted tensors are found, up to rounding."""
     assert wanted.keys() <= found.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(
@@ -204,7 +204,7 @@ def assert_same(found: State, wanted: State, atol: float = 2e-6) -> None:
 
 
 def with_keys(name: str, **keys: Any) -> OptimizerCase:
-    """A case with more keys, or others; ``federated_optimizer`` too."""
+    """Return a case with further or other keys, ``federated_optimizer`` included."""
     case = CASES[name]
     optimizer = keys.pop("federated_optimizer", case.optimizer)
     return replace(case, optimizer=optimizer, keys={**case.keys, **keys})

@@ -11,7 +11,7 @@ __all__ = ["missing_for"]
 
 
 def missing_for(backend: str) -> str:
-    """What is not installed for a backend, and how to get it; "" if it can run."""
+    """Say what a backend lacks on this machine and how to get it; "" if it can run."""
     missing = [*_programs(backend), *_modules(backend)]
     return f"{backend} needs {' and '.join(missing)}" if missing else ""
 

@@ -68,11 +68,11 @@ class TransportTaps:
 
     @property
     def env(self) -> Mapping[str, str]:
-        """For the processes."""
+        """Return environment variables for the processes."""
         return {"FEDPARA_RECORD": str(self._handed)} if self._backend == "TRPC" else {}
 
     def comm(self, rank: int) -> dict[str, Any]:
-        """The ``comm_args`` of a process, which lead it to the proxies."""
+        """Return the ``comm_args`` of a process, which lead it to the proxies."""
         comm: dict[str, Any] = copy.deepcopy(dict(self._comm))
         if self._backend == "GRPC":
             comm["grpc_ipconfig_path"] = str(self._folder / f"grpc-{rank}.csv")
@@ -83,7 +83,7 @@ class TransportTaps:
         return comm
 
     def recorded(self) -> bytes:
-        """All bytes, both ways, of all connections or processes."""
+        """Return all bytes, in both directions, of all connections or processes."""
         streams = [
             one for tap in self.taps.values() for w in ("up", "down") for one in tap.streams(w)
         ]
@@ -92,7 +92,7 @@ class TransportTaps:
         return b"\n".join(streams)
 
     def _write_tables(self, ports: list[int]) -> None:
-        """A table of addresses for each process: only itself knows its own port."""
+        """Write a table of addresses for each process; only a process itself knows its own port."""
         for rank in range(len(ports)):
             rows = ["eid,rank,grpc_server_ip,grpc_server_port"]
             for other, port in enumerate(ports):
@@ -106,6 +106,6 @@ def _mqtt(comm: Comm) -> Any:
 
 
 def _endpoint(comm: Comm) -> tuple[str, str]:
-    """Host with scheme, and port, of the store."""
+    """Return host (with scheme) and port of the store."""
     host, _, port = comm["customized_training_s3_config"]["CN_S3_ENDPOINT"].rpartition(":")
     return host, port

@@ -23,7 +23,7 @@ class TaskLoader:
 
 
 def task_dataset(task: TrainingTask) -> Callable[[Any], list[Any]]:
-    """Makes FedML's eight entries for some arguments; all clients' last ones are held out."""
+    """Return a function from arguments to FedML's eight entries, all held-out images at the end."""
 
     def made(args: Any) -> list[Any]:
         clients = range(task.clients)
@@ -36,7 +36,7 @@ def task_dataset(task: TrainingTask) -> Callable[[Any], list[Any]]:
 
 
 def task_keys(task: TrainingTask) -> dict[str, Any]:
-    """The YAML's keys that belong to a task; the batches of all epochs come as one."""
+    """Return the YAML's keys of a task; the batches of all epochs come as one epoch."""
     return {
         "client_num_in_total": task.clients,
         "client_num_per_round": task.clients,

@@ -122,7 +122,7 @@ class Parties:
             )
 
     def args(self, rank: int) -> Any:
-        """FedML's arguments of one party."""
+        """Return FedML's arguments of one party."""
         ids = list(range(1, self.clients + 1)) if rank == 0 else [rank]
         keys = {"training_type": "cross_silo", "scenario": "horizontal", "backend": "GRPC"}
         keys |= {"comm": None, "rank": rank, "client_id_list": str(ids)}
@@ -151,13 +151,13 @@ class Parties:
         self._threads[rank].start()
 
     def run(self) -> Parties:
-        """Start all, and wait."""
+        """Start all parties, and wait."""
         for rank in range(self.clients + 1):
             self.start(rank)
         return self.wait()
 
     def wait(self, *ranks: int) -> Parties:
-        """Wait for some, or for all.
+        """Wait for some parties, or for all.
 
         Raises:
             TimeoutError: one goes on.
@@ -169,5 +169,5 @@ class Parties:
         return self
 
     def cut(self, rank: int) -> None:
-        """From now on nobody hears a party, and it hears nobody."""
+        """Cut a party off: nobody hears it, and it hears nobody."""
         self.transports[rank].dead = True

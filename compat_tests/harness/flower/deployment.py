@@ -67,7 +67,7 @@ class FinishedRun:
     traffic: int = 0
 
     def check(self) -> FinishedRun:
-        """Itself, if the run completed.
+        """Return itself if the run completed.
 
         Raises:
             RuntimeError: it did not; holds the end of the log.
@@ -106,7 +106,7 @@ class Deployment:
         self._keys[partition] = path
 
     def start_node(self, partition: int) -> None:
-        """Start a SuperNode, again if there was one."""
+        """Start a SuperNode, or start it again."""
         config = f"partition-id={partition} num-partitions={self._count}"
         options = ["--superlink", f"127.0.0.1:{self.tap.port}"]
         options += ["--port", str(free_ports(1)[0]), "--node-config", config]
@@ -120,7 +120,7 @@ class Deployment:
         self.nodes[partition : partition + 1] = [program]
 
     def submit(self, app: Path, config: RunConfig) -> Program:
-        """Start ``flwr run``; its end is the run's."""
+        """Start ``flwr run``, which ends when the run does."""
         command = ("flwr", "run", str(app), CONNECTION, "--stream")
         return self.processes.start("run", *command, "--run-config", _overrides(config))
 
@@ -200,7 +200,7 @@ def simulated(
 
 
 def _connect(home: Path, port: int, files: Certificates | None) -> None:
-    """Tell ``flwr`` of the SuperLink."""
+    """Tell ``flwr`` where the SuperLink is."""
     security = f'root-certificates = "{files.authority}"' if files else "insecure = true"
     text = f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\n{security}\n'
     (home / "config.toml").write_text(text, encoding="utf-8")
@@ -223,12 +223,12 @@ def _listens(link: Program, port: int) -> bool:
 
 
 def _overrides(config: RunConfig) -> str:
-    """All in one option: of two, Flower keeps only the last one's values of a nested section."""
+    """Write all options as one: of two, Flower keeps only the last one's nested values."""
     return " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
 
 
 def _finished(processes: Processes, log: str, code: int) -> FinishedRun:
-    """``flwr run`` ends with 0 whatever becomes of the run: its status is asked for."""
+    """Ask Flower how a run ended; ``flwr run`` itself ends with 0 in any case."""
     found = re.search(r"run[ _-]?(?:id)?\W*(\d{6,})", log, re.IGNORECASE)
     if code or found is None:
         raise RuntimeError(f"flwr run ended with {code} and started no run:\n{log}")

@@ -49,7 +49,7 @@ class DriftExperiment:
 
 
 def drift_apps(experiment: DriftExperiment, *, mods: bool = True) -> Apps:
-    """Both sides of the app, with the README's edit of the plugin or without."""
+    """Return both sides of the app, with the README's edit of the plugin or without."""
     net = experiment.factory or experiment.task.net
     build = fedpara.factorised(net) if mods else net
 

@@ -39,7 +39,7 @@ class FlowerRunRequest(RunRequest):
 
 
 def run(request: FlowerRunRequest) -> None:
-    """Do what an request says."""
+    """Carry out a request."""
     killer = Killer(request)
 
     def tap(sent: Sent, grid: InProcessGrid) -> None:

@@ -90,7 +90,7 @@ class LegacyExperiment:
 
 
 def legacy_plain_apps(experiment: LegacyExperiment, net: Factory | None = None) -> Apps:
-    """The app before anyone met the plugin."""
+    """Return the app as it is without the plugin."""
     model = net or experiment.task.net
     return Apps(
         client=lambda: legacy_client_app(experiment, model, []),
@@ -105,7 +105,7 @@ ALL = frozenset({"net", "app"})
 def legacy_plugin_apps(
     experiment: LegacyExperiment, *, client: frozenset[str] = ALL, server: frozenset[str] = ALL
 ) -> Apps:
-    """The same app after the README's edit, or with only some of its lines."""
+    """Return the same app after the README's edit, or with only some of its lines."""
     import fedpara_plugins_flower as fedpara
 
     Net = experiment.task.net  # noqa: N806  (as the README writes it)
@@ -159,7 +159,7 @@ class _Client(NumPyClient):
 
 
 def legacy_client_app(experiment: LegacyExperiment, net: Factory, mods: list[Any]) -> ClientApp:
-    """The client's side, with any mods."""
+    """Build the client's side, with any mods."""
 
     def client_fn(context: Context) -> Any:
         client = int(context.node_config["partition-id"])
@@ -173,7 +173,7 @@ def legacy_client_app(experiment: LegacyExperiment, net: Factory, mods: list[Any
 def components(
     experiment: LegacyExperiment, net: Factory, outcome: Outcome
 ) -> Callable[[Context], ServerAppComponents]:
-    """What the ``server_fn`` is."""
+    """Return the ``server_fn``."""
     task, part = experiment.task, ARRAY_ACCESS[experiment.part]
 
     def evaluate_fn(

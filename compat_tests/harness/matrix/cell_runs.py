@@ -23,7 +23,7 @@ COUNTERS = "num_batches_tracked"
 
 
 def task_of(cell: Cell) -> TrainingTask:
-    """The cell's training problem: short, and yet every strategy uses its memory once."""
+    """Return the cell's training task: short, but every strategy uses its memory once."""
     clients = STRATEGIES[cell.strategy].clients
     return TrainingTask(
         model=cell.model, clients=clients, rounds=2, epochs=1, batch_size=40, lr=RATE
@@ -31,7 +31,7 @@ def task_of(cell: Cell) -> TrainingTask:
 
 
 def section(cell: Cell, **more: str) -> dict[str, Any]:
-    """The cell's config as Flower flattens it, with ``more`` options."""
+    """Return the cell's config as Flower flattens it, with ``more`` options."""
     options = {"method": cell.method, "codec": cell.codec, **more}
     if _keeps_counters(cell):
         options["private"] = f"*{COUNTERS}"
@@ -39,18 +39,18 @@ def section(cell: Cell, **more: str) -> dict[str, Any]:
 
 
 def _keeps_counters(cell: Cell) -> bool:
-    """BatchNorm's counters would outweigh the model in a norm: they stay on the clients."""
+    """Tell whether BatchNorm's counters stay on the clients: in a norm they outweigh the model."""
     return STRATEGIES[cell.strategy].norms and cell.model == "batchnorm" and not cell.plain
 
 
 def run(cell: Cell, ledger: Path, *, raises: bool = True) -> Outcome:
-    """The federated run, with its ledger in a file."""
+    """Run the cell, with its ledger in a file."""
     experiment = Experiment(task_of(cell), cell.strategy)
     return federate(plugin_apps(experiment), section(cell, ledger=str(ledger)), raises=raises)
 
 
 def plain_loop(cell: Cell) -> PlainResult:
-    """What the run must come to; codecs do not change it."""
+    """Run the plain loop that the cell must match; codecs do not change it."""
     private = frozenset(private_names(cell))
     return _plain_loop(cell.strategy, cell.method, task_of(cell), private)
 
@@ -70,14 +70,14 @@ def _plain_loop(
 
 
 def private_names(cell: Cell) -> set[str]:
-    """What never leaves the clients."""
+    """Return the names that never leave the clients."""
     model = cell_model(cell.method, cell.model)
     kept = {name for name in model.state_dict() if name.endswith(COUNTERS)}
     return set(fedpara.split(model).private) | (kept if _keeps_counters(cell) else set())
 
 
 def shared(cell: Cell) -> dict[str, Tensor]:
-    """What travels, at its first values."""
+    """Return the shared part with its initial values."""
     state = cell_model(cell.method, cell.model).state_dict()
     hidden = private_names(cell)
     return {name: value for name, value in state.items() if name not in hidden}

@@ -47,7 +47,7 @@ _KEY = pytest.StashKey[CellResult]()
 
 @pytest.fixture
 def result(request: pytest.FixtureRequest, cell: AnyCell) -> CellResult:
-    """Where the test of a cell notes its figures."""
+    """Return the object in which a cell's test notes its figures."""
     request.node.stash[_KEY] = CellResult(cell)
     return request.node.stash[_KEY]  # type: ignore[no-any-return]
 
@@ -96,14 +96,14 @@ def _write(found: CellResult, report: pytest.TestReport) -> None:
 
 
 def _why_skipped(report: pytest.TestReport) -> str:
-    """The reason that the test gave; "" if it ran."""
+    """Return the reason that the test gave; "" if it ran."""
     if not report.skipped or not isinstance(report.longrepr, tuple):
         return ""
     return report.longrepr[2].removeprefix("Skipped: ")
 
 
 def _commit() -> str:
-    """The commit of the working tree, marked if it has changes; empty outside git."""
+    """Return the commit of the working tree, marked if it has changes; empty outside git."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")

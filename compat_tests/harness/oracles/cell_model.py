@@ -10,6 +10,6 @@ from harness.oracles.task import TrainingTask
 
 
 def cell_model(method: str, model: str) -> nn.Module:
-    """The cell's model, as `fedpara_plugins.convert` makes it."""
+    """Build the cell's model as `fedpara_plugins.convert` makes it."""
     net = TrainingTask(model=model).net()
     return net if method == "none" else fedpara.convert(net, method=method, gamma=GAMMA)

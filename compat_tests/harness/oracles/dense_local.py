@@ -21,7 +21,7 @@ __all__ = ["descend_dense", "follow"]
 def descend_dense(
     model: nn.Module, task: TrainingTask, client: int, server_round: int, mu: float | None
 ) -> float:
-    """Train the dense model that a converted one composes, then move the factors after it."""
+    """Train the composed dense model, then move the factors after it."""
     plain = task.net()
     plain.load_state_dict(to_dense(model).state_dict(), strict=True)
     loss = descend(plain, task, client, server_round, mu)

@@ -117,7 +117,7 @@ class _Federation:
         return sum((self.weights(i) / total * y[name].double() for i, y in replies.items()), zero)
 
     def share(self, client: int) -> float:
-        """Of a client in the sum over all clients."""
+        """Return a client's share of the sum over all clients."""
         return self.weights(client) / sum(self.weights(i) for i in range(self.task.clients))
 
     @torch.no_grad()
@@ -140,7 +140,7 @@ def scaffold(
     rate: float = 1.0,
     weights: Weights = lambda client: 1.0,
 ) -> DriftResult:
-    """arXiv 1910.06378, algorithm 1.
+    """Run SCAFFOLD: arXiv 1910.06378, algorithm 1.
 
     Args:
         task: data, rounds, the clients' learning rate.
@@ -198,7 +198,10 @@ def feddyn(
     participants: Sequence[Sequence[int]] | None = None,
     weights: Weights = lambda client: 1.0,
 ) -> DriftResult:
-    """arXiv 2111.04263, algorithm 1; the argmin by gradient descent. Else as `scaffold`."""
+    """Run FedDyn: arXiv 2111.04263, algorithm 1, with gradient descent for the argmin.
+
+    Arguments are those of `scaffold`.
+    """
     run = _begun(task, build, private_names, participants, weights)
     out, names = run.start(), run.names()
     h = out.mean
@@ -242,7 +245,7 @@ def _copy(state: Any) -> State:
 
 
 def _as(state: State, like: State) -> State:
-    """What is sent: each tensor in the dtype it had at first, integers rounded."""
+    """Cast each tensor to its initial dtype, as for sending; integers are rounded."""
     return {
         key: (value if like[key].is_floating_point() else value.round()).to(like[key].dtype)
         for key, value in state.items()
@@ -252,7 +255,7 @@ def _as(state: State, like: State) -> State:
 def run_published(
     strategy: str, method: str, task: TrainingTask, private_names: Collection[str]
 ) -> DriftResult:
-    """What a cell of `harness.cells.strategies.PLUGIN_STRATEGIES` must come to."""
+    """Run the algorithm that a cell of `PLUGIN_STRATEGIES` must match."""
 
     def build() -> nn.Module:
         return cell_model(method, task.model)

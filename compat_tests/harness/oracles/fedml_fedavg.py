@@ -43,20 +43,20 @@ class FedAvgLoop:
         self.own = {client: {k: v.clone() for k, v in first.items()} for client in train}
 
     def sample(self, number: int, a_round: int) -> list[int]:
-        """The clients of a round (the first is 0), as FedML draws them."""
+        """Draw the clients of a round (the first is 0) as FedML does."""
         if a_round == len(self.train):
             return list(range(a_round))
         np.random.seed(number)
         return [int(c) for c in np.random.choice(len(self.train), a_round, replace=False)]
 
     def run(self, rounds: int, a_round: int) -> dict[str, Tensor]:
-        """All rounds; the shared state at the end."""
+        """Run all rounds, and return the shared state at the end."""
         for number in range(rounds):
             self.round(self.sample(number, a_round))
         return self.x
 
     def round(self, clients: Sequence[int]) -> None:
-        """One round."""
+        """Run one round."""
         total = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in self.x.items()}
         count = 0
         for client in clients:
@@ -73,7 +73,7 @@ class FedAvgLoop:
         }
 
     def trained(self, client: int) -> dict[str, Tensor]:
-        """A client's state after its training; what is private stays with it."""
+        """Return a client's state after its training; the private part stays with it."""
         self.model.load_state_dict({**self.x, **self.own[client]})
         self.model.train()
         optimizer = torch.optim.SGD(self.model.parameters(), lr=self.lr)
@@ -88,7 +88,7 @@ class FedAvgLoop:
         return after
 
     def accuracy(self, client: int, data: Batches) -> float:
-        """Of the shared model completed with a client's own part, on some data."""
+        """Return the accuracy of the shared model, completed with a client's own part."""
         self.model.load_state_dict({**self.x, **self.own[client]})
         self.model.eval()
         with torch.no_grad():

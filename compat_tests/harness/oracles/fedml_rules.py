@@ -88,31 +88,31 @@ class PlainLoop:
         """Make what the algorithm keeps."""
 
     def before(self, chosen: Sequence[int]) -> None:
-        """A round begins, with these clients."""
+        """Begin a round with these clients."""
 
     def direction(self, client: int, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
-        """What a step goes along, for a shared parameter."""
+        """Return the direction of a step for a shared parameter."""
         return gradient
 
     def server(self, replies: Mapping[int, LocalResult]) -> State:
-        """The next x of all shared names."""
+        """Return the next x of all shared names."""
         return self.mean(replies)
 
     def batches(self, client: int) -> Batches:
-        """A client's batches of one epoch of this round."""
+        """Return a client's batches of one epoch of this round."""
         return self.train[client]
 
     # The loop
 
     def sample(self, number: int, a_round: int) -> list[int]:
-        """The clients of a round (the first is 0), as FedML draws them."""
+        """Draw the clients of a round (the first is 0) as FedML does."""
         if a_round == self.clients:
             return list(range(a_round))
         np.random.seed(number)
         return [int(c) for c in np.random.choice(self.clients, a_round, replace=False)]
 
     def run(self, rounds: int, a_round: int) -> State:
-        """All rounds; the shared state at the end, in the model's dtypes."""
+        """Run all rounds, and return the shared state at the end in the model's dtypes."""
         for number in range(rounds):
             self.number = number
             chosen = self.sample(number, a_round)
@@ -123,7 +123,7 @@ class PlainLoop:
         return self.sent(self.x)
 
     def sent(self, x: State) -> State:
-        """Each tensor in the dtype it had at first, integers rounded."""
+        """Cast each tensor to its initial dtype; integers are rounded."""
         return {
             k: (v if self.like[k].is_floating_point() else v.round()).to(self.like[k].dtype)
             for k, v in x.items()
@@ -135,7 +135,7 @@ class PlainLoop:
         self.model.train()
 
     def local(self, client: int) -> LocalResult:
-        """A client's round; what is private stays with it."""
+        """Train a client for one round; its private part stays with it."""
         self.load(client)
         self.start = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         weights = dict(self.model.named_parameters())
@@ -160,19 +160,19 @@ class PlainLoop:
         return LocalResult(after, self.size(client), steps)
 
     def first_step(self, client: int) -> None:
-        """A client is about to make its first step."""
+        """Prepare a client's first step."""
 
     def batch(self, batch: tuple[Tensor, Tensor]) -> None:
-        """A client is about to make a step on this batch."""
+        """Prepare a client's step on this batch."""
 
     def size(self, client: int) -> int:
-        """Examples of a client."""
+        """Return the number of a client's examples."""
         return sum(len(y) for _, y in self.train[client])
 
     def gradients(
         self, model: nn.Module, batch: tuple[Tensor, Tensor], *, whole: bool = True
     ) -> State:
-        """Of the mean loss of one batch; if not ``whole``, with what is absent then at zero."""
+        """Return the gradients of a batch's mean loss, with absent names at zero unless ``whole``."""
         if not whole and self.absent:
             left_out = {k: v.clone() for k, v in model.state_dict().items() if k in self.absent}
             model.load_state_dict({k: 0 * v for k, v in left_out.items()}, strict=False)
@@ -185,7 +185,7 @@ class PlainLoop:
         return dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
 
     def mean(self, replies: Mapping[int, LocalResult], *, uniform: bool = False) -> State:
-        """Of the clients' states, weighted by examples unless ``uniform``."""
+        """Average the clients' states, weighted by examples unless ``uniform``."""
         weights = {c: 1 if uniform else reply.size for c, reply in replies.items()}
         whole = sum(weights.values())
         return {
@@ -197,13 +197,13 @@ class PlainLoop:
         }
 
     def zeros(self) -> State:
-        """Float64 zeros of the trained shared parameters."""
+        """Return float64 zeros of the trained shared parameters."""
         return {k: torch.zeros_like(self.x[k]) for k in self.names}
 
     # What came of it
 
     def accuracy(self, client: int, data: Batches) -> float:
-        """Of the shared model completed with a client's own part, on some data."""
+        """Return the accuracy of the shared model, completed with a client's own part."""
         self.model.load_state_dict({**self.sent(self.x), **self.own[client]})
         self.model.eval()
         with torch.no_grad():
@@ -405,7 +405,7 @@ class FedNova(PlainLoop):
         return self.momentum[name]
 
     def normaliser(self, steps: int) -> float:
-        """|a|_1: the gradients' coefficients in the whole way, one by one."""
+        """Return |a|_1: the sum of the gradients' coefficients in the whole way."""
         keys = self.keys
         rho, mu = keys.get("momentum", 0.0), keys.get("mu", 0.0)
         if not mu and not keys.get("nesterov") and not keys.get("dampening"):
@@ -415,7 +415,7 @@ class FedNova(PlainLoop):
         return sum(self.coefficient(j, steps) for j in range(steps))
 
     def coefficient(self, place: int, steps: int) -> float:
-        """Of the gradient of one step, in units of the rate: all others are set to zero."""
+        """Return the coefficient of one step's gradient, in units of the rate."""
         keys = self.keys
         rho, mu = keys["momentum"], keys.get("mu", 0.0)
         way, held = 0.0, None

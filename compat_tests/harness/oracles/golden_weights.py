@@ -105,13 +105,13 @@ CASES = {
 
 
 def net() -> TruthNet:
-    """With the first weights of the task."""
+    """Build the model with the initial weights of the task."""
     torch.manual_seed(TASK.seed)
     return TruthNet()
 
 
 def loop(name: str, method: str) -> State:
-    """The shared weights of the plain loop."""
+    """Run the plain loop, and return its shared weights."""
     case = CASES[name]
     model = convert(net(), method=method, gamma=GAMMA)
     private = ModelSpec.of(model).initial_private()
@@ -129,7 +129,7 @@ def loop(name: str, method: str) -> State:
 
 
 def check(name: str, method: str, found: State) -> None:
-    """Raise unless a run's shared weights are the file's."""
+    """Assert that a run's shared weights are those of the file."""
     prefix = f"{name}/{method}/"
     wanted = {
         key.removeprefix(prefix): value

@@ -97,7 +97,7 @@ def run_plain_loop(
 def descend(
     model: nn.Module, task: TrainingTask, client: int, server_round: int, mu: float | None
 ) -> float:
-    """Gradient descent by hand; FedProx's term enters as its gradient, mu (w - w0).
+    """Descend along the gradient by hand; FedProx's term enters as its gradient, mu (w - w0).
 
     Returns:
         The mean of the batches' losses, FedProx's term included.
@@ -141,7 +141,7 @@ def _double(state: Mapping[str, Tensor]) -> State:
 
 
 def _as(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
-    """What is sent: each tensor in the dtype it had at first, integers rounded."""
+    """Cast each tensor to its initial dtype, as for sending; integers are rounded."""
     return {
         key: (value if like[key].is_floating_point() else value.round()).to(like[key].dtype)
         for key, value in state.items()

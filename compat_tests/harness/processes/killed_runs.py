@@ -46,7 +46,7 @@ class RunRequest:
 
     @property
     def log(self) -> Path:
-        """Where the run's log is."""
+        """Return the path of the run's log."""
         return Path(self.output).with_suffix(".log")
 
 
@@ -74,7 +74,7 @@ class ForkServer:
             pass  # what the framework prints
 
     def run(self, request: RunRequest) -> dict[str, Tensor] | None:
-        """The global state at the end; None if the run was killed."""
+        """Run a request, and return the global state at the end; None if the run was killed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(asdict(request)) + "\n")
@@ -129,7 +129,7 @@ class Killer:
         self._messages = 0
 
     def passes(self, *, trains_in: int) -> None:
-        """A message passes.
+        """Take note that a message passes.
 
         Args:
             trains_in: the round in which it asks a client to train; 0 for other messages.
@@ -151,7 +151,7 @@ State = Mapping[str, Any]
 
 
 def assert_equal(one: State | None, other: State | None) -> None:
-    """Two runs ended with the same tensors, to rounding."""
+    """Assert that two runs ended with the same tensors, up to rounding."""
     assert one is not None
     assert other is not None
     assert one.keys() == other.keys()
@@ -162,7 +162,7 @@ def assert_equal(one: State | None, other: State | None) -> None:
 def assert_little_repeated(
     killed: State | None, whole: State | None, ledger: Path, rounds: int
 ) -> None:
-    """A client that was killed after its reply trains that round twice, and nothing else differs.
+    """Assert that only repeated rounds differ: a client killed after its reply trains twice.
 
     Args:
         killed: the state at the end of a run that was killed at some moments.

@@ -56,13 +56,13 @@ class Program:
 
     @property
     def text(self) -> str:
-        """What it has printed so far, without colours."""
+        """Return what it has printed so far, without colours."""
         printed = self.log.read_bytes()[self._start :].decode("utf-8", errors="replace")
         return re.sub(r"\x1b\[[0-9;]*m", "", printed)
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """Tell whether it still runs."""
         return self._process.poll() is None
 
     def wait(self, seconds: float) -> int:
@@ -79,7 +79,7 @@ class Program:
             ) from None
 
     def kill(self) -> None:
-        """End it at once, and what it started in its process group (SIGKILL: no clean-up)."""
+        """Kill it at once, with all of its process group (SIGKILL: no clean-up)."""
         self.send(signal.SIGKILL)
         self._process.wait(GRACE)
 
@@ -90,7 +90,7 @@ class Program:
                 os.killpg(self._process.pid, number)
 
     def tail(self, lines: int = 60) -> str:
-        """The last lines of its output."""
+        """Return the last lines of its output."""
         return "\n".join(self.text.splitlines()[-lines:])
 
 
@@ -160,7 +160,7 @@ class Processes:
         return program
 
     def run(self, name: str, *command: str, seconds: float) -> str:
-        """Run a program to its end; what it printed.
+        """Run a program to its end, and return what it printed.
 
         Raises:
             RuntimeError: it ended with another code than 0.
@@ -172,12 +172,12 @@ class Processes:
         return program.text
 
     def logs_with(self, text: str) -> list[str]:
-        """The names of the logs in which a text stands."""
+        """Return the names of the logs that contain a text."""
         wanted = text.encode()
         return [log.stem for log in sorted(self.logs.iterdir()) if wanted in log.read_bytes()]
 
     def end(self) -> None:
-        """End everything: politely, then not. Waits until nothing is left."""
+        """End all programs, first by SIGTERM, then by SIGKILL, and wait until none is left."""
         for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
             for program in self._programs:
                 program.send(number)  # where no mark can be seen, its group at least
@@ -191,14 +191,14 @@ class Processes:
             raise RuntimeError(f"these processes would not end: {sorted(left)}")
 
     def alive(self) -> set[int]:
-        """Ids of all processes that carry the mark, and of the programs started here."""
+        """Return the ids of all marked processes and of the programs started here."""
         found = {program._process.pid for program in self._programs if program.running}
         marked = f"{MARK}={self._mark}".encode()
         return found | {pid for pid, environ in _environments() if marked in environ}
 
 
 def _environments() -> Iterator[tuple[int, bytes]]:
-    """Process ids and their environments, where the system shows them (Linux); no zombies."""
+    """Yield process ids and their environments where the system shows them (Linux); no zombies."""
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended meanwhile, or another user's
             if int(entry.name) != os.getpid():
@@ -206,7 +206,7 @@ def _environments() -> Iterator[tuple[int, bytes]]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different TCP ports of the loopback interface that nobody listens on just now."""
+    """Find different TCP ports of the loopback interface on which nobody listens just now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -215,7 +215,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_until(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
-    """Look twice a second until something is so.
+    """Check a condition twice a second until it holds.
 
     Raises:
         TimeoutError: it never was; names what.

@@ -17,7 +17,7 @@ chance with probability 3e-15."""
 
 
 def pieces_of(values: Iterable[Tensor]) -> NDArray[np.uint64]:
-    """All neighbouring pairs of floats, as integers; constant ones say nothing and are left out."""
+    """Return all neighbouring pairs of floats as integers; constant pairs are left out."""
     found = []
     for value in values:
         floats = value.float().numpy().ravel()
@@ -28,7 +28,7 @@ def pieces_of(values: Iterable[Tensor]) -> NDArray[np.uint64]:
 
 
 def count_pieces(pieces: NDArray[Any], data: bytes) -> int:
-    """How many of the pieces occur in the bytes, at any offset."""
+    """Count the pieces that occur in the bytes, at any offset."""
     found = []
     for offset in range(PIECE):
         window = data[offset:]
