@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def read(folder: Path) -> dict[tuple[str, str], Row]:
-    """All results of a folder by environment and cell."""
+    """Read all results of a folder, by environment and cell."""
     found: dict[tuple[str, str], Row] = {}
     for path in sorted(folder.glob("*.json")):
         row = json.loads(path.read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ def render(
     engines: Mapping[str, Row] | None = None,
     transports: Mapping[str, Row] | None = None,
 ) -> str:
-    """The page: an overview, a table for each environment that ran, what did not run and why.
+    """Render the page: an overview, a table for each environment that ran, and what did not run.
 
     Args:
         results: of the cells without engine.
@@ -132,7 +132,7 @@ def _summary(results: Results) -> str:
 
 
 def _overview(names: Sequence[str], results: Results) -> str:
-    """Strategies by versions: how many cells passed of how many that there are."""
+    """Render strategies by versions: how many of the existing cells passed."""
     versions = {name: _of(name, results) for name in names}
     head = ["strategy", "marker"]
     head += [
@@ -147,7 +147,7 @@ def _overview(names: Sequence[str], results: Results) -> str:
 
 
 def _labels(framework: str = "") -> dict[str, str]:
-    """All optimizers by marker, named as the framework does, Flower's names first."""
+    """Return all optimizers by marker, under the framework's names, Flower's first."""
     flower = {name: spec.label for name, spec in {**STRATEGIES, **PLUGIN_STRATEGIES}.items()}
     fedml = {name: spec.label for name, spec in FEDML.items()}
     return {**flower, **fedml} if framework == "fedml" else {**fedml, **flower}

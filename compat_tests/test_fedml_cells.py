@@ -67,18 +67,18 @@ def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
 
 
 def task_of(cell: Cell) -> TrainingTask:
-    """As on Flower: short, and yet every optimizer uses its memory once."""
+    """Return the task, as on Flower: short, but every optimizer uses its memory once."""
     return TrainingTask(model=cell.model, rounds=2, epochs=1, batch_size=40, lr=RATE)
 
 
 def built(cell: Cell) -> nn.Module:
-    """The cell's model with the task's first weights."""
+    """Build the cell's model with the task's initial weights."""
     torch.manual_seed(task_of(cell).seed)
     return convert(task_of(cell).net(), method=cell.method, gamma=GAMMA)
 
 
 def federated(cell: Cell, **more: Any) -> Outcome:
-    """The run."""
+    """Run the cell."""
     spec, task = FEDML[cell.strategy], task_of(cell)
     torch.manual_seed(task.seed)
     keys: dict[str, Any] = {
@@ -95,7 +95,7 @@ def federated(cell: Cell, **more: Any) -> Outcome:
 
 @cache
 def plain_loop(strategy: str, method: str, model: str) -> PlainLoop:
-    """The published algorithm, run to its end."""
+    """Run the published algorithm to its end."""
     cell, spec = Cell("fedml", "", strategy, method, "none", model), FEDML[strategy]
     task, net = task_of(cell), built(cell)
 
@@ -119,12 +119,12 @@ def plain_loop(strategy: str, method: str, model: str) -> PlainLoop:
 
 
 def accuracy(cell: Cell, state: Mapping[str, Tensor], data: tuple[Tensor, Tensor]) -> float:
-    """Of the server's model, private factors at zero, or of a client's."""
+    """Return the accuracy of the server's model (private factors at zero) or of a client's."""
     return _scores(cell, state, data)[1]
 
 
 def loss(cell: Cell, state: Mapping[str, Tensor]) -> float:
-    """Of the server's model on the server's images."""
+    """Return the loss of the server's model on the server's images."""
     return _scores(cell, state, task_of(cell).test_data())[0]
 
 
@@ -138,7 +138,7 @@ def _scores(
 
 
 def _own(cell: Cell, state_of: Any) -> float:
-    """Mean accuracy of the clients' own models on their held-out images."""
+    """Return the mean accuracy of the clients' own models on their held-out images."""
     task = task_of(cell)
     each = [accuracy(cell, state_of(c), task.held_out(c)) for c in range(task.clients)]
     return sum(each) / len(each)
@@ -159,12 +159,12 @@ def _check_weights(cell: Cell, outcome: Outcome, wanted: PlainLoop) -> None:
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: list[str]) -> float:
-    """Euclidean, over all tensors named."""
+    """Return the Euclidean distance over all tensors named."""
     return float(sum(((a[n].double() - b[n].double()) ** 2).sum() for n in names) ** 0.5)
 
 
 def _check_bytes(cell: Cell, outcome: Outcome, entries: list[LedgerEntry]) -> None:
-    """The ledger's bytes are those of the messages, in each round, direction and client."""
+    """Assert that the ledger's bytes are the messages', by round, direction and client."""
     counted: Counter[tuple[object, ...]] = Counter()
     for sent in outcome.sent:
         counted[sent.direction, sent.round, sent.client] += len(sent.data)
@@ -176,7 +176,7 @@ def _check_bytes(cell: Cell, outcome: Outcome, entries: list[LedgerEntry]) -> No
 
 
 def _check_refused(cell: Cell, result: CellResult) -> None:
-    """With the plugin off FedML's own error, see docs/fedml-faults.md; with it on a refusal."""
+    """Assert FedML's own error (docs/fedml-faults.md), or the plugin's refusal if it is on."""
     task = task_of(cell)
     keys = {**task_keys(task), "federated_optimizer": "HierarchicalFL"}
     groups = {"group_method": "random", "group_num": 1, "group_comm_round": 1}

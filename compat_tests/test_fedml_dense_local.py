@@ -47,7 +47,7 @@ class DenseLoop(FedAvgLoop):
         super().__init__(net, dataset()[5], private=private, **options)
 
     def trained(self, client: int) -> dict[str, Tensor]:
-        """Gradient descent by hand on composed weights."""
+        """Descend along the gradient of the composed weights by hand."""
         self.model.load_state_dict({**self.x, **self.own[client]})
         self.plain.load_state_dict(to_dense(self.model).state_dict(), strict=True)
         weights = list(self.plain.parameters())

@@ -47,7 +47,7 @@ Fake = Callable[..., dict[str, tuple[str, str]]]
 
 @pytest.fixture
 def doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
-    """Findings by subject, as level and text, with some versions replaced (None: missing)."""
+    """Return findings (level, text) by subject with some versions replaced (None: missing)."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("FEDML_ENV_VERSION", "local")
 

@@ -53,7 +53,7 @@ class Kept(DefaultServerAggregator):  # type: ignore[misc]
 
 
 def trouble(what: dict[int, str]) -> Any:
-    """A trainer that fails in some rounds, the first being 1."""
+    """Return a trainer that fails in some rounds, the first being 1."""
 
     class Trainer(ModelTrainerCLS):  # type: ignore[misc]
         def train(self, train_data: Any, device: Any, args: Any, **more: Any) -> None:
@@ -325,7 +325,7 @@ def test_a_client_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     parties = Parties(monkeypatch, keys=KEYS)
 
     def stock(message: Message) -> Message:
-        """FedML's client says that it is online."""
+        """Build the message by which FedML's client says that it is online."""
         if message.get_type() == ONLINE:
             message.get_params().pop("fedpara")
         return message

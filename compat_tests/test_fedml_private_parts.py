@@ -41,7 +41,7 @@ FEDPER, FEDBN = ("4.*", model), ("1.*", batch_model)
 
 
 def assert_kept(outcome: Any, wanted: PlainLoop) -> None:
-    """Each client's own part is that of the loop; a client that never trained has the first one."""
+    """Assert that each client's own part is the loop's, or the first one if it never trained."""
     for client in range(CLIENTS):
         found = outcome.kept(client)
         assert_same({k: found[k] for k in wanted.own[client]}, wanted.own[client], 5e-6)

@@ -259,7 +259,7 @@ def test_an_aggregate_that_is_no_number_leaves_no_trace_in_the_servers_momentum(
     bad = [replace(tiny, report={**tiny.report, "normaliser": 1e-300}), good]
 
     def broken(some: Any) -> dict[str, torch.Tensor]:
-        """A user's own aggregate."""
+        """Aggregate as a user's own code might."""
         return {k: v * (torch.inf if v.is_floating_point() else 1) for k, v in mean(some).items()}
 
     assert not torch.isfinite(hurt.step(x, bad, broken)["w"]).all()

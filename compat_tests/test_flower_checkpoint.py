@@ -45,7 +45,7 @@ def _logits(model: nn.Module, task: TrainingTask) -> Tensor:
 
 
 def _from_file(task: TrainingTask, path: Path) -> nn.Module:
-    """The user's own model, unmodified, with the file's weights."""
+    """Load a file into the user's own, unmodified model."""
     net = task.net()
     net.load_state_dict(load_file(path), strict=True)
     return net
@@ -58,7 +58,7 @@ def _about(path: Path) -> dict[str, str]:
 
 
 def _assert_trained(logits: Tensor, start: Tensor) -> None:
-    """Not the initial model, not a constant, not NaN: else two models would agree for nothing."""
+    """Assert a trained model, neither constant nor NaN: else two models could agree for nothing."""
     assert torch.isfinite(logits).all()
     assert float(logits.std(dim=0).min()) > 0.2
     assert float((logits - start).abs().max()) > 1

@@ -34,7 +34,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def _run(folder: Path, **options: Any) -> tuple[Outcome, States, States]:
-    """A run, and each client's private state before and after its training in each round."""
+    """Run, and return each client's private state before and after training, by round."""
     before: States = {}
     after: States = {}
 

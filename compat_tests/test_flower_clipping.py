@@ -50,7 +50,7 @@ def _run(
     options: dict[str, float] | None = None,
     **more: str,
 ) -> Outcome:
-    """``options`` are the strategy's, ``more`` the plugin's."""
+    """Run with the strategy's ``options``, and ``more`` options of the plugin."""
     section = {
         "method": method,
         "codec": codec,
@@ -68,14 +68,14 @@ def _initial(method: str) -> dict[str, Tensor]:
 
 
 def _distance(state: Mapping[str, Tensor], method: str) -> float:
-    """Of all that clients share from the first state; private factors are zero on the server."""
+    """Return the distance of the shared part from the first state; private factors are zero."""
     start = _initial(method)
     return distance(state, start, [key for key, value in state.items() if value.any()])
 
 
 @pytest.fixture
 def updates(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
-    """The states that the clients' replies come to on the server, before they are averaged."""
+    """Collect the states that the server decodes from replies, before they are averaged."""
     seen: list[dict[str, Tensor]] = []
     original = FedAvg.aggregate_train
 

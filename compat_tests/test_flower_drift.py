@@ -87,7 +87,7 @@ def _plain(
 
 
 def _own(outcome: Outcome, experiment: DriftExperiment, partition: int) -> dict[str, Tensor]:
-    """What a client keeps, as far as the server has it; {} for zeros."""
+    """Return what a client keeps, as far as the server has it; {} for zeros."""
     context = SimpleNamespace(
         state=outcome.grid.client_state(partition),
         node_config={"partition-id": partition},
@@ -101,7 +101,7 @@ def _own(outcome: Outcome, experiment: DriftExperiment, partition: int) -> dict[
 
 
 def _assert_mean_of_own(outcome: Outcome, experiment: DriftExperiment) -> None:
-    """c, or h, is the mean of what the clients keep."""
+    """Assert that c, or h, is the mean of what the clients keep."""
     clients = experiment.task.clients
     own = [_own(outcome, experiment, partition) for partition in range(clients)]
     assert sum(map(bool, own)) >= 2
@@ -116,7 +116,7 @@ def _distance(a: dict[str, Tensor], b: dict[str, Tensor], names: Any) -> float:
 
 
 def _loop(make: Any) -> Any:
-    """A training loop with the optimizer that ``make`` builds."""
+    """Return a training loop with the optimizer that ``make`` builds."""
 
     def run(model: nn.Module, client: int, server_round: int) -> None:
         optimizer = make(model.parameters())

@@ -76,7 +76,7 @@ def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
 
 
 def _check_bytes(outcome: Outcome, entries: list[LedgerEntry], cell: Cell) -> None:
-    """The ledger's bytes are the wire's, variates included."""
+    """Assert that the ledger's bytes are the wire's, variates included."""
     counted: Counter[tuple[object, ...]] = Counter()
     for sent in outcome.sent:
         if sent.arrays:

@@ -111,7 +111,7 @@ NAMED = {
 def model(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """An app on disk, as its author wrote it; how its files build the model."""
+    """Write an app to disk as its author would, and yield how its files build the model."""
     folder = tmp_path / "no_edit_app"
     folder.mkdir()
     (folder / "__init__.py").touch()

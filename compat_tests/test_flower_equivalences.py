@@ -30,7 +30,7 @@ def _run(
     model: str = "groupnorm",
     mu: float = 0.1,
 ) -> Outcome:
-    """A run with the plugin's lines; method None leaves the config section out."""
+    """Run with the plugin's lines; method None leaves the config section out."""
     options = {"proximal_mu": mu} if strategy == "fedprox" else {}
     section: dict[str, Any] = {}
     if method is not None:
@@ -43,7 +43,7 @@ def _task(strategy: str, model: str = "groupnorm") -> TrainingTask:
 
 
 def _by_place(outcome: Outcome) -> dict[Key, Sent]:
-    """Every message by where it stands in the run; each place holds one."""
+    """Return every message by its place in the run; each place holds one."""
     places: dict[Key, Sent] = {(s.kind, s.round, s.direction, s.partition): s for s in outcome.sent}
     clients = len({s.partition for s in outcome.sent})
     assert len(places) == len(outcome.sent) == 2 * 3 * 2 * clients  # kinds, rounds, directions

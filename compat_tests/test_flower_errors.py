@@ -311,7 +311,7 @@ def _one_fails(
 
 
 def _check_named(outcome: Outcome, says: str) -> None:
-    """One line, in that round, names the node and the reason."""
+    """Assert that one line, in that round, names the node and the reason."""
     begin, end = (
         next(i for i, line in enumerate(outcome.log) if f"[ROUND {n}" in line)
         for n in (ROUND, ROUND + 1)
@@ -323,7 +323,7 @@ def _check_named(outcome: Outcome, says: str) -> None:
 
 
 def _check_as_without_the_client(outcome: Outcome, method: str, codec: str) -> None:
-    """The weights are those of a plain loop where that client sits out that round.
+    """Assert the weights of a plain loop where that client sits out that round.
 
     With int8, at least nearer to that loop than to the one where it takes part.
     With ``pfedpara`` this holds only if the failed reply left no trace in the client's private

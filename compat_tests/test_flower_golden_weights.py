@@ -21,7 +21,7 @@ def federated(name: str, method: str) -> Any:
     mu = case.keys.get("fedprox_mu", 0.0)
 
     def train(model: nn.Module, client: int, server_round: int) -> None:
-        """A user's loop; FedProx's term is about what is shared."""
+        """Train as a user would; FedProx's term is about the shared part."""
         pulled = trained_parameters(model)
         start = {key: value.detach().clone() for key, value in pulled.items()}
         optimizer = torch.optim.SGD(model.parameters(), lr=TASK.lr)

@@ -78,7 +78,7 @@ def _distance(a: State, b: State, keys: Mapping[str, Any] | list[str]) -> float:
 
 
 def _assert_near(state: State, plain: PlainResult, private: State) -> None:
-    """Near the plain loop's end, as far as it has gone."""
+    """Assert that a run ends near the plain loop, relative to its way."""
     shared = [key for key in plain.state if key not in private]
     moved = _distance(plain.state, plain.initial, shared)
     assert _distance(state, plain.state, shared) < 1e-4 * moved
@@ -224,7 +224,7 @@ def test_with_method_and_codec_none_every_message_is_the_plain_apps(
 
 
 def _travelled(outcome: Outcome) -> list[State]:
-    """Every payload, decoded as a third party could that has seen all messages before it."""
+    """Decode every payload as a third party who has seen all earlier messages could."""
     held: dict[str, State] = {}
     found = []
     for sent in outcome.sent:

@@ -32,7 +32,7 @@ def _section(method: str, codec: str) -> dict[str, Any]:
 
 
 def _run(mods: list[Any], strategy: str, method: str, codec: str) -> Outcome:
-    """A run of an app with these mods in the list of its ClientApp."""
+    """Run an app with these mods in the list of its ClientApp."""
     experiment = Experiment(TASK, strategy, mods=())
     net = fedpara.factorised(TASK.net)
     apps = Apps(
@@ -44,7 +44,7 @@ def _run(mods: list[Any], strategy: str, method: str, codec: str) -> Outcome:
 
 
 def _changing(message: Message, context: Context, call_next: Any) -> Message:
-    """A mod that adds a little to every array, whatever it is, as noise would be."""
+    """Return a mod that adds a little to every array, whatever it is, as noise would."""
     reply: Message = call_next(message, context)
     if reply.has_content():
         for name, record in reply.content.array_records.items():

@@ -53,7 +53,7 @@ class Diary:
         self.shared: dict[tuple[int, int], State] = {}
 
     def trained(self, model: nn.Module, client: int, server_round: int) -> None:
-        """Sentinels small enough to train on, each with bits of its own."""
+        """Fill in sentinels, small enough to train on, each with bits of its own."""
         parts = fedpara.split(model)
         self.private.append(_copy(parts.private))  # as trained
         for place, value in enumerate(parts.private.values()):
@@ -64,17 +64,17 @@ class Diary:
         self.shared[client, server_round] = _copy(parts.shared)
 
     def loaded(self, model: nn.Module, client: int, server_round: int) -> None:
-        """What was kept is private too, wherever it comes from."""
+        """Note the private state that was loaded: it is private wherever it comes from."""
         self.private.append(_copy(fedpara.split(model).private))
 
     @property
     def hooks(self) -> Hooks:
-        """To be given to an experiment."""
+        """Return the hooks of an experiment."""
         return Hooks(loaded=self.loaded, trained=self.trained)
 
 
 def _found_privately(diary: Diary, sent: Iterable[Sent]) -> int:
-    """How many pieces of private factors, of any client at any time, the messages hold.
+    """Count the pieces of private factors, of any client at any time, in the messages.
 
     The seeded first values are no secret: every client and the server compute them alike.
     """
@@ -176,7 +176,7 @@ def test_the_state_of_a_wrapped_model_does_not_leave_the_client(prefix: str) -> 
 
 
 def _decoded(outcome: Outcome) -> Iterator[tuple[Sent, State]]:
-    """Decode every payload as a third party could that has seen all messages before it."""
+    """Decode every payload as a third party who has seen all earlier messages could."""
     held: dict[str, State] = {}
     for sent in outcome.sent:
         for record in sent.arrays.values():

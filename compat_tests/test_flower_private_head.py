@@ -31,7 +31,7 @@ def _labels(client: int) -> list[int]:
 
 
 def _prior(client: int) -> Tensor:
-    """The formula, by counting in Python."""
+    """Compute the formula by counting in Python."""
     labels = _labels(client)
     counts = [labels.count(k) for k in range(10)]
     return torch.tensor([math.log((n + 0.1) / (len(labels) + 1)) for n in counts])

@@ -34,7 +34,7 @@ def _payload(sent: Sent) -> bytes:
 
 
 def _trained_on(sent: list[Sent]) -> dict[tuple[int, int], int]:
-    """Bytes of each training message to a client, by round and client."""
+    """Count the bytes of each training message to a client, by round and client."""
     return {
         (s.round, s.partition): s.array_bytes
         for s in sent
@@ -44,7 +44,7 @@ def _trained_on(sent: list[Sent]) -> dict[tuple[int, int], int]:
 
 @pytest.fixture
 def held_alike(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every hash that a client names is one that the server holds, with the very same bits."""
+    """Assert that the server holds every hash a client names, with the very same bits."""
     checked: list[str] = []
     note: Callable[..., None] = Outbox.note_reply
 

@@ -37,7 +37,7 @@ def _section(method: str, codec: str = "none", **options: Any) -> dict[str, Any]
 
 
 def _apps(experiment: LegacyExperiment, *, plugin: bool = True, mod_first: bool = False) -> Apps:
-    """An app whose ServerApp runs the workflow, with the plugin's lines or without."""
+    """Return an app whose ServerApp runs the workflow, with the plugin's lines or without."""
     net = fedpara.factorised(experiment.task.net) if plugin else experiment.task.net
     mods = [secaggplus_mod]
     if plugin:
@@ -92,7 +92,7 @@ def _distance(a: State, b: State, keys: list[str]) -> float:
 
 
 def _masked(outcome: Outcome) -> list[list[np.ndarray[Any, Any]]]:
-    """The masked lists that clients sent, the weight in front left out."""
+    """Return the masked lists that clients sent, without the weight in front."""
     found = []
     for sent in outcome.sent:
         configs: Any = sent.content.config_records.get("secaggplus_configs", {})

@@ -22,7 +22,7 @@ SECTION = {"fedpara.method": "pfedpara", "fedpara.gamma": GAMMA}
 
 
 def _apps(second: Any, replies: list[Message], states: list[dict[str, Tensor]]) -> Apps:
-    """A custom loop of two rounds; a client trains the first record, ``second`` gives the other."""
+    """Return an app of two rounds: a client trains the first record, ``second`` makes the other."""
     net = fedpara.factorised(TASK.net)
 
     def client_app() -> ClientApp:

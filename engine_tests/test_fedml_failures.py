@@ -20,7 +20,7 @@ LIMIT = 180.0
 def check_ended(
     engine: FedMLDeployment, reason: Iterable[str], killed: str = "", stock: str = ""
 ) -> None:
-    """All processes have ended, none of them well, and all that could have said why.
+    """Assert that all processes have failed, and that each one that could has said why.
 
     FedML's own may end with code 0: where its loop is a thread, only that ends with the error.
     """

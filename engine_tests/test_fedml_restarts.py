@@ -23,7 +23,7 @@ RETURNING = {**PLUGIN, "min_clients": 1, "timeout": 60}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> FedMLDeployment:
-    """A run in which nobody is killed, over; every transport gives its weights."""
+    """Run to the end without a kill; every transport gives these weights."""
     folder = tmp_path_factory.mktemp("whole")
     with FedMLDeployment(folder / "run", "GRPC", plugin=RETURNING) as engine:
         engine.finished()
@@ -73,7 +73,7 @@ def test_a_client_that_is_killed_when_all_is_kept_has_the_new_state(
 def killed_and_started_again(
     folder: Path, backend: str, when: str, keep: str = ""
 ) -> FedMLDeployment:
-    """A run over whose second client is killed in its second round, and started again."""
+    """Run to the end with a second client that is killed in its second round and restarted."""
     plugin = {**RETURNING, "state_dir": str(folder / "state")}
     trouble = f"client 2 round 2 {when}"
     with FedMLDeployment(folder / "run", backend, plugin=plugin, trouble=trouble) as engine:

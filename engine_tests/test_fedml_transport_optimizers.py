@@ -67,7 +67,7 @@ def test_factors_in_mpi_simulation(tmp_path: Path, optimizer: str) -> None:
 
 
 def plain(optimizer: str, method: str, silos: int) -> State:
-    """The published algorithm in plain torch; dense weights of the server's model."""
+    """Return the dense weights of the published algorithm in plain torch."""
     keys, _, more = OPTIMIZERS.get(optimizer, FEDAVG)
     batches = {client: list(loader) for client, loader in digits.load(silos, 32)[5].items()}
     torch.manual_seed(0)  # FedML's random_seed
@@ -86,6 +86,6 @@ def check(found: State, optimizer: str, method: str, silos: int) -> None:
 
 
 def distance(found: State, wanted: State) -> float:
-    """The largest difference of a weight."""
+    """Return the largest difference of a weight."""
     assert found.keys() == wanted.keys()
     return max(float((found[k].double() - v.double()).abs().max()) for k, v in wanted.items())

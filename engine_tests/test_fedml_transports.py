@@ -20,7 +20,7 @@ Single = Callable[[TransportCell], FedMLDeployment]
 
 
 def engine_of(folder: Path, backend: str, cell: TransportCell, **options: Any) -> FedMLDeployment:
-    """A cell's run over a transport, or in the single process (``sp``)."""
+    """Return a cell's run over a transport, or in the single process (``sp``)."""
     train = {"learning_rate": 0.1, "comm_round": ROUNDS, "client_num_in_total": cell.silos}
     common = {"training_type": "simulation" if backend == "sp" else cell.mode}
     return FedMLDeployment(
@@ -30,7 +30,7 @@ def engine_of(folder: Path, backend: str, cell: TransportCell, **options: Any) -
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Single:
-    """A cell's run in one process, over; cells that differ in their transport alone share it."""
+    """Run a cell in one process; cells that differ in their transport alone share the run."""
     known: dict[tuple[str, str, int], FedMLDeployment] = {}
 
     def finished(cell: TransportCell) -> FedMLDeployment:
@@ -45,7 +45,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Single:
 
 
 def check_learned(engine: FedMLDeployment, rounds: int) -> None:
-    """By the server's own log: it tested each round, and in the end it is better than guessing."""
+    """Assert by the server's log that each round was tested, and the last is above chance."""
     log = engine.text("server")
     results = [line for line in log.splitlines() if "metric_result_in_current_round" in line]
     assert len(results) == rounds
@@ -80,7 +80,7 @@ def test_the_transport_makes_no_difference(
 
 
 def check_silos(mpi: FedMLDeployment, single: FedMLDeployment, *, private: bool) -> None:
-    """Five silos on two processes: those of one process, each with what is its own."""
+    """Assert that five silos on two processes equal those of one process, each with its own."""
     noted = sorted(path.name for path in mpi.notes.iterdir())
     assert noted == sorted(path.name for path in single.notes.iterdir())
     if not private:

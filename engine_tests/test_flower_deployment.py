@@ -57,7 +57,7 @@ def test_a_deployed_run_comes_to_what_the_plain_loop_does(
 
 
 def _check_framing(ledger: list[LedgerEntry], tap: Wiretap) -> None:
-    """What the ledger says has passed, and little else beside HTTP's heads."""
+    """Assert that little but the ledger's bytes and HTTP's heads has passed."""
     for direction, request in (("up", "push-object"), ("down", "pull-object")):
         entries = [entry for entry in ledger if entry.direction == direction]
         encoded = sum(entry.encoded_bytes for entry in entries)

@@ -42,7 +42,7 @@ def test_private_bytes_on_the_wire(tmp_path: Path, split: str) -> None:
 
 
 def _trained(app: EngineApp) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces of all clients' private and shared state after each training.
+    """Return pieces of all clients' private and shared state after each training.
 
     The seeded first private values are no secret: both sides compute them alike.
     """

@@ -42,7 +42,7 @@ def test_a_masked_run_comes_to_what_the_plain_loop_does(tmp_path: Path, method: 
 
 
 def _check_only_the_shared_part_was_sent(app: EngineApp) -> None:
-    """Uplinks of the training: one masked number of 8 bytes for each shared value, and no array."""
+    """Assert one masked number of 8 bytes per shared value in the uplinks, and no array."""
     values = sum(value.numel() for value in fedpara.split(app.build()).shared.values())
     for server_round in range(1, app.task.rounds + 1):
         sent = sum(

@@ -57,7 +57,7 @@ def test_a_supernode_killed_while_its_client_trains(tmp_path: Path, kept: str) -
 
 
 def _trained(log: str) -> list[tuple[int, int, int]]:
-    """Of each round: its number, results and failures of the training."""
+    """Return number, results and failures of each round's training."""
     found = re.findall(
         r"\[ROUND (\d+)/.*?aggregate_train: Received (\d+) results and (\d+) failures", log, re.S
     )

@@ -42,7 +42,7 @@ class TransportCell:
 
     @property
     def plugin(self) -> Mapping[str, Any]:
-        """Return the keys of ``fedpara_args`` without prefix; dense runs have the plugin's engine."""
+        """Return keys of ``fedpara_args`` without prefix; dense runs use the plugin's engine."""
         if self.method == "none":
             return {"mend": True, "codec": self.codec}
         return {"method": self.method, "gamma": 0.3, "codec": self.codec}

@@ -172,7 +172,7 @@ class PlainLoop:
     def gradients(
         self, model: nn.Module, batch: tuple[Tensor, Tensor], *, whole: bool = True
     ) -> State:
-        """Return the gradients of a batch's mean loss, with absent names at zero unless ``whole``."""
+        """Return gradients of a batch's mean loss, with absent names at zero unless ``whole``."""
         if not whole and self.absent:
             left_out = {k: v.clone() for k, v in model.state_dict().items() if k in self.absent}
             model.load_state_dict({k: 0 * v for k, v in left_out.items()}, strict=False)

@@ -60,7 +60,7 @@ class DigitsClient(NumPyClient):
 
 
 def client_fn(context: Context) -> Client:
-    """A client of the legacy API."""
+    """Build a client of the legacy API."""
     return DigitsClient(context).to_client()
 
 

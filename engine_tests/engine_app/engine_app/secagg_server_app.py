@@ -25,7 +25,7 @@ Arrays = list[NDArray[Any]]
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """FedAvg over masked sums, with all clients in each round."""
+    """Run FedAvg over masked sums, with all clients in each round."""
     torch.set_num_threads(1)
     clients = int(context.run_config["clients"])
     task = TrainingTask(clients=clients, rounds=int(context.run_config["rounds"]), epochs=1)

@@ -19,7 +19,7 @@ app = fedpara.server_app(ServerApp())
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """FedAvg with all clients in each round."""
+    """Run FedAvg with all clients in each round."""
     torch.set_num_threads(1)
     clients = int(context.run_config["clients"])
     task = TrainingTask(clients=clients, rounds=int(context.run_config["rounds"]), epochs=1)
