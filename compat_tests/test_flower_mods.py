@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import (
     LocalDpMod,
@@ -15,7 +15,6 @@ from flwr.clientapp.mod import (
     arrays_size_mod,
     fixedclipping_mod,
 )
-from flwr.common import Array
 from torch import nn
 
 import fedpara_plugins as core

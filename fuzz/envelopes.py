@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from fedpara_plugins.errors import FedParaError, PayloadError
-from fedpara_plugins.testing.hostile import check_refusal
+from fedpara_plugins import FedParaError, PayloadError
+from fedpara_plugins.testing import check_refusal
 from fedpara_plugins_fedml.messages.envelope import pack, unpack
 from fedpara_plugins_fedml.messages.head import Head
 

@@ -21,7 +21,7 @@ from envelopes import EnvelopeChecker, is_envelope
 from ledgers import LedgerChecker, is_ledger
 from torch import nn
 
-from fedpara_plugins import ModelSpec, convert
+from fedpara_plugins import FedParaError, MismatchError, ModelSpec, PayloadError, convert
 from fedpara_plugins.cli.inspect_file import inspect_file
 from fedpara_plugins.codecs import (
     PRESETS,
@@ -36,7 +36,6 @@ from fedpara_plugins.codecs import (
     reference_hash,
 )
 from fedpara_plugins.codecs.chain import NONE, chain_of
-from fedpara_plugins.errors import FedParaError, MismatchError, PayloadError
 from fedpara_plugins.plugins import stages
 from fedpara_plugins.references import ClientReferences, GridDownlink, PerClientDownlink
 from fedpara_plugins.testing import hostile

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedpara_plugins.errors import FedParaError
+from fedpara_plugins import FedParaError
 from fedpara_plugins.ledger import (
     CSV_HEAD,
     Direction,
@@ -16,7 +16,7 @@ from fedpara_plugins.ledger import (
     RunStart,
 )
 from fedpara_plugins.ledger.page import read_runs, render_page
-from fedpara_plugins.testing.hostile import check_refusal
+from fedpara_plugins.testing import check_refusal
 
 __all__ = ["LedgerChecker", "is_ledger"]
 

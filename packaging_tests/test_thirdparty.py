@@ -22,7 +22,7 @@ a, b = torch.randn(3, 48), torch.randn(3, 40)
 CONTRACT = """
 import torch
 from torch import nn
-from fedpara_plugins.testing.layer_contract import LayerContract
+from fedpara_plugins.testing import LayerContract
 
 class TestBilinear(LayerContract):
     dense_class = nn.Bilinear

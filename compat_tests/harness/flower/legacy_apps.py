@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import Context
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
-from flwr.common import Context, ndarrays_to_parameters
+from flwr.common import ndarrays_to_parameters
 from flwr.server import ServerAppComponents, ServerConfig, strategy
 from flwr.serverapp import ServerApp
 from numpy.typing import NDArray

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedpara_plugins import to_dense
 from fedpara_plugins.factors.projection import project
-from fedpara_plugins.layers import FactorisedLayer
+from fedpara_plugins.plugins import FactorisedLayer
 from harness.oracles.plain_loop import descend
 from harness.oracles.task import TrainingTask
 

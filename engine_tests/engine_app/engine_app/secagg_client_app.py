@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import Context
 from flwr.client import Client, NumPyClient
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
-from flwr.common import Context
 from numpy.typing import NDArray
 
 import fedpara_plugins_flower as fedpara

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.common import Context, ndarrays_to_parameters
+from flwr.app import Context
+from flwr.common import ndarrays_to_parameters
 from flwr.server import LegacyContext, ServerConfig
 from flwr.server.strategy import FedAvg
 from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
