@@ -54,6 +54,19 @@ class Clients:
         return _copy(self.model.state_dict())
 
 
+def gradient_at_x(federation, model, client, server_round):
+    """Return the mean gradient of all batches; the buffers are as they were before."""
+    parameters, buffers = dict(model.named_parameters()), _copy(dict(model.named_buffers()))
+    passes = [
+        torch.autograd.grad(federation.loss(model, batch), parameters.values())
+        for batch in federation.batches(client, server_round)
+    ]
+    for k, b in model.named_buffers():
+        b.copy_(buffers[k])
+    mean = [sum(g) / len(passes) for g in zip(*passes, strict=True)]
+    return dict(zip(parameters, mean, strict=True))
+
+
 def published_scaffold(federation, option):
     """Algorithm 1 of arXiv 1910.06378, line by line, in float64 on the server."""
     clients = Clients(federation)
@@ -69,23 +82,11 @@ def published_scaffold(federation, option):
             parameters = dict(model.named_parameters())
             start = _copy(_trained(model, clients.private))
             if option == "I":
-                buffers = _copy(dict(model.named_buffers()))
-                passes = []
-                for batch in federation.batches(i, server_round):
-                    passes.append(torch.autograd.grad(loss(model, batch), parameters.values()))
-                mean = [sum(g) / len(passes) for g in zip(*passes, strict=True)]
-                at_x = dict(zip(parameters, mean, strict=True))
-                for k, b in model.named_buffers():
-                    b.copy_(buffers[k])
+                at_x = gradient_at_x(federation, model, i, server_round)
             steps = 0
             for batch in federation.batches(i, server_round):
-                g = dict(
-                    zip(
-                        parameters,
-                        torch.autograd.grad(loss(model, batch), parameters.values()),
-                        strict=True,
-                    )
-                )
+                found = torch.autograd.grad(loss(model, batch), parameters.values())
+                g = dict(zip(parameters, found, strict=True))
                 with torch.no_grad():
                     for k, w in parameters.items():
                         w -= LR * ((g[k] - c_i[i][k] + c[k]) if k in names else g[k])
