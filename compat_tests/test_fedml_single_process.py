@@ -77,8 +77,6 @@ def test_no_private_factor_is_in_any_message() -> None:
     # The control: what is shared is found in the same way.
     last = {sent.client: sent.data for sent in outcome.sent if sent.direction == "up"}
     client, data = next(iter(last.items()))
-    from fedpara_plugins.codecs import decode_payload
-
     shared = decode_payload(unpack(data).payloads["model"], limit=10**7).tensors
     assert set(shared) == set(spec.shared_keys)
     assert all(value.numpy().tobytes() in everything for value in shared.values())
@@ -86,7 +84,6 @@ def test_no_private_factor_is_in_any_message() -> None:
 
 def test_nothing_of_the_engine_is_pickled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Neither messages nor what is kept on disk."""
-    import pickle
 
     def refuse(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("pickle was called")
