@@ -7,6 +7,7 @@ import os
 import tempfile
 from importlib.util import find_spec
 
+import hypothesis_profiles  # noqa: F401
 import torch
 
 from harness.matrix.results import pytest_configure, pytest_runtest_makereport, result

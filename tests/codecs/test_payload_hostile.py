@@ -179,7 +179,7 @@ def test_random_damage_of_a_forger_is_refused_or_harmless(name):
 
 
 @given(data=st.binary(max_size=200))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_any_bytes(data):
     refused(data)
     refused(struct.pack("<Q", len(data)) + data)
@@ -196,7 +196,7 @@ strange_json = st.recursive(
 
 
 @given(name=st.sampled_from(list(PAYLOADS)), value=strange_json, data=st.data())
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_header_fields_of_any_type_and_value(name, value, data):
     def change(header):
         target = header

@@ -85,7 +85,6 @@ class Story:
 @pytest.mark.parametrize("name", ["per client", "grid"])
 @settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(events=st.lists(EVENTS, min_size=1, max_size=25))

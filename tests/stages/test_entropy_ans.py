@@ -189,7 +189,7 @@ class TestHostileStreams:
         # What is left are flips of the lowest symbol: there the checksum of the payload is needed.
         assert refused > 0.9 * 8 * len(stream)
 
-    @settings(deadline=None, max_examples=300)
+    @settings(max_examples=300)
     @given(st.data())
     def test_any_head_table_and_words_are_refused_or_decoded(self, data):
         small = st.integers(0, 40)
@@ -259,7 +259,7 @@ class TestHostileStreams:
         with pytest.raises(PayloadError, match="cannot be of symbols"):
             decode(forged(), {**symbol_notes(4), "dtypes": [dtype]})
 
-    @settings(deadline=None, max_examples=200)
+    @settings(max_examples=200)
     @given(st.binary(max_size=120), st.integers(0, 60), st.sampled_from("s-"))
     def test_any_bytes_are_refused_or_decoded(self, stream, count, side):
         try:
@@ -281,7 +281,7 @@ def forged(*, lowest=0, table=(2**14, 0), state=2**16, escaped=b"", lanes=8):
 
 
 class TestCoder:
-    @settings(deadline=None, max_examples=200)
+    @settings(max_examples=200)
     @given(
         st.lists(st.integers(0, 400), min_size=1, max_size=60).filter(any),
         st.integers(0, 300),

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -112,6 +112,7 @@ def serve(kind: type[AnyRequest], run: Callable[[AnyRequest], None]) -> None:
             try:
                 run(request)
                 status = 0
+                Killer.wait_for_kills()
             except BaseException:
                 with request.log.open("a") as log:
                     traceback.print_exc(file=log)
@@ -123,6 +124,8 @@ def serve(kind: type[AnyRequest], run: Callable[[AnyRequest], None]) -> None:
 
 class Killer:
     """Kills this process when a request says so; told of each message of the run."""
+
+    _timers: ClassVar[list[threading.Timer]] = []
 
     def __init__(self, request: RunRequest) -> None:
         self._request = request
@@ -136,9 +139,16 @@ class Killer:
         """
         self._messages += 1
         if self._messages == self._request.die_after:
-            threading.Timer(self._request.moment, _die).start()
+            self._timers.append(threading.Timer(self._request.moment, _die))
+            self._timers[-1].start()
         if trains_in and trains_in == self._request.die_before:
             _die()
+
+    @classmethod
+    def wait_for_kills(cls) -> None:
+        """Wait for kills that are due: a run is killed even if it ends before, on any machine."""
+        for timer in cls._timers:
+            timer.join()
 
 
 def _die() -> None:
