@@ -73,20 +73,16 @@ FEDML: Mapping[str, FedMLSpec] = {
 }
 """By marker. HierarchicalFL is FedML's alone: its cells are its error and the plugin's refusal."""
 
-BASIC = ("fedavg", "fedadam", "scaffold")
-"""Optimizers that the smoke part runs with every method."""
-
 
 def fedml_cells(environment_name: str, which: str = "all") -> list[Cell]:
     """List the cells of an environment of FedML; see `harness.cells.flower.cells`."""
     ours = [name for name in FEDML if name != HIERARCHICAL]
     if which == "smoke":
-        rows = [(name, method, "none", "groupnorm") for name, method in product(BASIC, METHODS)]
-        rows += [
+        rows = [
             (name, METHODS[-1 - place % 3], ("int8", "balanced")[place % 2], "groupnorm")
             for place, name in enumerate(ours)
         ]
-        rows += [(name, "pfedpara", "none", "batchnorm") for name in ("feddyn", "fednova", "mime")]
+        rows += [("fednova", "pfedpara", "none", "batchnorm")]
     else:
         rows = [(*row, "groupnorm") for row in product(ours, METHODS, CODECS)]
         rows += [

@@ -54,6 +54,7 @@ def result(request: pytest.FixtureRequest, cell: AnyCell) -> CellResult:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register a marker for each optimizer: ``-m fedadam`` runs its cells."""
+    config.addinivalue_line("markers", "matrix(reason): the smoke part shows it in another test")
     for name, spec in STRATEGIES.items():
         config.addinivalue_line("markers", f"{name}: cells of Flower's {spec.class_name}")
     for name, spec in PLUGIN_STRATEGIES.items():
