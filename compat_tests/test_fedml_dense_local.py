@@ -101,6 +101,7 @@ def test_the_proximal_term_acts_on_dense_weights() -> None:
         _check_near(outcome.state, _looped("fedpara"))
 
 
+@pytest.mark.in_turn(every=3)
 @pytest.mark.parametrize("method", CONVERTING)
 def test_messages_have_the_size_of_those_of_factor_training(method: str) -> None:
     def traffic(local: str, codec: str) -> list[tuple[Any, ...]]:

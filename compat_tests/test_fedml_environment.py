@@ -188,9 +188,10 @@ def test_without_fedml_nothing_is_said_of_its_needs(
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(["-m", "fedpara_plugins_fedml", "main.py"], id="launcher"),
+        ["-m", "fedpara_plugins_fedml", "main.py"],
         matrix_only(["-c", "from fedpara_plugins_fedml import *"], reason="the launcher does"),
     ],
+    ids=["launcher", "import"],
 )
 def test_where_fedml_cannot_be_imported_the_reason_is_the_doctor_s(
     tmp_path: Path, command: list[str]

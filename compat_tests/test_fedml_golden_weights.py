@@ -12,7 +12,6 @@ from torch import Tensor
 
 from harness.fedml.project import run
 from harness.fedml.task_dataset import task_dataset, task_keys
-from harness.matrix.smoke import in_turn
 from harness.oracles.golden_weights import CASES, GAMMA, METHODS, TASK, check, loop, net
 
 
@@ -26,7 +25,9 @@ def federated(name: str, method: str) -> Mapping[str, Tensor]:
     return run(net=net(), data=task_dataset(TASK), **{**keys, **CASES[name].fedml}).state
 
 
-@pytest.mark.parametrize(("name", "method"), in_turn(list(CASES), METHODS))
+@pytest.mark.in_turn
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_fedml_comes_to_the_truth(name: str, method: str) -> None:
     check(name, method, federated(name, method))
 

@@ -17,10 +17,11 @@ from harness.fedml.optimizer_cases import (
     run_case,
 )
 from harness.fedml.project import dataset, model
-from harness.matrix.smoke import in_turn
 
 
-@pytest.mark.parametrize(("name", "method"), in_turn(list(CASES), METHODS))
+@pytest.mark.in_turn
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_equals_the_published_algorithm_and_learns(name: str, method: str) -> None:
     case = CASES[name]
     wanted = published_loop(case, method, model())

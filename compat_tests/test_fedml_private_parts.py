@@ -33,12 +33,11 @@ from harness.fedml.optimizer_cases import (
     with_keys,
 )
 from harness.fedml.project import dataset, model
-from harness.matrix.smoke import in_turn
 from harness.oracles.fedml_rules import PlainLoop
 
 SHORT = {"comm_round": 4, "epochs": 1}
 DRIFT = ("scaffold", "scaffold-one", "feddyn")
-KINDS: dict[str, tuple[str, Any]] = {"fedper": ("4.*", model), "fedbn": ("1.*", batch_model)}
+FEDPER, FEDBN = ("4.*", model), ("1.*", batch_model)
 
 
 def assert_kept(outcome: Any, wanted: PlainLoop) -> None:
@@ -48,9 +47,11 @@ def assert_kept(outcome: Any, wanted: PlainLoop) -> None:
         assert_same({k: found[k] for k in wanted.own[client]}, wanted.own[client], 5e-6)
 
 
-@pytest.mark.parametrize(("name", "method", "kind"), in_turn(DRIFT, METHODS[::-1], list(KINDS)))
-def test_names_that_stay_on_the_client(name: str, method: str, kind: str) -> None:
-    private, net = KINDS[kind]
+@pytest.mark.in_turn
+@pytest.mark.parametrize(("private", "net"), [FEDPER, FEDBN], ids=["fedper", "fedbn"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", DRIFT)
+def test_names_that_stay_on_the_client(name: str, method: str, private: str, net: Any) -> None:
     wanted = published_loop(CASES[name], method, net(), epochs=1, options={"private": (private,)})
     state = wanted.run(4, 2)
     outcome = run_case(CASES[name], method, net(), fedpara_private=private, **SHORT)
@@ -100,7 +101,9 @@ def test_a_private_head_and_the_decoupled_schedule(name: str) -> None:
     assert float(wanted.own[min(chosen)]["4.correction"].abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize(("name", "codec"), in_turn(DRIFT, ["lossless", "balanced", "small"]))
+@pytest.mark.in_turn
+@pytest.mark.parametrize("codec", ["lossless", "balanced", "small"])
+@pytest.mark.parametrize("name", DRIFT)
 def test_codecs_with_names_that_stay(name: str, codec: str) -> None:
     keys = {**SHORT, "comm_round": 6, "fedpara_private": "4.*"}
     exact, coded = (
@@ -163,10 +166,10 @@ class Passing:
         return found
 
 
-@pytest.mark.parametrize(
-    ("name", "method", "frozen"),
-    in_turn([*DRIFT, "fedprox", "fednova-proximal"], ["none", "pfedpara"], [True, False]),
-)
+@pytest.mark.in_turn
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("method", ["none", "pfedpara"])
+@pytest.mark.parametrize("name", [*DRIFT, "fedprox", "fednova-proximal"])
 def test_a_project_that_exchanges_a_part_of_its_model(name: str, method: str, frozen: bool) -> None:
     def net() -> nn.Module:
         found = model()

@@ -35,7 +35,6 @@ from harness.fedml.optimizer_cases import (
     with_keys,
 )
 from harness.fedml.project import arguments, dataset, model
-from harness.matrix.smoke import in_turn
 
 SHORT = {"comm_round": 3, "epochs": 1}
 EVERY = ("fedavg", "fedprox", "fedopt-adam", "scaffold", "feddyn", "fednova", "mime", "mimelite")
@@ -49,17 +48,18 @@ def state(name: str, method: str = "none", **keys: Any) -> Mapping[str, torch.Te
 # Equivalences
 
 
-FEDAVG_BY_KEYS: Mapping[str, Mapping[str, Any]] = {
-    "fedprox": {"fedprox_mu": 0.0},
-    "fedopt-sgd": {"server_lr": 1.0},
-    # The same client every round, and all clients: c = c_i, so nothing is added.
-    "scaffold": {"client_num_in_total": 1, "client_num_per_round": 1},
-}
-
-
-@pytest.mark.parametrize(("name", "method"), in_turn(list(FEDAVG_BY_KEYS), METHODS))
-def test_is_fedavg(name: str, method: str) -> None:
-    keys = FEDAVG_BY_KEYS[name]
+@pytest.mark.in_turn
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("fedprox", {"fedprox_mu": 0.0}),
+        ("fedopt-sgd", {"server_lr": 1.0}),
+        # The same client every round, and all clients: c = c_i, so nothing is added.
+        ("scaffold", {"client_num_in_total": 1, "client_num_per_round": 1}),
+    ],
+)
+def test_is_fedavg(name: str, keys: Mapping[str, Any], method: str) -> None:
     clients = {k: v for k, v in keys.items() if k.startswith("client_num")}
     assert_same(state(name, method, **keys), state("fedavg", method, **clients))
 
@@ -137,9 +137,10 @@ def with_trainer(name: str, kind: type[OwnTrainer], method: str = "none", **keys
     return run_case(with_keys(name, **keys), method, model(), client_trainer=kind, **SHORT)
 
 
+@pytest.mark.in_turn
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("name", "method"),
-    in_turn(["fedavg", "fedprox", "fedopt-adam", "scaffold", "feddyn", "fednova"], METHODS),
+    "name", ["fedavg", "fedprox", "fedopt-adam", "scaffold", "feddyn", "fednova"]
 )
 def test_a_users_own_trainer(name: str, method: str) -> None:
     found = with_trainer(name, OwnTrainer, method)
@@ -178,9 +179,9 @@ def test_mime_refuses_a_users_own_trainer() -> None:
 # Any model
 
 
-@pytest.mark.parametrize(
-    ("name", "method"), in_turn([*EVERY, "scaffold-one"], ["none", "pfedpara"])
-)
+@pytest.mark.in_turn
+@pytest.mark.parametrize("method", ["none", "pfedpara"])
+@pytest.mark.parametrize("name", [*EVERY, "scaffold-one"])
 def test_buffers_are_averaged(name: str, method: str) -> None:
     found = run_case(CASES[name], method, batch_model(), **SHORT).state
     wanted = published_loop(CASES[name], method, batch_model(), epochs=1)
@@ -380,12 +381,15 @@ def test_a_run_that_is_started_again_goes_on(name: str, tmp_path: Path) -> None:
 # Codecs
 
 
-@pytest.mark.parametrize("name", [*in_turn(EVERY, every=3)])
+@pytest.mark.in_turn(every=3)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_lossless_codec_changes_nothing(name: str) -> None:
     assert_same(state(name, "pfedpara", fedpara_codec="lossless"), state(name, "pfedpara"), 0.0)
 
 
-@pytest.mark.parametrize(("name", "codec"), in_turn(EVERY, ["int8", "balanced"], every=3))
+@pytest.mark.in_turn(every=3)
+@pytest.mark.parametrize("codec", ["int8", "balanced"])
+@pytest.mark.parametrize("name", EVERY)
 def test_a_lossy_codec_ends_close(name: str, codec: str) -> None:
     start = convert(model(), method="fedpara", gamma=GAMMA).state_dict()
     exact, coded = (state(name, "fedpara", fedpara_codec=text) for text in ("none", codec))

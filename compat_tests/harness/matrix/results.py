@@ -23,6 +23,7 @@ from harness.cells.environments import installed_version
 from harness.cells.fedml import FEDML
 from harness.cells.strategies import PLUGIN_STRATEGIES, STRATEGIES
 from harness.cells.transports import TransportCell
+from harness.matrix.smoke import MARKERS
 
 __all__ = ["AnyCell", "CellResult", "pytest_configure", "pytest_runtest_makereport", "result"]
 
@@ -54,7 +55,8 @@ def result(request: pytest.FixtureRequest, cell: AnyCell) -> CellResult:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register a marker for each optimizer: ``-m fedadam`` runs its cells."""
-    config.addinivalue_line("markers", "matrix(reason): the smoke part shows it in another test")
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
     for name, spec in STRATEGIES.items():
         config.addinivalue_line("markers", f"{name}: cells of Flower's {spec.class_name}")
     for name, spec in PLUGIN_STRATEGIES.items():
