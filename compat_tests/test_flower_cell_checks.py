@@ -193,6 +193,7 @@ FAULTS: list[tuple[Callable[[Patch], None], tuple[str, str, str, str]]] = [
 ]
 
 
+@pytest.mark.in_turn(every=3)
 @pytest.mark.parametrize(
     ("fault", "row"), FAULTS, ids=[f"{fault.__name__[1:]}-{row[0]}" for fault, row in FAULTS]
 )

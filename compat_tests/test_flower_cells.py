@@ -43,6 +43,7 @@ def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
     check_cell(cell, outcome, plain, entries)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", ["none", "int8"])
 @pytest.mark.parametrize("method", ["none", "pfedpara"])
 def test_clients_that_are_away_most_rounds(method: str, codec: str) -> None:

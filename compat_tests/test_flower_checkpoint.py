@@ -64,6 +64,7 @@ def _assert_trained(logits: Tensor, start: Tensor) -> None:
     assert float((logits - start).abs().max()) > 1
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("model", ["groupnorm", "batchnorm"])
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("method", METHODS)
@@ -86,6 +87,7 @@ def test_the_servers_checkpoint_is_the_trained_model(
     assert _about(path)["method"] == method
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize(
     ("on_server", "on_clients"), [(True, False), (False, True), (False, False)]
@@ -114,6 +116,7 @@ def test_the_last_state_is_found_wherever_the_app_evaluates_it(
     torch.testing.assert_close(found, _logits(converted, task), atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_servers_checkpoint_of_pfedpara_is_w1_and_says_so(codec: str, tmp_path: Path) -> None:
     """Composed here by hand from the shared factors of a Linear layer: s * X1 Y1ᵀ."""
@@ -136,6 +139,7 @@ def test_other_methods_do_not_claim_to_be_w1(method: str, tmp_path: Path) -> Non
     assert _about(path)["model"] == "the server's model"
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("method", ["fedpara", "pfedpara"])
 def test_each_client_exports_its_own_model(method: str, codec: str, tmp_path: Path) -> None:

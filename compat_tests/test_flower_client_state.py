@@ -66,6 +66,7 @@ def _check_goes_on(before: States, after: States) -> None:
             torch.testing.assert_close(before[client, 1][key], value, rtol=0, atol=0)
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("other", OTHERS)
 def test_what_another_run_left_is_said_and_kept(tmp_path: Path, other: str) -> None:
     options, words = OTHERS[other]

@@ -91,6 +91,7 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
 # The bound ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", ["none", "lossless"])
 @pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
 @pytest.mark.parametrize("strategy", CLIENT)
@@ -104,6 +105,7 @@ def test_clipping_on_clients_bounds_every_update_without_loss(
     assert min(norms) > CLIP / 5  # the clip bounds them, they are not empty
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", ["int8", "balanced", "small"])
 @pytest.mark.parametrize("strategy", SERVER)
 def test_clipping_on_the_server_bounds_every_update_with_a_lossy_codec(
@@ -169,6 +171,7 @@ _wrapped.__wrapped__ = LOCAL  # type: ignore[attr-defined]
 LEGACY = legacy_mods.LocalDpMod(clipping_norm=CLIP, sensitivity=1e-6, epsilon=1.0, delta=0.1)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
     "local",
     [LOCAL, functools.partial(LOCAL), _wrapped, LEGACY],
@@ -204,6 +207,7 @@ def test_other_mods_are_not_refused() -> None:
 # The noise ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", ["none", "lossless"])
 @pytest.mark.parametrize("strategy", [*SERVER, *CLIENT])
 def test_the_noise_is_that_of_the_seeded_generator(strategy: str, codec: str) -> None:

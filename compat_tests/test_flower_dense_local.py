@@ -77,6 +77,7 @@ def _check_near(outcome: Outcome, plain: PlainResult, tolerance: float) -> None:
 # What the server gets ---------------------------------------------------------------------------
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", CONVERTING)
 @pytest.mark.parametrize(
     ("strategy", "model"),
@@ -113,6 +114,7 @@ def _loop_with_factors(task: TrainingTask, strategy: str, method: str) -> PlainR
     )
 
 
+@pytest.mark.in_turn(every=3)
 @pytest.mark.parametrize("method", CONVERTING)
 def test_bytes_and_names_are_those_of_factor_training(method: str) -> None:
     """The very same without a codec; with one, entropy depends on the values a little."""
@@ -171,6 +173,7 @@ class Watched:
         assert set(map(str, self.seen)) == {str((net, self.plain, False))}
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", CONVERTING)
 @pytest.mark.parametrize("lines", [BOTH, APP], ids=["with Net", "without Net"])
 def test_a_client_s_model_is_never_converted(method: str, lines: frozenset[str]) -> None:
@@ -368,6 +371,7 @@ def _seeded(task: TrainingTask, method: str) -> nn.Module:
     return fedpara.convert(task.net(), method=method, gamma=GAMMA, init="seeded")
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("part", ["state", "parameters"])
 @pytest.mark.parametrize("method", CONVERTING)
 def test_an_app_of_the_legacy_api_is_the_same_plain_loop(method: str, part: str) -> None:
@@ -383,6 +387,7 @@ def test_an_app_of_the_legacy_api_is_the_same_plain_loop(method: str, part: str)
     _check_near(outcome, plain, 1e-3)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("part", ["state", "parameters"])
 @pytest.mark.parametrize("method", CONVERTING)
 @pytest.mark.parametrize("model", ["groupnorm", "batchnorm"])

@@ -146,6 +146,7 @@ def _assert_published(
     assert not [line for line in outcome.log if "left out" in line]
 
 
+@pytest.mark.in_turn
 @pytest.mark.scaffold
 @pytest.mark.parametrize("option", ["I", "II"])
 @pytest.mark.parametrize("method", METHODS)
@@ -285,6 +286,7 @@ def test_feddyns_first_round_is_fedprox_with_a_longer_step() -> None:
 # Codecs and the wire -----------------------------------------------------------------------------
 
 
+@pytest.mark.in_turn
 @pytest.mark.scaffold
 @pytest.mark.feddyn
 @pytest.mark.parametrize("codec", ["int8", "balanced", "small"])
@@ -299,6 +301,7 @@ def test_whatever_a_codec_loses_the_servers_mean_is_that_of_the_clients(
     _assert_mean_of_own(outcome, experiment)
 
 
+@pytest.mark.in_turn
 @pytest.mark.scaffold
 @pytest.mark.feddyn
 @pytest.mark.parametrize("codec", ["int8", "balanced"])
@@ -340,6 +343,7 @@ def test_private_names_have_no_variates_on_the_wire() -> None:
 # What is lost ------------------------------------------------------------------------------------
 
 
+@pytest.mark.in_turn
 @pytest.mark.scaffold
 @pytest.mark.feddyn
 @pytest.mark.parametrize("remember", [True, False])
@@ -395,6 +399,7 @@ def test_a_reply_that_never_arrives_is_undone_on_the_client(
     _assert_mean_of_own(outcome, experiment)
 
 
+@pytest.mark.in_turn
 @pytest.mark.scaffold
 @pytest.mark.feddyn
 @pytest.mark.parametrize("mods", [True, False])
@@ -460,6 +465,7 @@ def test_the_guard_is_on_by_default_and_off_it_is_silent() -> None:
 # What is refused ---------------------------------------------------------------------------------
 
 
+@pytest.mark.in_turn
 @pytest.mark.scaffold
 @pytest.mark.feddyn
 @pytest.mark.parametrize("mods", [True, False])
@@ -472,6 +478,7 @@ def test_a_client_without_the_lines_ends_the_run_with_the_lines(
         federate(drift_apps(experiment, mods=mods), _section("none"))
 
 
+@pytest.mark.in_turn
 @pytest.mark.scaffold
 @pytest.mark.parametrize("mods", [True, False])
 @pytest.mark.parametrize(

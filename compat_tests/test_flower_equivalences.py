@@ -75,6 +75,7 @@ def _assert_same_weights(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> 
         assert torch.equal(value, theirs[key]), key
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("codec", ["none", "int8"])
 @pytest.mark.parametrize("method", METHODS)
 def test_fedprox_with_mu_0_is_fedavg_bit_for_bit(method: str, codec: str) -> None:
@@ -111,6 +112,7 @@ def test_the_comparison_of_messages_sees_a_difference() -> None:
         _assert_same_messages(_run("fedavg", "none"), _run("fedprox", "none"))
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", ["lowrank", "fedpara"])
 @pytest.mark.parametrize("strategy", EVERY)
 def test_without_private_factors_the_run_is_that_of_a_converted_model(

@@ -94,6 +94,7 @@ def test_a_missing_line_ends_the_run_in_its_first_round(
     assert {(sent.round, sent.kind) for sent in outcome.sent} <= {(1, "train")}
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(("method", "codec"), [("fedpara", "none"), ("none", "int8")])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_without_the_plugin_on_the_server_the_clients_end_the_run_and_say_why(
@@ -191,6 +192,7 @@ FAILURES: dict[str, tuple[Callable[[nn.Module, int, int], None], str]] = {
 }
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("engine", ["simulation", "deployment"])
 @pytest.mark.parametrize(("method", "codec"), [("pfedpara", "none"), ("pfedpara", "int8")])
 @pytest.mark.parametrize("failure", FAILURES)

@@ -41,6 +41,7 @@ def federated(name: str, method: str) -> Any:
     return federate(drift_apps(experiment), section)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CASES)
 def test_flower_comes_to_the_truth(name: str, method: str) -> None:

@@ -36,6 +36,7 @@ def _figures(path: Path, source: str, metric: str) -> dict[int, float | None]:
     }
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 @pytest.mark.parametrize(("method", "codec"), ON_AND_OFF)
 def test_figures_of_merit_are_written_without_an_edit(

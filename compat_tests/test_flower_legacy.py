@@ -87,6 +87,7 @@ def _assert_near(state: State, plain: PlainResult, private: State) -> None:
 # Against a plain loop ----------------------------------------------------------------------------
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("strategy", OPTIMIZERS)
 def test_a_run_is_that_of_a_plain_loop(strategy: str, method: str) -> None:
@@ -103,6 +104,7 @@ def test_a_run_is_that_of_a_plain_loop(strategy: str, method: str) -> None:
         assert outcome.losses == pytest.approx(plain.losses, rel=1e-3)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", LOSSY)
 @pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
 def test_a_lossy_codec_stays_near_the_plain_loop_and_saves_bytes(method: str, codec: str) -> None:
@@ -158,6 +160,7 @@ def test_the_first_weights_of_a_client_are_fitted_if_the_run_says_so(init: str) 
     assert all(value < 0.3 if init == "fit" else value > 1 for value in off)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", ["lossless", "int8"])
 @pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
 def test_an_app_may_send_parameters_and_keep_its_buffers(method: str, codec: str) -> None:
@@ -206,6 +209,7 @@ def _assert_same_messages(mine: Outcome, theirs: Outcome) -> None:
         assert sent.content.object_id == right[place(sent)].content.object_id, place(sent)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("section", [_section("none"), {}], ids=["none", "no section"])
 @pytest.mark.parametrize("strategy", OPTIMIZERS)
 def test_with_method_and_codec_none_every_message_is_the_plain_apps(
@@ -249,6 +253,7 @@ PRIVATE = [
 ]
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", ["none", "int8"])
 @pytest.mark.parametrize(("method", "private"), PRIVATE)
 def test_private_positions_never_travel_and_stay_with_their_client(
@@ -360,6 +365,7 @@ MISSING_LINES = [
 ]
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(("client", "server", "method", "codec", "says"), MISSING_LINES)
 @pytest.mark.parametrize("evaluate_fn", [True, False])
 def test_a_missing_line_ends_the_run_in_its_first_round(

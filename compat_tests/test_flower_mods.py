@@ -60,6 +60,7 @@ BEFORE = {
 }
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(("method", "codec"), [("fedpara", "none"), ("none", "lossless")])
 @pytest.mark.parametrize("name", BEFORE)
 def test_a_mod_that_changes_arrays_before_the_plugin_ends_the_run_in_its_first_round(

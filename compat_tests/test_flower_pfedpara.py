@@ -191,6 +191,7 @@ def _decoded(outcome: Outcome) -> Iterator[tuple[Sent, State]]:
             yield sent, tensors
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("codec", CODECS)
 def test_what_can_be_decoded_is_the_shared_part(codec: str) -> None:
     shared = list(fedpara.split(_converted()).shared)
@@ -207,6 +208,7 @@ def test_what_can_be_decoded_is_the_shared_part(codec: str) -> None:
     assert in_steps == (messages - TASK.clients if codec == "int8" else 0)  # all but first contact
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("codec", CODECS)
 def test_changing_private_values_changes_no_byte_of_any_message(codec: str) -> None:
     """The shared part trains alike in both runs, the private part as different as can be."""
@@ -261,6 +263,7 @@ def _assert_equal(mine: State, theirs: State) -> None:
         assert torch.equal(value, theirs[key]), key
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("codec", CODECS)
 def test_private_factors_persist_while_a_client_is_away(codec: str) -> None:
     """Half of the clients a round: whoever comes back goes on where it was."""
@@ -318,6 +321,7 @@ def test_a_client_without_state_starts_from_the_seeded_private_factors() -> None
     assert not all(torch.equal(other[key], value) for key, value in starts[0].items())
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_client_that_lost_its_state_starts_anew_and_the_run_goes_on(codec: str) -> None:
     hooks, before, after = _watched()

@@ -31,6 +31,7 @@ def _train(outcome: Outcome, direction: str, server_round: int) -> list[Sent]:
     return [s for s in outcome.sent if (s.direction, s.kind, s.round) == wanted]
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
 @pytest.mark.parametrize("codec", ["balanced", "small"])
 def test_presets_learn_as_the_uncoded_run_does(codec: str, method: str) -> None:

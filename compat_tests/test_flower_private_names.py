@@ -35,6 +35,7 @@ def _run(task: TrainingTask, section: dict[str, Any]) -> tuple[Outcome, dict[int
     return federate(apps, section), after
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
 @pytest.mark.parametrize(("model", "private"), [FEDPER, FEDBN], ids=["fedper", "fedbn"])
 def test_it_equals_a_plain_loop_that_keeps_those_names(
@@ -65,6 +66,7 @@ def test_it_equals_a_plain_loop_that_keeps_those_names(
         )
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", ["none", "int8"])
 @pytest.mark.parametrize("method", ["none", "pfedpara"])
 def test_private_names_are_in_no_message(method: str, codec: str) -> None:

@@ -59,6 +59,7 @@ def held_alike(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return checked
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_any_pattern_of_absences(scheme: str, codec: str, held_alike: list[str]) -> None:

@@ -101,7 +101,8 @@ def _masked(outcome: Outcome) -> list[list[np.ndarray[Any, Any]]]:
     return found
 
 
-@pytest.mark.parametrize("method", ["none", "lowrank", "fedpara", "pfedpara"])
+@pytest.mark.in_turn(every=2)
+@pytest.mark.parametrize("method", ["none", "lowrank", "pfedpara", "fedpara"])
 def test_a_masked_run_is_that_of_a_plain_loop(method: str) -> None:
     after: dict[tuple[int, int], State] = {}
     private = list(core.split(_build(method)).private)

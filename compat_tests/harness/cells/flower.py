@@ -27,7 +27,7 @@ MODELS = ("groupnorm", "batchnorm")
 GAMMA = 0.3
 
 BASIC = ("fedavg", "fedprox", "fedadam")
-"""Strategies that the smoke part runs with every method and with ``none`` and ``int8``."""
+"""Strategies of the tests beside the cells in the smoke part."""
 
 
 def cells(environment_name: str, which: str = "all") -> list[Cell]:
@@ -81,7 +81,7 @@ def _all(environment_name: str) -> list[Row]:
         for strategy, method in product(STRATEGIES, METHODS)
         for codec in _two_codecs(strategy)
     ]
-    return full + _smoke() + pairs + _upstream()
+    return full + _smoke() + _batchnorm() + pairs + _upstream()
 
 
 def _upstream() -> list[Row]:
@@ -106,17 +106,14 @@ def _two_codecs(strategy: str) -> tuple[str, str]:
 
 
 def _smoke() -> list[Row]:
-    """List every strategy once, methods in turn, the basic ones with each method, and BatchNorm."""
-    square = [
-        (strategy, method, codec, "groupnorm")
-        for strategy, method, codec in product(BASIC, METHODS, ("none", "int8"))
-    ]
-    rest = [name for name in STRATEGIES if name not in BASIC]
+    """List FedAvg with each method, every other strategy once, methods in turn, and BatchNorm."""
+    fedavg = [("fedavg", *row, "groupnorm") for row in product(METHODS, ("none", "int8"))]
+    rest = [name for name in STRATEGIES if name != "fedavg"]
     once = [
         (strategy, METHODS[-1 - place % 3], _two_codecs(strategy)[1], "groupnorm")
         for place, strategy in enumerate(rest)
     ]
-    return square + _batchnorm() + once
+    return fedavg + once + [_batchnorm()[-1]]
 
 
 def _batchnorm() -> list[Row]:
