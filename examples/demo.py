@@ -94,7 +94,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def patched_app(folder: Path) -> Path:
-    """Copy the app and apply the diff, as a user would."""
+    """A copy of the app with the diff applied, as a user would."""
     if shutil.which("git") is None:
         raise DemoError("git was not found: it applies flower_digits.diff. Install git.")
     app = folder / "examples" / APP.name
@@ -110,7 +110,7 @@ def patched_app(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def flower(folder: Path) -> Iterator[dict[str, str]]:
-    """Yield the environment of `flwr run`, and end the SuperLink that it leaves running."""
+    """The environment of `flwr run`; ends the SuperLink that it leaves running."""
     home = folder / "flwr-home"
     for needed in (home, folder / "empty"):
         needed.mkdir()
@@ -156,7 +156,7 @@ def end_processes(mark: str) -> None:
 
 
 def marked_processes(mark: str) -> set[int]:
-    """Return the ids of the processes with ``mark``, and of their descendants."""
+    """Ids of the processes with ``mark``, and of their descendants."""
     parents: dict[int, int] = {}
     found: set[int] = set()
     for pid, parent, text in processes():
@@ -173,7 +173,7 @@ def marked_processes(mark: str) -> set[int]:
 
 
 def processes() -> Iterator[tuple[int, int, str]]:
-    """Yield id, parent's id and command line (on Linux with the environment) of all processes."""
+    """Id, parent's id, and command line (on Linux with the environment) of all processes."""
     proc = Path("/proc")
     if not (proc / "self" / "stat").exists():
         listing = subprocess.run(["ps", "-Ao", "pid=,ppid=,command="], capture_output=True)
@@ -241,7 +241,7 @@ def train(app: Path, name: str, output: Path, rounds: int | None, env: dict[str,
 
 
 def flwr_run(app: Path, config: dict[str, Any], name: str, log: Path, env: dict[str, str]) -> None:
-    """Run `flwr run`, and print one line for every round."""
+    """`flwr run`, with one line for every round."""
     flwr = shutil.which("flwr", path=env["PATH"])
     if flwr is None:
         raise DemoError("flwr was not found next to this Python: pip install 'flwr[simulation]'")
@@ -298,7 +298,7 @@ def progress(lines: Iterable[str], copy: TextIO) -> Iterator[str]:
 
 
 def tail(log: Path, lines: int = 40) -> str:
-    """Return the last lines of a log, and where it is."""
+    """The last lines of a log, and where it is."""
     text = log.read_text(encoding="utf-8")
     return "\n".join([*text.splitlines()[-lines:], f"(end of {log})"])
 
@@ -307,7 +307,7 @@ def tail(log: Path, lines: int = 40) -> str:
 
 
 def with_bytes(rounds: list[Run], ledger: str) -> list[Run]:
-    """Return the app's figures of every round with the bytes that the plugin's ledger counted."""
+    """The app's own figures of every round, with the bytes that the plugin's ledger counted."""
     sums: dict[tuple[int, str], int] = defaultdict(int)
     for line in ledger.splitlines():
         entry = json.loads(line)
@@ -322,7 +322,7 @@ def with_bytes(rounds: list[Run], ledger: str) -> list[Run]:
 
 
 def checkpoint_accuracy(path: Path) -> float:
-    """Return the accuracy of the unmodified model with a dense checkpoint on all test data."""
+    """Accuracy of the unmodified model with a dense checkpoint, on all test data."""
     from safetensors.torch import load_file
 
     if str(APP) not in sys.path:
@@ -335,7 +335,7 @@ def checkpoint_accuracy(path: Path) -> float:
 
 
 def app_seed() -> int:
-    """Return the seed in the app's own config, which splits the data."""
+    """The seed in the app's own config, which splits the data."""
     found = re.search(r"^seed = (\d+)", (APP / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     if found is None:
         raise DemoError("the app's pyproject.toml has no seed")
@@ -343,17 +343,17 @@ def app_seed() -> int:
 
 
 def is_plain(run: Run) -> bool:
-    """Tell whether the plugin left everything as it was."""
+    """Whether the plugin left everything as it was."""
     return bool(run["method"] == run["codec"] == "none")
 
 
 def total(run: Run, way: str) -> int:
-    """Return the bytes of a whole run in one direction."""
+    """Bytes of a whole run in one direction."""
     return sum(row[f"bytes_{way}"] for row in run["rounds"])
 
 
 def render_table(runs: list[Run]) -> str:
-    """Render the comparison as a Markdown table, with what its columns mean."""
+    """The comparison as a Markdown table, with what its columns mean."""
     dense = next((total(r, "up") + total(r, "down") for r in runs if is_plain(r)), None)
     head = ["method", "codec", "server's model, all test data"]
     head += ["clients' own models, own held-out data", "MB up", "MB down", "ratio to dense", "s"]
@@ -385,7 +385,7 @@ def render_table(runs: list[Run]) -> str:
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """Plot accuracy over the bytes sent so far, in both directions."""
+    """Accuracy over the bytes sent so far, in both directions."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -414,7 +414,7 @@ def draw(runs: list[Run], path: Path) -> None:
 
 
 def write_report(names: list[str], output: Path) -> None:
-    """Write the page of the ledgers with the command `fedpara report`."""
+    """What `fedpara report` makes of the ledgers."""
     fedpara = str(Path(sys.executable).with_name("fedpara"))
     ledgers = [f"{name}={output / name}.ledger.jsonl" for name in names]
     command = [fedpara, "report", *ledgers, "--output", str(output / "report.html")]

@@ -13,7 +13,7 @@ HELD_OUT = 0.2
 
 
 def load(clients: int, batch_size: int) -> list[Any]:
-    """Load FedML's eight entries: counts, loaders (all, held out, each client's) and classes.
+    """Numbers and loaders: all, held out, and each client's own; then the number of classes.
 
     Every client gets an equal share of shuffled images, and holds a fifth of it out.
     """

@@ -72,7 +72,7 @@ def write_config(
     train: Mapping[str, Any],
     plugin: Mapping[str, Any] | None,
 ) -> Path:
-    """Write the project's configuration with some sections changed."""
+    """The project's configuration with some sections changed."""
     content = yaml.safe_load((HERE / "fedml_config.yaml").read_text(encoding="utf-8"))
     numbers = {"client_num_in_total": clients, "client_num_per_round": clients}
     content["train_args"] |= numbers | dict(train)
@@ -87,7 +87,7 @@ def write_config(
 
 
 def comm_sections(backend: str, folder: Path, clients: int) -> dict[str, dict[str, Any]]:
-    """Return a transport's sections of the configuration, and write its files into the folder."""
+    """What a transport needs in the configuration; writes its files into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     comm: dict[str, Any] = {"backend": backend}
     if backend == "TRPC":
@@ -121,7 +121,7 @@ def comm_sections(backend: str, folder: Path, clients: int) -> dict[str, dict[st
 
 
 def program(config: Path, plugin: bool) -> list[str]:
-    """Return the command of one process, without its rank."""
+    """The command of one process, without its rank."""
     launcher = ["-m", "fedpara_plugins_fedml"] if plugin else []
     return [sys.executable, *launcher, str(HERE / "main.py"), "--cf", str(config)]
 
@@ -156,7 +156,7 @@ def mpirun(processes: int) -> list[str]:
 def start(
     name: str, command: Sequence[str], folder: Path, stack: ExitStack
 ) -> subprocess.Popen[bytes]:
-    """Start one process with its output in a log; the stack ends it by its id."""
+    """One process, its output in a log; ended by its id when the stack unwinds."""
     home = folder / "home"
     home.mkdir(parents=True, exist_ok=True)
     quiet = {"HOME": str(home), "FEDML_ENV_VERSION": "local", "OMP_NUM_THREADS": "1"}
@@ -184,13 +184,13 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float) -
 
 
 def grpc_port(folder: Path, rank: int) -> int:
-    """Return the port of a rank in the table that `comm_sections` wrote."""
+    """The port of a rank in the table that `comm_sections` wrote."""
     rows = (folder / "grpc.csv").read_text("utf-8").split()
     return int(rows[1 + rank].rpartition(",")[2])
 
 
 def free_ports(count: int) -> list[int]:
-    """Find ports of the loopback interface on which nobody listens."""
+    """Ports of the loopback interface on which nobody listens."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -199,7 +199,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def broker_and_store(comm: Mapping[str, Any], folder: Path) -> ExitStack:
-    """Run mosquitto, and moto with the bucket in it, on the ports of the configuration."""
+    """mosquitto, and moto with the bucket in it, on the ports of the configuration."""
     import boto3  # FedML's own dependency
 
     mqtt, s3 = comm["customized_training_mqtt_config"], comm["customized_training_s3_config"]
@@ -242,7 +242,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _values(words: Sequence[str]) -> dict[str, Any]:
-    """Parse ``a=1 b=text`` into a mapping; values as YAML reads them."""
+    """``a=1 b=text`` as a mapping; values as YAML reads them."""
     return {key: yaml.safe_load(value) for key, _, value in (w.partition("=") for w in words)}
 
 

@@ -59,11 +59,11 @@ class Sz3Stage(Stage):
 
     @property
     def options(self) -> Mapping[str, str]:
-        """Return the error, as in the codec's text."""
+        """The error, as in the codec's text."""
         return {"error": repr(self.error)}
 
     def with_options(self, options: Mapping[str, str]) -> Stage:
-        """Return a stage with ``error``.
+        """A stage with ``error``.
 
         Raises:
             ConfigError: another option, or no positive number.
@@ -140,7 +140,7 @@ class Sz3Stage(Stage):
 
 
 def _sound(shape: object) -> bool:
-    """Tell whether a shape from the network is a list of sizes, none of them zero."""
+    """Whether a shape from the network is a list of sizes, none of them zero."""
     return isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
 
 
