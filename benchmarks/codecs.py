@@ -85,17 +85,17 @@ class Update:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Of the model, as it stands in the header of a message."""
+        """Return the description of the model, as in the header of a message."""
         return fedpara.ModelSpec.of(self.model).to_json()
 
     def dense(self, state: State) -> State:
-        """Composed weights and all that is dense."""
+        """Return composed weights and everything that is dense."""
         self.model.load_state_dict(state)
         return {n: t.double() for n, t in fedpara.to_dense(self.model).state_dict().items()}
 
     @property
     def values(self) -> int:
-        """How many float32 travel."""
+        """Return how many float32 values travel."""
         return sum(tensor.numel() for tensor in self.trained.values())
 
 
@@ -107,7 +107,7 @@ class Timed:
         self.least = dict.fromkeys(calls, float("inf"))
 
     def run(self) -> None:
-        """Call each thrice: the second and third find the caches warm."""
+        """Call each three times: the second and third call find the caches warm."""
         for name, call in self.calls.items():
             for _ in range(3):
                 start = time.process_time()
@@ -132,12 +132,12 @@ class Result:
 
     @property
     def spent(self) -> float:
-        """Seconds to encode and decode."""
+        """Return the seconds to encode and decode."""
         return self.timed.least["encode"] + self.timed.least["decode"]
 
 
 def load(path: Path | None) -> Update:
-    """From the file, or synthetic."""
+    """Load the update from the file, or make a synthetic one."""
     model = vgg16_factors()
     if path is not None:
         saved = torch.load(path, weights_only=True)
@@ -148,14 +148,14 @@ def load(path: Path | None) -> Update:
 
 
 def distance(one: State, other: State, to: State) -> float:
-    """|one - other| / |other - to| over all tensors."""
+    """Return |one - other| / |other - to| over all tensors."""
     wrong = sum((one[n].double() - other[n].double()).square().sum() for n in one)
     moved = sum((other[n].double() - to[n].double()).square().sum() for n in one)
     return float((wrong / moved) ** 0.5)
 
 
 def symbol_entropy(chain: str, update: Update) -> float:
-    """Bits a value of the integer symbols before the entropy coder, all with one table."""
+    """Return bits per value of the integer symbols before the entropy coder, with one table."""
     codec = parse_codec(chain)
     stages = tuple(stage for stage in codec.stages if not stage.entropy)
     tensors = update.trained
@@ -203,7 +203,7 @@ def measure(chain: str, update: Update) -> Result:
 
 
 def yardsticks(update: Update) -> Timed:
-    """To copy the tensors, to pack them with zlib level 6, and to hash them."""
+    """Time a copy of the tensors, zlib at level 6, and a hash of them."""
     plain = b"".join(tensor.numpy().tobytes() for tensor in update.trained.values())
     return Timed(
         copy=lambda: [tensor.clone() for tensor in update.trained.values()],
@@ -215,7 +215,7 @@ def yardsticks(update: Update) -> Timed:
 def table(
     results: dict[str, dict[str, Result]], update: Update, yards: Mapping[str, float]
 ) -> Iterable[str]:
-    """Sizes, errors and speeds, in Markdown."""
+    """Render sizes, errors and speeds in Markdown."""
     raw = 4 * update.values
     copy, packed, hashed = (yards[name] for name in ("copy", "packed", "hashed"))
     yield f"{update.values} float32 values in {len(update.trained)} tensors, {raw / 1e6:.2f} MB. "
@@ -248,7 +248,7 @@ def table(
 
 
 def where_shorter(saved: int, longer: float) -> str:
-    """The link speeds at which saving bytes (or none) is worth computing longer (or not)."""
+    """Return the link speeds at which fewer bytes are worth more computing, and the reverse."""
     if saved >= 0 >= longer:
         return "always"
     if saved <= 0 <= longer:
@@ -260,7 +260,7 @@ def where_shorter(saved: int, longer: float) -> str:
 def links(
     ladder: Mapping[str, str | None], results: dict[str, dict[str, Result]], update: Update
 ) -> Iterable[str]:
-    """Up to which link speed each rung of the ladder is faster than the one above."""
+    """Return the link speed up to which each rung of the ladder beats the one above."""
     found = {chain: result for chains in results.values() for chain, result in chains.items()}
     rungs = []
     for name, chain in ladder.items():
@@ -279,7 +279,7 @@ def links(
 
 
 def two_layers() -> Iterable[str]:
-    """What table and header take where there is little else."""
+    """Measure table and header where there is little else."""
     model = torch.nn.Sequential(torch.nn.Linear(784, 64), torch.nn.Linear(64, 10))
     model = fedpara.convert(model, method="fedpara", gamma=0.1)
     described, reference = fedpara.ModelSpec.of(model).to_json(), model.state_dict()
@@ -295,7 +295,7 @@ def two_layers() -> Iterable[str]:
 
 
 def plot(update: Update, path: Path) -> None:
-    """Bits a value over the relative error of factors and of composed weights."""
+    """Plot bits per value over the relative error of factors and of composed weights."""
     import matplotlib
 
     matplotlib.use("Agg")

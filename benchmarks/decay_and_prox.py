@@ -30,7 +30,7 @@ MU = 0.1
 
 
 def build(name: str, method: str, decay: str) -> nn.Module:
-    """A fresh layer; of pFedPara only the shared factors are trained."""
+    """Build a fresh layer; of pFedPara only the shared factors are trained."""
     layer = LAYERS[name]()
     if method == "none":
         return layer
@@ -41,7 +41,7 @@ def build(name: str, method: str, decay: str) -> nn.Module:
 
 
 def shrinking(layer: nn.Module, optimizer: type[torch.optim.Optimizer]) -> float:
-    """Relative loss of W in one step without a gradient, per learning rate and decay."""
+    """Return the relative loss of W in one step without gradient, per learning rate and decay."""
     before = layer.weight.detach().clone()
     trained = [p for p in layer.parameters() if p.requires_grad]
     for parameter in trained:
@@ -52,7 +52,7 @@ def shrinking(layer: nn.Module, optimizer: type[torch.optim.Optimizer]) -> float
 
 
 def held_back(layer: nn.Module, optimizer: type[torch.optim.Optimizer]) -> float:
-    """mu_dense / mu at rest, from the displacement that a small constant gradient leaves."""
+    """Return mu_dense / mu at rest, from the displacement under a small constant gradient."""
     before = layer.weight.detach().clone()
     gradient = torch.randn_like(before) * 0.01 * MU * before.std()
     trained = [p for p in layer.parameters() if p.requires_grad]

@@ -63,13 +63,13 @@ class Net(nn.Module):
         self.counts: Tensor | float = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [n, 10]."""
+        """Return logits [n, 10]."""
         logits: Tensor = self.out(torch.relu(self.hidden(x))) + self.counts
         return logits
 
 
 def deal(skew: str, seed: int) -> list[Client]:
-    """The clients' images: no image twice, and the same mix of classes to train and to test."""
+    """Deal the clients' images, none twice, with the same mix of classes to train and to test."""
     digits = load_digits()
     pixels = torch.tensor(digits.data, dtype=torch.float32)
     images = (pixels - pixels.mean()) / pixels.std()
@@ -94,7 +94,7 @@ def deal(skew: str, seed: int) -> list[Client]:
 
 
 def federate(options: Mapping[str, object], clients: list[Client], rounds: int) -> list[float]:
-    """Mean accuracy of the received models after each round."""
+    """Train, and return the mean accuracy of the received models after each round."""
     by_hand = options.get("counts", False)
     model = Net()
     if "method" in options:
@@ -128,7 +128,7 @@ def federate(options: Mapping[str, object], clients: list[Client], rounds: int) 
 
 
 def train(model: nn.Module, client: Client, *, clip: float | None) -> None:
-    """The user's loop. Factorised models clip by their option, dense ones here."""
+    """Train as a user would. Factorised models clip by their option, dense ones here."""
     images, labels = client.train
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     model.train()
@@ -142,13 +142,13 @@ def train(model: nn.Module, client: Client, *, clip: float | None) -> None:
 
 
 def prior(labels: Tensor) -> Tensor:
-    """The logarithms that the option ``label_prior`` adds, for the dense baseline."""
+    """Return the logarithms that the option ``label_prior`` adds, for the dense baseline."""
     counts = torch.bincount(labels, minlength=CLASSES)
     return torch.log((counts + 0.1) / (len(labels) + 1))
 
 
 def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Apart from the model, which goes on to the next client."""
+    """Copy the state apart from the model, which goes on to the next client."""
     return {key: value.detach().clone() for key, value in state.items()}
 
 

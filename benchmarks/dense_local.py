@@ -68,7 +68,7 @@ class Last(nn.Module):
 
 
 def small() -> Case:
-    """Three convolutions and a linear layer, as for digits, batch 20."""
+    """Return three convolutions and a linear layer, as for digits, batch 20."""
     dense = nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.ReLU(),
         nn.Conv2d(32, 64, 3, 2, 1), nn.GroupNorm(4, 64), nn.ReLU(),
@@ -80,13 +80,13 @@ def small() -> Case:
 
 
 def vgg() -> Case:
-    """VGG16 for 32x32 images, batch 16; stem and linear layers dense."""
+    """Return VGG16 for 32x32 images, batch 16; stem and linear layers dense."""
     x, y = images(16, 32)
     return Case("VGG16, batch 16", vgg16(), {"gamma": 0.1, "exclude": "0,45,47,49"}, x, y)
 
 
 def lstm() -> Case:
-    """Two layers of 256 units, 80 time steps, batch 16."""
+    """Return an LSTM with two layers of 256 units, 80 time steps, batch 16."""
     x, y = torch.randn(16, 80, 8), torch.randint(80, (16,))
     return Case("LSTM 8-256-256, T 80, batch 16", Last(), {"gamma": 0.1}, x, y)
 
@@ -95,7 +95,7 @@ CASES: dict[str, Callable[[], Case]] = {"small": small, "vgg16": vgg, "lstm": ls
 
 
 def train(model: nn.Module, case: Case, steps: int) -> None:
-    """Plain SGD."""
+    """Train with plain SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -104,7 +104,7 @@ def train(model: nn.Module, case: Case, steps: int) -> None:
 
 
 def rounds(case: Case, steps: int) -> dict[str, Callable[[], object]]:
-    """The three rounds."""
+    """Return the three rounds to time."""
     model = fedpara.convert(copy.deepcopy(case.dense), method="fedpara", **case.options)
     spec, full = ModelSpec.of(model), copy.deepcopy(model.state_dict())
     plain, local = copy.deepcopy(case.dense), copy.deepcopy(case.dense)
@@ -128,7 +128,7 @@ def rounds(case: Case, steps: int) -> dict[str, Callable[[], object]]:
 
 
 def kept_shares(case: Case, steps: int) -> str:
-    """Of one round's update, over the layers, with five iterations and with thirty."""
+    """Say how much of a round's update the layers keep, with five iterations and with thirty."""
     model = fedpara.convert(copy.deepcopy(case.dense), method="fedpara", **case.options)
     spec, full = ModelSpec.of(model), model.state_dict()
     start = spec.dense_state(full)
@@ -151,7 +151,7 @@ def kept_shares(case: Case, steps: int) -> str:
 
 
 def break_even(shortest: dict[str, Ratio], longest: dict[str, Ratio], steps: int) -> str:
-    """From the medians of the shortest and the longest rounds; ``steps`` of the longest."""
+    """Return the break-even from the medians of the shortest and the longest rounds."""
     dense, local, _ = (each.seconds for each in shortest.values())
     overhead = local - dense
     dense, _, factors = (each.seconds for each in longest.values())

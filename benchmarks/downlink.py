@@ -48,7 +48,7 @@ class Result:
 
 
 def data(clients: int, seed: int) -> tuple[list[Share], Share]:
-    """Shuffled digits: a list of clients' shares, and test images."""
+    """Return shuffled digits: a list of clients' shares, and test images."""
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(seed))
     images = torch.tensor(digits.data, dtype=torch.float32)[order] / 16
@@ -58,7 +58,7 @@ def data(clients: int, seed: int) -> tuple[list[Share], Share]:
 
 
 def network(init: str, width: int) -> nn.Module:
-    """A factorised perceptron."""
+    """Build a factorised perceptron."""
     net = nn.Sequential(
         nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
     )
@@ -66,7 +66,7 @@ def network(init: str, width: int) -> nn.Module:
 
 
 def trained(model: nn.Module, state: State, share: Share, epochs: int) -> State:
-    """A client's state after local training from ``state``."""
+    """Return a client's state after local training from ``state``."""
     model.load_state_dict(state)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     images, labels = share
@@ -79,7 +79,7 @@ def trained(model: nn.Module, state: State, share: Share, epochs: int) -> State:
 
 
 def accuracy(model: nn.Module, state: State, test: Share) -> float:
-    """Share of test images that are named rightly."""
+    """Return the share of test images that are classified correctly."""
     model.load_state_dict(state)
     with torch.no_grad():
         return float((model(test[0]).argmax(1) == test[1]).float().mean())
@@ -93,7 +93,7 @@ def served(
     spec: fedpara.ModelSpec,
     codec: Codec,
 ) -> tuple[State, int]:
-    """One downlink, repeated where the client says that it lost what it held."""
+    """Serve one downlink, and repeat it for a client that has lost its reference."""
     size = 0
     for _ in range(2):
         coded = downlink.encode(client, "model", state, spec=spec, codec=codec, decoders=DECODERS)

@@ -235,7 +235,7 @@ def train(model: nn.Module, rate: float, data: Iterator[tuple]) -> None:
 
 
 def shown(runs: Sequence[list[float]], rounds: int) -> str:
-    """Means over the seeds of the end and of the best round; the first NaN, if any."""
+    """Render the seeds' means of the last and of the best round, and the first NaN, if any."""
     dead = [len(run) + 1 for run in runs if len(run) < rounds]
     if dead:
         return f"x {min(dead)}" + (f" ({len(dead)} of {len(runs)})" if len(runs) > 1 else "")

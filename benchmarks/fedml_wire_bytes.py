@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "compat_tests")]
 
 from fedpara_plugins import Ledger  # noqa: E402
-from harness.fedml.engine import FedMLEngine  # noqa: E402
+from harness.fedml.deployment import FedMLEngine  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measured(name: str, clients: int, rounds: int) -> Row:
-    """One run's figures."""
+    """Return one run's figures."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fedpara-wire-", ignore_cleanup_errors=True) as text:
         engine = FedMLEngine(
@@ -95,14 +95,14 @@ def measured(name: str, clients: int, rounds: int) -> Row:
 
 
 def _total(engine: FedMLEngine, way: str) -> int:
-    """Bytes to the server (``up``) or from it, whoever opened the connection."""
+    """Count bytes to the server (``up``) or from it, whoever opened the connection."""
     other = {"up": "down", "down": "up"}[way]
     taps = {} if engine.wire is None else engine.wire.taps
     return sum(tap.total(other if rank else way) for rank, tap in taps.items())
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown; where the dense run had other rounds, its bytes are scaled to the row's."""
+    """Render the figures in Markdown, with the dense run scaled to each row's rounds."""
     dense = next((row for row in rows if row["name"] == "dense"), None)
     head = (
         "method", "codec", "start", "rounds", "MB up", "MB down", "times below dense",

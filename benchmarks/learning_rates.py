@@ -43,7 +43,7 @@ GUESSING = math.log(10)
 
 
 def net(norm: bool) -> nn.Module:
-    """Two convolutions and two linear layers, 0.2 M parameters."""
+    """Build two convolutions and two linear layers, 0.2 M parameters."""
 
     def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
         layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)]
@@ -58,7 +58,7 @@ def net(norm: bool) -> nn.Module:
 def final_loss(
     options: dict[str, object], build: Build, lr: float, norm: bool, steps: int, seed: int
 ) -> float:
-    """Mean loss of the last ten steps."""
+    """Return the mean loss of the last ten steps."""
     torch.manual_seed(seed)
     model = fedpara.convert(net(norm), **options)
     optimizer = build(list(model.parameters()), lr)

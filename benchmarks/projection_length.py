@@ -26,14 +26,14 @@ ROUNDS = ((15, 0.0), (150, 0.0), (45, 0.9), (150, 0.9))
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """All images, shape (1797, 64), and their labels."""
+    """Load all images, shape (1797, 64), and their labels."""
     found = load_digits()
     pictures = torch.tensor(found.images, dtype=torch.float32).flatten(1) / 16
     return pictures, torch.tensor(found.target).long()
 
 
 def network() -> nn.Module:
-    """A multilayer perceptron."""
+    """Build a multilayer perceptron."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 10)
@@ -41,7 +41,7 @@ def network() -> nn.Module:
 
 
 def lines() -> Iterator[str]:
-    """One line for each method and round."""
+    """Yield one line for each method and round."""
     x, y = digits()
 
     def loss() -> float:

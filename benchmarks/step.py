@@ -47,7 +47,7 @@ class Case:
 
 
 def training_step(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """zero_grad, forward, cross entropy, backward, SGD."""
+    """Make a training step: zero_grad, forward, cross entropy, backward, SGD."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
     def step() -> None:
@@ -71,7 +71,7 @@ def images(batch: int, side: int) -> tuple[Tensor, Tensor]:
 
 
 def vgg16_cases() -> Iterator[Case]:
-    """Stem and linear layers dense, gamma 0.1."""
+    """Yield VGG16 with stem and linear layers dense, gamma 0.1."""
     for batch, rounds in ((16, 25), (64, 12)):
         x, y = images(batch, 32)
         dense, model = vgg16(), vgg16_factors()
@@ -86,7 +86,7 @@ def vgg16_cases() -> Iterator[Case]:
 
 
 def resnet18_cases() -> Iterator[Case]:
-    """64x64 pictures, gamma 0.1, stem and head dense."""
+    """Yield ResNet18 on 64x64 pictures, gamma 0.1, stem and head dense."""
     for batch, rounds in ((16, 25), (64, 10)):
         x, y = images(batch, 64)
         dense = resnet18()
@@ -96,7 +96,7 @@ def resnet18_cases() -> Iterator[Case]:
 
 
 def linear_cases() -> Iterator[Case]:
-    """Forward and backward with the input's gradient; the optimizer's step apart."""
+    """Yield forward and backward with the input's gradient, and the optimizer's step apart."""
     for size, rank, rounds in ((512, 23, 80), (4096, 64, 8)):
         dense = nn.Linear(size, size)
         model = factorised(dense, rank=rank)
@@ -130,7 +130,7 @@ def sgd(layer: nn.Module) -> Step:
 
 
 def lstm_cases() -> Iterator[Case]:
-    """8 features, two layers of 256, 80 steps of time, gamma 0.1."""
+    """Yield LSTMs: 8 features, two layers of 256, 80 time steps, gamma 0.1."""
     dense = nn.LSTM(8, 256, num_layers=2, batch_first=True)
     model = factorised(dense, gamma=0.1)
 
@@ -152,7 +152,7 @@ def lstm_cases() -> Iterator[Case]:
 
 
 def evaluation_cases() -> Iterator[Case]:
-    """Batches of 64 without gradients, composing included."""
+    """Yield evaluations: batches of 64 without gradients, composing included."""
     linear, attention = nn.Linear(512, 512), nn.MultiheadAttention(256, 8, batch_first=True)
     lstm, tokens = nn.LSTM(8, 256, 2, batch_first=True), torch.randn(64, 16, 256)
     for name, dense, inputs, batches, rounds in (
@@ -181,7 +181,7 @@ def evaluation_cases() -> Iterator[Case]:
 
 
 def accumulation_cases() -> Iterator[Case]:
-    """Four backward passes, one step of SGD."""
+    """Yield four backward passes and one step of SGD."""
     x, y = images(16, 32)
     dense, model = vgg16(), vgg16_factors()
 
@@ -203,7 +203,7 @@ def accumulation_cases() -> Iterator[Case]:
 
 
 def flower_cases(path: Path | None) -> Iterator[Case]:
-    """Flower's own VGG16, dense and with its own layers at ratio 0.1."""
+    """Yield Flower's own VGG16, dense and with its own layers at ratio 0.1."""
     if path is None:
         return
     models = flower_models(path)

@@ -37,7 +37,7 @@ class Ratio:
 
 
 def ratios(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Ratio]:
-    """Process-CPU time of every contender over that of the first, which runs in every round.
+    """Return each contender's process-CPU time over that of the first, which runs every round.
 
     Args:
         contenders: called without arguments; the first is what the others are compared with.
@@ -71,7 +71,7 @@ def _ratio(own: list[float], first: list[float]) -> Ratio:
 
 
 def peak_memory(step: Callable[[], object]) -> int:
-    """Bytes that a step holds at its fullest, beyond what was allocated before it.
+    """Return the peak bytes of a step beyond what was allocated before it.
 
     The running sum of the allocator's events; what libraries keep outside of it is not seen. Memory
     of composed weights, which is used again in every step, counts like any other: for this one step

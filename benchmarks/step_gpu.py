@@ -45,7 +45,7 @@ class Case:
 
 
 def with_choices(dense: nn.Module, **options: object) -> Models:
-    """The model with factors, as it comes and with each choice of `recompute`, and the peers'."""
+    """Return the factorised model as it comes and with each `recompute`, and the peers'."""
     models: Models = {"dense": dense, "fedpara": factorised(dense, **options)}
     for choice in (False, True):
         models[f"fedpara, recompute={choice}"] = factorised(dense, recompute=choice, **options)
@@ -56,7 +56,7 @@ def with_choices(dense: nn.Module, **options: object) -> Models:
 
 
 def vgg16_cases() -> Iterator[Case]:
-    """Stem and linear layers dense, gamma 0.1, 32x32."""
+    """Yield VGG16 on 32x32 images with stem and linear layers dense, gamma 0.1."""
     for batch in (16, 64, 256):
         models = with_choices(vgg16(), gamma=0.1, exclude="0,45,47,49")
         x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
@@ -64,7 +64,7 @@ def vgg16_cases() -> Iterator[Case]:
 
 
 def resnet18_cases() -> Iterator[Case]:
-    """64x64 pictures, gamma 0.1, stem and head dense."""
+    """Yield ResNet18 on 64x64 pictures, gamma 0.1, stem and head dense."""
     for batch in (16, 64):
         models = with_choices(resnet18(), gamma=0.1, exclude="0,14")
         x, y = torch.randn(batch, 3, 64, 64), torch.randint(0, 10, (batch,))
@@ -72,7 +72,7 @@ def resnet18_cases() -> Iterator[Case]:
 
 
 def linear_cases() -> Iterator[Case]:
-    """One layer, its step of SGD included."""
+    """Yield single layers, their step of SGD included."""
     for size, rank in ((512, 23), (4096, 64)):
         for batch in (16, 64, 256, 1024):
             models = with_choices(nn.Sequential(nn.Linear(size, size)), rank=rank)
@@ -85,13 +85,13 @@ CASES = {"vgg16": vgg16_cases, "resnet18": resnet18_cases, "linear": linear_case
 
 
 def precision(name: str, device: str) -> AbstractContextManager[object]:
-    """What a step runs in."""
+    """Return the precision in which a step runs."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
     return torch.autocast(device, dtype=torch.bfloat16) if name == "bf16" else nullcontext()
 
 
 def step_of(model: nn.Module, case: Case, name: str, device: str) -> Callable[[], object]:
-    """One training step with SGD."""
+    """Make one training step with SGD."""
     x = case.x.to(device)
     y = None if case.y is None else case.y.to(device)
     trained = [p for p in model.to(device).parameters() if p.requires_grad]
@@ -115,7 +115,7 @@ def idle(device: str) -> None:
 
 
 def peak_mib(step: Callable[[], object], device: str) -> str:
-    """Of one step, beyond what was allocated before it."""
+    """Return the peak MiB of one step beyond what was allocated before it."""
     if device != "cuda":
         return ""
     idle(device)
@@ -127,7 +127,7 @@ def peak_mib(step: Callable[[], object], device: str) -> str:
 
 
 def rows(case: Case, name: str, device: str) -> Iterator[str]:
-    """Lines of the table."""
+    """Yield the lines of the table."""
     steps = {who: step_of(model, case, name, device) for who, model in case.models.items()}
     for step in steps.values():
         for _ in range(WARM_UP):

@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 def resnet18(classes: int = 10) -> nn.Sequential:
-    """The usual ResNet18 (7x7 stem, pooling, widths 64 to 512) with GroupNorm."""
+    """Build the usual ResNet18 (7x7 stem, pooling, widths 64 to 512) with GroupNorm."""
     layers: list[nn.Module] = [
         nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.GroupNorm(32, 64), nn.ReLU(),
         nn.MaxPool2d(3, 2, 1),
@@ -54,7 +54,7 @@ def resnet18(classes: int = 10) -> nn.Sequential:
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
-    """Rank by layer name of a converted model's layers that have one weight."""
+    """Return the ranks by layer name of a converted model's layers with one weight."""
     return {
         name: layer.plans["weight"].rank
         for name, layer in model.named_modules()
@@ -63,7 +63,7 @@ def ranks(model: nn.Module) -> dict[str, int]:
 
 
 def bound(model: nn.Module, dense: nn.Module, *inputs: Tensor) -> float:
-    """Arithmetic of a step with composed weights over that of the dense step."""
+    """Return the arithmetic of a step with composed weights over that of the dense step."""
     with FlopCounterMode(display=False) as counter, _without_onednn():
         output = dense(*inputs)
         (output if isinstance(output, Tensor) else output[0]).sum().backward()
@@ -80,7 +80,7 @@ def bound(model: nn.Module, dense: nn.Module, *inputs: Tensor) -> float:
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    """A recurrent layer is one operation of oneDNN, which torch does not count."""
+    """Disable oneDNN: its recurrent layer is one operation, which torch does not count."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about TF32 on another device
         with torch.backends.mkldnn.flags(enabled=False):
@@ -88,7 +88,7 @@ def _without_onednn() -> Iterator[None]:
 
 
 def peft_loha(dense: nn.Module, layers: dict[str, int]) -> nn.Module:
-    """The dense model with PEFT's LoHa on these layers, by rank; all that is no weight trains."""
+    """Put PEFT's LoHa on these layers, by rank; everything that is no weight trains."""
     from peft import LoHaConfig, get_peft_model
 
     config = LoHaConfig(
@@ -115,7 +115,7 @@ class Adapted(nn.Module):
 
 
 def lycoris_loha(dense: nn.Module, layers: dict[str, int]) -> nn.Module:
-    """The dense model with LyCORIS' LoHa on these layers, by rank."""
+    """Put LyCORIS' LoHa on these layers of the dense model, by rank."""
     from lycoris.modules.loha import LohaModule
 
     adapted = Adapted(copy.deepcopy(dense))
@@ -129,7 +129,7 @@ def lycoris_loha(dense: nn.Module, layers: dict[str, int]) -> nn.Module:
 
 
 def flower_models(path: Path) -> ModuleType:
-    """The ``models.py`` of Flower's baseline ``fedpara``, from a user's own copy of it."""
+    """Import ``models.py`` of Flower's baseline ``fedpara`` from a user's own copy of it."""
     spec = importlib.util.spec_from_file_location("flower_baseline_models", path)
     assert spec is not None
     assert spec.loader is not None
@@ -139,5 +139,5 @@ def flower_models(path: Path) -> ModuleType:
 
 
 def factorised(dense: nn.Module, **options: object) -> nn.Module:
-    """A copy of the dense model with FedPara's factors."""
+    """Return a copy of the dense model with FedPara's factors."""
     return fedpara.convert(copy.deepcopy(dense), **{"method": "fedpara", **options})

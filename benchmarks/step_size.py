@@ -29,7 +29,7 @@ DRAWS = 8
 def movement(
     layer: nn.Module, optimizer: Callable[..., torch.optim.Optimizer]
 ) -> tuple[float, float]:
-    """Slope along -G, and root mean square, of one step's movement divided by the rate."""
+    """Return slope along -G and root mean square of a step's movement divided by the rate."""
     rate = 1e-5
     before = layer.weight.detach().clone()
     gradient = torch.randn_like(before)

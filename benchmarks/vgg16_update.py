@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 def vgg16(classes: int = 10) -> nn.Sequential:
-    """The VGG16 of the paper: 3x32x32 input, GroupNorm, linear layers 512-512-512-classes."""
+    """Build the paper's VGG16: 3x32x32 input, GroupNorm, linear layers 512-512-512-classes."""
     layers: list[nn.Module] = []
     width = 3
     for size in PLAN:
@@ -50,14 +50,14 @@ def vgg16(classes: int = 10) -> nn.Sequential:
 
 
 def vgg16_factors(seed: int = 0) -> nn.Module:
-    """The same with its convolutions factorised at gamma 0.1, stem and linear layers dense."""
+    """Build the same with convolutions factorised at gamma 0.1, stem and linear layers dense."""
     torch.manual_seed(seed)
     linear = ("45", "47", "49")
     return fedpara.convert(vgg16(), method="fedpara", gamma=0.1, exclude=("0", *linear), seed=seed)
 
 
 def cifar(path: Path) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, 32, 32) of about unit variance, and labels (N,)."""
+    """Load images (N, 3, 32, 32) of about unit variance, and labels (N,)."""
     with np.load(path) as file:
         pixels, labels = file["d"], file["y"]
     pixels = np.cumsum(np.cumsum(pixels, axis=3, dtype=np.uint8), axis=2, dtype=np.uint8)
@@ -70,7 +70,7 @@ def cifar(path: Path) -> tuple[Tensor, Tensor]:
 def train(
     model: nn.Module, images: Tensor, labels: Tensor, *, steps: int, rate: float, seed: int
 ) -> float:
-    """Plain SGD with momentum; returns the mean loss of the last tenth of the steps."""
+    """Train with SGD and momentum; return the mean loss of the last tenth of the steps."""
     draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     losses = []
@@ -90,7 +90,7 @@ def train(
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """The factors and all else that travels, copied."""
+    """Copy the factors and everything else that travels."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 

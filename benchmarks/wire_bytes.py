@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def measured(app: str, name: str, nodes: int, rounds: int | None, output: Path) -> Row:
-    """One run's figures."""
+    """Return one run's figures."""
     section = {"method": "none", "codec": "none", **RUNS[app][name]}
     ledger = output / f"{name}.ledger.jsonl"
     ledger.unlink(missing_ok=True)
@@ -119,7 +119,7 @@ def _vgg16_app(folder: Path) -> Path:
 
 
 def _figures(tap: Wiretap) -> Row:
-    """Bytes by direction: all, HTTP's heads, bodies that carry messages, other bodies."""
+    """Return bytes by direction: all, HTTP's heads, bodies with messages, other bodies."""
     row: Row = {"total": {}, "heads": {}, "messages": {}, "rest": {}}
     for way, objects in OBJECTS.items():
         bodies = tap.http(way, "bodies")
@@ -132,7 +132,7 @@ def _figures(tap: Wiretap) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown; where the dense run had other rounds, its bytes are scaled to the row's."""
+    """Render the figures in Markdown, with the dense run scaled to each row's rounds."""
     dense: Row = next((row for row in rows if row["name"] == "dense"), {})
     head = (
         "method",

@@ -11,23 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-from harness.cells.cells import (
-    CODECS,
-    ENVIRONMENTS,
-    METHODS,
-    MODELS,
-    NOT_BY_DEFAULT,
-    OURS,
-    STRATEGIES,
-    Cell,
-    cells,
-    drift_cells,
-)
-from harness.cells.engine_cells import ENGINE_CELLS
-from harness.cells.fedml_cells import FEDML, FEDML_ENVIRONMENT, fedml_cells
+from harness.cells.base import Cell
+from harness.cells.engines import ENGINE_CELLS
+from harness.cells.environments import ENVIRONMENTS, NOT_BY_DEFAULT
+from harness.cells.fedml import FEDML, FEDML_ENVIRONMENT, fedml_cells
+from harness.cells.flower import CODECS, METHODS, MODELS, cells, drift_cells
+from harness.cells.strategies import PLUGIN_STRATEGIES, STRATEGIES
+from harness.cells.transports import TRANSPORT_CELLS
 from harness.matrix.engine_page import engine_section, of_an_engine
 from harness.matrix.page import Row, listed, results_of, table
-from harness.matrix.transport_cells import TRANSPORT_CELLS
 from harness.matrix.transport_page import of_a_transport, transport_section
 
 SPELLED = {"flower": "Flower", "fedml": "FedML"}
@@ -59,8 +51,8 @@ simulation. Each cell has assertions that can fail:
   FedML](../fedml-faults.md) describes what FedML itself computes.
 - **One truth:** FedAvg, FedProx, FedAdam and SCAFFOLD with `none`, `fedpara` and `pfedpara` reach
   the same weights on Flower, on FedML and in a plain loop. The weights are stored in [a
-  file](../../compat_tests/reference/truth.safetensors) (`compat_tests/test_flower_truth.py`,
-  `compat_tests/test_fedml_truth.py`).
+  file](../../compat_tests/golden/weights.safetensors)
+  (`compat_tests/test_flower_golden_weights.py`, `compat_tests/test_fedml_golden_weights.py`).
 - **The DP wrappers** run without noise here. Noise and bound have [tests of their
   own](../../compat_tests/test_flower_clipping.py).
 
@@ -102,7 +94,7 @@ def main() -> None:
 
 
 def read(folder: Path) -> dict[tuple[str, str], Row]:
-    """Return all results of a folder by environment and cell."""
+    """Read all results of a folder, by environment and cell."""
     found: dict[tuple[str, str], Row] = {}
     for path in sorted(folder.glob("*.json")):
         row = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +110,7 @@ def render(
     engines: Mapping[str, Row] | None = None,
     transports: Mapping[str, Row] | None = None,
 ) -> str:
-    """Return the page: an overview, a table per environment that ran, what did not run and why.
+    """Render the page: an overview, a table for each environment that ran, and what did not run.
 
     Args:
         results: results of the cells without an engine.
@@ -148,7 +140,7 @@ def _summary(results: Results) -> str:
 
 
 def _overview(names: Sequence[str], results: Results) -> str:
-    """Return a table of strategies by versions: how many of all cells passed."""
+    """Render strategies by versions: how many of the existing cells passed."""
     versions = {name: _of(name, results) for name in names}
     head = ["strategy", "marker"]
     head += [
@@ -163,8 +155,8 @@ def _overview(names: Sequence[str], results: Results) -> str:
 
 
 def _labels(framework: str = "") -> dict[str, str]:
-    """Return all optimizers by marker, named as the framework does, Flower's names first."""
-    flower = {name: spec.label for name, spec in {**STRATEGIES, **OURS}.items()}
+    """Return all optimizers by marker, under the framework's names, Flower's first."""
+    flower = {name: spec.label for name, spec in {**STRATEGIES, **PLUGIN_STRATEGIES}.items()}
     fedml = {name: spec.label for name, spec in FEDML.items()}
     return {**flower, **fedml} if framework == "fedml" else {**fedml, **flower}
 

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError, Ledger, LedgerEntry, ModelSpec, convert, split
-from harness.cells.cell import Cell
-from harness.cells.cells import GAMMA, environment, part
-from harness.cells.fedml_cells import FEDML, HIERARCHICAL, fedml_cells
+from harness.cells.base import Cell
+from harness.cells.environments import environment, selection
+from harness.cells.fedml import FEDML, HIERARCHICAL, fedml_cells
+from harness.cells.flower import GAMMA
 from harness.cells.strategies import RATE
 from harness.fedml.project import Outcome, run
-from harness.fedml.task import task_dataset, task_keys
+from harness.fedml.task_dataset import task_dataset, task_keys
 from harness.matrix.results import CellResult
-from harness.oracles.fedml_rules import ALGORITHMS, Loop
-from harness.oracles.task import Task, evaluate
+from harness.oracles.fedml_rules import ALGORITHMS, PlainLoop
+from harness.oracles.task import TrainingTask, evaluate
 
 TOLERANCE = 1e-5
 """Of a weight over two rounds; both compute in float32 and sum up in another order."""
@@ -36,7 +37,7 @@ ACCURACY = 0.02
 def _params() -> list[object]:
     return [
         pytest.param(cell, id=cell.id, marks=getattr(pytest.mark, cell.strategy))
-        for cell in fedml_cells(environment(), part())
+        for cell in fedml_cells(environment(), selection())
     ]
 
 
@@ -65,19 +66,19 @@ def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
     assert loss(cell, outcome.state) < loss(cell, built(cell).state_dict())
 
 
-def task_of(cell: Cell) -> Task:
-    """As on Flower: short, and yet every optimizer uses its memory once."""
-    return Task(model=cell.model, rounds=2, epochs=1, batch_size=40, lr=RATE)
+def task_of(cell: Cell) -> TrainingTask:
+    """Return the task, as on Flower: short, but every optimizer uses its memory once."""
+    return TrainingTask(model=cell.model, rounds=2, epochs=1, batch_size=40, lr=RATE)
 
 
 def built(cell: Cell) -> nn.Module:
-    """The cell's model with the task's first weights."""
+    """Build the cell's model with the task's initial weights."""
     torch.manual_seed(task_of(cell).seed)
     return convert(task_of(cell).net(), method=cell.method, gamma=GAMMA)
 
 
 def federated(cell: Cell, **more: Any) -> Outcome:
-    """The run."""
+    """Run the cell."""
     spec, task = FEDML[cell.strategy], task_of(cell)
     torch.manual_seed(task.seed)
     keys: dict[str, Any] = {
@@ -93,8 +94,8 @@ def federated(cell: Cell, **more: Any) -> Outcome:
 
 
 @cache
-def plain_loop(strategy: str, method: str, model: str) -> Loop:
-    """The published algorithm, run to its end."""
+def plain_loop(strategy: str, method: str, model: str) -> PlainLoop:
+    """Run the published algorithm to its end."""
     cell, spec = Cell("fedml", "", strategy, method, "none", model), FEDML[strategy]
     task, net = task_of(cell), built(cell)
 
@@ -106,7 +107,7 @@ def plain_loop(strategy: str, method: str, model: str) -> Loop:
             return task.size(client)
 
     keys = {k: v for k, v in spec.keys.items() if not k.startswith("fedpara_")}
-    made: Loop = OfTask(
+    made: PlainLoop = OfTask(
         net,
         dict.fromkeys(range(task.clients), ()),
         private=ModelSpec.of(net).initial_private(),
@@ -118,12 +119,12 @@ def plain_loop(strategy: str, method: str, model: str) -> Loop:
 
 
 def accuracy(cell: Cell, state: Mapping[str, Tensor], data: tuple[Tensor, Tensor]) -> float:
-    """Of the server's model, private factors at zero, or of a client's."""
+    """Return the accuracy of the server's model (private factors at zero) or of a client's."""
     return _scores(cell, state, data)[1]
 
 
 def loss(cell: Cell, state: Mapping[str, Tensor]) -> float:
-    """Of the server's model on the server's images."""
+    """Return the loss of the server's model on the server's images."""
     return _scores(cell, state, task_of(cell).test_data())[0]
 
 
@@ -137,13 +138,13 @@ def _scores(
 
 
 def _own(cell: Cell, state_of: Any) -> float:
-    """Mean accuracy of the clients' own models on their held-out images."""
+    """Return the mean accuracy of the clients' own models on their held-out images."""
     task = task_of(cell)
     each = [accuracy(cell, state_of(c), task.held_out(c)) for c in range(task.clients)]
     return sum(each) / len(each)
 
 
-def _check_weights(cell: Cell, outcome: Outcome, wanted: Loop) -> None:
+def _check_weights(cell: Cell, outcome: Outcome, wanted: PlainLoop) -> None:
     state = wanted.sent(wanted.x)
     assert state.keys() <= outcome.state.keys()
     assert bool(outcome.state.keys() - state.keys()) == (cell.method == "pfedpara")
@@ -158,12 +159,12 @@ def _check_weights(cell: Cell, outcome: Outcome, wanted: Loop) -> None:
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: list[str]) -> float:
-    """Euclidean, over all tensors named."""
+    """Return the Euclidean distance over all tensors named."""
     return float(sum(((a[n].double() - b[n].double()) ** 2).sum() for n in names) ** 0.5)
 
 
 def _check_bytes(cell: Cell, outcome: Outcome, entries: list[LedgerEntry]) -> None:
-    """The ledger's bytes are those of the messages, in each round, direction and client."""
+    """Assert that the ledger's bytes are the messages', by round, direction and client."""
     counted: Counter[tuple[object, ...]] = Counter()
     for sent in outcome.sent:
         counted[sent.direction, sent.round, sent.client] += len(sent.data)
@@ -175,7 +176,7 @@ def _check_bytes(cell: Cell, outcome: Outcome, entries: list[LedgerEntry]) -> No
 
 
 def _check_refused(cell: Cell, result: CellResult) -> None:
-    """With the plugin off FedML's own error, see docs/fedml-faults.md; with it on a refusal."""
+    """Assert FedML's own error (docs/fedml-faults.md), or the plugin's refusal if it is on."""
     task = task_of(cell)
     keys = {**task_keys(task), "federated_optimizer": "HierarchicalFL"}
     groups = {"group_method": "random", "group_num": 1, "group_comm_round": 1}

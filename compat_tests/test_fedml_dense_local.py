@@ -23,8 +23,8 @@ from fedpara_plugins.codecs import decode_payload
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins_fedml.messages.envelope import unpack
 from harness.fedml.project import Outcome, dataset, forget_security, model, run
-from harness.fedml.reference import FedAvgLoop
-from harness.oracles.dense_reference import follow
+from harness.oracles.dense_local import follow
+from harness.oracles.fedml_fedavg import FedAvgLoop
 
 KEYS = {"fedpara_gamma": 0.5, "fedpara_local": "dense"}
 CONVERTING = ("lowrank", "fedpara", "pfedpara")
@@ -47,7 +47,7 @@ class DenseLoop(FedAvgLoop):
         super().__init__(net, dataset()[5], private=private, **options)
 
     def trained(self, client: int) -> dict[str, Tensor]:
-        """Gradient descent by hand on composed weights."""
+        """Descend along the gradient of the composed weights by hand."""
         self.model.load_state_dict({**self.x, **self.own[client]})
         self.plain.load_state_dict(to_dense(self.model).state_dict(), strict=True)
         weights = list(self.plain.parameters())
@@ -101,6 +101,7 @@ def test_the_proximal_term_acts_on_dense_weights() -> None:
         _check_near(outcome.state, _looped("fedpara"))
 
 
+@pytest.mark.in_turn(every=3)
 @pytest.mark.parametrize("method", CONVERTING)
 def test_messages_have_the_size_of_those_of_factor_training(method: str) -> None:
     def traffic(local: str, codec: str) -> list[tuple[Any, ...]]:

@@ -33,7 +33,7 @@ GOLDEN = (
 
 
 def by_the_page(data: bytes) -> tuple[Any, dict[str, bytes]]:
-    """A decoder after docs/envelope.md alone, of a message that is sound."""
+    """Decode a sound message from docs/envelope.md alone."""
     magic, size, checksum = data[:4], *struct.unpack("<II", data[4:12])
     text, rest = data[12 : 12 + size], data[12 + size :]
     assert (magic, zlib.crc32(text)) == (b"FPE1", checksum)
@@ -256,6 +256,7 @@ def answer(run: Any, client: str, message: bytes) -> bytes:
     return data
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("optimizer", ["FedAvg", "FedOpt", "SCAFFOLD", "FedDyn", "FedNova"])
 def test_a_damaged_reply_costs_a_client_its_round_and_nobody_else_anything(optimizer: str) -> None:
     logging.disable(logging.CRITICAL)

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("fedml", reason="needs FedML 0.9.6")
 
-from harness.cells.cells import part
+from harness.cells.environments import selection
 
 DOCS = Path(__file__).parents[1] / "docs"
 FOLDER = DOCS / "fedml_faults"
@@ -24,7 +24,7 @@ def _reproductions() -> Iterator[Any]:
     sys.path.insert(0, str(FOLDER))
     # `small` is what they share. `hang` starts three real processes and waits for them, minutes on
     # a busy machine; it bounds that itself. The smoke part has no time for it.
-    left_out = {"small.py"} if part() == "all" else {"small.py", "hang.py"}
+    left_out = {"small.py"} if selection() == "all" else {"small.py", "hang.py"}
     for path in sorted(path for path in FOLDER.glob("*.py") if path.name not in left_out):
         spec = importlib.util.spec_from_file_location(f"fault_{path.stem}", path)
         assert spec is not None

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from fedpara_plugins import ModelSpec, convert
 from harness.fedml.project import dataset, model, run
-from harness.fedml.reference import FedAvgLoop
+from harness.oracles.fedml_fedavg import FedAvgLoop
 
 METHODS = ("none", "lowrank", "fedpara", "pfedpara")
 

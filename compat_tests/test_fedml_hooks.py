@@ -19,7 +19,7 @@ from fedpara_plugins import ConfigError, MismatchError, ModelSpec, convert
 from fedpara_plugins.layers.personal import PersonalLinear
 from fedpara_plugins.training.step_hooks import round_progress
 from harness.fedml.project import dataset, forget_security, model, run
-from harness.fedml.reference import FedAvgLoop
+from harness.oracles.fedml_fedavg import FedAvgLoop
 
 PERSONAL = {"fedpara_method": "pfedpara", "fedpara_gamma": 0.5}
 PRIVACY = {
@@ -322,6 +322,7 @@ def test_a_defence_sees_the_clients_models() -> None:
         torch.testing.assert_close(outcome.state[name], value + moved, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("kind", ["krum", "wise_median", "rfa", "slsgd", "3sigma"])
 def test_other_defences_run(kind: str) -> None:
     options = {"krum": {"byzantine_client_num": 0}, "slsgd": {"trim_param_b": 1, "alpha": 0.5}}

@@ -31,7 +31,8 @@ from fedpara_plugins_fedml.transport.blocking_queue import BlockingQueue, use_bl
 from fedpara_plugins_fedml.transport.protocol import CHECK, FINISH, HEARTBEAT, ONLINE, REPLY, TASK
 from fedpara_plugins_fedml.transport.shutdown import close_transport
 from harness.fedml.project import run as run_single
-from harness.fedml.threads import PATIENCE, Line, Parties
+from harness.fedml.threads import PATIENCE, Parties, QueueTransport
+from harness.matrix.smoke import matrix_only
 
 KEYS: dict[str, Any] = {
     "fedpara_method": "fedpara",
@@ -53,7 +54,7 @@ class Kept(DefaultServerAggregator):  # type: ignore[misc]
 
 
 def trouble(what: dict[int, str]) -> Any:
-    """A trainer that fails in some rounds, the first being 1."""
+    """Return a trainer that fails in some rounds, the first being 1."""
 
     class Trainer(ModelTrainerCLS):  # type: ignore[misc]
         def train(self, train_data: Any, device: Any, args: Any, **more: Any) -> None:
@@ -77,7 +78,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def kinds(parties: Parties, rank: int) -> list[int]:
-    return [m.get_type() for m in parties.lines[rank].sent if m.get_type() != HEARTBEAT]
+    return [m.get_type() for m in parties.transports[rank].sent if m.get_type() != HEARTBEAT]
 
 
 @pytest.mark.parametrize("keys", [KEYS, PERSONAL, {"fedpara_mend": True}], ids=str)
@@ -93,7 +94,9 @@ def test_a_run_gives_the_weights_of_the_single_process(
         torch.testing.assert_close(Kept.last[name], value)
     # Each client is sent a task a round and the last model once; nothing twice.
     assert kinds(parties, 0).count(TASK) == 2 * 3
-    carried = [m for m in parties.lines[0].sent if m.get_type() == FINISH and m.get("model_params")]
+    carried = [
+        m for m in parties.transports[0].sent if m.get_type() == FINISH and m.get("model_params")
+    ]
     assert len(carried) == 2
 
 
@@ -149,8 +152,8 @@ def test_a_bad_answer_costs_one_round(
 
     for rank in range(3):
         parties.start(rank)
-        wait_until(lambda rank=rank: rank in parties.lines)
-    parties.lines[2].altered = damaged
+        wait_until(lambda rank=rank: rank in parties.transports)
+    parties.transports[2].altered = damaged
     with caplog.at_level(logging.WARNING, "fedpara.fedml"):
         parties.wait()
     assert not parties.errors
@@ -258,14 +261,16 @@ def test_a_client_that_comes_back_is_asked_again(
 
 # Two sides that do not fit
 
+OTHER_KEY = "the same on the way of another key; errors of keys are in test_fedml_errors.py"
+
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
         ({"fedpara_gamma": 0.6}, "gamma"),
-        ({"fedpara_codec": "int8"}, "fedpara_codec"),
-        ({"client_num_per_round": 9}, "client_num_per_round is 9"),
-        ({"test_on_clients": "always"}, "test_on_clients"),
+        matrix_only({"fedpara_codec": "int8"}, "fedpara_codec", reason=OTHER_KEY),
+        matrix_only({"client_num_per_round": 9}, "client_num_per_round is 9", reason=OTHER_KEY),
+        matrix_only({"test_on_clients": "always"}, "test_on_clients", reason=OTHER_KEY),
         ({"federated_optimizer": "FedAvgg"}, "did you mean FedAvg"),
     ],
 )
@@ -323,14 +328,14 @@ def test_a_client_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     parties = Parties(monkeypatch, keys=KEYS)
 
     def stock(message: Message) -> Message:
-        """FedML's client says that it is online."""
+        """Build the message by which FedML's client says that it is online."""
         if message.get_type() == ONLINE:
             message.get_params().pop("fedpara")
         return message
 
     parties.start(2)
-    wait_until(lambda: 2 in parties.lines)
-    parties.lines[2].altered = stock
+    wait_until(lambda: 2 in parties.transports)
+    parties.transports[2].altered = stock
     for rank in (0, 1):
         parties.start(rank)
     parties.wait(0, 1)
@@ -342,7 +347,7 @@ def test_a_client_without_the_plugin_that_is_asked(monkeypatch: pytest.MonkeyPat
     """Its first word came before the server and was lost; FedML's client answers when asked."""
     monkeypatch.setattr(server_manager, "CHECK_INTERVAL", 1.0)
     parties = Parties(monkeypatch, keys=KEYS)
-    client, heard = Line(2, parties.lines), list[Message]()
+    client, heard = QueueTransport(2, parties.transports), list[Message]()
 
     class Stock:
         """What FedML's client does until then."""
@@ -366,7 +371,7 @@ def test_a_client_without_the_plugin_that_is_asked(monkeypatch: pytest.MonkeyPat
 def test_a_server_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the client's first words and ends on them."""
     parties = Parties(monkeypatch, keys={**KEYS, "fedpara_timeout": 1})
-    deaf = Line(0, parties.lines)
+    deaf = QueueTransport(0, parties.transports)
     parties.start(1)
     parties.wait()
     assert not deaf.sent
@@ -377,7 +382,7 @@ def test_a_server_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_without_the_plugin_gets_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """FedML's counts the client as its own, sends the first model, and ends on what it gets."""
     parties = Parties(monkeypatch, keys=KEYS)
-    server, heard = Line(0, parties.lines), list[Message]()
+    server, heard = QueueTransport(0, parties.transports), list[Message]()
 
     class Stock:
         """What FedML's server does until then."""

@@ -19,19 +19,19 @@ from fedml.core import ClientTrainer
 from torch import nn
 
 from fedpara_plugins import ConfigError, convert
-from fedpara_plugins.optimizers.stored_state import StoredCorrectionState
-from fedpara_plugins.support.storage import PrefixView
+from fedpara_plugins.optimizers import StoredCorrectionState
+from fedpara_plugins.support import PrefixView
 from fedpara_plugins_fedml.rules import RULES, ClientReply, Rule, rule_for
 from fedpara_plugins_fedml.settings import FedMLSettings
-from harness.fedml.optimizers import (
+from harness.fedml.optimizer_cases import (
     CASES,
     CLIENTS,
     GAMMA,
     METHODS,
     assert_same,
     batch_model,
-    federated,
-    loop,
+    published_loop,
+    run_case,
     with_keys,
 )
 from harness.fedml.project import arguments, dataset, model
@@ -42,12 +42,13 @@ EVERY = ("fedavg", "fedprox", "fedopt-adam", "scaffold", "feddyn", "fednova", "m
 
 
 def state(name: str, method: str = "none", **keys: Any) -> Mapping[str, torch.Tensor]:
-    return federated(with_keys(name, **keys), method, model(), **SHORT).state
+    return run_case(with_keys(name, **keys), method, model(), **SHORT).state
 
 
 # Equivalences
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("name", "keys"),
@@ -69,7 +70,7 @@ def test_fednova_is_fedavg_where_clients_take_equally_many_steps() -> None:
         data[5][client] = data[5][client][:2]
         data[4][client] = 20
     found, wanted = (
-        federated(CASES[name], "none", model(), data=data, **SHORT).state
+        run_case(CASES[name], "none", model(), data=data, **SHORT).state
         for name in ("fednova", "fedavg")
     )
     assert_same(found, wanted)
@@ -89,8 +90,8 @@ def test_the_first_round_of_feddyn_is_fedprox_with_a_longer_step() -> None:
     for client in range(CLIENTS):  # so that FedProx's weights are uniform
         data[5][client], data[4][client] = data[5][client][:2], 20
     short = {"comm_round": 1, "epochs": 1}
-    prox = federated(with_keys("fedprox", fedprox_mu=0.5), "none", model(), data=data, **short)
-    dyn = federated(CASES["feddyn"], "none", model(), data=data, **short)
+    prox = run_case(with_keys("fedprox", fedprox_mu=0.5), "none", model(), data=data, **short)
+    dyn = run_case(CASES["feddyn"], "none", model(), data=data, **short)
     longer = {k: v + 1.5 * (prox.state[k] - v) for k, v in start.items()}
     assert_same(dyn.state, longer)
 
@@ -133,23 +134,24 @@ class AdamTrainer(OwnTrainer):
 
 
 def with_trainer(name: str, kind: type[OwnTrainer], method: str = "none", **keys: Any) -> Any:
-    return federated(with_keys(name, **keys), method, model(), client_trainer=kind, **SHORT)
+    return run_case(with_keys(name, **keys), method, model(), client_trainer=kind, **SHORT)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "name", ["fedavg", "fedprox", "fedopt-adam", "scaffold", "feddyn", "fednova"]
 )
 def test_a_users_own_trainer(name: str, method: str) -> None:
     found = with_trainer(name, OwnTrainer, method)
-    wanted = loop(CASES[name], method, model(), epochs=1, smoothing=0.1)
+    wanted = published_loop(CASES[name], method, model(), epochs=1, smoothing=0.1)
     assert_same(found.state, wanted.run(SHORT["comm_round"], 2))
 
 
 def test_fednova_counts_the_momentum_of_a_users_own_sgd() -> None:
     found = with_trainer("fednova", MomentumTrainer)
     case = with_keys("fednova", momentum=0.5, learning_rate=0.05)
-    wanted = loop(case, "none", model(), epochs=1, smoothing=0.1)
+    wanted = published_loop(case, "none", model(), epochs=1, smoothing=0.1)
     assert_same(found.state, wanted.run(SHORT["comm_round"], 2))
 
 
@@ -177,11 +179,12 @@ def test_mime_refuses_a_users_own_trainer() -> None:
 # Any model
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", ["none", "pfedpara"])
 @pytest.mark.parametrize("name", [*EVERY, "scaffold-one"])
 def test_buffers_are_averaged(name: str, method: str) -> None:
-    found = federated(CASES[name], method, batch_model(), **SHORT).state
-    wanted = loop(CASES[name], method, batch_model(), epochs=1)
+    found = run_case(CASES[name], method, batch_model(), **SHORT).state
+    wanted = published_loop(CASES[name], method, batch_model(), epochs=1)
     assert_same(found, wanted.run(SHORT["comm_round"], 2), atol=5e-6)
     counters = [v for k, v in found.items() if k.endswith("num_batches_tracked")]
     assert counters
@@ -194,7 +197,7 @@ def test_frozen_parameters_stay() -> None:
         frozen = net[0].weight
         frozen.requires_grad_(False)
         before = frozen.clone()
-        found = federated(CASES[name], "none", net, comm_round=2, epochs=1).state
+        found = run_case(CASES[name], "none", net, comm_round=2, epochs=1).state
         assert (found["0.weight"] - before).abs().max() < 1e-6, name  # a mean of equals, rounded
         assert (found["2.weight"] - model().state_dict()["2.weight"]).abs().max() > 1e-3, name
 
@@ -240,7 +243,7 @@ def test_a_client_whose_training_gives_nan_counts_for_nothing(
     for name in EVERY:
         caplog.clear()
         keys = {"client_num_per_round": CLIENTS, "comm_round": 2, "epochs": 1}
-        found = federated(CASES[name], "none", model(), data=data, **keys).state
+        found = run_case(CASES[name], "none", model(), data=data, **keys).state
         assert all(torch.isfinite(v).all() for v in found.values()), name
         assert "left out client 1" in caplog.text, name
         assert "left out client 0" not in caplog.text, name
@@ -259,7 +262,7 @@ def test_an_aggregate_that_is_no_number_leaves_no_trace_in_the_servers_momentum(
     bad = [replace(tiny, report={**tiny.report, "normaliser": 1e-300}), good]
 
     def broken(some: Any) -> dict[str, torch.Tensor]:
-        """A user's own aggregate."""
+        """Aggregate as a user's own code might."""
         return {k: v * (torch.inf if v.is_floating_point() else 1) for k, v in mean(some).items()}
 
     assert not torch.isfinite(hurt.step(x, bad, broken)["w"]).all()
@@ -365,10 +368,10 @@ def test_a_rule_goes_on_from_its_saved_state(name: str) -> None:
 def test_a_run_that_is_started_again_goes_on(name: str, tmp_path: Path) -> None:
     """Server and clients from their files after two rounds; the third is as if nothing had been."""
     keys = {"epochs": 1, "fedpara_codec": "lossless"}
-    whole = federated(CASES[name], "pfedpara", model(), comm_round=3, **keys).state
+    whole = run_case(CASES[name], "pfedpara", model(), comm_round=3, **keys).state
     kept = {"fedpara_state_dir": str(tmp_path), **keys}
-    two = federated(CASES[name], "pfedpara", model(), comm_round=2, **kept).state
-    three = federated(CASES[name], "pfedpara", model(), comm_round=3, **kept)
+    two = run_case(CASES[name], "pfedpara", model(), comm_round=2, **kept).state
+    three = run_case(CASES[name], "pfedpara", model(), comm_round=3, **kept)
     assert three.runner.runner.server.round == 3
     assert {sent.round for sent in three.sent} == {3}
     assert_same(three.state, whole, atol=1e-7)
@@ -378,11 +381,13 @@ def test_a_run_that_is_started_again_goes_on(name: str, tmp_path: Path) -> None:
 # Codecs
 
 
+@pytest.mark.in_turn(every=3)
 @pytest.mark.parametrize("name", EVERY)
 def test_a_lossless_codec_changes_nothing(name: str) -> None:
     assert_same(state(name, "pfedpara", fedpara_codec="lossless"), state(name, "pfedpara"), 0.0)
 
 
+@pytest.mark.in_turn(every=3)
 @pytest.mark.parametrize("codec", ["int8", "balanced"])
 @pytest.mark.parametrize("name", EVERY)
 def test_a_lossy_codec_ends_close(name: str, codec: str) -> None:
@@ -400,7 +405,7 @@ def test_a_lossy_codec_ends_close(name: str, codec: str) -> None:
 def test_server_and_clients_do_not_drift_apart_through_a_lossy_codec(name: str) -> None:
     """The sum on the server is that of what the clients keep, whatever the codec has lost."""
     case = with_keys(name, fedpara_codec="balanced")
-    run = federated(case, "fedpara", model(), comm_round=5, epochs=1).runner.runner
+    run = run_case(case, "fedpara", model(), comm_round=5, epochs=1).runner.runner
     sums = run.server.rule.sums
     kept = []
     for client in range(CLIENTS):
@@ -437,11 +442,11 @@ def test_server_and_clients_do_not_drift_apart_through_a_lossy_codec(name: str) 
 )
 def test_bad_keys_are_said_at_once(optimizer: str, keys: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        federated(with_keys("fedavg", federated_optimizer=optimizer, **keys), "none", model())
+        run_case(with_keys("fedavg", federated_optimizer=optimizer, **keys), "none", model())
 
 
 def test_every_optimizer_has_defaults_for_its_keys() -> None:
     for optimizer in RULES:
         case = with_keys("fedavg", federated_optimizer=optimizer)
-        found = federated(case, "none", model(), comm_round=1, epochs=1).state
+        found = run_case(case, "none", model(), comm_round=1, epochs=1).state
         assert all(torch.isfinite(v).all() for v in found.values()), optimizer

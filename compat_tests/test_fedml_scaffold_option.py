@@ -19,7 +19,14 @@ from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 from torch import nn
 
 from fedpara_plugins import ConfigError
-from harness.fedml.optimizers import CASES, METHODS, assert_same, federated, loop, with_keys
+from harness.fedml.optimizer_cases import (
+    CASES,
+    METHODS,
+    assert_same,
+    published_loop,
+    run_case,
+    with_keys,
+)
 from harness.fedml.project import model
 from harness.fedml.project import run as run_single
 from harness.fedml.threads import Parties
@@ -81,29 +88,27 @@ class Kept(DefaultServerAggregator):  # type: ignore[misc]
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_trainers_own_loss(method: str) -> None:
-    found = federated(ONE, method, model(), client_trainer=Tells, **SHORT)
-    wanted = loop(ONE, method, model(), epochs=1, smoothing=SMOOTHING)
+    found = run_case(ONE, method, model(), client_trainer=Tells, **SHORT)
+    wanted = published_loop(ONE, method, model(), epochs=1, smoothing=SMOOTHING)
     assert_same(found.state, wanted.run(3, 2))
 
 
 def test_a_trainer_whose_training_is_fedmls_needs_to_say_nothing() -> None:
-    found = federated(ONE, "none", model(), client_trainer=Quiet, **SHORT)
-    assert_same(found.state, loop(ONE, "none", model(), epochs=1).run(3, 2))
+    found = run_case(ONE, "none", model(), client_trainer=Quiet, **SHORT)
+    assert_same(found.state, published_loop(ONE, "none", model(), epochs=1).run(3, 2))
 
 
 def test_a_trainer_whose_loss_is_not_known_ends_the_run_with_what_to_write() -> None:
-    with pytest.raises(
-        ConfigError, match=r"the loss of Smooth is not known.*losses\(self, train_d"
-    ):
-        federated(ONE, "none", model(), client_trainer=Smooth, **SHORT)
-    two = federated(CASES["scaffold"], "none", model(), client_trainer=Smooth, **SHORT)
-    wanted = loop(CASES["scaffold"], "none", model(), epochs=1, smoothing=SMOOTHING)
+    with pytest.raises(ConfigError, match=r"the loss of Smooth is its own.*losses\(self, train_d"):
+        run_case(ONE, "none", model(), client_trainer=Smooth, **SHORT)
+    two = run_case(CASES["scaffold"], "none", model(), client_trainer=Smooth, **SHORT)
+    wanted = published_loop(CASES["scaffold"], "none", model(), epochs=1, smoothing=SMOOTHING)
     assert_same(two.state, wanted.run(3, 2))
 
 
 def test_another_word_is_refused() -> None:
     with pytest.raises(ConfigError, match="'fedpara_scaffold_option': expected 'I' or 'II', got"):
-        federated(with_keys("scaffold", fedpara_scaffold_option="III"), "none", model(), **SHORT)
+        run_case(with_keys("scaffold", fedpara_scaffold_option="III"), "none", model(), **SHORT)
 
 
 @pytest.mark.parametrize("of_clients", ["I", "II"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ pytest.importorskip("fedml", reason="the FedML adapter; run in an environment th
 import torch
 from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError, Ledger, ModelSpec, convert
+from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
 from fedpara_plugins.ledger import Evaluation, read_lines
 from fedpara_plugins_fedml.messages.envelope import pack, unpack
 from harness.fedml.project import Outcome, Sent, dataset, forget_security, model, run
-from harness.fedml.reference import FedAvgLoop
+from harness.oracles.fedml_fedavg import FedAvgLoop
 
 PERSONAL = {"fedpara_method": "pfedpara", "fedpara_gamma": 0.5}
 
@@ -74,8 +77,6 @@ def test_no_private_factor_is_in_any_message() -> None:
     # The control: what is shared is found in the same way.
     last = {sent.client: sent.data for sent in outcome.sent if sent.direction == "up"}
     client, data = next(iter(last.items()))
-    from fedpara_plugins.codecs import decode_payload
-
     shared = decode_payload(unpack(data).payloads["model"], limit=10**7).tensors
     assert set(shared) == set(spec.shared_keys)
     assert all(value.numpy().tobytes() in everything for value in shared.values())
@@ -83,7 +84,6 @@ def test_no_private_factor_is_in_any_message() -> None:
 
 def test_nothing_of_the_engine_is_pickled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Neither messages nor what is kept on disk."""
-    import pickle
 
     def refuse(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("pickle was called")
@@ -117,6 +117,7 @@ def test_private_names_stay_on_the_device() -> None:
 # Codecs
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("codec", ["balanced", "small", "tiny", "lossless", "int8", "delta+zlib"])
 @pytest.mark.parametrize("method", ["none", "pfedpara"])
 def test_a_codec_learns_as_plain_numbers_do(
@@ -257,34 +258,34 @@ def test_bad_clients_are_left_out_and_named(caplog: pytest.LogCaptureFixture) ->
         assert f"left out client 2 in round {number}: it could not train: tensor" in words
 
 
-@pytest.mark.parametrize("damage", ["cut", "bits", "shape", "names", "examples", "pickle", "nan"])
+Tensors = dict[str, Tensor]
+BYTES: dict[str, Callable[[bytes, Tensors], bytes]] = {
+    "cut": lambda data, tensors: data[:-100],
+    "bits": lambda data, tensors: data[:-9] + bytes([data[-9] ^ 255]) + data[-8:],
+    "pickle": lambda data, tensors: pickle.dumps(tensors),
+}
+CONTENT: dict[str, Callable[[dict[str, Any], Tensors], object]] = {
+    "shape": lambda head, tensors: tensors.update({"0.weight": tensors["0.weight"][:5].clone()}),
+    "names": lambda head, tensors: tensors.update(other=tensors.pop("0.weight")),
+    "nan": lambda head, tensors: tensors["0.weight"].view(-1)[7].fill_(torch.inf),
+    "examples": lambda head, tensors: head.update(examples=-5),
+}
+"""Damage to a reply: to its bytes as a whole, or to its head and its tensors."""
+
+
+@pytest.mark.parametrize("damage", [*BYTES, *CONTENT])
 def test_a_reply_that_cannot_be_used_is_left_out(
     damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
-
     def tap(sent: Sent) -> bytes:
         if sent.direction == "down" or sent.client != "1":
             return sent.data
         envelope = unpack(sent.data)
         head, payload = dict(envelope.head), envelope.payloads["model"]
-        tensors = decode_payload(payload, limit=10**7).tensors
-        if damage == "cut":
-            return sent.data[:-100]
-        if damage == "bits":
-            return sent.data[:-9] + bytes([sent.data[-9] ^ 255]) + sent.data[-8:]
-        if damage == "pickle":
-            import pickle
-
-            return pickle.dumps(tensors)
-        if damage == "shape":
-            tensors["0.weight"] = tensors["0.weight"][:5].clone()
-        if damage == "names":
-            tensors["other"] = tensors.pop("0.weight")
-        if damage == "nan":
-            tensors["0.weight"][3, 3] = float("inf")
-        if damage == "examples":
-            head["examples"] = -5
+        tensors = dict(decode_payload(payload, limit=10**7).tensors)
+        if damage in BYTES:
+            return BYTES[damage](sent.data, tensors)
+        CONTENT[damage](head, tensors)
         return pack(head, {"model": encode_payload(tensors, codec=parse_codec("none"))})
 
     loop = FedAvgLoop(model(), dataset()[5])

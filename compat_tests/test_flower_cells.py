@@ -8,21 +8,23 @@ from pathlib import Path
 import pytest
 
 from fedpara_plugins import Ledger, LedgerEntry
-from harness.cells.cells import Cell, cells, environment, installed_version, part
+from harness.cells.base import Cell
+from harness.cells.environments import environment, installed_version, selection
+from harness.cells.flower import cells
 from harness.cells.refusals import refusal
 from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
 from harness.matrix.cell_runs import plain_loop, private_names, run, section
 from harness.matrix.checks import check_cell, check_close, check_refused, check_same_weights
 from harness.matrix.results import CellResult
-from harness.oracles.build import build
-from harness.oracles.reference import RULES, Reference, federated
-from harness.oracles.task import Task
+from harness.oracles.cell_model import cell_model
+from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
+from harness.oracles.task import TrainingTask
 
 
 def _params() -> list[object]:
     return [
         pytest.param(cell, id=cell.id, marks=getattr(pytest.mark, cell.strategy))
-        for cell in cells(environment(), part())
+        for cell in cells(environment(), selection())
     ]
 
 
@@ -41,21 +43,22 @@ def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
     check_cell(cell, outcome, plain, entries)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", ["none", "int8"])
 @pytest.mark.parametrize("method", ["none", "pfedpara"])
 def test_clients_that_are_away_most_rounds(method: str, codec: str) -> None:
     """Two of four a round: each comes back to other weights than it held."""
     cell = Cell("flower", environment(), "fedavg", method, codec)
-    task = Task(rounds=6)
+    task = TrainingTask(rounds=6)
     experiment = Experiment(task, "fedavg", {"fraction_train": 0.5, "fraction_evaluate": 0.5})
     outcome = federate(plugin_apps(experiment), section(cell))
     asked = [sent for sent in outcome.sent if (sent.direction, sent.kind) == ("down", "train")]
     chosen = [[s.partition for s in asked if s.round == r] for r in range(1, task.rounds + 1)]
     assert all(len(clients) == 2 for clients in chosen)
     assert len({tuple(clients) for clients in chosen}) > 2
-    plain = federated(
+    plain = run_plain_loop(
         task,
-        partial(build, method, cell.model),
+        partial(cell_model, method, cell.model),
         RULES["fedavg"](),
         private_names=private_names(cell),
         participants=chosen,
@@ -70,7 +73,7 @@ def test_clients_that_are_away_most_rounds(method: str, codec: str) -> None:
 
 
 def _note(
-    result: CellResult, outcome: Outcome, plain: Reference, entries: list[LedgerEntry]
+    result: CellResult, outcome: Outcome, plain: PlainResult, entries: list[LedgerEntry]
 ) -> None:
     up, down = (
         [entry for entry in entries if entry.direction == direction] for direction in ("up", "down")

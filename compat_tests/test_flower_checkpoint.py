@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-from harness.cells.cells import CODECS, GAMMA, METHODS
+from harness.cells.flower import CODECS, GAMMA, METHODS
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
 TOLERANCE = 1e-4
 """On logits of some 5: float32, with W composed once or in each forward."""
 
 
 def _federate(
-    task: Task, method: str, codec: str, hooks: Hooks | None = None, **paths: Path
+    task: TrainingTask, method: str, codec: str, hooks: Hooks | None = None, **paths: Path
 ) -> Outcome:
     section: dict[str, Any] = {"method": method, "codec": codec, "gamma": GAMMA}
     section.update({key.replace("_", "-"): str(path) for key, path in paths.items()})
@@ -30,7 +30,7 @@ def _federate(
     return federate(apps, {f"fedpara.{key}": value for key, value in section.items()})
 
 
-def _factorised(task: Task, method: str) -> nn.Module:
+def _factorised(task: TrainingTask, method: str) -> nn.Module:
     net = task.net()
     if method == "none":
         return net
@@ -38,14 +38,14 @@ def _factorised(task: Task, method: str) -> nn.Module:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, task: Task) -> Tensor:
+def _logits(model: nn.Module, task: TrainingTask) -> Tensor:
     model.eval()
     logits: Tensor = model(task.test_data()[0])
     return logits
 
 
-def _from_file(task: Task, path: Path) -> nn.Module:
-    """The user's own model, unmodified, with the file's weights."""
+def _from_file(task: TrainingTask, path: Path) -> nn.Module:
+    """Load a file into the user's own, unmodified model."""
     net = task.net()
     net.load_state_dict(load_file(path), strict=True)
     return net
@@ -58,19 +58,20 @@ def _about(path: Path) -> dict[str, str]:
 
 
 def _assert_trained(logits: Tensor, start: Tensor) -> None:
-    """Not the initial model, not a constant, not NaN: else two models would agree for nothing."""
+    """Assert a trained model, neither constant nor NaN: else two models could agree for nothing."""
     assert torch.isfinite(logits).all()
     assert float(logits.std(dim=0).min()) > 0.2
     assert float((logits - start).abs().max()) > 1
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("model", ["groupnorm", "batchnorm"])
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_servers_checkpoint_is_the_trained_model(
     method: str, codec: str, model: str, tmp_path: Path
 ) -> None:
-    task, path = Task(model=model), tmp_path / "new" / "dense.safetensors"
+    task, path = TrainingTask(model=model), tmp_path / "new" / "dense.safetensors"
     outcome = _federate(task, method, codec, checkpoint=path)
     torch.manual_seed(task.seed)
     converted = _factorised(task, method)
@@ -86,6 +87,7 @@ def test_the_servers_checkpoint_is_the_trained_model(
     assert _about(path)["method"] == method
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize(
     ("on_server", "on_clients"), [(True, False), (False, True), (False, False)]
@@ -94,7 +96,7 @@ def test_the_last_state_is_found_wherever_the_app_evaluates_it(
     on_server: bool, on_clients: bool, codec: str, tmp_path: Path
 ) -> None:
     """An app that evaluates nowhere after its last round gets no file, and a line that says why."""
-    task, path = Task(rounds=2, epochs=1), tmp_path / "dense.safetensors"
+    task, path = TrainingTask(rounds=2, epochs=1), tmp_path / "dense.safetensors"
     options = {"fraction_evaluate": 1.0 if on_clients else 0.0}
     apps = plugin_apps(Experiment(task, options=options, evaluate_fn=on_server))
     config: dict[str, str | float] = {
@@ -114,10 +116,11 @@ def test_the_last_state_is_found_wherever_the_app_evaluates_it(
     torch.testing.assert_close(found, _logits(converted, task), atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_servers_checkpoint_of_pfedpara_is_w1_and_says_so(codec: str, tmp_path: Path) -> None:
     """Composed here by hand from the shared factors of a Linear layer: s * X1 Y1ᵀ."""
-    task, path = Task(), tmp_path / "dense.safetensors"
+    task, path = TrainingTask(), tmp_path / "dense.safetensors"
     outcome = _federate(task, "pfedpara", codec, checkpoint=path)
     about = _about(path)
     assert "W1" in about["model"]
@@ -132,15 +135,16 @@ def test_the_servers_checkpoint_of_pfedpara_is_w1_and_says_so(codec: str, tmp_pa
 @pytest.mark.parametrize("method", ["none", "lowrank", "fedpara"])
 def test_other_methods_do_not_claim_to_be_w1(method: str, tmp_path: Path) -> None:
     path = tmp_path / "dense.safetensors"
-    _federate(Task(rounds=1, epochs=1), method, "int8", checkpoint=path)
+    _federate(TrainingTask(rounds=1, epochs=1), method, "int8", checkpoint=path)
     assert _about(path)["model"] == "the server's model"
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("method", ["fedpara", "pfedpara"])
 def test_each_client_exports_its_own_model(method: str, codec: str, tmp_path: Path) -> None:
     """Written where the client has just evaluated it: shared part as received, private its own."""
-    task = Task()
+    task = TrainingTask()
     own: dict[int, Tensor] = {}
 
     def evaluated(model: nn.Module, client: int, server_round: int) -> None:
@@ -176,7 +180,7 @@ def test_where_nothing_is_private_a_client_s_file_is_the_server_s_model(
     method: str, codec: str, tmp_path: Path
 ) -> None:
     """As it arrived there: with a lossy codec near to it, and nearer than one round's training."""
-    task = Task(rounds=2)
+    task = TrainingTask(rounds=2)
     before: list[dict[str, Tensor]] = []
 
     def loaded(model: nn.Module, client: int, server_round: int) -> None:
@@ -196,7 +200,7 @@ def test_where_nothing_is_private_a_client_s_file_is_the_server_s_model(
 
 def test_with_everything_off_clients_write_no_file(tmp_path: Path) -> None:
     paths = {"checkpoint": tmp_path / "server.safetensors", "client_checkpoints": tmp_path / "own"}
-    _federate(Task(rounds=1, epochs=1), "none", "none", **paths)
+    _federate(TrainingTask(rounds=1, epochs=1), "none", "none", **paths)
     assert [path.name for path in tmp_path.iterdir()] == ["server.safetensors"]
 
 
@@ -207,7 +211,7 @@ def test_a_relative_path_is_said_with_where_it_leads(
     names = {"checkpoint": "a.safetensors", "ledger": "b.jsonl", "state_dir": "c"}
     paths = {name: Path("out") / path for name, path in names.items()}
     paths["client_checkpoints"] = tmp_path / "own"
-    outcome = _federate(Task(rounds=1, epochs=1), "pfedpara", "int8", **paths)
+    outcome = _federate(TrainingTask(rounds=1, epochs=1), "pfedpara", "int8", **paths)
     told = [line for line in outcome.log if "is relative" in line]
     assert len(told) == len(names)  # the absolute one is not spoken of
     for name, path in names.items():
@@ -221,5 +225,5 @@ def test_a_relative_path_is_said_with_where_it_leads(
 
 def test_without_paths_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    _federate(Task(rounds=1, epochs=1), "pfedpara", "int8")
+    _federate(TrainingTask(rounds=1, epochs=1), "pfedpara", "int8")
     assert not list(tmp_path.iterdir())

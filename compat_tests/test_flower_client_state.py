@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
 State = dict[str, Tensor]
 States = dict[tuple[int, int], State]
 
-TASK = Task(rounds=2, epochs=1)
+TASK = TrainingTask(rounds=2, epochs=1)
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "gamma": ({"gamma": 0.6}, r"'conv2.x2' is of shape \(32, \d+\) there and of shape"),
@@ -34,7 +34,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def _run(folder: Path, **options: Any) -> tuple[Outcome, States, States]:
-    """A run, and each client's private state before and after its training in each round."""
+    """Run, and return each client's private state before and after training, by round."""
     before: States = {}
     after: States = {}
 
@@ -66,6 +66,7 @@ def _check_goes_on(before: States, after: States) -> None:
             torch.testing.assert_close(before[client, 1][key], value, rtol=0, atol=0)
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("other", OTHERS)
 def test_what_another_run_left_is_said_and_kept(tmp_path: Path, other: str) -> None:
     options, words = OTHERS[other]

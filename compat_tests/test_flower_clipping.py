@@ -18,17 +18,18 @@ from torch import Tensor
 import fedpara_plugins_flower.privacy.clipping as clipping
 from fedpara_plugins import FedParaError
 from fedpara_plugins_flower.server.strategy_arrays import averageable
-from harness.cells.cells import GAMMA, STRATEGIES
+from harness.cells.flower import GAMMA
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
 from harness.matrix.checks import distance
-from harness.oracles.build import build
-from harness.oracles.reference import RULES, federated
-from harness.oracles.task import Task
+from harness.oracles.cell_model import cell_model
+from harness.oracles.plain_loop import RULES, run_plain_loop
+from harness.oracles.task import TrainingTask
 
 CLIP = 0.05
 """Well below the norm of an update of one epoch, which is about 1."""
 
-TASK = Task(rounds=1, epochs=1)
+TASK = TrainingTask(rounds=1, epochs=1)
 
 CLIENT = ("dpclientfixed", "dpclientadaptive")
 SERVER = ("dpserverfixed", "dpserveradaptive")
@@ -43,13 +44,13 @@ def _run(
     codec: str,
     *,
     method: str = "fedpara",
-    task: Task = TASK,
+    task: TrainingTask = TASK,
     raises: bool = True,
     mods: tuple[Any, ...] | None = None,
     options: dict[str, float] | None = None,
     **more: str,
 ) -> Outcome:
-    """``options`` are the strategy's, ``more`` the plugin's."""
+    """Run with the strategy's ``options``, and ``more`` options of the plugin."""
     section = {
         "method": method,
         "codec": codec,
@@ -63,18 +64,18 @@ def _run(
 
 def _initial(method: str) -> dict[str, Tensor]:
     torch.manual_seed(TASK.seed)
-    return build(method, TASK.model).state_dict()
+    return cell_model(method, TASK.model).state_dict()
 
 
 def _distance(state: Mapping[str, Tensor], method: str) -> float:
-    """Of all that clients share from the first state; private factors are zero on the server."""
+    """Return the distance of the shared part from the first state; private factors are zero."""
     start = _initial(method)
     return distance(state, start, [key for key, value in state.items() if value.any()])
 
 
 @pytest.fixture
 def updates(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
-    """The states that the clients' replies come to on the server, before they are averaged."""
+    """Collect the states that the server decodes from replies, before they are averaged."""
     seen: list[dict[str, Tensor]] = []
     original = FedAvg.aggregate_train
 
@@ -90,6 +91,7 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
 # The bound ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", ["none", "lossless"])
 @pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
 @pytest.mark.parametrize("strategy", CLIENT)
@@ -103,6 +105,7 @@ def test_clipping_on_clients_bounds_every_update_without_loss(
     assert min(norms) > CLIP / 5  # the clip bounds them, they are not empty
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", ["int8", "balanced", "small"])
 @pytest.mark.parametrize("strategy", SERVER)
 def test_clipping_on_the_server_bounds_every_update_with_a_lossy_codec(
@@ -168,6 +171,7 @@ _wrapped.__wrapped__ = LOCAL  # type: ignore[attr-defined]
 LEGACY = legacy_mods.LocalDpMod(clipping_norm=CLIP, sensitivity=1e-6, epsilon=1.0, delta=0.1)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
     "local",
     [LOCAL, functools.partial(LOCAL), _wrapped, LEGACY],
@@ -203,6 +207,7 @@ def test_other_mods_are_not_refused() -> None:
 # The noise ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", ["none", "lossless"])
 @pytest.mark.parametrize("strategy", [*SERVER, *CLIENT])
 def test_the_noise_is_that_of_the_seeded_generator(strategy: str, codec: str) -> None:
@@ -233,11 +238,11 @@ def test_the_noise_is_that_of_the_seeded_generator(strategy: str, codec: str) ->
 
 def test_integers_go_to_qfedavg_as_numbers_and_the_log_says_so() -> None:
     """Flower's own run dies on them; here the counters count as weights, and a line says it."""
-    task = Task(model="batchnorm", rounds=2, epochs=1)
+    task = TrainingTask(model="batchnorm", rounds=2, epochs=1)
     experiment = Experiment(task, "qfedavg", {"client_learning_rate": task.lr})
     outcome = federate(plugin_apps(experiment), {"fedpara.codec": "lossless"})
     rule = RULES["qfedavg"](client_learning_rate=task.lr, q=STRATEGIES["qfedavg"].options["q"])
-    plain = federated(task, task.net, rule)
+    plain = run_plain_loop(task, task.net, rule)
     for key, value in outcome.state.items():
         np.testing.assert_allclose(value.double(), plain.state[key], atol=5e-6, err_msg=key)
     said = [line for line in outcome.log if "num_batches_tracked" in line and "norm" in line]
@@ -246,7 +251,7 @@ def test_integers_go_to_qfedavg_as_numbers_and_the_log_says_so() -> None:
 
 
 def test_integers_are_no_news_for_a_mean() -> None:
-    experiment = Experiment(Task(model="batchnorm", rounds=1, epochs=1))
+    experiment = Experiment(TrainingTask(model="batchnorm", rounds=1, epochs=1))
     outcome = federate(plugin_apps(experiment), {"fedpara.codec": "lossless"})
     assert outcome.accuracies
     assert not [line for line in outcome.log if "integer tensors" in line]

@@ -20,16 +20,17 @@ import fedpara_plugins_flower as flower_side
 from fedpara_plugins.codecs import decode_payload
 from fedpara_plugins.ledger import LayerSize, LedgerEntry, read_lines
 from fedpara_plugins_flower.messages.records import carried_payload
-from harness.cells.cells import GAMMA, STRATEGIES
+from harness.cells.flower import GAMMA
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Apps, Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.flower.legacy_apps import LegacyExperiment, legacy_plugin_apps
-from harness.oracles.dense_reference import descend_dense
-from harness.oracles.reference import RULES, Reference, federated
-from harness.oracles.task import Task
+from harness.oracles.dense_local import descend_dense
+from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
+from harness.oracles.task import TrainingTask
 
 State = dict[str, Tensor]
 
-TASK = Task(rounds=3, epochs=1)
+TASK = TrainingTask(rounds=3, epochs=1)
 CONVERTING = ("lowrank", "fedpara", "pfedpara")
 BOTH, APP = frozenset({"net", "app"}), frozenset({"app"})
 
@@ -39,7 +40,7 @@ def _section(method: str = "fedpara", codec: str = "none", **options: Any) -> di
     return {f"fedpara.{key.replace('_', '-')}": value for key, value in chosen.items()}
 
 
-def _build(task: Task, method: str, private: tuple[str, ...] = ()) -> nn.Module:
+def _build(task: TrainingTask, method: str, private: tuple[str, ...] = ()) -> nn.Module:
     net = task.net()
     model = fedpara.convert(net, method=method, gamma=GAMMA, init="random", private=private)
     if private:  # which every client starts from values that it derives by itself
@@ -47,9 +48,11 @@ def _build(task: Task, method: str, private: tuple[str, ...] = ()) -> nn.Module:
     return model
 
 
-def _loop(task: Task, strategy: str, method: str, private: tuple[str, ...] = ()) -> Reference:
+def _loop(
+    task: TrainingTask, strategy: str, method: str, private: tuple[str, ...] = ()
+) -> PlainResult:
     spec = STRATEGIES[strategy]
-    return federated(
+    return run_plain_loop(
         task,
         partial(_build, task, method, private),
         RULES[spec.rule](**spec.rule_options),
@@ -63,7 +66,7 @@ def _distance(a: State, b: State, keys: Any) -> float:
     return float(sum(((a[key].double() - b[key].double()) ** 2).sum() for key in keys) ** 0.5)
 
 
-def _check_near(outcome: Outcome, plain: Reference, tolerance: float) -> None:
+def _check_near(outcome: Outcome, plain: PlainResult, tolerance: float) -> None:
     shared = [key for key in plain.state if key not in next(iter(plain.private.values()), {})]
     assert set(outcome.state) == set(plain.state)
     moved = _distance(plain.state, plain.initial, shared)
@@ -74,6 +77,7 @@ def _check_near(outcome: Outcome, plain: Reference, tolerance: float) -> None:
 # What the server gets ---------------------------------------------------------------------------
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", CONVERTING)
 @pytest.mark.parametrize(
     ("strategy", "model"),
@@ -86,7 +90,7 @@ def _check_near(outcome: Outcome, plain: Reference, tolerance: float) -> None:
     ],
 )
 def test_a_run_is_that_of_a_plain_loop(strategy: str, method: str, model: str) -> None:
-    task = Task(rounds=3, epochs=1, model=model)
+    task = TrainingTask(rounds=3, epochs=1, model=model)
     outcome = federate(plugin_apps(Experiment(task, strategy)), _section(method))
     plain = _loop(task, strategy, method)
     # FedAdam divides by the square root of small second moments.
@@ -99,9 +103,9 @@ def test_a_run_is_that_of_a_plain_loop(strategy: str, method: str, model: str) -
     assert apart > 0.1 * _distance(plain.state, plain.initial, factors)
 
 
-def _loop_with_factors(task: Task, strategy: str, method: str) -> Reference:
+def _loop_with_factors(task: TrainingTask, strategy: str, method: str) -> PlainResult:
     spec = STRATEGIES[strategy]
-    return federated(
+    return run_plain_loop(
         task,
         partial(_build, task, method),
         RULES[spec.rule](**spec.rule_options),
@@ -110,6 +114,7 @@ def _loop_with_factors(task: Task, strategy: str, method: str) -> Reference:
     )
 
 
+@pytest.mark.in_turn(every=3)
 @pytest.mark.parametrize("method", CONVERTING)
 def test_bytes_and_names_are_those_of_factor_training(method: str) -> None:
     """The very same without a codec; with one, entropy depends on the values a little."""
@@ -153,7 +158,7 @@ class Watched:
 
     def __init__(self) -> None:
         self.seen: list[tuple[type, list[str], bool]] = []
-        self.plain = list(Task().net().state_dict())
+        self.plain = list(TrainingTask().net().state_dict())
 
     def look(self, model: nn.Module, client: int, server_round: int) -> None:
         factorised = any(isinstance(m, base.FactorisedLayer) for m in model.modules())
@@ -168,6 +173,7 @@ class Watched:
         assert set(map(str, self.seen)) == {str((net, self.plain, False))}
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", CONVERTING)
 @pytest.mark.parametrize("lines", [BOTH, APP], ids=["with Net", "without Net"])
 def test_a_client_s_model_is_never_converted(method: str, lines: frozenset[str]) -> None:
@@ -188,7 +194,7 @@ def test_no_option_for_factors_acts_on_the_client() -> None:
 
 
 def test_it_learns() -> None:
-    task = Task(rounds=8, epochs=2, lr=0.2)
+    task = TrainingTask(rounds=8, epochs=2, lr=0.2)
     outcome = federate(plugin_apps(Experiment(task)), _section(codec="balanced"))
     assert outcome.accuracies[-1] > 0.8 > 0.3 > outcome.accuracies[0]
     own = federate(plugin_apps(Experiment(task)), _section("pfedpara", codec="balanced"))
@@ -343,7 +349,7 @@ def test_local_noise_is_refused_by_the_clients() -> None:
 
 def _legacy(method: str, **options: Any) -> tuple[Outcome, Watched]:
     watched = Watched()
-    task = options.pop("task", Task(clients=2, rounds=2, epochs=1))
+    task = options.pop("task", TrainingTask(clients=2, rounds=2, epochs=1))
     experiment = LegacyExperiment(task, hooks=Hooks(loaded=watched.look), **options)
     section = _section(method, init="seeded")
     outcome = federate(legacy_plugin_apps(experiment), section)
@@ -361,16 +367,17 @@ def _carried(outcome: Outcome, direction: str, server_round: int) -> list[State]
     ]
 
 
-def _seeded(task: Task, method: str) -> nn.Module:
+def _seeded(task: TrainingTask, method: str) -> nn.Module:
     return fedpara.convert(task.net(), method=method, gamma=GAMMA, init="seeded")
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("part", ["state", "parameters"])
 @pytest.mark.parametrize("method", CONVERTING)
 def test_an_app_of_the_legacy_api_is_the_same_plain_loop(method: str, part: str) -> None:
-    task = Task(clients=2, rounds=2, epochs=1)
+    task = TrainingTask(clients=2, rounds=2, epochs=1)
     outcome, _ = _legacy(method, part=part)
-    plain = federated(
+    plain = run_plain_loop(
         task,
         partial(_seeded, task, method),
         RULES["fedavg"](),
@@ -380,12 +387,13 @@ def test_an_app_of_the_legacy_api_is_the_same_plain_loop(method: str, part: str)
     _check_near(outcome, plain, 1e-3)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("part", ["state", "parameters"])
 @pytest.mark.parametrize("method", CONVERTING)
 @pytest.mark.parametrize("model", ["groupnorm", "batchnorm"])
 def test_a_client_is_asked_for_the_first_weights(method: str, part: str, model: str) -> None:
     """It gives factors, of which its own plain model holds the composed weights."""
-    task = Task(clients=2, rounds=2, epochs=1, model=model)
+    task = TrainingTask(clients=2, rounds=2, epochs=1, model=model)
     outcome, _ = _legacy(method, task=task, part=part, initial=False, evaluate_fn=False)
     seeded = _seeded(task, method)
     shared = fedpara.split(seeded).shared

@@ -15,12 +15,12 @@ import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
 from fedpara_plugins.codecs import decode_payload
 from fedpara_plugins_flower.strategies.client_state import own_state
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Outcome, federate
 from harness.flower.drift_apps import DriftExperiment, drift_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
-from harness.oracles.drift_reference import Published, feddyn, scaffold
-from harness.oracles.task import Task, train
+from harness.oracles.drift import DriftResult, feddyn, scaffold
+from harness.oracles.task import TrainingTask, train
 
 TOLERANCE = 1e-4
 """Of a weight to the plain loop, over five rounds. float32 on both sides, and what is corrected by
@@ -33,7 +33,7 @@ METHODS = ("none", "fedpara", "pfedpara")
 
 
 def _build(method: str, model: str = "groupnorm") -> nn.Module:
-    net = Task(model=model).net()
+    net = TrainingTask(model=model).net()
     return net if method == "none" else core.convert(net, method=method, gamma=GAMMA)
 
 
@@ -61,11 +61,13 @@ def _run(
     codec: str = "none",
     *,
     mods: bool = True,
-    task: Task | None = None,
+    task: TrainingTask | None = None,
     **options: Any,
 ) -> tuple[Outcome, DriftExperiment]:
     losses = options.get("option") == "I"
-    experiment = DriftExperiment(strategy, {**PUBLISHED, **options}, task or Task(), losses=losses)
+    experiment = DriftExperiment(
+        strategy, {**PUBLISHED, **options}, task or TrainingTask(), losses=losses
+    )
     apps = drift_apps(experiment, mods=mods)
     return federate(apps, _section(method, codec)), experiment
 
@@ -75,7 +77,9 @@ def _choice(algorithm: str) -> tuple[Any, dict[str, Any]]:
     return {"scaffold": fedpara.Scaffold, "feddyn": fedpara.FedDyn}[algorithm], options
 
 
-def _plain(algorithm: str, task: Task, method: str, weights: Any = lambda client: 1.0) -> Published:
+def _plain(
+    algorithm: str, task: TrainingTask, method: str, weights: Any = lambda client: 1.0
+) -> DriftResult:
     build = partial(_build, method, task.model)
     if algorithm == "scaffold":
         return scaffold(task, build, private_names=_private(method), weights=weights)
@@ -83,7 +87,7 @@ def _plain(algorithm: str, task: Task, method: str, weights: Any = lambda client
 
 
 def _own(outcome: Outcome, experiment: DriftExperiment, partition: int) -> dict[str, Tensor]:
-    """What a client keeps, as far as the server has it; {} for zeros."""
+    """Return what a client keeps, as far as the server has it; {} for zeros."""
     context = SimpleNamespace(
         state=outcome.grid.client_state(partition),
         node_config={"partition-id": partition},
@@ -97,7 +101,7 @@ def _own(outcome: Outcome, experiment: DriftExperiment, partition: int) -> dict[
 
 
 def _assert_mean_of_own(outcome: Outcome, experiment: DriftExperiment) -> None:
-    """c, or h, is the mean of what the clients keep."""
+    """Assert that c, or h, is the mean of what the clients keep."""
     clients = experiment.task.clients
     own = [_own(outcome, experiment, partition) for partition in range(clients)]
     assert sum(map(bool, own)) >= 2
@@ -112,11 +116,11 @@ def _distance(a: dict[str, Tensor], b: dict[str, Tensor], names: Any) -> float:
 
 
 def _loop(make: Any) -> Any:
-    """A training loop with the optimizer that ``make`` builds."""
+    """Return a training loop with the optimizer that ``make`` builds."""
 
     def run(model: nn.Module, client: int, server_round: int) -> None:
         optimizer = make(model.parameters())
-        for images, labels in Task().batches(client, server_round):
+        for images, labels in TrainingTask().batches(client, server_round):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
@@ -125,7 +129,7 @@ def _loop(make: Any) -> Any:
 
 
 def _assert_published(
-    outcome: Outcome, experiment: DriftExperiment, plain: Published, private: frozenset[str]
+    outcome: Outcome, experiment: DriftExperiment, plain: DriftResult, private: frozenset[str]
 ) -> None:
     assert outcome.state.keys() == plain.state.keys()
     for key, value in outcome.state.items():
@@ -142,12 +146,13 @@ def _assert_published(
     assert not [line for line in outcome.log if "left out" in line]
 
 
+@pytest.mark.in_turn
 @pytest.mark.scaffold
 @pytest.mark.parametrize("option", ["I", "II"])
 @pytest.mark.parametrize("method", METHODS)
 def test_scaffold_is_the_published_algorithm(method: str, option: Any) -> None:
     """Half of the clients a round, many local steps, a server rate that is not 1."""
-    task = Task(rounds=5)
+    task = TrainingTask(rounds=5)
     outcome, experiment = _run(
         fedpara.Scaffold, method, task=task, fraction_train=0.5, option=option, server_rate=0.8
     )
@@ -168,7 +173,7 @@ def test_scaffold_is_the_published_algorithm(method: str, option: Any) -> None:
 @pytest.mark.feddyn
 @pytest.mark.parametrize("method", METHODS)
 def test_feddyn_is_the_published_algorithm(method: str) -> None:
-    task = Task(rounds=5)
+    task = TrainingTask(rounds=5)
     outcome, experiment = _run(fedpara.FedDyn, method, task=task, fraction_train=0.5, alpha=ALPHA)
     chosen = _participants(outcome, task.rounds)
     assert {len(clients) for clients in chosen} == {2}
@@ -189,7 +194,7 @@ def test_feddyn_is_the_published_algorithm(method: str) -> None:
 @pytest.mark.feddyn
 @pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
 def test_batchnorm_buffers_are_averaged_and_have_no_variates(algorithm: str) -> None:
-    task = Task(model="batchnorm")
+    task = TrainingTask(model="batchnorm")
     strategy, options = _choice(algorithm)
     outcome, experiment = _run(strategy, "fedpara", task=task, **options)
     plain = _plain(algorithm, task, "fedpara")
@@ -205,7 +210,7 @@ def test_batchnorm_buffers_are_averaged_and_have_no_variates(algorithm: str) -> 
 def test_clients_count_by_their_examples_if_asked_to(algorithm: str) -> None:
     strategy, options = _choice(algorithm)
     outcome, experiment = _run(strategy, weighting="examples", **options)
-    task = Task()
+    task = TrainingTask()
     assert len({task.size(client) for client in range(4)}) == 4
     _assert_published(outcome, experiment, _plain(algorithm, task, "none", task.size), frozenset())
     uniform = _plain(algorithm, task, "none")
@@ -240,7 +245,7 @@ def test_with_another_strategy_the_clients_lines_do_nothing() -> None:
 def test_scaffold_of_one_client_is_fedavg() -> None:
     """c is then that client's own variate, and the correction zero in every round."""
     alone = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
-    task = Task(clients=1)
+    task = TrainingTask(clients=1)
     outcome, experiment = _run(fedpara.Scaffold, "fedpara", task=task, **alone)
     assert any(float(v.abs().max()) > 1e-3 for v in experiment.made.sums.total.values())
     fedavg = federate(drift_apps(DriftExperiment(FedAvg, alone, task)), _section("fedpara"))
@@ -262,7 +267,7 @@ def test_scaffold_that_only_collects_is_fedavg() -> None:
 @pytest.mark.feddyn
 def test_feddyns_first_round_is_fedprox_with_a_longer_step() -> None:
     """Duals are zero: clients do FedProx's steps; h, taken in first, adds |P|/m of the update."""
-    task = Task(rounds=1)
+    task = TrainingTask(rounds=1)
     outcome, _ = _run(fedpara.FedDyn, "fedpara", task=task, fraction_train=0.5, alpha=ALPHA)
     (chosen,) = _participants(outcome, 1)
     torch.manual_seed(task.seed)
@@ -281,6 +286,7 @@ def test_feddyns_first_round_is_fedprox_with_a_longer_step() -> None:
 # Codecs and the wire -----------------------------------------------------------------------------
 
 
+@pytest.mark.in_turn
 @pytest.mark.scaffold
 @pytest.mark.feddyn
 @pytest.mark.parametrize("codec", ["int8", "balanced", "small"])
@@ -290,11 +296,12 @@ def test_whatever_a_codec_loses_the_servers_mean_is_that_of_the_clients(
 ) -> None:
     strategy, options = _choice(algorithm)
     outcome, experiment = _run(
-        strategy, "fedpara", codec, task=Task(rounds=5), fraction_train=0.5, **options
+        strategy, "fedpara", codec, task=TrainingTask(rounds=5), fraction_train=0.5, **options
     )
     _assert_mean_of_own(outcome, experiment)
 
 
+@pytest.mark.in_turn
 @pytest.mark.scaffold
 @pytest.mark.feddyn
 @pytest.mark.parametrize("codec", ["int8", "balanced"])
@@ -302,7 +309,7 @@ def test_whatever_a_codec_loses_the_servers_mean_is_that_of_the_clients(
 def test_a_codec_ends_near_the_uncoded_run(algorithm: str, codec: str) -> None:
     strategy, options = _choice(algorithm)
     coded, experiment = _run(strategy, "fedpara", codec, **options)
-    plain = _plain(algorithm, Task(), "fedpara")
+    plain = _plain(algorithm, TrainingTask(), "fedpara")
     names = experiment.made.sums.total
     way = _distance(plain.state, plain.initial, names)
     assert _distance(coded.state, plain.state, names) <= 0.1 * way
@@ -316,7 +323,7 @@ def test_a_codec_ends_near_the_uncoded_run(algorithm: str, codec: str) -> None:
 
 @pytest.mark.scaffold
 def test_private_names_have_no_variates_on_the_wire() -> None:
-    outcome, experiment = _run(fedpara.Scaffold, "pfedpara", task=Task(rounds=2))
+    outcome, experiment = _run(fedpara.Scaffold, "pfedpara", task=TrainingTask(rounds=2))
     private = _private("pfedpara")
     assert private
     shared = set(_build("pfedpara").state_dict()) - private
@@ -336,6 +343,7 @@ def test_private_names_have_no_variates_on_the_wire() -> None:
 # What is lost ------------------------------------------------------------------------------------
 
 
+@pytest.mark.in_turn
 @pytest.mark.scaffold
 @pytest.mark.feddyn
 @pytest.mark.parametrize("remember", [True, False])
@@ -344,7 +352,9 @@ def test_a_client_that_lost_its_state_is_noticed_and_taken_out(
     algorithm: str, remember: bool
 ) -> None:
     strategy, options = _choice(algorithm)
-    experiment = DriftExperiment(strategy, {**options, "remember": remember}, Task(rounds=4))
+    experiment = DriftExperiment(
+        strategy, {**options, "remember": remember}, TrainingTask(rounds=4)
+    )
 
     def tap(sent: Sent, grid: InProcessGrid) -> None:
         if (sent.direction, sent.kind, sent.round) == ("down", "evaluate", 2):
@@ -372,7 +382,7 @@ def test_a_reply_that_never_arrives_is_undone_on_the_client(
     algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strategy, options = _choice(algorithm)
-    experiment = DriftExperiment(strategy, options, Task(rounds=4))
+    experiment = DriftExperiment(strategy, options, TrainingTask(rounds=4))
     original = InProcessGrid.pull_messages
 
     def pull(self: InProcessGrid, message_ids: Any) -> Any:
@@ -389,13 +399,14 @@ def test_a_reply_that_never_arrives_is_undone_on_the_client(
     _assert_mean_of_own(outcome, experiment)
 
 
+@pytest.mark.in_turn
 @pytest.mark.scaffold
 @pytest.mark.feddyn
 @pytest.mark.parametrize("mods", [True, False])
 @pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
 def test_nan_of_one_client_costs_that_client_its_round(algorithm: str, mods: bool) -> None:
     strategy, options = _choice(algorithm)
-    task = Task()
+    task = TrainingTask()
 
     def spoil(model: nn.Module, client: int, server_round: int) -> None:
         lr = 1e30 if (client, server_round) == (2, 2) else task.lr
@@ -417,7 +428,7 @@ def test_nan_of_one_client_costs_that_client_its_round(algorithm: str, mods: boo
 
 @pytest.mark.scaffold
 def test_the_guard_collects_first_and_bounds_what_is_too_large() -> None:
-    task = Task(rounds=4)
+    task = TrainingTask(rounds=4)
     options = {"guard": fedpara.Guard(tau=1.5, collect=1)}
 
     def exaggerate(model: nn.Module, client: int, server_round: int) -> None:
@@ -454,6 +465,7 @@ def test_the_guard_is_on_by_default_and_off_it_is_silent() -> None:
 # What is refused ---------------------------------------------------------------------------------
 
 
+@pytest.mark.in_turn
 @pytest.mark.scaffold
 @pytest.mark.feddyn
 @pytest.mark.parametrize("mods", [True, False])
@@ -466,6 +478,7 @@ def test_a_client_without_the_lines_ends_the_run_with_the_lines(
         federate(drift_apps(experiment, mods=mods), _section("none"))
 
 
+@pytest.mark.in_turn
 @pytest.mark.scaffold
 @pytest.mark.parametrize("mods", [True, False])
 @pytest.mark.parametrize(

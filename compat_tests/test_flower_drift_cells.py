@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 from fedpara_plugins import Ledger, LedgerEntry, split
-from harness.cells.cells import GAMMA, OURS, Cell, drift_cells, environment, part
+from harness.cells.base import Cell
+from harness.cells.environments import environment, selection
+from harness.cells.flower import GAMMA, drift_cells
+from harness.cells.strategies import PLUGIN_STRATEGIES
 from harness.flower.apps import Outcome, federate
 from harness.flower.drift_apps import DriftExperiment, drift_apps
 from harness.matrix.checks import distance
 from harness.matrix.results import CellResult
-from harness.oracles.build import build
-from harness.oracles.drift_reference import published
-from harness.oracles.task import Task
+from harness.oracles.cell_model import cell_model
+from harness.oracles.drift import run_published
+from harness.oracles.task import TrainingTask
 
 TOLERANCE = 1e-4
 """Of a weight over three rounds; see `test_flower_drift`."""
@@ -28,7 +31,7 @@ strategies are given: variates and duals are coded too, or follow from what is."
 def _params() -> list[object]:
     return [
         pytest.param(cell, id=cell.id, marks=getattr(pytest.mark, cell.strategy))
-        for cell in drift_cells(environment(), part())
+        for cell in drift_cells(environment(), selection())
     ]
 
 
@@ -36,7 +39,7 @@ def _params() -> list[object]:
 def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
     import fedpara_plugins_flower
 
-    spec, task = OURS[cell.strategy], Task(model=cell.model)
+    spec, task = PLUGIN_STRATEGIES[cell.strategy], TrainingTask(model=cell.model)
     options = {**spec.options, "guard": None}
     experiment = DriftExperiment(getattr(fedpara_plugins_flower, spec.class_name), options, task)
     ledger = tmp_path / "ledger.jsonl"
@@ -47,8 +50,8 @@ def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
         "fedpara.ledger": str(ledger),
     }
     outcome = federate(drift_apps(experiment), section)
-    travels, private = split(build(cell.method, cell.model))
-    plain = published(cell.strategy, cell.method, task, frozenset(private))
+    travels, private = split(cell_model(cell.method, cell.model))
+    plain = run_published(cell.strategy, cell.method, task, frozenset(private))
     entries = Ledger.read(ledger)
     encoded = sum(entry.encoded_bytes for entry in entries)
     result.note(
@@ -73,7 +76,7 @@ def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
 
 
 def _check_bytes(outcome: Outcome, entries: list[LedgerEntry], cell: Cell) -> None:
-    """The ledger's bytes are the wire's, variates included."""
+    """Assert that the ledger's bytes are the wire's, variates included."""
     counted: Counter[tuple[object, ...]] = Counter()
     for sent in outcome.sent:
         if sent.arrays:
@@ -83,8 +86,11 @@ def _check_bytes(outcome: Outcome, entries: list[LedgerEntry], cell: Cell) -> No
         booked[entry.direction, entry.round, entry.kind, entry.client] += entry.encoded_bytes
     assert booked == counted
     dense = sum(
-        v.numel() * v.element_size() for v in Task(model=cell.model).net().state_dict().values()
+        v.numel() * v.element_size()
+        for v in TrainingTask(model=cell.model).net().state_dict().values()
     )
-    with_variates = dense + sum(4 * p.numel() for p in Task(model=cell.model).net().parameters())
+    with_variates = dense + sum(
+        4 * p.numel() for p in TrainingTask(model=cell.model).net().parameters()
+    )
     up = {entry.dense_bytes for entry in entries if entry.direction == "up"}
     assert up == {with_variates if cell.strategy == "scaffold" else dense}

@@ -20,7 +20,7 @@ import fedpara_plugins_flower as fedpara
 from fedpara_plugins.layers.base import FactorisedLayer
 from fedpara_plugins_flower.run import Run, open_run
 from fedpara_plugins_flower.settings import FlowerSettings
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import (
     Apps,
     Experiment,
@@ -31,9 +31,9 @@ from harness.flower.apps import (
     train_app,
 )
 from harness.oracles.task import Net as PlainNet
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
-TASK = Task(clients=2, rounds=2, epochs=1)
+TASK = TrainingTask(clients=2, rounds=2, epochs=1)
 
 FILES = {
     "task.py": """
@@ -57,10 +57,10 @@ from torch.nn.functional import cross_entropy
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from no_edit_app.task import {name}
-from harness.oracles.task import Task, train
+from harness.oracles.task import TrainingTask, train
 
 app = ClientApp()
-data = Task(clients=2)
+data = TrainingTask(clients=2)
 
 @app.train()
 def fit(message, context):
@@ -111,7 +111,7 @@ NAMED = {
 def model(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """An app on disk, as its author wrote it; how its files build the model."""
+    """Write an app to disk as its author would, and yield how its files build the model."""
     folder = tmp_path / "no_edit_app"
     folder.mkdir()
     (folder / "__init__.py").touch()

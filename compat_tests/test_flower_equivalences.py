@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-from harness.cells.cells import GAMMA, METHODS, STRATEGIES, every_strategy, part
+from harness.cells.environments import selection
+from harness.cells.flower import GAMMA, METHODS, every_strategy
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Experiment, Outcome, federate, plain_apps, plugin_apps
 from harness.flower.inprocess_grid import Sent
-from harness.oracles.task import MODELS, Task
+from harness.oracles.task import MODELS, TrainingTask
 
 Key = tuple[str, int, str, int]
 
-EVERY = every_strategy(part())
+EVERY = every_strategy(selection())
 
 
 @cache
@@ -28,7 +30,7 @@ def _run(
     model: str = "groupnorm",
     mu: float = 0.1,
 ) -> Outcome:
-    """A run with the plugin's lines; method None leaves the config section out."""
+    """Run with the plugin's lines; method None leaves the config section out."""
     options = {"proximal_mu": mu} if strategy == "fedprox" else {}
     section: dict[str, Any] = {}
     if method is not None:
@@ -36,12 +38,12 @@ def _run(
     return federate(plugin_apps(Experiment(_task(strategy, model), strategy, options)), section)
 
 
-def _task(strategy: str, model: str = "groupnorm") -> Task:
-    return Task(model=model, clients=STRATEGIES[strategy].clients, epochs=1)
+def _task(strategy: str, model: str = "groupnorm") -> TrainingTask:
+    return TrainingTask(model=model, clients=STRATEGIES[strategy].clients, epochs=1)
 
 
 def _by_place(outcome: Outcome) -> dict[Key, Sent]:
-    """Every message by where it stands in the run; each place holds one."""
+    """Return every message by its place in the run; each place holds one."""
     places: dict[Key, Sent] = {(s.kind, s.round, s.direction, s.partition): s for s in outcome.sent}
     clients = len({s.partition for s in outcome.sent})
     assert len(places) == len(outcome.sent) == 2 * 3 * 2 * clients  # kinds, rounds, directions
@@ -73,6 +75,7 @@ def _assert_same_weights(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> 
         assert torch.equal(value, theirs[key]), key
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("codec", ["none", "int8"])
 @pytest.mark.parametrize("method", METHODS)
 def test_fedprox_with_mu_0_is_fedavg_bit_for_bit(method: str, codec: str) -> None:
@@ -109,6 +112,7 @@ def test_the_comparison_of_messages_sees_a_difference() -> None:
         _assert_same_messages(_run("fedavg", "none"), _run("fedprox", "none"))
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", ["lowrank", "fedpara"])
 @pytest.mark.parametrize("strategy", EVERY)
 def test_without_private_factors_the_run_is_that_of_a_converted_model(

@@ -15,14 +15,15 @@ import fedpara_plugins as fedpara
 from fedpara_plugins.exchange import client_round
 from fedpara_plugins.exchange.coding import CodedRecord
 from fedpara_plugins.exchange.outgoing import Outgoing
-from harness.cells.cells import GAMMA, STRATEGIES
+from harness.cells.flower import GAMMA
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Apps, Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.flower.inprocess_grid import Engine, Sent
 from harness.flower.legacy_apps import LegacyExperiment, legacy_plugin_apps
-from harness.oracles.reference import RULES, Reference, federated
-from harness.oracles.task import Task
+from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
+from harness.oracles.task import TrainingTask
 
-TASK = Task(rounds=3, epochs=1)
+TASK = TrainingTask(rounds=3, epochs=1)
 
 
 def plugin_experiment(**lines: frozenset[str]) -> Apps:
@@ -95,6 +96,7 @@ def test_a_missing_line_ends_the_run_in_its_first_round(
     assert {(sent.round, sent.kind) for sent in outcome.sent} <= {(1, "train")}
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(("method", "codec"), [("fedpara", "none"), ("none", "int8")])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_without_the_plugin_on_the_server_the_clients_end_the_run_and_say_why(
@@ -192,6 +194,7 @@ FAILURES: dict[str, tuple[Callable[[nn.Module, int, int], None], str]] = {
 }
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("engine", ["simulation", "deployment"])
 @pytest.mark.parametrize(("method", "codec"), [("pfedpara", "none"), ("pfedpara", "int8")])
 @pytest.mark.parametrize("failure", FAILURES)
@@ -314,7 +317,7 @@ def _one_fails(
 
 
 def _check_named(outcome: Outcome, says: str) -> None:
-    """One line, in that round, names the node and the reason."""
+    """Assert that one line, in that round, names the node and the reason."""
     begin, end = (
         next(i for i, line in enumerate(outcome.log) if f"[ROUND {n}" in line)
         for n in (ROUND, ROUND + 1)
@@ -326,7 +329,7 @@ def _check_named(outcome: Outcome, says: str) -> None:
 
 
 def _check_as_without_the_client(outcome: Outcome, method: str, codec: str) -> None:
-    """The weights are those of a plain loop where that client sits out that round.
+    """Assert the weights of a plain loop where that client sits out that round.
 
     With int8, at least nearer to that loop than to the one where it takes part.
     With ``pfedpara`` this holds only if the failed reply left no trace in the client's private
@@ -348,10 +351,10 @@ def _build(method: str) -> nn.Module:
     return fedpara.convert(TASK.net(), method=method, gamma=GAMMA, init="random")
 
 
-def _reference(method: str, *, missing: bool = True) -> Reference:
+def _reference(method: str, *, missing: bool = True) -> PlainResult:
     everyone = list(range(TASK.clients))
     others = [client for client in everyone if client != CULPRIT]
-    return federated(
+    return run_plain_loop(
         TASK,
         partial(_build, method),
         RULES["fedavg"](),

@@ -16,9 +16,9 @@ from flwr.serverapp.strategy import FedAvg
 import fedpara_plugins as fedpara
 from fedpara_plugins import ConfigError, LedgerEntry
 from fedpara_plugins.ledger import Evaluation, LayerSize, RunStart, read_lines
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Apps, Experiment, Outcome, federate, plugin_apps
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
 ON_AND_OFF = [("none", "none"), ("pfedpara", "int8")]
 
@@ -36,6 +36,7 @@ def _figures(path: Path, source: str, metric: str) -> dict[int, float | None]:
     }
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 @pytest.mark.parametrize(("method", "codec"), ON_AND_OFF)
 def test_figures_of_merit_are_written_without_an_edit(
@@ -73,14 +74,16 @@ def test_every_line_is_on_disk_when_a_round_ends(tmp_path: Path) -> None:
 
 def test_layers_add_up_to_one_message(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
-    federate(plugin_apps(Experiment(Task(rounds=1))), _section(ledger, "pfedpara", "int8"))
+    federate(plugin_apps(Experiment(TrainingTask(rounds=1))), _section(ledger, "pfedpara", "int8"))
     lines = list(read_lines(ledger))
     layers = [line for line in lines if isinstance(line, LayerSize)]
     first = next(line for line in lines if isinstance(line, LedgerEntry))
     assert [layer.layer for layer in layers] == ["conv1", "norm1", "conv2", "norm2", "fc1", "fc2"]
     assert sum(layer.raw_bytes for layer in layers) == first.raw_bytes
     assert sum(layer.tensors for layer in layers) == first.tensors
-    dense = {name: _bytes(layer.state_dict()) for name, layer in Task().net().named_children()}
+    dense = {
+        name: _bytes(layer.state_dict()) for name, layer in TrainingTask().net().named_children()
+    }
     assert {layer.layer: layer.dense_bytes for layer in layers} == dense
     fc1 = next(layer for layer in layers if layer.layer == "fc1")
     assert fc1.raw_bytes < fc1.dense_bytes / 2
@@ -90,7 +93,7 @@ def test_layers_add_up_to_one_message(tmp_path: Path) -> None:
 def test_the_papers_formula(tmp_path: Path, method: str, codec: str) -> None:
     """2 x participants x size x rounds, the size counted by hand from shapes and rank."""
     ledger = tmp_path / "ledger.jsonl"
-    task = Task(rounds=3)
+    task = TrainingTask(rounds=3)
     federate(plugin_apps(Experiment(task)), _section(ledger, method, codec))
     train = [e for e in read_lines(ledger) if isinstance(e, LedgerEntry) and e.kind == "train"]
     model = fedpara.convert(task.net(), method=method, gamma=GAMMA) if method != "none" else None
@@ -145,7 +148,7 @@ def test_replies_that_are_pulled_one_by_one(tmp_path: Path, method: str, codec: 
     def server(outcome: Outcome) -> ServerApp:
         import fedpara_plugins_flower as plugin
 
-        app, net = plugin.server_app(ServerApp()), plugin.factorised(Task().net)
+        app, net = plugin.server_app(ServerApp()), plugin.factorised(TrainingTask().net)
 
         @app.main()
         def main(grid: Any, context: Any) -> None:
@@ -166,7 +169,7 @@ def test_replies_that_are_pulled_one_by_one(tmp_path: Path, method: str, codec: 
 def test_strategies_outside_a_run_are_left_alone(tmp_path: Path) -> None:
     """After a run with a ledger, an app of the same process without the plugin is what it was."""
     ledger = tmp_path / "ledger.jsonl"
-    federate(plugin_apps(Experiment(Task(rounds=1))), _section(ledger))
+    federate(plugin_apps(Experiment(TrainingTask(rounds=1))), _section(ledger))
     before = ledger.read_bytes()
     seen: list[int] = []
 

@@ -14,23 +14,24 @@ import fedpara_plugins as fedpara
 import fedpara_plugins.references.downlink as downlink
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
 from fedpara_plugins.references.version_zero import reference_from_header
-from harness.cells.cells import GAMMA, METHODS, STRATEGIES
+from harness.cells.flower import GAMMA, METHODS
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Hooks, Outcome, federate
 from harness.flower.inprocess_grid import InProcessGrid, Sent
 from harness.flower.legacy_apps import (
-    PARTS,
+    ARRAY_ACCESS,
+    ArrayAccess,
     LegacyExperiment,
-    Part,
     legacy_plain_apps,
     legacy_plugin_apps,
 )
-from harness.oracles.reference import RULES, Reference, federated
-from harness.oracles.task import Task
+from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
+from harness.oracles.task import TrainingTask
 
 State = dict[str, Tensor]
 
-TASK = Task(clients=3, rounds=3, epochs=1)
-PAIR = Task(clients=2, rounds=3, epochs=1)
+TASK = TrainingTask(clients=3, rounds=3, epochs=1)
+PAIR = TrainingTask(clients=2, rounds=3, epochs=1)
 """The legacy API sums replies in whatever order its threads end; of two, either gives the same."""
 OPTIMIZERS = ("fedavg", "fedprox", "fedadam")
 LOSSY = ("int8", "balanced", "small")
@@ -49,19 +50,21 @@ def _run(experiment: LegacyExperiment, section: Mapping[str, Any], **options: An
     return federate(apps, section, **options)
 
 
-def _build(task: Task, method: str, private: tuple[str, ...] = ()) -> nn.Module:
+def _build(task: TrainingTask, method: str, private: tuple[str, ...] = ()) -> nn.Module:
     net = task.net()
     return fedpara.convert(net, method=method, gamma=GAMMA, init="random", private=private)
 
 
-def _private(task: Task, method: str, private: tuple[str, ...] = ()) -> State:
+def _private(task: TrainingTask, method: str, private: tuple[str, ...] = ()) -> State:
     return fedpara.split(_build(task, method, private)).private
 
 
 @cache
-def _plain_loop(task: Task, strategy: str, method: str, private: tuple[str, ...] = ()) -> Reference:
+def _plain_loop(
+    task: TrainingTask, strategy: str, method: str, private: tuple[str, ...] = ()
+) -> PlainResult:
     spec = STRATEGIES[strategy]
-    return federated(
+    return run_plain_loop(
         task,
         partial(_build, task, method, private),
         RULES[spec.rule](**spec.rule_options),
@@ -74,8 +77,8 @@ def _distance(a: State, b: State, keys: Mapping[str, Any] | list[str]) -> float:
     return float(sum(((a[key].double() - b[key].double()) ** 2).sum() for key in keys) ** 0.5)
 
 
-def _assert_near(state: State, plain: Reference, private: State) -> None:
-    """Near the plain loop's end, as far as it has gone."""
+def _assert_near(state: State, plain: PlainResult, private: State) -> None:
+    """Assert that a run ends near the plain loop, relative to its way."""
     shared = [key for key in plain.state if key not in private]
     moved = _distance(plain.state, plain.initial, shared)
     assert _distance(state, plain.state, shared) < 1e-4 * moved
@@ -84,6 +87,7 @@ def _assert_near(state: State, plain: Reference, private: State) -> None:
 # Against a plain loop ----------------------------------------------------------------------------
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("strategy", OPTIMIZERS)
 def test_a_run_is_that_of_a_plain_loop(strategy: str, method: str) -> None:
@@ -100,6 +104,7 @@ def test_a_run_is_that_of_a_plain_loop(strategy: str, method: str) -> None:
         assert outcome.losses == pytest.approx(plain.losses, rel=1e-3)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", LOSSY)
 @pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
 def test_a_lossy_codec_stays_near_the_plain_loop_and_saves_bytes(method: str, codec: str) -> None:
@@ -138,7 +143,7 @@ def test_the_server_asks_a_client_for_the_first_weights(method: str) -> None:
 @pytest.mark.parametrize("init", ["fit", "random"])
 def test_the_first_weights_of_a_client_are_fitted_if_the_run_says_so(init: str) -> None:
     """And the other way round are not."""
-    task = Task(clients=2, rounds=1, epochs=1)
+    task = TrainingTask(clients=2, rounds=1, epochs=1)
     seen: list[Tensor] = []
 
     def loaded(model: nn.Module, client: int, server_round: int) -> None:
@@ -155,11 +160,12 @@ def test_the_first_weights_of_a_client_are_fitted_if_the_run_says_so(init: str) 
     assert all(value < 0.3 if init == "fit" else value > 1 for value in off)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", ["lossless", "int8"])
 @pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
 def test_an_app_may_send_parameters_and_keep_its_buffers(method: str, codec: str) -> None:
     """Shorter than the state of a model with BatchNorm, whose statistics then stay at home."""
-    task = Task(model="batchnorm", clients=2, rounds=2, epochs=1)
+    task = TrainingTask(model="batchnorm", clients=2, rounds=2, epochs=1)
     names = [name for name, _ in _build(task, method).named_parameters()]
     outcome = _run(LegacyExperiment(task, part="parameters"), _section(method, codec))
     by_hand = federate(
@@ -177,7 +183,7 @@ def test_an_app_may_send_parameters_and_keep_its_buffers(method: str, codec: str
 
 
 def test_batchnorm_travels_with_the_state() -> None:
-    task = Task(model="batchnorm", clients=2, rounds=2, epochs=1)
+    task = TrainingTask(model="batchnorm", clients=2, rounds=2, epochs=1)
     outcome = _run(LegacyExperiment(task), _section("fedpara", "lossless"))
     plain = _plain_loop(task, "fedavg", "fedpara")
     assert list(outcome.state) == list(plain.state)
@@ -203,6 +209,7 @@ def _assert_same_messages(mine: Outcome, theirs: Outcome) -> None:
         assert sent.content.object_id == right[place(sent)].content.object_id, place(sent)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("section", [_section("none"), {}], ids=["none", "no section"])
 @pytest.mark.parametrize("strategy", OPTIMIZERS)
 def test_with_method_and_codec_none_every_message_is_the_plain_apps(
@@ -221,7 +228,7 @@ def test_with_method_and_codec_none_every_message_is_the_plain_apps(
 
 
 def _travelled(outcome: Outcome) -> list[State]:
-    """Every payload, decoded as a third party could that has seen all messages before it."""
+    """Decode every payload as a third party who has seen all earlier messages could."""
     held: dict[str, State] = {}
     found = []
     for sent in outcome.sent:
@@ -246,6 +253,7 @@ PRIVATE = [
 ]
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", ["none", "int8"])
 @pytest.mark.parametrize(("method", "private"), PRIVATE)
 def test_private_positions_never_travel_and_stay_with_their_client(
@@ -303,7 +311,7 @@ def test_a_failing_client_is_left_out_of_that_round_only(failure: str) -> None:
 
     experiment = LegacyExperiment(TASK, hooks=Hooks(trained=trained))
     outcome = _run(experiment, _section("pfedpara"))
-    plain = federated(
+    plain = run_plain_loop(
         TASK,
         partial(_build, TASK, "pfedpara"),
         RULES["fedavg"](),
@@ -357,6 +365,7 @@ MISSING_LINES = [
 ]
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(("client", "server", "method", "codec", "says"), MISSING_LINES)
 @pytest.mark.parametrize("evaluate_fn", [True, False])
 def test_a_missing_line_ends_the_run_in_its_first_round(
@@ -401,13 +410,13 @@ def test_different_options_on_the_two_sides_end_the_run_in_its_first_round(
 
 def test_a_list_of_something_else_is_refused_with_the_lengths() -> None:
     experiment = LegacyExperiment(TASK, evaluate_fn=False)
-    whole = PARTS["state"]
+    whole = ARRAY_ACCESS["state"]
     halves = {
-        "server": Part(lambda model: whole.get(model)[:5], whole.set),
-        "client": Part(lambda model: whole.get(model)[:-1], whole.set),
+        "server": ArrayAccess(lambda model: whole.get(model)[:5], whole.set),
+        "client": ArrayAccess(lambda model: whole.get(model)[:-1], whole.set),
     }
     for side, part in halves.items():
-        PARTS[side] = part
+        ARRAY_ACCESS[side] = part
         try:
             wrong = LegacyExperiment(TASK, part=side, evaluate_fn=False)
             right = legacy_plugin_apps(experiment)
@@ -418,7 +427,7 @@ def test_a_list_of_something_else_is_refused_with_the_lengths() -> None:
             )
             outcome = federate(apps, _section("fedpara"), raises=False)
         finally:
-            del PARTS[side]
+            del ARRAY_ACCESS[side]
         assert isinstance(outcome.error, fedpara.FedParaError)
         assert "state_dict().values()" in str(outcome.error)
         assert {sent.round for sent in outcome.sent} <= {1}

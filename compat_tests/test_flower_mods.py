@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import (
     LocalDpMod,
@@ -15,16 +15,15 @@ from flwr.clientapp.mod import (
     arrays_size_mod,
     fixedclipping_mod,
 )
-from flwr.common import Array
 from torch import nn
 
 import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Apps, Experiment, Hooks, Outcome, federate, plugin_apps, train_app
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
-TASK = Task(clients=2, rounds=2, epochs=1)
+TASK = TrainingTask(clients=2, rounds=2, epochs=1)
 
 
 def _section(method: str, codec: str) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def _section(method: str, codec: str) -> dict[str, Any]:
 
 
 def _run(mods: list[Any], strategy: str, method: str, codec: str) -> Outcome:
-    """A run of an app with these mods in the list of its ClientApp."""
+    """Run an app with these mods in the list of its ClientApp."""
     experiment = Experiment(TASK, strategy, mods=())
     net = fedpara.factorised(TASK.net)
     apps = Apps(
@@ -44,7 +43,7 @@ def _run(mods: list[Any], strategy: str, method: str, codec: str) -> Outcome:
 
 
 def _changing(message: Message, context: Context, call_next: Any) -> Message:
-    """A mod that adds a little to every array, whatever it is, as noise would be."""
+    """Return a mod that adds a little to every array, whatever it is, as noise would."""
     reply: Message = call_next(message, context)
     if reply.has_content():
         for name, record in reply.content.array_records.items():
@@ -61,6 +60,7 @@ BEFORE = {
 }
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(("method", "codec"), [("fedpara", "none"), ("none", "lossless")])
 @pytest.mark.parametrize("name", BEFORE)
 def test_a_mod_that_changes_arrays_before_the_plugin_ends_the_run_in_its_first_round(

@@ -8,15 +8,15 @@ import torch
 import fedpara_plugins_flower.client.mod as client_side
 from fedpara_plugins.codecs import decoders, peek_header
 from fedpara_plugins.exchange import ClientState
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
 from harness.flower.inprocess_grid import Sent
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
-TASK = Task(rounds=6, epochs=1)
+TASK = TrainingTask(rounds=6, epochs=1)
 
 
-def _run(codec: str, method: str = "fedpara", task: Task = TASK) -> Outcome:
+def _run(codec: str, method: str = "fedpara", task: TrainingTask = TASK) -> Outcome:
     section = {"fedpara.method": method, "fedpara.gamma": GAMMA, "fedpara.codec": codec}
     return federate(plugin_apps(Experiment(task, "fedavg", {})), section)
 
@@ -32,6 +32,7 @@ def _train(outcome: Outcome, direction: str, server_round: int) -> list[Sent]:
     return [s for s in outcome.sent if (s.direction, s.kind, s.round) == wanted]
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
 @pytest.mark.parametrize("codec", ["balanced", "small"])
 def test_presets_learn_as_the_uncoded_run_does(codec: str, method: str) -> None:
@@ -49,7 +50,7 @@ def test_presets_learn_as_the_uncoded_run_does(codec: str, method: str) -> None:
 
 
 def test_the_entropy_coder_is_zlib_until_the_other_side_is_known() -> None:
-    outcome = _run("small", task=Task(rounds=2, epochs=1))
+    outcome = _run("small", task=TrainingTask(rounds=2, epochs=1))
     best = "ans" if "ans" in decoders() else "zstd" if "zstd" in decoders() else "zlib"
     assert all(_codec(s).endswith("zlib") for s in _train(outcome, "down", 1))
     # The first message to a client lists what the server decodes, its reply what the client does.
@@ -66,7 +67,7 @@ def test_a_side_without_the_better_coders_gets_what_it_can_decode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(client_side, "decoders", lambda: ("zlib",))
-    outcome = _run("small", task=Task(rounds=2, epochs=1))
+    outcome = _run("small", task=TrainingTask(rounds=2, epochs=1))
     assert all(_codec(s) == "delta+quantise+zlib" for s in _train(outcome, "down", 2))
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
-from harness.oracles.reference import RULES, federated
-from harness.oracles.task import Task
+from harness.oracles.plain_loop import RULES, run_plain_loop
+from harness.oracles.task import TrainingTask
 
 State = dict[str, Tensor]
 
@@ -25,7 +25,7 @@ def _section(method: str, private: str, codec: str = "none") -> dict[str, Any]:
     return {f"fedpara.{key}": value for key, value in options.items()}
 
 
-def _run(task: Task, section: dict[str, Any]) -> tuple[Outcome, dict[int, State]]:
+def _run(task: TrainingTask, section: dict[str, Any]) -> tuple[Outcome, dict[int, State]]:
     after: dict[int, State] = {}
 
     def trained(model: nn.Module, client: int, server_round: int) -> None:
@@ -35,12 +35,13 @@ def _run(task: Task, section: dict[str, Any]) -> tuple[Outcome, dict[int, State]
     return federate(apps, section), after
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
 @pytest.mark.parametrize(("model", "private"), [FEDPER, FEDBN], ids=["fedper", "fedbn"])
 def test_it_equals_a_plain_loop_that_keeps_those_names(
     model: str, private: str, method: str
 ) -> None:
-    task = Task(model=model, rounds=3, epochs=1)
+    task = TrainingTask(model=model, rounds=3, epochs=1)
     outcome, after = _run(task, _section(method, private))
 
     def build() -> nn.Module:
@@ -53,7 +54,7 @@ def test_it_equals_a_plain_loop_that_keeps_those_names(
 
     names = fedpara.split(build()).private.keys()
     assert any(name.startswith(private.rstrip(".*")) for name in names)
-    expected = federated(task, build, RULES["fedavg"](), private_names=names)
+    expected = run_plain_loop(task, build, RULES["fedavg"](), private_names=names)
     for client in range(task.clients):
         for name in names:
             torch.testing.assert_close(
@@ -65,11 +66,12 @@ def test_it_equals_a_plain_loop_that_keeps_those_names(
         )
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", ["none", "int8"])
 @pytest.mark.parametrize("method", ["none", "pfedpara"])
 def test_private_names_are_in_no_message(method: str, codec: str) -> None:
     """Every message names its tensors in a header; the values stay in the client's state."""
-    task = Task(rounds=2, epochs=1)
+    task = TrainingTask(rounds=2, epochs=1)
     outcome, after = _run(task, _section(method, "fc2.*", codec))
     # The server's own head never learns; the clients' do.
     assert outcome.client_accuracies[2] > outcome.client_accuracies[1]
@@ -84,12 +86,12 @@ def test_private_names_are_in_no_message(method: str, codec: str) -> None:
 
 def test_a_pattern_that_matches_nothing_ends_the_run_with_its_name() -> None:
     with pytest.raises(fedpara.ConfigError, match=r"'option 'private'|'haed\.\*' matches no name"):
-        _run(Task(rounds=1, epochs=1), _section("none", "haed.*"))
+        _run(TrainingTask(rounds=1, epochs=1), _section("none", "haed.*"))
 
 
 def test_the_server_has_to_build_its_model_where_the_plugin_sees_it() -> None:
     apps = plugin_apps(
-        Experiment(Task(rounds=1, epochs=1), "fedavg", {}), server=frozenset({"app"})
+        Experiment(TrainingTask(rounds=1, epochs=1), "fedavg", {}), server=frozenset({"app"})
     )
     with pytest.raises(fedpara.ConfigError, match=r"option 'private' is on.*factorised\(Net\)"):
         federate(apps, _section("none", "fc2.*"))

@@ -13,10 +13,10 @@ from flwr.serverapp import strategy
 from fedpara_plugins.codecs import peek_header, reference_hash
 from fedpara_plugins.codecs.payload import decode_payload
 from fedpara_plugins_flower.server.outbox import Outbox
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
-from harness.oracles.task import Task
+from harness.oracles.task import TrainingTask
 
 SCHEMES = ("client", "grid")
 CODECS = ("small", "balanced", "int8")
@@ -34,7 +34,7 @@ def _payload(sent: Sent) -> bytes:
 
 
 def _trained_on(sent: list[Sent]) -> dict[tuple[int, int], int]:
-    """Bytes of each training message to a client, by round and client."""
+    """Count the bytes of each training message to a client, by round and client."""
     return {
         (s.round, s.partition): s.array_bytes
         for s in sent
@@ -44,7 +44,7 @@ def _trained_on(sent: list[Sent]) -> dict[tuple[int, int], int]:
 
 @pytest.fixture
 def held_alike(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every hash that a client names is one that the server holds, with the very same bits."""
+    """Assert that the server holds every hash a client names, with the very same bits."""
     checked: list[str] = []
     note: Callable[..., None] = Outbox.note_reply
 
@@ -59,6 +59,7 @@ def held_alike(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return checked
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_any_pattern_of_absences(scheme: str, codec: str, held_alike: list[str]) -> None:
@@ -71,7 +72,7 @@ def test_any_pattern_of_absences(scheme: str, codec: str, held_alike: list[str])
             grid.lose_state(sent.partition)
             lost.append((sent.round, sent.partition))
 
-    task = Task(rounds=12, epochs=1)
+    task = TrainingTask(rounds=12, epochs=1)
     options = {"fraction_train": 0.5, "fraction_evaluate": 0.25, "min_evaluate_nodes": 1}
     run = federate(
         plugin_apps(Experiment(task, "fedavg", options)), _section(codec, scheme), tap=tap
@@ -104,7 +105,7 @@ def test_a_client_that_was_away_for_ten_rounds_costs_little_more(scheme: str) ->
             return [m for m in messages if here or m.metadata.dst_node_id != first]
 
     for codec, bounds in away.items():
-        outcome = _federate_with(Absent, Task(rounds=12, epochs=1), _section(codec, scheme))
+        outcome = _federate_with(Absent, TrainingTask(rounds=12, epochs=1), _section(codec, scheme))
         sizes = _trained_on(outcome.sent)
         (absent,) = {p for r, p in sizes if r == 1} - {p for r, p in sizes if r == 5}
         others = [size for (r, p), size in sizes.items() if r == 12 and p != absent]
@@ -114,7 +115,9 @@ def test_a_client_that_was_away_for_ten_rounds_costs_little_more(scheme: str) ->
         assert ratio <= bounds[scheme == "grid"], (codec, ratio)
 
 
-def _federate_with(kind: type[strategy.FedAvg], task: Task, section: dict[str, Any]) -> Outcome:
+def _federate_with(
+    kind: type[strategy.FedAvg], task: TrainingTask, section: dict[str, Any]
+) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(strategy, "FedAvg", kind)
         options = {"fraction_evaluate": 0.0}
@@ -124,7 +127,7 @@ def _federate_with(kind: type[strategy.FedAvg], task: Task, section: dict[str, A
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_seeded_start_costs_next_to_nothing(scheme: str) -> None:
     """Only what is dense (biases, norms, small layers) has to be sent."""
-    task = Task(rounds=1, epochs=1)
+    task = TrainingTask(rounds=1, epochs=1)
     seeded = federate(plugin_apps(Experiment(task)), _section("small", scheme))
     drawn = federate(plugin_apps(Experiment(task)), _section("small", scheme, init="random"))
     sizes = [_trained_on(run.sent)[1, 0] for run in (seeded, drawn)]
@@ -142,7 +145,7 @@ def test_a_late_joiner_and_one_that_lost_all_get_a_coded_model_once() -> None:
         if (sent.direction, sent.kind, sent.round) == ("down", "train", 3):
             grid.lose_state(2)
 
-    task = Task(rounds=4, epochs=1)
+    task = TrainingTask(rounds=4, epochs=1)
     outcome = federate(plugin_apps(Experiment(task)), _section("balanced"), tap=tap)
     to_it = [s for s in outcome.sent if s.partition == 2 and s.direction == "down"]
     based = [s for s in to_it if "base" in (peek_header(_payload(s)).extra or {})]
@@ -157,7 +160,7 @@ def test_a_late_joiner_and_one_that_lost_all_get_a_coded_model_once() -> None:
 
 
 def test_one_encoding_serves_all_that_hold_the_same() -> None:
-    outcome = federate(plugin_apps(Experiment(Task(rounds=3, epochs=1))), _section("small"))
+    outcome = federate(plugin_apps(Experiment(TrainingTask(rounds=3, epochs=1))), _section("small"))
     for server_round in (1, 2, 3):
         for kind in ("train", "evaluate"):
             payloads = {
@@ -170,7 +173,7 @@ def test_one_encoding_serves_all_that_hold_the_same() -> None:
 
 def test_references_beyond_the_memory_lie_on_disk(tmp_path: Any) -> None:
     """No memory at all: the run is the same, bit by bit."""
-    task = Task(rounds=3, epochs=1)
+    task = TrainingTask(rounds=3, epochs=1)
     one = federate(plugin_apps(Experiment(task)), _section("small"))
     section = {
         **_section("small"),
@@ -189,6 +192,6 @@ def test_references_beyond_the_memory_lie_on_disk(tmp_path: Any) -> None:
 @pytest.mark.parametrize(("name", "value"), [("references", "all"), ("reference-memory", "much")])
 def test_bad_options_are_refused(name: str, value: str) -> None:
     section = {**_section("small"), f"fedpara.{name}": value}
-    outcome = federate(plugin_apps(Experiment(Task(rounds=1))), section, raises=False)
+    outcome = federate(plugin_apps(Experiment(TrainingTask(rounds=1))), section, raises=False)
     assert name.replace("-", "_") in str(outcome.error)
     assert not outcome.sent

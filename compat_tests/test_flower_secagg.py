@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Apps, Hooks, Outcome, federate
 from harness.flower.legacy_apps import LegacyExperiment, components, legacy_client_app
-from harness.oracles.reference import RULES, Reference, federated
-from harness.oracles.task import Task
+from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
+from harness.oracles.task import TrainingTask
 
 State = dict[str, Tensor]
 
-TASK = Task(clients=3, rounds=2, epochs=1)
+TASK = TrainingTask(clients=3, rounds=2, epochs=1)
 CLIPPING = 3.0
 LEVELS = 2**20
 """Of the workflow's quantisation: one step is 6e-6, so that a run stays near the exact one."""
@@ -37,7 +37,7 @@ def _section(method: str, codec: str = "none", **options: Any) -> dict[str, Any]
 
 
 def _apps(experiment: LegacyExperiment, *, plugin: bool = True, mod_first: bool = False) -> Apps:
-    """An app whose ServerApp runs the workflow, with the plugin's lines or without."""
+    """Return an app whose ServerApp runs the workflow, with the plugin's lines or without."""
     net = fedpara.factorised(experiment.task.net) if plugin else experiment.task.net
     mods = [secaggplus_mod]
     if plugin:
@@ -78,8 +78,8 @@ def _build(method: str) -> nn.Module:
     return core.convert(TASK.net(), method=method, gamma=GAMMA, init="random")
 
 
-def _plain_loop(method: str) -> Reference:
-    return federated(
+def _plain_loop(method: str) -> PlainResult:
+    return run_plain_loop(
         TASK,
         partial(_build, method),
         RULES["fedavg"](),
@@ -92,7 +92,7 @@ def _distance(a: State, b: State, keys: list[str]) -> float:
 
 
 def _masked(outcome: Outcome) -> list[list[np.ndarray[Any, Any]]]:
-    """The masked lists that clients sent, the weight in front left out."""
+    """Return the masked lists that clients sent, without the weight in front."""
     found = []
     for sent in outcome.sent:
         configs: Any = sent.content.config_records.get("secaggplus_configs", {})
@@ -101,7 +101,8 @@ def _masked(outcome: Outcome) -> list[list[np.ndarray[Any, Any]]]:
     return found
 
 
-@pytest.mark.parametrize("method", ["none", "lowrank", "fedpara", "pfedpara"])
+@pytest.mark.in_turn(every=2)
+@pytest.mark.parametrize("method", ["none", "lowrank", "pfedpara", "fedpara"])
 def test_a_masked_run_is_that_of_a_plain_loop(method: str) -> None:
     after: dict[tuple[int, int], State] = {}
     private = list(core.split(_build(method)).private)

@@ -13,16 +13,16 @@ from torch import Tensor
 
 import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.apps import Apps, federate
-from harness.oracles.task import Task, train
+from harness.oracles.task import TrainingTask, train
 
-TASK = Task(clients=2, rounds=2, epochs=1)
+TASK = TrainingTask(clients=2, rounds=2, epochs=1)
 SECTION = {"fedpara.method": "pfedpara", "fedpara.gamma": GAMMA}
 
 
 def _apps(second: Any, replies: list[Message], states: list[dict[str, Tensor]]) -> Apps:
-    """A custom loop of two rounds; a client trains the first record, ``second`` gives the other."""
+    """Return an app of two rounds: a client trains the first record, ``second`` makes the other."""
     net = fedpara.factorised(TASK.net)
 
     def client_app() -> ClientApp:

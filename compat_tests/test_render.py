@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness.cells.engine_cells import ENGINE_CELLS
+from harness.cells.engines import ENGINE_CELLS
+from harness.cells.transports import TRANSPORT_CELLS, TransportCell
 from harness.matrix.page import results_of
 from harness.matrix.results import AnyCell
-from harness.matrix.transport_cells import TRANSPORT_CELLS, TransportCell
 from render import read, render
 
 LACKS = "MPI needs mpirun (engine_tests/install.sh installs it)"

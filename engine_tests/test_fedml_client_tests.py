@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from harness.fedml.engine import FedMLEngine, Net
+from harness.fedml.deployment import FedMLDeployment, Net
 
 PLUGIN = {"method": "pfedpara", "gamma": 0.3, "codec": "balanced"}
 ROUNDS = 3
@@ -20,7 +20,7 @@ State = Mapping[str, Tensor]
 def test_clients_test_the_servers_model_with_their_own_factors(tmp_path: Path) -> None:
     """After each aggregation, and before the next on what they have trained themselves."""
     train = {"comm_round": ROUNDS, "learning_rate": 0.1, "test_on_clients": "both"}
-    with FedMLEngine(tmp_path, "TRPC", plugin=PLUGIN, train=train) as engine:
+    with FedMLDeployment(tmp_path, "TRPC", plugin=PLUGIN, train=train) as engine:
         engine.finished()
     parts = fedpara.split(fedpara.convert(Net(), method="pfedpara", gamma=0.3))
     for number in range(1, ROUNDS + 1):

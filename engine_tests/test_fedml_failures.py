@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.fedml.engine import FedMLEngine, why_not
-from harness.processes.processes import wait_until
+from harness.fedml.deployment import FedMLDeployment, missing_for
+from harness.processes.supervisor import wait_until
 
 FEDPARA = {"method": "fedpara", "gamma": 0.3, "codec": "balanced", "timeout": 20}
 NOT_MPI = ("TRPC", "GRPC", "MQTT_S3")
@@ -18,9 +18,9 @@ LIMIT = 180.0
 
 
 def check_ended(
-    engine: FedMLEngine, reason: Iterable[str], killed: str = "", stock: str = ""
+    engine: FedMLDeployment, reason: Iterable[str], killed: str = "", stock: str = ""
 ) -> None:
-    """All processes have ended, none of them well, and all that could have said why.
+    """Assert that all processes have failed, and that each one that could has said why.
 
     FedML's own may end with code 0: where its loop is a thread, only that ends with the error.
     """
@@ -35,12 +35,12 @@ def check_ended(
 @pytest.mark.parametrize("backend", ["TRPC", "MPI", "GRPC"])
 def test_a_bad_client_costs_its_answer_only(tmp_path: Path, backend: str) -> None:
     """A training that raises, NaN, no message at all, half a message: one round each."""
-    if reason := why_not(backend):
+    if reason := missing_for(backend):
         pytest.skip(reason)
     trouble = {"raises": 1, "nan": 2, "garbage": 3, "cut": 4}
     words = ";".join(f"client 2 round {number} {what}" for what, number in trouble.items())
     train = {"comm_round": 5, "learning_rate": 0.1}
-    with FedMLEngine(tmp_path, backend, plugin=FEDPARA, train=train, trouble=words) as engine:
+    with FedMLDeployment(tmp_path, backend, plugin=FEDPARA, train=train, trouble=words) as engine:
         engine.finished()
         log = engine.text("server")
         for number in trouble.values():
@@ -53,19 +53,21 @@ def test_a_bad_client_costs_its_answer_only(tmp_path: Path, backend: str) -> Non
 
 @pytest.mark.parametrize("backend", ["TRPC", "GRPC", "MQTT_S3"])
 def test_a_client_that_is_killed_ends_the_run(tmp_path: Path, backend: str) -> None:
-    if reason := why_not(backend):
+    if reason := missing_for(backend):
         pytest.skip(reason)
     words = "client 2 round 2 dies"
-    with FedMLEngine(tmp_path, backend, plugin=FEDPARA, trouble=words) as engine:
+    with FedMLDeployment(tmp_path, backend, plugin=FEDPARA, trouble=words) as engine:
         engine.start_all()
         check_ended(engine, ["client 2 is gone", "fedpara_min_clients is unset"], "client-2")
 
 
 def test_a_process_that_is_killed_under_mpirun(tmp_path: Path) -> None:
     """Open MPI itself ends all processes of its job, and says so."""
-    if reason := why_not("MPI"):
+    if reason := missing_for("MPI"):
         pytest.skip(reason)
-    with FedMLEngine(tmp_path, "MPI", plugin=FEDPARA, trouble="client 2 round 2 dies") as engine:
+    with FedMLDeployment(
+        tmp_path, "MPI", plugin=FEDPARA, trouble="client 2 round 2 dies"
+    ) as engine:
         engine.start_all()
         check_ended(engine, ["signal 9"])
 
@@ -75,7 +77,7 @@ def test_a_client_that_is_killed_and_can_be_spared(tmp_path: Path, backend: str)
     plugin = {**FEDPARA, "min_clients": 1}
     train = {"comm_round": 4, "learning_rate": 0.1}
     words = "client 2 round 2 dies"
-    with FedMLEngine(tmp_path, backend, plugin=plugin, train=train, trouble=words) as engine:
+    with FedMLDeployment(tmp_path, backend, plugin=plugin, train=train, trouble=words) as engine:
         engine.start_all()
         codes = engine.wait(LIMIT)
         assert codes.pop("client-2") == -9
@@ -88,13 +90,17 @@ def test_a_client_that_is_killed_and_can_be_spared(tmp_path: Path, backend: str)
 
 @pytest.mark.parametrize("backend", ["TRPC", "GRPC"])
 def test_a_server_that_is_killed_ends_the_clients(tmp_path: Path, backend: str) -> None:
-    with FedMLEngine(tmp_path, backend, plugin=FEDPARA, trouble="server round 2 dies") as engine:
+    with FedMLDeployment(
+        tmp_path, backend, plugin=FEDPARA, trouble="server round 2 dies"
+    ) as engine:
         engine.start_all()
         check_ended(engine, ["the server is gone"], "server")
 
 
 def test_an_error_of_the_server_is_told_to_all(tmp_path: Path) -> None:
-    with FedMLEngine(tmp_path, "GRPC", plugin=FEDPARA, trouble="server round 2 raises") as engine:
+    with FedMLDeployment(
+        tmp_path, "GRPC", plugin=FEDPARA, trouble="server round 2 raises"
+    ) as engine:
         engine.start_all()
         check_ended(engine, ["no such column"])
 
@@ -115,7 +121,7 @@ def test_a_client_that_is_set_up_differently(
     tmp_path: Path, changed: dict[str, object], reason: str
 ) -> None:
     other = {2: {**FEDPARA, **changed}}
-    with FedMLEngine(tmp_path, "GRPC", plugin=FEDPARA, of_rank=other) as engine:
+    with FedMLDeployment(tmp_path, "GRPC", plugin=FEDPARA, of_rank=other) as engine:
         engine.start_all()
         check_ended(engine, [reason])
 
@@ -126,9 +132,9 @@ def test_a_client_without_the_plugin(tmp_path: Path, backend: str) -> None:
 
     It says that it is there once; a broker has forgotten that when the server comes later.
     """
-    if reason := why_not(backend):
+    if reason := missing_for(backend):
         pytest.skip(reason)
-    with FedMLEngine(tmp_path, backend, plugin=FEDPARA, of_rank={2: None}) as engine:
+    with FedMLDeployment(tmp_path, backend, plugin=FEDPARA, of_rank={2: None}) as engine:
         if backend == "MQTT_S3":
             first = engine.start(2)
             wait_until(lambda: "MQTT msg sent" in first.text, seconds=LIMIT, what="client 2 is up")
@@ -142,9 +148,9 @@ def test_a_client_without_the_plugin(tmp_path: Path, backend: str) -> None:
 @pytest.mark.parametrize("backend", NOT_MPI)
 def test_a_server_without_the_plugin(tmp_path: Path, backend: str) -> None:
     """FedML's own server ends as well, with the reason as an unknown type in its log."""
-    if reason := why_not(backend):
+    if reason := missing_for(backend):
         pytest.skip(reason)
-    with FedMLEngine(tmp_path, backend, plugin=FEDPARA, of_rank={0: None}) as engine:
+    with FedMLDeployment(tmp_path, backend, plugin=FEDPARA, of_rank={0: None}) as engine:
         engine.start_all()
         check_ended(engine, ["the server runs without the plugin"], stock="server")
 
@@ -152,6 +158,8 @@ def test_a_server_without_the_plugin(tmp_path: Path, backend: str) -> None:
 def test_a_server_without_the_plugin_that_is_slow(tmp_path: Path) -> None:
     """On TRPC FedML's own takes messages before it is ready for them; none must come that soon."""
     words, of_rank = "server round 1 is-late", {0: None}
-    with FedMLEngine(tmp_path, "TRPC", plugin=FEDPARA, of_rank=of_rank, trouble=words) as engine:
+    with FedMLDeployment(
+        tmp_path, "TRPC", plugin=FEDPARA, of_rank=of_rank, trouble=words
+    ) as engine:
         engine.start_all()
         check_ended(engine, ["the server runs without the plugin"], stock="server")

@@ -10,8 +10,8 @@ import pytest
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from harness.fedml.engine import FedMLEngine, Net, why_not
-from harness.processes.search import count_pieces, pieces_of
+from harness.fedml.deployment import FedMLDeployment, Net, missing_for
+from harness.processes.wire_search import count_pieces, pieces_of
 
 PLUGIN = {"method": "pfedpara", "gamma": 0.3}
 ROUNDS, CLIENTS = 2, 2
@@ -27,9 +27,9 @@ def test_private_bytes_on_the_wire(tmp_path: Path, backend: str, leaks: bool) ->
     The control of the sound run is that the same search finds the shared factors; the leaky one
     sends the private factors as well, and the search finds those.
     """
-    if reason := why_not(backend):
+    if reason := missing_for(backend):
         pytest.skip(reason)
-    with FedMLEngine(
+    with FedMLDeployment(
         tmp_path, backend, plugin=PLUGIN, train={"comm_round": ROUNDS}, record=True
     ) as engine:
         engine.processes.env["FEDPARA_LEAK"] = "1" if leaks else ""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from harness.fedml.engine import FedMLEngine, Net, why_not
+from harness.fedml.deployment import FedMLDeployment, Net, missing_for
 
 PLUGIN: dict[str, Any] = {"method": "pfedpara", "gamma": 0.3, "codec": "balanced"}
 LIMIT = 240.0
@@ -22,10 +22,10 @@ RETURNING = {**PLUGIN, "min_clients": 1, "timeout": 60}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> FedMLEngine:
-    """A run in which nobody is killed, over; every transport gives its weights."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> FedMLDeployment:
+    """Run to the end without a kill; every transport gives these weights."""
     folder = tmp_path_factory.mktemp("whole")
-    with FedMLEngine(folder / "run", "GRPC", plugin=RETURNING) as engine:
+    with FedMLDeployment(folder / "run", "GRPC", plugin=RETURNING) as engine:
         engine.finished()
     return engine
 
@@ -41,14 +41,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> FedMLEngine:
     ],
 )
 def test_a_client_that_is_started_again_goes_on(
-    tmp_path: Path, backend: str, when: str, whole: FedMLEngine
+    tmp_path: Path, backend: str, when: str, whole: FedMLDeployment
 ) -> None:
     """With a state-dir it has its private factors and what its codec had lost: equal weights.
 
     It is killed when it has loaded the round's model, in the middle of its training, when it has
     trained and all that it keeps has changed in memory, or when that is written and not yet valid.
     """
-    if reason := why_not(backend):
+    if reason := missing_for(backend):
         pytest.skip(reason)
     engine = killed_and_started_again(tmp_path, backend, when)
     check_equal(engine.final, whole.final)
@@ -59,7 +59,7 @@ def test_a_client_that_is_started_again_goes_on(
 
 
 def test_a_client_that_is_killed_when_all_is_kept_has_the_new_state(
-    tmp_path: Path, whole: FedMLEngine
+    tmp_path: Path, whole: FedMLDeployment
 ) -> None:
     """It trains that round once more, from what it then holds: the only other state there is."""
     engine = killed_and_started_again(tmp_path, "GRPC", "dies-written", "after")
@@ -70,11 +70,13 @@ def test_a_client_that_is_killed_when_all_is_kept_has_the_new_state(
     assert apart < 0.05 * sum(float(value.square().sum()) for value in whole.final.values())
 
 
-def killed_and_started_again(folder: Path, backend: str, when: str, keep: str = "") -> FedMLEngine:
-    """A run over whose second client is killed in its second round, and started again."""
+def killed_and_started_again(
+    folder: Path, backend: str, when: str, keep: str = ""
+) -> FedMLDeployment:
+    """Run to the end with a second client that is killed in its second round and restarted."""
     plugin = {**RETURNING, "state_dir": str(folder / "state")}
     trouble = f"client 2 round 2 {when}"
-    with FedMLEngine(folder / "run", backend, plugin=plugin, trouble=trouble) as engine:
+    with FedMLDeployment(folder / "run", backend, plugin=plugin, trouble=trouble) as engine:
         engine.start_all()
         assert engine.programs["client-2"].wait(LIMIT) == -9
         if keep:
@@ -95,17 +97,17 @@ def check_private(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 
 @pytest.mark.parametrize("backend", ["TRPC", "MPI"])
 def test_a_run_whose_processes_are_killed_is_started_again(
-    tmp_path: Path, backend: str, whole: FedMLEngine
+    tmp_path: Path, backend: str, whole: FedMLDeployment
 ) -> None:
     """These transports take nobody back. All are started again, with the same state-dir.
 
     Both clients are killed, in the middle of a training; the server then ends with the reason.
     """
-    if reason := why_not(backend):
+    if reason := missing_for(backend):
         pytest.skip(reason)
     plugin = {**PLUGIN, "timeout": 20, "state_dir": str(tmp_path / "state")}
     trouble = "client 1 round 2 dies;client 2 round 2 dies-in-step"
-    with FedMLEngine(tmp_path / "run", backend, plugin=plugin, trouble=trouble) as engine:
+    with FedMLDeployment(tmp_path / "run", backend, plugin=plugin, trouble=trouble) as engine:
         engine.start_all()
         assert all(engine.wait(LIMIT).values())
         assert not engine.checkpoint.exists()
@@ -122,11 +124,11 @@ def test_a_server_that_is_started_again_goes_on(tmp_path: Path) -> None:
     train = {"comm_round": 4, "federated_optimizer": "FedOpt", "server_optimizer": "adam"}
     train |= {"server_lr": 0.01, "learning_rate": 0.1}
     plugin = {"method": "fedpara", "gamma": 0.3, "timeout": 20}
-    with FedMLEngine(tmp_path / "whole", "TRPC", plugin=plugin, train=train) as uninterrupted:
+    with FedMLDeployment(tmp_path / "whole", "TRPC", plugin=plugin, train=train) as uninterrupted:
         uninterrupted.finished()
     plugin["state_dir"] = str(tmp_path / "state")
     trouble = "server round 3 dies"
-    with FedMLEngine(
+    with FedMLDeployment(
         tmp_path / "run", "TRPC", plugin=plugin, train=train, trouble=trouble
     ) as engine:
         engine.start_all()

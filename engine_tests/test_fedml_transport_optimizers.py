@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import ModelSpec
-from harness.fedml.engine import FedMLEngine, Net, digits, why_not
+from harness.fedml.deployment import FedMLDeployment, Net, digits, missing_for
 from harness.oracles.fedml_rules import ALGORITHMS
 
 Keys = Mapping[str, Any]
@@ -46,7 +46,7 @@ def test_dense_in_cross_silo(tmp_path: Path, optimizer: str) -> None:
     """By the project's own key: method and codec are none, and no key asks for the engine."""
     keys, plugin, _ = OPTIMIZERS[optimizer]
     train = {"learning_rate": LR, "comm_round": ROUNDS, "federated_optimizer": optimizer, **keys}
-    with FedMLEngine(tmp_path, "TRPC", plugin=plugin, train=train) as engine:
+    with FedMLDeployment(tmp_path, "TRPC", plugin=plugin, train=train) as engine:
         engine.finished()
     check(engine.final, optimizer, "none", silos=A_ROUND)
 
@@ -54,20 +54,20 @@ def test_dense_in_cross_silo(tmp_path: Path, optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_factors_in_mpi_simulation(tmp_path: Path, optimizer: str) -> None:
     """Five silos on two processes: variates, duals and private factors follow the silo."""
-    if reason := why_not("MPI"):
+    if reason := missing_for("MPI"):
         pytest.skip(reason)
     keys, plugin, _ = OPTIMIZERS[optimizer]
     plugin = {**plugin, "method": "pfedpara", "gamma": GAMMA}
     train = {"learning_rate": LR, "comm_round": ROUNDS, "federated_optimizer": optimizer, **keys}
     train["client_num_in_total"] = 5
     common = {"training_type": "simulation"}
-    with FedMLEngine(tmp_path, "MPI", plugin=plugin, train=train, common=common) as engine:
+    with FedMLDeployment(tmp_path, "MPI", plugin=plugin, train=train, common=common) as engine:
         engine.finished()
     check(engine.final, optimizer, "pfedpara", silos=5)
 
 
 def plain(optimizer: str, method: str, silos: int) -> State:
-    """The published algorithm in plain torch; dense weights of the server's model."""
+    """Return the dense weights of the published algorithm in plain torch."""
     keys, _, more = OPTIMIZERS.get(optimizer, FEDAVG)
     batches = {client: list(loader) for client, loader in digits.load(silos, 32)[5].items()}
     torch.manual_seed(0)  # FedML's random_seed
@@ -86,6 +86,6 @@ def check(found: State, optimizer: str, method: str, silos: int) -> None:
 
 
 def distance(found: State, wanted: State) -> float:
-    """The largest difference of a weight."""
+    """Return the largest difference of a weight."""
     assert found.keys() == wanted.keys()
     return max(float((found[k].double() - v.double()).abs().max()) for k, v in wanted.items())

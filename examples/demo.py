@@ -418,11 +418,11 @@ def draw(runs: list[Run], path: Path) -> None:
 
 
 def write_report(names: list[str], output: Path) -> None:
-    """Write the page that `fedpara report` makes of the ledgers."""
-    from fedpara_plugins.ledger.page import read_runs, render_page
-
+    """What `fedpara report` makes of the ledgers."""
+    fedpara = str(Path(sys.executable).with_name("fedpara"))
     ledgers = [f"{name}={output / name}.ledger.jsonl" for name in names]
-    (output / "report.html").write_text(render_page(read_runs(ledgers)), encoding="utf-8")
+    command = [fedpara, "report", *ledgers, "--output", str(output / "report.html")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def update_readme(table: str, picture: Path) -> None:

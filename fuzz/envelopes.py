@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from fedpara_plugins.errors import FedParaError, PayloadError
-from fedpara_plugins.testing.hostile import check_refusal
+from fedpara_plugins import FedParaError, PayloadError
+from fedpara_plugins.testing import check_refusal
 from fedpara_plugins_fedml.messages.envelope import pack, unpack
 from fedpara_plugins_fedml.messages.head import Head
 
@@ -16,7 +16,7 @@ __all__ = ["EnvelopeChecker", "is_envelope"]
 
 
 def is_envelope(data: bytes) -> bool:
-    """Whether a receiver would take these bytes for a message of ours."""
+    """Tell whether a receiver would take these bytes for a message of ours."""
     return data[:4] == b"FPE1"
 
 
@@ -31,7 +31,7 @@ class EnvelopeChecker:
         self._payload = payload
 
     def check(self, data: bytes) -> bool:
-        """Whether the bytes are a message; what is in it is tried then.
+        """Check bytes: if they are a message, try its content; return whether they are.
 
         Raises:
             AssertionError: it changes when it is packed again, or its answer cannot be packed.
@@ -54,7 +54,7 @@ class EnvelopeChecker:
         return all(results)
 
     def seeds(self, payloads: list[bytes]) -> Iterator[bytes]:
-        """A message each way, one of a client that failed, one of a client that lost its state."""
+        """Yield a message each way, one of a failed client, and one of a client without state."""
         model, other = payloads
         task = {"accepted": 3, "correct": True, "bound": 0.5}
         yield pack(Head(round=2, task=task).to_json(), {"model": model, "variate": other})

@@ -39,7 +39,7 @@ with atheris.instrument_imports(
 from envelopes import is_envelope  # noqa: E402
 from invariant import Checker, damaged  # noqa: E402
 
-from fedpara_plugins.testing.hostile import signed  # noqa: E402
+from fedpara_plugins.testing import signed  # noqa: E402
 from fedpara_plugins_fedml.messages import hostile as messages  # noqa: E402
 
 REPORT_EVERY = 1000

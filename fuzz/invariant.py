@@ -21,7 +21,7 @@ from envelopes import EnvelopeChecker, is_envelope
 from ledgers import LedgerChecker, is_ledger
 from torch import nn
 
-from fedpara_plugins import ModelSpec, convert
+from fedpara_plugins import FedParaError, MismatchError, ModelSpec, PayloadError, convert
 from fedpara_plugins.cli.inspect_file import inspect_file
 from fedpara_plugins.codecs import (
     PRESETS,
@@ -36,7 +36,6 @@ from fedpara_plugins.codecs import (
     reference_hash,
 )
 from fedpara_plugins.codecs.chain import NONE, codec_from_names
-from fedpara_plugins.errors import FedParaError, MismatchError, PayloadError
 from fedpara_plugins.plugins import stages
 from fedpara_plugins.references import ClientReferences, GridDownlink, PerClientDownlink
 from fedpara_plugins.testing import hostile
@@ -149,7 +148,7 @@ class Checker:
             check_refusal(error)
 
     def _receive(self, data: bytes, header: PayloadHeader) -> None:
-        """The way of a client, with what it holds and with states that it derives."""
+        """Receive as a client does, with what it holds and with states that it derives."""
         if header.model is not None and header.model != self.described:
             self._describe(header.model)
         storage = dict(self.held)
@@ -203,7 +202,7 @@ class Checker:
             raise InvariantError(f"names, dtypes or shapes change when sent again by {text!r}")
 
     def seeds(self) -> Iterator[bytes]:
-        """Golden files, codecs on samples, downlinks, ledgers, messages, and all of it damaged."""
+        """Yield golden files, coded samples, downlinks, ledgers and messages, and damaged ones."""
         yield from (path.read_bytes() for path in sorted(GOLDEN.iterdir()))
         yield from (b"", b"\x00" * 8, b"{}", pack({}), pack({"__metadata__": {}}))
         downlinks = list(self._downlinks())
@@ -227,7 +226,7 @@ class Checker:
         yield from (damaged(data, draw) for data in [*sound, *few * 8])
 
     def _downlinks(self) -> Iterator[bytes]:
-        """Messages against states that the receiver derives: seeded, and all zeros."""
+        """Yield messages against states that the receiver derives: seeded, and all zeros."""
         state = {n: x for n, x in self.model.state_dict().items() if n in self.spec.shared_keys}
         for scheme in (PerClientDownlink(), GridDownlink()):
             for codec in ("small", "delta+zlib"):
@@ -237,12 +236,12 @@ class Checker:
                 yield scheme.encode("a", RECORD, state, **given).payload
 
     def known_texts(self) -> list[str]:
-        """Presets and stages that this run covers, for its report."""
+        """Return the presets and stages that this run covers, for its report."""
         return [*PRESETS, *self.stages]
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """Bytes near ``data``, in its own format."""
+    """Return bytes near ``data`` in its own format."""
     return (messages if is_envelope(data) else hostile).damaged(data, draw)
 
 

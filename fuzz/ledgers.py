@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedpara_plugins.errors import FedParaError
+from fedpara_plugins import FedParaError
 from fedpara_plugins.ledger import (
     CSV_HEAD,
     Direction,
@@ -16,13 +16,13 @@ from fedpara_plugins.ledger import (
     RunStart,
 )
 from fedpara_plugins.ledger.page import read_runs, render_page
-from fedpara_plugins.testing.hostile import check_refusal
+from fedpara_plugins.testing import check_refusal
 
 __all__ = ["LedgerChecker", "is_ledger"]
 
 
 def is_ledger(data: bytes) -> bool:
-    """Whether a reader would take these bytes for a ledger."""
+    """Tell whether a reader would take these bytes for a ledger."""
     return data[:1] == b"{" or data[:5] == CSV_HEAD[:5].encode()
 
 
@@ -33,7 +33,7 @@ class LedgerChecker:
         self.folder = folder
 
     def check(self, data: bytes) -> bool:
-        """Whether the bytes are a ledger, which is then drawn.
+        """Check bytes: if they are a ledger, draw it; return whether they are.
 
         Raises:
             AssertionError: the page holds what the ledger said as markup, or an error is unfit.
@@ -51,7 +51,7 @@ class LedgerChecker:
         return True
 
     def seeds(self) -> Iterator[bytes]:
-        """A small ledger in both formats, with names and figures that are hard to draw."""
+        """Yield a small ledger in both formats, with names and figures that are hard to draw."""
         for suffix in ("jsonl", "csv"):
             path = self.folder / f"seed.{suffix}"
             path.unlink(missing_ok=True)

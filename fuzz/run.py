@@ -40,7 +40,7 @@ class TooSlow(BaseException):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Fuzz; 0 if nothing was found."""
+    """Fuzz, and return 0 if nothing was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=1_000_000, help="inputs to try")
     parser.add_argument("--seconds", type=int, default=7200, help="stop after this time")

@@ -22,7 +22,7 @@ a, b = torch.randn(3, 48), torch.randn(3, 40)
 CONTRACT = """
 import torch
 from torch import nn
-from fedpara_plugins.testing.layer_contract import LayerContract
+from fedpara_plugins.testing import LayerContract
 
 class TestBilinear(LayerContract):
     dense_class = nn.Bilinear
@@ -34,7 +34,7 @@ class TestBilinear(LayerContract):
 
 @pytest.fixture
 def site(tmp_path):
-    """A folder with the core installed in it, and a function that installs more there."""
+    """Install the core into a folder, and return it with a function that installs more there."""
     target = tmp_path / "site"
 
     def install(source):
@@ -57,7 +57,7 @@ def run(target, *arguments):
 
 
 def changed(tmp_path, **replacements):
-    """A copy of the third party's folder under another name, with some text replaced."""
+    """Copy the third party's folder under another name, with some text replaced."""
     copy = tmp_path / "other"
     shutil.copytree(HERE / "thirdparty", copy)
     for name in ("pyproject.toml", "fedpara_bilinear.py"):

@@ -25,15 +25,15 @@ class Trainer(ClientTrainer):  # type: ignore[misc]
     """Takes steps on images that differ from round to round."""
 
     def get_model_params(self) -> Any:
-        """As FedML's own."""
+        """Return the parameters as FedML's own trainer does."""
         return self.model.cpu().state_dict()
 
     def set_model_params(self, model_parameters: Any) -> None:
-        """As FedML's own."""
+        """Load the parameters as FedML's own trainer does."""
         self.model.load_state_dict(model_parameters)
 
     def train(self, train_data: Any, device: Any, args: Any) -> None:
-        """Real training, and short."""
+        """Train briefly on real data."""
         images, labels = train_data
         draw = torch.Generator().manual_seed(1000 * (args.round_idx + 1) + self.id)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=RATE)

@@ -35,7 +35,7 @@ NOTES = os.environ.get("FEDPARA_NOTES", "")
 
 
 def trouble(who: str, number: int) -> str:
-    """What goes wrong for a party in a round, the first being 1; "" if nothing does."""
+    """Return what goes wrong for a party in a round (from 1 on); "" if nothing does."""
     for part in os.environ.get("FEDPARA_TROUBLE", "").split(";"):
         words = part.split()
         if words and words[:-1] == [*who.split(), "round", str(number)]:
@@ -44,7 +44,7 @@ def trouble(who: str, number: int) -> str:
 
 
 def die() -> None:
-    """At once, as if the power failed."""
+    """Die at once, as if the power failed."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -56,7 +56,7 @@ class Trainer(ModelTrainerCLS):  # type: ignore[misc]
     trained = 0
 
     def train(self, train_data: Any, device: Any, args: Any, **more: Any) -> None:
-        """As the default, if nothing goes wrong."""
+        """Train as the default does, unless something goes wrong."""
         number, rank = args.round_idx + 1, args.rank
         Trainer.last = self.model
         self.note(number, "before")
@@ -78,7 +78,7 @@ class Trainer(ModelTrainerCLS):  # type: ignore[misc]
         self.trained = number
 
     def test(self, test_data: Any, device: Any, args: Any) -> Any:
-        """As the default; notes what is tested where clients are asked to."""
+        """Test as the default does, and note what is tested on clients."""
         number = args.round_idx + 1
         if getattr(args, "test_on_clients", None):
             self.note(number, "tested-after" if self.trained == number else "tested-before")
@@ -94,7 +94,7 @@ class Aggregator(DefaultServerAggregator):  # type: ignore[misc]
     """FedML's default, with trouble."""
 
     def aggregate(self, models: Any) -> Any:
-        """As the default, if nothing goes wrong."""
+        """Aggregate as the default does, unless something goes wrong."""
         what = trouble("server", self.args.round_idx + 1)
         if what == "dies":
             die()
@@ -104,7 +104,7 @@ class Aggregator(DefaultServerAggregator):  # type: ignore[misc]
 
 
 def die_writing() -> None:
-    """In the rounds in question a client dies when all is written, and not yet valid."""
+    """Let a client die, in some rounds, when everything is written and not yet valid."""
     from fedpara_plugins.support import FileStorage
 
     write = FileStorage._write
@@ -118,7 +118,7 @@ def die_writing() -> None:
 
 
 def send_garbage() -> None:
-    """Replies of the rounds in question are no message at all, or a damaged one, or never sent."""
+    """Send, in some rounds, a reply that is no message, or a damaged one, or none."""
     from fedpara_plugins_fedml.engine.client import ClientEngine
 
     train = ClientEngine.train
@@ -136,7 +136,7 @@ def send_garbage() -> None:
 
 
 def leak() -> None:
-    """Before every answer goes a message with the private factors as they are."""
+    """Send a message with the bare private factors before every reply."""
     from fedpara_plugins import split
     from fedpara_plugins_fedml.transport.peers import Endpoint
     from fedpara_plugins_fedml.transport.protocol import HEARTBEAT, REPLY
@@ -170,7 +170,7 @@ def record() -> None:
 
 
 def be_late() -> None:
-    """FedML's own server takes its time until it is ready, in round 1 or never."""
+    """Delay FedML's own server before it is ready, in round 1 or never."""
     from fedml.cross_silo.server.fedml_server_manager import FedMLServerManager
 
     ready = FedMLServerManager.handle_message_connection_ready

@@ -22,6 +22,6 @@ class Net(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [n, 10] of images [n, 1, 8, 8]."""
+        """Return logits [n, 10] of images [n, 1, 8, 8]."""
         logits: Tensor = self.head(nn.functional.relu(self.hidden(self.features(images))))
         return logits

@@ -12,8 +12,7 @@ from fedpara_sz3 import Sz3Stage
 
 from fedpara_plugins import ConfigError, PayloadError
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec, peek_header
-from fedpara_plugins.testing.hostile import damaged
-from fedpara_plugins.testing.stage_contract import StageContract
+from fedpara_plugins.testing import StageContract, damaged
 
 GOLDEN = Path(__file__).with_name("golden.safetensors")
 WANTED = torch.linspace(-1, 1, 64).sin()

@@ -19,7 +19,7 @@ class FactorisedBilinear(FactorisedLayer, nn.Bilinear):
 
     @classmethod
     def slots(cls, dense: nn.Module) -> list[WeightSlot]:
-        """One weight; its default is uniform in +-1/sqrt(in1)."""
+        """Return one weight; its default is uniform in +-1/sqrt(in1)."""
         assert isinstance(dense, nn.Bilinear)
         shape = (dense.out_features, dense.in1_features, dense.in2_features)
         return [WeightSlot("weight", shape, dense.in1_features, 1 / (3 * dense.in1_features))]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 from torch import nn
@@ -73,7 +73,6 @@ plain_json = st.recursive(
 
 
 @given(tensors=any_state, codec=st.sampled_from([NONE, LOSSLESS]))
-@settings(deadline=None)
 def test_lossless_codecs_keep_every_bit_of_every_dtype(tensors, codec):
     assert same_bits(decode(encode_payload(tensors, codec=codec)).tensors, tensors)
 
@@ -82,7 +81,6 @@ def test_lossless_codecs_keep_every_bit_of_every_dtype(tensors, codec):
     tensors=st.dictionaries(any_name, wide_tensor, max_size=4),
     theirs=st.sampled_from([None, ("zlib", "zstd"), ("zlib", "ans")]),
 )
-@settings(deadline=None)
 def test_the_preset_lossless_does_with_every_coder_that_the_other_side_may_have(tensors, theirs):
     codec = parse_codec("lossless", STAGES).resolved(theirs)
     data = encode_payload(tensors, codec=codec)
@@ -91,7 +89,6 @@ def test_the_preset_lossless_does_with_every_coder_that_the_other_side_may_have(
 
 
 @given(tensors=st.dictionaries(any_name, bits_of(torch.int16, (2, 3)), max_size=4), data=st.data())
-@settings(deadline=None)
 def test_int8_keeps_integers_and_the_shape_of_updates(tensors, data):
     floats = st.floats(-(2.0**100), 2.0**100, width=32)
     for name in list(tensors):
@@ -112,7 +109,6 @@ def test_int8_keeps_integers_and_the_shape_of_updates(tensors, data):
     model=st.none() | st.dictionaries(st.text(), plain_json, max_size=3),
     extra=st.none() | st.dictionaries(st.text(), plain_json, max_size=3),
 )
-@settings(deadline=None)
 def test_model_and_extra_travel_unread(model, extra):
     data = encode_payload({"x": torch.ones(1)}, codec=NONE, model=model, extra=extra)
     header = decode(data).header

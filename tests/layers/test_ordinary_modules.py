@@ -151,7 +151,7 @@ def test_ddp_on_two_processes(method, tmp_path):
     # This very file is the program of both processes, since they cannot import it by a name.
     command = [sys.executable, __file__, str(port), method, str(tmp_path)]
     workers = [subprocess.Popen([*command, str(rank)]) for rank in (0, 1)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=600) for worker in workers] == [0, 0]
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     model = trained(method)
     sum(0.5 * model(inputs() * k).square().mean() for k in (1, 2)).backward()

@@ -102,7 +102,10 @@ def test_ten_rounds_away(helpers, uncoded_accuracy, name, codec, options, most):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmRSS from /proc")
-@pytest.mark.parametrize(("scheme", "states"), [("per client", 10_000), ("grid", 32)])
+@pytest.mark.parametrize(
+    ("scheme", "states"),
+    [pytest.param("per client", 10_000, marks=pytest.mark.long), ("grid", 32)],
+)
 def test_memory_with_ten_thousand_clients(scheme, states, tmp_path):
     """The stated bound: `memory_bytes`, and 1.5 kB a client. The states take 44 MB in all."""
     root = Path(fedpara.__file__).parents[1]

@@ -48,7 +48,7 @@ stages = st.builds(
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(stage=stages, values=st.lists(numbers, min_size=1, max_size=40), data=st.data())
 def test_any_finite_numbers_come_back_finite_within_a_step(stage, values, data):
     dtype = data.draw(st.sampled_from(FLOATS))

@@ -40,7 +40,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Accuracy on images that this client never trains on."""
+    """Evaluate on images that this client never trains on."""
     client, model = _begin(message, context)
     images, labels = held_out(client)
     with torch.no_grad():

@@ -12,13 +12,13 @@ HELD_OUT = 32
 
 
 def training(client: int, clients: int) -> tuple[Tensor, Tensor]:
-    """A client's images [n, 3, 32, 32] and labels."""
+    """Return a client's images [n, 3, 32, 32] and labels."""
     images, labels = _all()
     return images[client : -2 * HELD_OUT : clients], labels[client : -2 * HELD_OUT : clients]
 
 
 def held_out(client: int) -> tuple[Tensor, Tensor]:
-    """Images to evaluate on."""
+    """Return images to evaluate on."""
     own = slice(-(client + 1) * HELD_OUT, -client * HELD_OUT or None)
     images, labels = _all()
     return images[own], labels[own]

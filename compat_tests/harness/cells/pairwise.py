@@ -11,7 +11,7 @@ Pair = tuple[str, str, str, str]
 
 
 def pairwise(factors: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    """Rows such that any two values of two different factors stand together in at least one.
+    """Return rows such that any two values of two different factors share at least one row.
 
     Greedy: each row begins with the first pair that is still missing, and each further factor
     takes the value that adds most missing pairs. The result depends on nothing but the argument.
@@ -43,6 +43,6 @@ def pairwise(factors: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
 
 
 def pairs_of(row: Mapping[str, str], factors: Mapping[str, Sequence[str]]) -> list[Pair]:
-    """The pairs of a row, its factors in the order of ``factors``."""
+    """Return the pairs of a row, its factors in the order of ``factors``."""
     present = [name for name in factors if name in row]
     return [(a, row[a], b, row[b]) for a, b in combinations(present, 2)]

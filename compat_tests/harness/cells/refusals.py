@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.cells.cell import Cell
+from harness.cells.base import Cell
 from harness.cells.strategies import STRATEGIES
 
 __all__ = ["Refusal", "refusal"]
@@ -33,7 +33,7 @@ class Refusal:
 
 
 def refusal(cell: Cell, version: str) -> Refusal | None:
-    """What is expected instead of a result; None if the cell trains.
+    """Return what is expected instead of a result; None if the cell trains.
 
     Args:
         cell: the cell.

@@ -1,11 +1,11 @@
-"""The optimizers of the matrix, as data. Standard library only, as `harness.cells.cells`."""
+"""The optimizers of the matrix, as data. Standard library only, as `harness.cells.flower`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["OURS", "RATE", "STRATEGIES", "StrategySpec"]
+__all__ = ["PLUGIN_STRATEGIES", "RATE", "STRATEGIES", "StrategySpec"]
 
 FLOWER = "flwr.serverapp.strategy"
 
@@ -46,17 +46,17 @@ class StrategySpec:
 
     @property
     def label(self) -> str:
-        """As in the table."""
+        """Return the name in the table."""
         return self.class_name.replace("DifferentialPrivacy", "DP ")
 
     @property
     def proximal_mu(self) -> float | None:
-        """Of the clients' loss; None for no such term."""
+        """Return mu of the clients' loss; None for no such term."""
         return self.options.get("proximal_mu")
 
     @property
     def rule_options(self) -> dict[str, float]:
-        """Of the rule."""
+        """Return the options of the rule."""
         return {key: value for key, value in self.options.items() if key != "proximal_mu"}
 
 
@@ -131,9 +131,9 @@ STRATEGIES: Mapping[str, StrategySpec] = {
 """By marker: ``-m fedadam`` runs its cells. A new one is an entry here and a rule."""
 
 PLUGIN = "fedpara_plugins_flower"
-OURS: Mapping[str, StrategySpec] = {
+PLUGIN_STRATEGIES: Mapping[str, StrategySpec] = {
     "scaffold": StrategySpec("Scaffold", "scaffold", home=PLUGIN),
     "feddyn": StrategySpec("FedDyn", "feddyn", {"alpha": 0.3}, home=PLUGIN),
 }
 """Optimizers that Flower lacks. Their clients have lines of their own, so they are run by
-`harness.flower.drift_apps` and checked against `harness.oracles.drift_reference`."""
+`harness.flower.drift_apps` and checked against `harness.oracles.drift`."""

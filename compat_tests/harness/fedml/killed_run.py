@@ -1,4 +1,4 @@
-"""FedML's runs in the single process that are killed (`harness.processes.killing`)."""
+"""FedML's runs in the single process that are killed (`harness.processes.killed_runs`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 
 from harness.fedml.project import Sent, arguments
 from harness.fedml.project import run as run_project
-from harness.processes.killing import Killer, Order, serve
+from harness.processes.killed_runs import Killer, RunRequest, serve
 
-__all__ = ["FedMLOrder"]
+__all__ = ["FedMLRunRequest"]
 
 
 @dataclass(frozen=True)
-class FedMLOrder(Order):
+class FedMLRunRequest(RunRequest):
     """One run.
 
     Attributes:
@@ -27,18 +27,18 @@ class FedMLOrder(Order):
     keys: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(order: FedMLOrder) -> None:
-    """Do what an order says."""
-    logging.basicConfig(filename=order.log, level=logging.INFO, force=True)
-    killer = Killer(order)
+def run(request: FedMLRunRequest) -> None:
+    """Carry out a request."""
+    logging.basicConfig(filename=request.log, level=logging.INFO, force=True)
+    killer = Killer(request)
 
     def tap(sent: Sent) -> bytes:
         killer.passes(trains_in=sent.round if sent.direction == "down" else 0)
         return sent.data
 
-    save_file(run_project(tap=tap, **order.keys).state, order.output)
+    save_file(run_project(tap=tap, **request.keys).state, request.output)
 
 
 if __name__ == "__main__":
     arguments()  # once, before any fork
-    serve(FedMLOrder, run)
+    serve(FedMLRunRequest, run)

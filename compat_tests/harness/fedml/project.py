@@ -43,7 +43,7 @@ SIZES = (50, 30, 40, 20, 60)
 
 
 def arguments(**keys: Any) -> Any:
-    """What ``fedml.init`` would have made of a YAML with these keys, besides `DEFAULTS`."""
+    """Return what ``fedml.init`` would make of a YAML with these keys on top of `DEFAULTS`."""
     args = Arguments.__new__(Arguments)
     for name, value in {**DEFAULTS, **keys}.items():
         setattr(args, name, value)
@@ -52,7 +52,7 @@ def arguments(**keys: Any) -> Any:
 
 
 def _initialise() -> None:
-    """FedML asks its home for settings here, and gives up after some seconds.
+    """Initialise FedML once: it looks for settings in the home folder and gives up after seconds.
 
     It seeds torch too, so this must not come between a model's weights and its conversion.
     """
@@ -63,7 +63,7 @@ def _initialise() -> None:
 
 
 def dataset(clients: int = 4) -> list[Any]:
-    """FedML's eight entries: each client's batches of 10, in an order that never changes."""
+    """Return FedML's eight entries: each client's batches of 10, always in the same order."""
     rng = np.random.default_rng(5)
     centres = rng.normal(size=(4, 32))
     train, test = [], []
@@ -77,7 +77,7 @@ def dataset(clients: int = 4) -> list[Any]:
 
 
 def _batches(rng: np.random.Generator, centres: Any, size: int, client: int) -> Batches:
-    """Each client has another mixture of classes, and its own shift of the inputs."""
+    """Draw a client's batches, with a mixture of classes and a shift of the inputs of its own."""
     weights = np.roll([0.55, 0.25, 0.1, 0.1], client)
     labels = rng.choice(4, size=size, p=weights)
     inputs = centres[labels] + rng.normal(size=(size, 32)) + 0.1 * client
@@ -86,7 +86,7 @@ def _batches(rng: np.random.Generator, centres: Any, size: int, client: int) -> 
 
 
 def model(seed: int = 3) -> nn.Module:
-    """Two layers to factorise, one that is too small; smooth."""
+    """Build a smooth model: two layers to factorise, and one that is too small."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 4)
@@ -125,7 +125,7 @@ class Outcome:
     sent: list[Sent] = field(default_factory=list)
 
     def kept(self, client: int) -> dict[str, Tensor]:
-        """A client's own model at the end: the server's shared part and its private one."""
+        """Return a client's own model at the end: the server's shared part and its private one."""
         found: dict[str, Tensor] = self.runner.runner.clients._completed(str(client), self.state)
         return found
 
@@ -184,7 +184,7 @@ def _watched(inner: Any, tap: Tap) -> list[Sent]:
 
 
 def forget_security() -> None:
-    """FedML's attacks, defences and differential privacy are single objects that never go off."""
+    """Reset FedML's attacks, defences and differential privacy, which are global singletons."""
     from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
     from fedml.core.security.fedml_attacker import FedMLAttacker
     from fedml.core.security.fedml_defender import FedMLDefender

@@ -22,34 +22,34 @@ from fedpara_plugins_fedml.settings import FedMLSettings
 from fedpara_plugins_fedml.transport import peers
 from harness.fedml.project import arguments, dataset, model
 
-__all__ = ["PATIENCE", "Line", "Parties"]
+__all__ = ["PATIENCE", "Parties", "QueueTransport"]
 
 PATIENCE = 120.0
 
 
-class Line:
+class QueueTransport:
     """One party's communication manager.
 
     Args:
         own: its id.
-        lines: of all, by id; it enters itself.
+        transports: of all, by id; it enters itself.
     """
 
-    def __init__(self, own: int, lines: dict[int, Line]) -> None:
+    def __init__(self, own: int, transports: dict[int, QueueTransport]) -> None:
         self.own = own
         self.dead = False
         self.sent: list[Message] = []
         self.altered: Callable[[Message], Message] = lambda message: message
-        self._lines = lines
+        self._transports = transports
         self._queue: queue.Queue[bytes | None] = queue.Queue()
         self._observers: list[Any] = []
-        lines[own] = self
+        transports[own] = self
 
     def add_observer(self, observer: Any) -> None:
         self._observers.append(observer)
 
     def send_message(self, message: Message) -> None:
-        other = self._lines.get(int(message.get_receiver_id()))
+        other = self._transports.get(int(message.get_receiver_id()))
         if self.dead or other is None or other.dead:
             raise ConnectionError("nobody listens there")
         message = self.altered(message)
@@ -84,7 +84,7 @@ class Parties:
         aggregator: what makes the server's aggregator.
 
     Attributes:
-        lines: communication managers by id.
+        transports: communication managers by id.
         ended: reasons for which processes would have been ended at once.
         errors: by rank, what a party raised.
     """
@@ -99,7 +99,7 @@ class Parties:
         trainers: Mapping[int, Callable[[Any, Any], Any]] | None = None,
         aggregator: Callable[[Any, Any], Any] | None = None,
     ) -> None:
-        self.lines: dict[int, Line] = {}
+        self.transports: dict[int, QueueTransport] = {}
         self.ended: list[str] = []
         self.errors: dict[int, BaseException] = {}
         self.runs: dict[int, Any] = {}
@@ -112,7 +112,7 @@ class Parties:
         self._threads: dict[int, threading.Thread] = {}
 
         def connect(manager: FedMLCommManager) -> None:
-            manager.com_manager = Line(int(manager.args.rank), self.lines)
+            manager.com_manager = QueueTransport(int(manager.args.rank), self.transports)
             manager.com_manager.add_observer(manager)
 
         monkeypatch.setattr(FedMLCommManager, "_init_manager", connect)
@@ -122,7 +122,7 @@ class Parties:
             )
 
     def args(self, rank: int) -> Any:
-        """FedML's arguments of one party."""
+        """Return FedML's arguments of one party."""
         ids = list(range(1, self.clients + 1)) if rank == 0 else [rank]
         keys = {"training_type": "cross_silo", "scenario": "horizontal", "backend": "GRPC"}
         keys |= {"comm": None, "rank": rank, "client_id_list": str(ids)}
@@ -151,13 +151,13 @@ class Parties:
         self._threads[rank].start()
 
     def run(self) -> Parties:
-        """Start all, and wait."""
+        """Start all parties, and wait."""
         for rank in range(self.clients + 1):
             self.start(rank)
         return self.wait()
 
     def wait(self, *ranks: int) -> Parties:
-        """Wait for some, or for all.
+        """Wait for some parties, or for all.
 
         Raises:
             TimeoutError: one goes on.
@@ -169,5 +169,5 @@ class Parties:
         return self
 
     def cut(self, rank: int) -> None:
-        """From now on nobody hears a party, and it hears nobody."""
-        self.lines[rank].dead = True
+        """Cut a party off: nobody hears it, and it hears nobody."""
+        self.transports[rank].dead = True

@@ -18,9 +18,9 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
-from harness.cells.cells import STRATEGIES
+from harness.cells.strategies import STRATEGIES
 from harness.flower.inprocess_grid import Engine, InProcessGrid, RunConfig, Sent
-from harness.oracles.task import Task, evaluate, train
+from harness.oracles.task import TrainingTask, evaluate, train
 
 __all__ = [
     "Apps",
@@ -69,7 +69,7 @@ class Experiment:
             None.
     """
 
-    task: Task = field(default_factory=Task)
+    task: TrainingTask = field(default_factory=TrainingTask)
     strategy: str = "fedavg"
     options: Mapping[str, Any] = field(default_factory=dict)
     hooks: Hooks = field(default_factory=Hooks)
@@ -118,7 +118,7 @@ class Apps:
 
 
 def plain_apps(experiment: Experiment, net: Factory | None = None) -> Apps:
-    """The app before anyone met the plugin.
+    """Return the app as it is without the plugin.
 
     Args:
         experiment: what it does.
@@ -139,7 +139,7 @@ ALL = frozenset({"net", "app"})
 def plugin_apps(
     experiment: Experiment, *, client: frozenset[str] = ALL, server: frozenset[str] = ALL
 ) -> Apps:
-    """The same app after the README's edit.
+    """Return the same app after the README's edit.
 
     Args:
         experiment: what it does.
@@ -203,7 +203,7 @@ def federate(
 
 
 def train_app(app: ClientApp, experiment: Experiment, net: Factory) -> ClientApp:
-    """Put the experiment's functions into a ClientApp; the same comes back."""
+    """Put the experiment's functions into a ClientApp, and return it."""
     task, hooks = experiment.task, experiment.hooks
     name = STRATEGIES[experiment.strategy].client_mod
     mods = [getattr(mod, name)] if name else []
@@ -254,7 +254,7 @@ def _begin(
 
 
 def main_app(app: ServerApp, experiment: Experiment, net: Factory, outcome: Outcome) -> ServerApp:
-    """Put the experiment's main function into a ServerApp; the same comes back."""
+    """Put the experiment's main function into a ServerApp, and return it."""
     task = experiment.task
 
     @app.main()

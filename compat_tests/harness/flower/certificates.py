@@ -50,7 +50,7 @@ def certificates(folder: Path) -> Certificates:
 
 
 def node_key(path: Path) -> Path:
-    """Make a SuperNode's key pair in OpenSSH's format: ``path`` and ``path.pub``; the latter."""
+    """Make a SuperNode's key pair ``path`` and ``path.pub`` (OpenSSH), and return the latter."""
     key = ec.generate_private_key(ec.SECP384R1())
     openssh = serialization.PrivateFormat.OpenSSH
     path.write_bytes(key.private_bytes(PEM, openssh, serialization.NoEncryption()))

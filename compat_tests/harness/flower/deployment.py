@@ -17,10 +17,10 @@ from typing import Any
 
 from harness.flower.certificates import Certificates, certificates, node_key
 from harness.oracles import task
-from harness.processes.processes import Processes, Program, free_ports, wait_until
+from harness.processes.supervisor import Processes, Program, free_ports, wait_until
 from harness.processes.wiretap import Wiretap
 
-__all__ = ["Deployment", "Finished", "app_copy", "deployment", "simulated"]
+__all__ = ["Deployment", "FinishedRun", "app_copy", "deployment", "simulated"]
 
 CONNECTION = "engine"
 START = 180.0
@@ -52,7 +52,7 @@ def app_copy(source: Path, folder: Path, *more: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedRun:
     """A run that is over.
 
     Attributes:
@@ -66,8 +66,8 @@ class Finished:
     status: str
     traffic: int = 0
 
-    def check(self) -> Finished:
-        """Itself, if the run completed.
+    def check(self) -> FinishedRun:
+        """Return itself if the run completed.
 
         Raises:
             RuntimeError: it did not; holds the end of the log.
@@ -106,7 +106,7 @@ class Deployment:
         self._keys[partition] = path
 
     def start_node(self, partition: int) -> None:
-        """Start a SuperNode, again if there was one."""
+        """Start a SuperNode, or start it again."""
         config = f"partition-id={partition} num-partitions={self._count}"
         options = ["--superlink", f"127.0.0.1:{self.tap.port}"]
         options += ["--port", str(free_ports(1)[0]), "--node-config", config]
@@ -120,16 +120,16 @@ class Deployment:
         self.nodes[partition : partition + 1] = [program]
 
     def submit(self, app: Path, config: RunConfig) -> Program:
-        """Start ``flwr run``; its end is the run's."""
+        """Start ``flwr run``, which ends when the run does."""
         command = ("flwr", "run", str(app), CONNECTION, "--stream")
         return self.processes.start("run", *command, "--run-config", _overrides(config))
 
-    def finish(self, program: Program, seconds: float = LIMIT) -> Finished:
+    def finish(self, program: Program, seconds: float = LIMIT) -> FinishedRun:
         """Wait for the end of a run, and ask Flower how it went."""
         code = program.wait(seconds)
         return _finished(self.processes, program.text, code)
 
-    def run(self, app: Path, config: RunConfig, seconds: float = LIMIT) -> Finished:
+    def run(self, app: Path, config: RunConfig, seconds: float = LIMIT) -> FinishedRun:
         """Run an app to its end."""
         return self.finish(self.submit(app, config), seconds)
 
@@ -177,7 +177,7 @@ def deployment(
 
 def simulated(
     folder: Path, app: Path, config: RunConfig, *, nodes: int = 2, seconds: float = LIMIT
-) -> Finished:
+) -> FinishedRun:
     """Run an app to its end in Flower's simulation engine (Ray), through ``flwr run``.
 
     The SuperLink is one of our own: what ``flwr run`` starts by itself must answer within 15 s, too
@@ -200,7 +200,7 @@ def simulated(
 
 
 def _connect(home: Path, port: int, files: Certificates | None) -> None:
-    """Tell ``flwr`` of the SuperLink."""
+    """Tell ``flwr`` where the SuperLink is."""
     security = f'root-certificates = "{files.authority}"' if files else "insecure = true"
     text = f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\n{security}\n'
     (home / "config.toml").write_text(text, encoding="utf-8")
@@ -223,16 +223,16 @@ def _listens(link: Program, port: int) -> bool:
 
 
 def _overrides(config: RunConfig) -> str:
-    """All in one option: of two, Flower keeps only the last one's values of a nested section."""
+    """Write all options as one: of two, Flower keeps only the last one's nested values."""
     return " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
 
 
-def _finished(processes: Processes, log: str, code: int) -> Finished:
-    """``flwr run`` ends with 0 whatever becomes of the run: its status is asked for."""
+def _finished(processes: Processes, log: str, code: int) -> FinishedRun:
+    """Ask Flower how a run ended; ``flwr run`` itself ends with 0 in any case."""
     found = re.search(r"run[ _-]?(?:id)?\W*(\d{6,})", log, re.IGNORECASE)
     if code or found is None:
         raise RuntimeError(f"flwr run ended with {code} and started no run:\n{log}")
     command = ("flwr", "list", CONNECTION, "--run-id", found[1], "--format", "json")
     answer: dict[str, Any] = json.loads(processes.run("list", *command, seconds=START))
     run = answer["runs"][0]
-    return Finished(log, run["status"], run["network-traffic"]["total-bytes"])
+    return FinishedRun(log, run["status"], run["network-traffic"]["total-bytes"])

@@ -16,7 +16,7 @@ from torch import nn
 
 import fedpara_plugins_flower as fedpara
 from harness.flower.apps import Apps, Outcome
-from harness.oracles.task import Task, evaluate, train
+from harness.oracles.task import TrainingTask, evaluate, train
 
 __all__ = ["DriftExperiment", "drift_apps"]
 
@@ -40,7 +40,7 @@ class DriftExperiment:
 
     strategy: type[Strategy]
     options: Mapping[str, Any] = field(default_factory=dict)
-    task: Task = field(default_factory=Task)
+    task: TrainingTask = field(default_factory=TrainingTask)
     train: Train | None = None
     losses: bool = False
     corrects: frozenset[str] = frozenset({"context", "add_to"})
@@ -49,7 +49,7 @@ class DriftExperiment:
 
 
 def drift_apps(experiment: DriftExperiment, *, mods: bool = True) -> Apps:
-    """Both sides of the app, with the README's edit of the plugin or without."""
+    """Return both sides of the app, with the README's edit of the plugin or without."""
     net = experiment.factory or experiment.task.net
     build = fedpara.factorised(net) if mods else net
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import Ledger, LedgerEntry
-from harness.cells.cells import GAMMA
+from harness.cells.flower import GAMMA
 from harness.flower.deployment import app_copy
-from harness.oracles.reference import RULES, Reference, federated
-from harness.oracles.task import Task
+from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
+from harness.oracles.task import TrainingTask
 
 __all__ = ["EngineApp"]
 
@@ -73,7 +73,7 @@ class EngineApp:
             text = text.replace(f"engine_app.{part}:", f"engine_app.{chosen}:")
         declared.write_text(text, "utf-8")
         self.method, self.codec = method, codec
-        self.task = Task(clients=clients, rounds=rounds, epochs=1)
+        self.task = TrainingTask(clients=clients, rounds=rounds, epochs=1)
         self.config = {
             "rounds": rounds,
             "clients": clients,
@@ -87,7 +87,7 @@ class EngineApp:
         }
 
     def build(self) -> nn.Module:
-        """The model as both sides build it."""
+        """Build the model as both sides do."""
         net = self.task.net()
         if self.method == "none":
             return net
@@ -97,23 +97,23 @@ class EngineApp:
 
     @property
     def final(self) -> State:
-        """The server's state at the end."""
+        """Load the server's state at the end."""
         state: State = torch.load(self._results / "final.pt", weights_only=True)
         return state
 
     @property
     def figures(self) -> dict[str, list[float]]:
-        """``losses`` of the server's model from before round 1 on; ``client_accuracies``."""
+        """Load ``losses`` of the server's model, from before round 1, and ``client_accuracies``."""
         figures: dict[str, Any] = json.loads((self._results / "figures.json").read_text("utf-8"))
         return figures
 
     @property
     def ledger(self) -> list[LedgerEntry]:
-        """The bytes that the plugin counted."""
+        """Read the bytes that the plugin counted."""
         return Ledger.read(self._ledger)
 
     def noted(self, client: int, server_round: int, when: str) -> State | None:
-        """A client's state ``before`` or ``after`` its training; None if it was not there."""
+        """Load a client's state ``before`` or ``after`` training; None if it took no part."""
         path = self._diary / f"{client}-{server_round}-{when}.pt"
         if not path.exists():
             return None
@@ -122,19 +122,19 @@ class EngineApp:
 
     # What it must have come to
 
-    def reference(self) -> Reference:
-        """The plain loop in torch for the same task."""
+    def reference(self) -> PlainResult:
+        """Run the plain loop in torch for the same task."""
         names = fedpara.split(self.build()).private
-        return federated(self.task, self.build, RULES["fedavg"](), private_names=names)
+        return run_plain_loop(self.task, self.build, RULES["fedavg"](), private_names=names)
 
     def check_everyone_took_part(self, log: str) -> None:
-        """Each round's answers are complete; a run without some clients could equal by luck."""
+        """Assert that no reply is missing: a run without some clients could match by luck."""
         answers = re.findall(r"Received (\d+) results and (\d+) failures", log)
         assert answers == [(str(self.task.clients), "0")] * (2 * self.task.rounds)
         assert "left out" not in log
 
     def noteworthy(self) -> dict[str, float]:
-        """Figures for the page of cells."""
+        """Return figures for the page of cells."""
         entries = self.ledger
         encoded = sum(entry.encoded_bytes for entry in entries)
         return {
@@ -144,14 +144,14 @@ class EngineApp:
         }
 
     def check_outcome(self) -> None:
-        """Equal to the plain loop's without a codec, near to it with a lossy one."""
+        """Assert that the run equals the plain loop, or is near to it with a lossy codec."""
         if self.codec == "none":
             self.check_equal()
         else:
             self.check_close()
 
     def check_equal(self) -> None:
-        """The server's state equals the plain loop's, to float tolerance."""
+        """Assert that the server's state equals the plain loop's to float tolerance."""
         plain, final = self.reference(), self.final
         assert final.keys() == plain.state.keys()
         shared = fedpara.split(self.build()).shared
@@ -165,7 +165,7 @@ class EngineApp:
         )
 
     def check_close(self, within: float = QUANTISATION) -> None:
-        """The server's shared state ends near the plain loop's, seen from where both began."""
+        """Assert that the server's shared state is near the plain loop's, relative to its way."""
         plain, final = self.reference(), self.final
         shared = fedpara.split(self.build()).shared
         off = _distance(final, plain.state, shared)

@@ -65,12 +65,12 @@ class WireObject:
         return cls(type(value), bytes(value.deflate()), children)
 
     def rebuilt(self) -> Any:
-        """A new Flower object that shares nothing with the one that was taken apart."""
+        """Build a new Flower object that shares nothing with the one that was taken apart."""
         children = {key: child.rebuilt() for key, child in self.children.items()}
         return self.kind.inflate(self.content, children or None)
 
     def contents(self) -> Iterator[bytes]:
-        """The bytes of this object and of all it consists of."""
+        """Yield the bytes of this object and of all its parts."""
         yield self.content
         for child in self.children.values():
             yield from child.contents()
@@ -98,29 +98,29 @@ class Sent:
 
     @property
     def message(self) -> Message:
-        """The message, rebuilt: changing it changes nothing else."""
+        """Rebuild the message; a change of it changes nothing else."""
         message: Message = self.wire.rebuilt()
         return message
 
     @property
     def content(self) -> RecordDict:
-        """Its records; empty for an error."""
+        """Return its records; empty for an error."""
         message = self.message
         return message.content if message.has_content() else RecordDict()
 
     @property
     def arrays(self) -> dict[str, ArrayRecord]:
-        """Its records of arrays, by name."""
+        """Return its records of arrays by name."""
         return dict(self.content.array_records)
 
     @property
     def data(self) -> bytes:
-        """Everything that travels for this message, end to end."""
+        """Return everything that travels for this message, end to end."""
         return b"".join(self.wire.contents())
 
     @property
     def array_bytes(self) -> int:
-        """Bytes of all arrays as Flower serialises each of them, names and framing left out."""
+        """Count the bytes of all arrays as Flower serialises each, without names and framing."""
         return sum(len(a.data) for record in self.arrays.values() for a in record.values())
 
 
@@ -174,16 +174,16 @@ class InProcessGrid(Grid):
     # For tests
 
     def node_id(self, partition: int) -> int:
-        """The id of a client, by its number."""
+        """Return the id of a client, given its number."""
         return next(node.id for node in self._nodes.values() if node.partition == partition)
 
     def client_state(self, partition: int) -> RecordDict:
-        """A copy of what a client keeps."""
+        """Return a copy of what a client keeps."""
         state: RecordDict = self._nodes[self.node_id(partition)].state.rebuilt()
         return state
 
     def lose_state(self, partition: int) -> None:
-        """Let a client forget everything, as a restarted SuperNode has."""
+        """Let a client forget everything, as after a restart of its SuperNode."""
         self._nodes[self.node_id(partition)].state = WireObject.of(RecordDict())
 
     def serve(self, app: ServerApp, run_config: RunConfig | None = None) -> None:
@@ -201,11 +201,11 @@ class InProcessGrid(Grid):
     # Flower's interface
 
     def set_run(self, run: Any) -> None:
-        """Nothing to choose: there is one run."""
+        """Ignore the run: there is only one."""
 
     @property
     def run(self) -> Any:
-        """The run, as far as anyone asks."""
+        """Return the run, as far as apps ask for it."""
         return SimpleNamespace(run_id=RUN_ID)
 
     def create_message(
@@ -219,7 +219,7 @@ class InProcessGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """All nodes; they are always there."""
+        """Return all nodes, which are always connected."""
         return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -317,7 +317,7 @@ def _round_of(message: Message) -> int:
 
 @contextlib.contextmanager
 def _identity(node_id: int) -> Iterator[None]:
-    """Be a node while its app runs, as its process would be."""
+    """Act as a node while its app runs, as its process would."""
     if TaskIdentity is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Flower's runs that are killed (`harness.processes.killing`)."""
+"""Flower's runs that are killed (`harness.processes.killed_runs`)."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 from safetensors.torch import save_file
 
 import fedpara_plugins_flower
-from harness.cells.cells import STRATEGIES
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Experiment, federate, plugin_apps
 from harness.flower.drift_apps import DriftExperiment, drift_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
-from harness.oracles.task import Task
-from harness.processes.killing import Killer, Order, serve
+from harness.oracles.task import TrainingTask
+from harness.processes.killed_runs import Killer, RunRequest, serve
 
-__all__ = ["FlowerOrder"]
+__all__ = ["FlowerRunRequest"]
 
 
 @dataclass(frozen=True)
-class FlowerOrder(Order):
+class FlowerRunRequest(RunRequest):
     """One run.
 
     Attributes:
         section: the options of the plugin.
-        strategy: a name in `harness.cells.cells.STRATEGIES`, or of a class of the plugin.
+        strategy: a name in `harness.cells.strategies.STRATEGIES`, or of a class of the plugin.
         options: of its constructor.
         rounds: of the run.
         epochs: of a client in a round.
@@ -38,25 +38,25 @@ class FlowerOrder(Order):
     epochs: int = 1
 
 
-def run(order: FlowerOrder) -> None:
-    """Do what an order says."""
-    killer = Killer(order)
+def run(request: FlowerRunRequest) -> None:
+    """Carry out a request."""
+    killer = Killer(request)
 
     def tap(sent: Sent, grid: InProcessGrid) -> None:
         trains = (sent.kind, sent.direction) == ("train", "down")
         killer.passes(trains_in=sent.round if trains else 0)
 
-    task = Task(rounds=order.rounds, epochs=order.epochs)
-    options = dict(order.options)
-    if order.strategy in STRATEGIES:
-        apps = plugin_apps(Experiment(task, order.strategy, options))
+    task = TrainingTask(rounds=request.rounds, epochs=request.epochs)
+    options = dict(request.options)
+    if request.strategy in STRATEGIES:
+        apps = plugin_apps(Experiment(task, request.strategy, options))
     else:
-        kind = getattr(fedpara_plugins_flower, order.strategy)
+        kind = getattr(fedpara_plugins_flower, request.strategy)
         apps = drift_apps(DriftExperiment(kind, options, task))
-    outcome = federate(apps, order.section, tap=tap)
-    order.log.write_text("\n".join(outcome.log))
-    save_file({k: v.contiguous() for k, v in outcome.state.items()}, order.output)
+    outcome = federate(apps, request.section, tap=tap)
+    request.log.write_text("\n".join(outcome.log))
+    save_file({k: v.contiguous() for k, v in outcome.state.items()}, request.output)
 
 
 if __name__ == "__main__":
-    serve(FlowerOrder, run)
+    serve(FlowerRunRequest, run)

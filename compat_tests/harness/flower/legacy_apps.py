@@ -9,20 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import Context
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
-from flwr.common import Context, ndarrays_to_parameters
+from flwr.common import ndarrays_to_parameters
 from flwr.server import ServerAppComponents, ServerConfig, strategy
 from flwr.serverapp import ServerApp
 from numpy.typing import NDArray
 from torch import nn
 
-from harness.cells.cells import STRATEGIES
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Apps, Factory, Hooks, Outcome
-from harness.oracles.task import Task, evaluate, train
+from harness.oracles.task import TrainingTask, evaluate, train
 
 __all__ = [
-    "PARTS",
+    "ARRAY_ACCESS",
     "LegacyExperiment",
     "components",
     "legacy_client_app",
@@ -34,7 +35,7 @@ Arrays = list[NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Part:
+class ArrayAccess:
     """What of a model an app sends, and how it loads it again."""
 
     get: Callable[[nn.Module], Arrays]
@@ -60,9 +61,9 @@ def _set_parameters(model: nn.Module, arrays: Arrays) -> None:
             value.copy_(torch.as_tensor(array))
 
 
-PARTS = {
-    "state": Part(_get_state, _set_state),
-    "parameters": Part(_get_parameters, _set_parameters),
+ARRAY_ACCESS = {
+    "state": ArrayAccess(_get_state, _set_state),
+    "parameters": ArrayAccess(_get_parameters, _set_parameters),
 }
 
 
@@ -75,12 +76,12 @@ class LegacyExperiment:
         strategy: a name in `STRATEGIES`; the class of that name in ``flwr.server.strategy``.
         options: of the strategy's constructor, beside those of its `StrategySpec`.
         hooks: see there.
-        part: of the model that travels, a name in `PARTS`.
+        part: of the model that travels, a name in `ARRAY_ACCESS`.
         initial: whether the server gives the first weights, or asks a client for them.
         evaluate_fn: whether the server evaluates the global model itself.
     """
 
-    task: Task = field(default_factory=Task)
+    task: TrainingTask = field(default_factory=TrainingTask)
     strategy: str = "fedavg"
     options: Mapping[str, Any] = field(default_factory=dict)
     hooks: Hooks = field(default_factory=Hooks)
@@ -90,7 +91,7 @@ class LegacyExperiment:
 
 
 def legacy_plain_apps(experiment: LegacyExperiment, net: Factory | None = None) -> Apps:
-    """The app before anyone met the plugin."""
+    """Return the app as it is without the plugin."""
     model = net or experiment.task.net
     return Apps(
         client=lambda: legacy_client_app(experiment, model, []),
@@ -105,7 +106,7 @@ ALL = frozenset({"net", "app"})
 def legacy_plugin_apps(
     experiment: LegacyExperiment, *, client: frozenset[str] = ALL, server: frozenset[str] = ALL
 ) -> Apps:
-    """The same app after the README's edit, or with only some of its lines."""
+    """Return the same app after the README's edit, or with only some of its lines."""
     import fedpara_plugins_flower as fedpara
 
     Net = experiment.task.net  # noqa: N806  (as the README writes it)
@@ -125,7 +126,7 @@ def legacy_plugin_apps(
 class _Client(NumPyClient):
     def __init__(self, experiment: LegacyExperiment, model: nn.Module, client: int) -> None:
         self.experiment, self.model, self.number = experiment, model, client
-        self.part = PARTS[experiment.part]
+        self.part = ARRAY_ACCESS[experiment.part]
 
     def get_parameters(self, config: dict[str, Any]) -> Arrays:
         return self.part.get(self.model)
@@ -159,7 +160,7 @@ class _Client(NumPyClient):
 
 
 def legacy_client_app(experiment: LegacyExperiment, net: Factory, mods: list[Any]) -> ClientApp:
-    """The client's side, with any mods."""
+    """Build the client's side, with any mods."""
 
     def client_fn(context: Context) -> Any:
         client = int(context.node_config["partition-id"])
@@ -173,8 +174,8 @@ def legacy_client_app(experiment: LegacyExperiment, net: Factory, mods: list[Any
 def components(
     experiment: LegacyExperiment, net: Factory, outcome: Outcome
 ) -> Callable[[Context], ServerAppComponents]:
-    """What the ``server_fn`` is."""
-    task, part = experiment.task, PARTS[experiment.part]
+    """Return the ``server_fn``."""
+    task, part = experiment.task, ARRAY_ACCESS[experiment.part]
 
     def evaluate_fn(
         server_round: int, arrays: Arrays, config: dict[str, Any]

@@ -10,11 +10,12 @@ import pytest
 from torch import Tensor
 
 from fedpara_plugins import LedgerEntry
-from harness.cells.cells import STRATEGIES, Cell
+from harness.cells.base import Cell
 from harness.cells.refusals import Refusal
+from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Outcome
 from harness.matrix.cell_runs import COUNTERS, private_names, shared, task_of
-from harness.oracles.reference import Reference
+from harness.oracles.plain_loop import PlainResult
 from harness.oracles.task import HELD_OUT, TEST
 
 __all__ = [
@@ -45,9 +46,9 @@ ACCURACY = 0.02
 
 
 def check_cell(
-    cell: Cell, outcome: Outcome, plain: Reference, entries: Sequence[LedgerEntry]
+    cell: Cell, outcome: Outcome, plain: PlainResult, entries: Sequence[LedgerEntry]
 ) -> None:
-    """All of the below, for a cell that trains."""
+    """Apply all checks below to a cell that trains."""
     check_every_client_took_part(outcome, cell)
     check_bytes_reconcile(outcome, entries, cell)
     check_sizes(outcome, entries, cell)
@@ -59,7 +60,7 @@ def check_cell(
 
 
 def check_every_client_took_part(outcome: Outcome, cell: Cell) -> None:
-    """A run that quietly leaves clients out would agree with nothing below, or by luck."""
+    """Assert that no client was left out: such a run could match the plain loop by luck."""
     task = task_of(cell)
     replies = [sent.message for sent in outcome.sent if sent.direction == "up"]
     assert len(replies) == 2 * task.rounds * task.clients  # train and evaluate
@@ -68,7 +69,7 @@ def check_every_client_took_part(outcome: Outcome, cell: Cell) -> None:
 
 
 def check_bytes_reconcile(outcome: Outcome, entries: Sequence[LedgerEntry], cell: Cell) -> None:
-    """The ledger's bytes are the wire's, per direction, round, kind and client."""
+    """Assert that the ledger's bytes are the wire's, by direction, round, kind and client."""
     rounds = range(1, task_of(cell).rounds + 1)
     counted: Counter[tuple[object, ...]] = Counter()
     messages: Counter[tuple[object, ...]] = Counter()
@@ -104,8 +105,8 @@ def _check_dense_bytes(entries: Sequence[LedgerEntry], cell: Cell) -> None:
         assert {entry.dense_bytes for entry in entries} == {dense}
 
 
-def check_same_weights(outcome: Outcome, plain: Reference, cell: Cell) -> None:
-    """Every weight is the plain loop's, and so is what comes of it."""
+def check_same_weights(outcome: Outcome, plain: PlainResult, cell: Cell) -> None:
+    """Assert that every weight is the plain loop's, and so are losses and accuracies."""
     assert outcome.state.keys() == plain.state.keys()
     if slack := STRATEGIES[cell.strategy].slack / 10:
         _check_distance(outcome, plain, cell, slack)
@@ -115,7 +116,7 @@ def check_same_weights(outcome: Outcome, plain: Reference, cell: Cell) -> None:
     assert outcome.losses == pytest.approx(plain.losses, abs=1e-3 + slack)
 
 
-def _check_each(outcome: Outcome, plain: Reference, cell: Cell) -> None:
+def _check_each(outcome: Outcome, plain: PlainResult, cell: Cell) -> None:
     travels = shared(cell)
     for key, value in outcome.state.items():
         if key in travels:
@@ -124,8 +125,8 @@ def _check_each(outcome: Outcome, plain: Reference, cell: Cell) -> None:
             assert not value.any(), key
 
 
-def check_close(outcome: Outcome, plain: Reference, cell: Cell) -> None:
-    """A lossy codec ends next to the plain loop, having learnt as much."""
+def check_close(outcome: Outcome, plain: PlainResult, cell: Cell) -> None:
+    """Assert that a lossy codec ends near the plain loop, having learnt as much."""
     share = QUANTISATION + STRATEGIES[cell.strategy].slack
     _check_distance(outcome, plain, cell, share)
     assert outcome.accuracies[-1] >= plain.accuracies[-1] - ACCURACY
@@ -133,14 +134,14 @@ def check_close(outcome: Outcome, plain: Reference, cell: Cell) -> None:
     assert outcome.losses == pytest.approx(plain.losses, abs=share * fallen)
 
 
-def _check_distance(outcome: Outcome, plain: Reference, cell: Cell, share: float) -> None:
+def _check_distance(outcome: Outcome, plain: PlainResult, cell: Cell, share: float) -> None:
     floats = [key for key, value in shared(cell).items() if value.is_floating_point()]
     way = distance(plain.state, plain.initial, floats)
     assert distance(outcome.state, plain.state, floats) <= share * way
 
 
-def check_learned(outcome: Outcome, plain: Reference, cell: Cell) -> None:
-    """The plain loop learns, so that being equal to it means something; clients' models too."""
+def check_learned(outcome: Outcome, plain: PlainResult, cell: Cell) -> None:
+    """Assert that the plain loop learns, so that matching it has a meaning, and the clients too."""
     assert plain.losses[-1] < plain.losses[0]
     last = outcome.client_accuracies[task_of(cell).rounds]
     exact = cell.exact and not STRATEGIES[cell.strategy].slack
@@ -149,7 +150,7 @@ def check_learned(outcome: Outcome, plain: Reference, cell: Cell) -> None:
 
 
 def check_sizes(outcome: Outcome, entries: Sequence[LedgerEntry], cell: Cell) -> None:
-    """No message holds more, or less, than what the cell shares, coded as it says."""
+    """Assert that each message holds exactly what the cell shares, coded as it says."""
     travels = shared(cell)
     whole = _bytes(travels)
     assert {entry.tensors for entry in entries} == {len(travels)}
@@ -168,7 +169,7 @@ def check_sizes(outcome: Outcome, entries: Sequence[LedgerEntry], cell: Cell) ->
 
 
 def check_refused(outcome: Outcome, expected: Refusal) -> None:
-    """The run ends as said, with the reason, and leaves no half result."""
+    """Assert that the run ends as expected, with the reason, and leaves no half result."""
     said = [str(outcome.error), *outcome.log]
     assert [line for line in said if expected.words in line], said[-5:]
     assert (outcome.error is not None) == expected.raises, outcome.error
@@ -180,7 +181,7 @@ def check_refused(outcome: Outcome, expected: Refusal) -> None:
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], keys: Sequence[str]) -> float:
-    """Euclidean, over all tensors named."""
+    """Return the Euclidean distance over all tensors named."""
     return float(sum(((a[key].double() - b[key].double()) ** 2).sum() for key in keys) ** 0.5)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from harness.cells.engine_cells import ENGINE_CELLS
+from harness.cells.engines import ENGINE_CELLS
 from harness.matrix.page import Row, listed, table
 
 __all__ = ["engine_section", "of_an_engine"]
@@ -23,12 +23,12 @@ EMPTY = "Not run: `tox run -e flower-engines`.\n"
 
 
 def of_an_engine(row: Row) -> bool:
-    """Whether a result is that of an `EngineCell`."""
+    """Tell whether a result belongs to an `EngineCell`."""
     return "engine" in row
 
 
 def engine_section(rows: Mapping[str, Row]) -> str:
-    """A table of them."""
+    """Render a table of the engine runs."""
     if not rows:
         return f"{HEAD}\n{EMPTY}"
     version, commit, date = (

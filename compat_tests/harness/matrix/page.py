@@ -20,7 +20,7 @@ class _Cell(Protocol):
 
 
 def results_of(cells: Iterable[_Cell], folder: Path) -> dict[str, Row]:
-    """The results of these cells in a folder, by cell, as far as there are any."""
+    """Read the results of these cells from a folder, by cell, as far as they exist."""
     found: dict[str, Row] = {}
     for cell in cells:
         path = folder / f"{cell.environment}--{cell.id}.json"
@@ -30,10 +30,10 @@ def results_of(cells: Iterable[_Cell], folder: Path) -> dict[str, Row]:
 
 
 def table(lines: Iterable[Sequence[str]]) -> str:
-    """Lines of cells in Markdown; the second is the ruler."""
+    """Render lines of cells in Markdown; the second is the ruler."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def listed(values: Iterable[str]) -> str:
-    """Each value once, in order."""
+    """Return each value once, in order."""
     return ", ".join(sorted(set(values)))

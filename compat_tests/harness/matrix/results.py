@@ -17,10 +17,13 @@ from typing import Any
 
 import pytest
 
-from harness.cells.cells import OURS, STRATEGIES, Cell, installed_version
-from harness.cells.engine_cells import EngineCell
-from harness.cells.fedml_cells import FEDML
-from harness.matrix.transport_cells import TransportCell
+from harness.cells.base import Cell
+from harness.cells.engines import EngineCell
+from harness.cells.environments import installed_version
+from harness.cells.fedml import FEDML
+from harness.cells.strategies import PLUGIN_STRATEGIES, STRATEGIES
+from harness.cells.transports import TransportCell
+from harness.matrix.smoke import MARKERS
 
 __all__ = ["AnyCell", "CellResult", "pytest_configure", "pytest_runtest_makereport", "result"]
 
@@ -45,16 +48,18 @@ _KEY = pytest.StashKey[CellResult]()
 
 @pytest.fixture
 def result(request: pytest.FixtureRequest, cell: AnyCell) -> CellResult:
-    """Where the test of a cell notes its figures."""
+    """Return the object in which a cell's test notes its figures."""
     request.node.stash[_KEY] = CellResult(cell)
     return request.node.stash[_KEY]  # type: ignore[no-any-return]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register a marker for each optimizer: ``-m fedadam`` runs its cells."""
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
     for name, spec in STRATEGIES.items():
         config.addinivalue_line("markers", f"{name}: cells of Flower's {spec.class_name}")
-    for name, spec in OURS.items():
+    for name, spec in PLUGIN_STRATEGIES.items():
         config.addinivalue_line("markers", f"{name}: the plugin's {spec.class_name}")
     for name, fedml in FEDML.items():
         config.addinivalue_line("markers", f"{name}: cells of FedML's {fedml.label}")
@@ -94,14 +99,14 @@ def _write(found: CellResult, report: pytest.TestReport) -> None:
 
 
 def _why_skipped(report: pytest.TestReport) -> str:
-    """The reason that the test gave; "" if it ran."""
+    """Return the reason that the test gave; "" if it ran."""
     if not report.skipped or not isinstance(report.longrepr, tuple):
         return ""
     return report.longrepr[2].removeprefix("Skipped: ")
 
 
 def _commit() -> str:
-    """The commit of the working tree, marked if it has changes; empty outside git."""
+    """Return the commit of the working tree, marked if it has changes; empty outside git."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from harness.cells.transports import TRANSPORT_CELLS
 from harness.matrix.page import Row, listed, table
-from harness.matrix.transport_cells import TRANSPORT_CELLS
 
 __all__ = ["of_a_transport", "transport_section"]
 
@@ -23,12 +23,12 @@ EMPTY = "Not run: `tox run -e fedml-engines`.\n"
 
 
 def of_a_transport(row: Row) -> bool:
-    """Whether a result is that of a `TransportCell`."""
+    """Tell whether a result belongs to a `TransportCell`."""
     return "transport" in row
 
 
 def transport_section(rows: Mapping[str, Row]) -> str:
-    """A table of those that ran, and why others did not."""
+    """Render a table of the runs, and the reasons for those that did not run."""
     if not rows:
         return f"{HEAD}\n{EMPTY}"
     ran = {name: row for name, row in rows.items() if row["outcome"] != "skipped"}
@@ -67,7 +67,7 @@ def _line(row: Row) -> tuple[str, ...]:
 
 
 def _reasons(rows: Mapping[str, Row]) -> list[str]:
-    """A line for each reason, with the number of cells."""
+    """Render a line for each reason, with the number of cells."""
     counts: dict[str, int] = {}
     for row in rows.values():
         if row["outcome"] == "skipped":

@@ -41,7 +41,7 @@ class _Adaptive(Rule):
         self.clipped = 0
 
     def adapt(self, clients: int) -> None:
-        """Move the norm after a round of so many clients."""
+        """Adapt the norm after a round with this many clients."""
         excess = self.clipped / clients - self.target_clipped_quantile
         self.norm *= math.exp(-self.clip_norm_lr * excess)
         self.clipped = 0

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ALGORITHMS", "Loop"]
+__all__ = ["ALGORITHMS", "PlainLoop"]
 
 State = dict[str, Tensor]
 Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass
-class Local:
+class LocalResult:
     """What a client's round comes to."""
 
     state: State
@@ -32,7 +32,7 @@ class Local:
     told: dict[str, Any] = field(default_factory=dict)
 
 
-class Loop:
+class PlainLoop:
     """Federated training over clients that may keep a part of the model to themselves.
 
     Subclasses are the algorithms; this one is FedAvg (arXiv 1602.05629).
@@ -88,31 +88,31 @@ class Loop:
         """Make what the algorithm keeps."""
 
     def before(self, chosen: Sequence[int]) -> None:
-        """A round begins, with these clients."""
+        """Begin a round with these clients."""
 
     def direction(self, client: int, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
-        """What a step goes along, for a shared parameter."""
+        """Return the direction of a step for a shared parameter."""
         return gradient
 
-    def server(self, replies: Mapping[int, Local]) -> State:
-        """The next x of all shared names."""
+    def server(self, replies: Mapping[int, LocalResult]) -> State:
+        """Return the next x of all shared names."""
         return self.mean(replies)
 
     def batches(self, client: int) -> Batches:
-        """A client's batches of one epoch of this round."""
+        """Return a client's batches of one epoch of this round."""
         return self.train[client]
 
     # The loop
 
     def sample(self, number: int, a_round: int) -> list[int]:
-        """The clients of a round (the first is 0), as FedML draws them."""
+        """Draw the clients of a round (the first is 0) as FedML does."""
         if a_round == self.clients:
             return list(range(a_round))
         np.random.seed(number)
         return [int(c) for c in np.random.choice(self.clients, a_round, replace=False)]
 
     def run(self, rounds: int, a_round: int) -> State:
-        """All rounds; the shared state at the end, in the model's dtypes."""
+        """Run all rounds, and return the shared state at the end in the model's dtypes."""
         for number in range(rounds):
             self.number = number
             chosen = self.sample(number, a_round)
@@ -123,7 +123,7 @@ class Loop:
         return self.sent(self.x)
 
     def sent(self, x: State) -> State:
-        """Each tensor in the dtype it had at first, integers rounded."""
+        """Cast each tensor to its initial dtype; integers are rounded."""
         return {
             k: (v if self.like[k].is_floating_point() else v.round()).to(self.like[k].dtype)
             for k, v in x.items()
@@ -134,8 +134,8 @@ class Loop:
         self.model.load_state_dict({**self.sent(self.x), **self.own[client]})
         self.model.train()
 
-    def local(self, client: int) -> Local:
-        """A client's round; what is private stays with it."""
+    def local(self, client: int) -> LocalResult:
+        """Train a client for one round; its private part stays with it."""
         self.load(client)
         self.start = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         weights = dict(self.model.named_parameters())
@@ -157,22 +157,22 @@ class Loop:
                 steps, left = steps + (left <= 0), left - 1
         after = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.own[client] = {k: after[k] for k in self.own[client]}
-        return Local(after, self.size(client), steps)
+        return LocalResult(after, self.size(client), steps)
 
     def first_step(self, client: int) -> None:
-        """A client is about to make its first step."""
+        """Prepare a client's first step."""
 
     def batch(self, batch: tuple[Tensor, Tensor]) -> None:
-        """A client is about to make a step on this batch."""
+        """Prepare a client's step on this batch."""
 
     def size(self, client: int) -> int:
-        """Examples of a client."""
+        """Return the number of a client's examples."""
         return sum(len(y) for _, y in self.train[client])
 
     def gradients(
         self, model: nn.Module, batch: tuple[Tensor, Tensor], *, whole: bool = True
     ) -> State:
-        """Of the mean loss of one batch; if not ``whole``, with what is absent then at zero."""
+        """Return gradients of a batch's mean loss, with absent names at zero unless ``whole``."""
         if not whole and self.absent:
             left_out = {k: v.clone() for k, v in model.state_dict().items() if k in self.absent}
             model.load_state_dict({k: 0 * v for k, v in left_out.items()}, strict=False)
@@ -184,8 +184,8 @@ class Loop:
         weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
         return dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
 
-    def mean(self, replies: Mapping[int, Local], *, uniform: bool = False) -> State:
-        """Of the clients' states, weighted by examples unless ``uniform``."""
+    def mean(self, replies: Mapping[int, LocalResult], *, uniform: bool = False) -> State:
+        """Average the clients' states, weighted by examples unless ``uniform``."""
         weights = {c: 1 if uniform else reply.size for c, reply in replies.items()}
         whole = sum(weights.values())
         return {
@@ -197,13 +197,13 @@ class Loop:
         }
 
     def zeros(self) -> State:
-        """Float64 zeros of the trained shared parameters."""
+        """Return float64 zeros of the trained shared parameters."""
         return {k: torch.zeros_like(self.x[k]) for k in self.names}
 
     # What came of it
 
     def accuracy(self, client: int, data: Batches) -> float:
-        """Of the shared model completed with a client's own part, on some data."""
+        """Return the accuracy of the shared model, completed with a client's own part."""
         self.model.load_state_dict({**self.sent(self.x), **self.own[client]})
         self.model.eval()
         with torch.no_grad():
@@ -211,14 +211,14 @@ class Loop:
         return right / sum(len(y) for _, y in data)
 
 
-class FedProx(Loop):
+class FedProx(PlainLoop):
     """arXiv 1812.06127: the clients' loss plus mu/2 |w - x|²."""
 
     def direction(self, client: int, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
         return gradient + self.keys["fedprox_mu"] * (weight - self.start[name])
 
 
-class FedOpt(Loop):
+class FedOpt(PlainLoop):
     """arXiv 2003.00295 with a class of ``torch.optim`` on g = x - mean: FedML's own rule."""
 
     def begin(self) -> None:
@@ -235,7 +235,7 @@ class FedOpt(Loop):
             options["eps"] = self.keys["eps"]
         self.optimizer = kind(self.weights.values(), **options)
 
-    def server(self, replies: Mapping[int, Local]) -> State:
+    def server(self, replies: Mapping[int, LocalResult]) -> State:
         mean = self.mean(replies)
         for k, weight in self.weights.items():
             weight.data = self.x[k].clone()
@@ -244,7 +244,7 @@ class FedOpt(Loop):
         return {**mean, **{k: w.detach().clone() for k, w in self.weights.items()}}
 
 
-class Adaptive(Loop):
+class Adaptive(PlainLoop):
     """arXiv 2003.00295, algorithm 2: m and v of d = mean - x."""
 
     beta_1, beta_2 = 0.9, 0.99
@@ -260,7 +260,7 @@ class Adaptive(Loop):
         rate: float = self.keys["server_lr"]
         return rate
 
-    def server(self, replies: Mapping[int, Local]) -> State:
+    def server(self, replies: Mapping[int, LocalResult]) -> State:
         new = self.mean(replies)
         self.t += 1
         for k in self.names:
@@ -309,7 +309,7 @@ class CommonAdagrad(Adaptive):
         return v + square
 
 
-class Scaffold(Loop):
+class Scaffold(PlainLoop):
     """arXiv 1910.06378, algorithm 1; clients count the same. Key ``option``: II, or I."""
 
     def begin(self) -> None:
@@ -330,7 +330,7 @@ class Scaffold(Loop):
     def direction(self, client: int, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
         return gradient + (self.c[name] - self.c_i[client][name]).float()
 
-    def server(self, replies: Mapping[int, Local]) -> State:
+    def server(self, replies: Mapping[int, LocalResult]) -> State:
         new = self.mean(replies, uniform=True)
         for k in self.names:
             new[k] = self.x[k] + self.keys.get("server_lr", 1.0) * (new[k] - self.x[k])
@@ -353,7 +353,7 @@ class Scaffold(Loop):
         return new
 
 
-class FedDyn(Loop):
+class FedDyn(PlainLoop):
     """arXiv 2111.04263, algorithm 1; the argmin by gradient descent."""
 
     def begin(self) -> None:
@@ -364,7 +364,7 @@ class FedDyn(Loop):
         pull = self.keys["feddyn_alpha"] * (weight - self.start[name])
         return gradient - self.dual[client][name].float() + pull
 
-    def server(self, replies: Mapping[int, Local]) -> State:
+    def server(self, replies: Mapping[int, LocalResult]) -> State:
         alpha = self.keys["feddyn_alpha"]
         new = self.mean(replies, uniform=True)
         for k in self.names:
@@ -376,7 +376,7 @@ class FedDyn(Loop):
         return new
 
 
-class FedNova(Loop):
+class FedNova(PlainLoop):
     """arXiv 2007.07481. With momentum rho the paper's a = [1 - rho^tau, ..., 1 - rho] / (1 - rho),
     with a proximal term a = [(1 - lr mu)^(tau - 1), ..., 1], written out as coefficients of the
     gradients; with both, the coefficients of the combined recursion, by brute force."""
@@ -405,7 +405,7 @@ class FedNova(Loop):
         return self.momentum[name]
 
     def normaliser(self, steps: int) -> float:
-        """|a|_1: the gradients' coefficients in the whole way, one by one."""
+        """Return |a|_1: the sum of the gradients' coefficients in the whole way."""
         keys = self.keys
         rho, mu = keys.get("momentum", 0.0), keys.get("mu", 0.0)
         if not mu and not keys.get("nesterov") and not keys.get("dampening"):
@@ -415,7 +415,7 @@ class FedNova(Loop):
         return sum(self.coefficient(j, steps) for j in range(steps))
 
     def coefficient(self, place: int, steps: int) -> float:
-        """Of the gradient of one step, in units of the rate: all others are set to zero."""
+        """Return the coefficient of one step's gradient, in units of the rate."""
         keys = self.keys
         rho, mu = keys["momentum"], keys.get("mu", 0.0)
         way, held = 0.0, None
@@ -426,7 +426,7 @@ class FedNova(Loop):
             way += gradient + rho * held if keys.get("nesterov") else held
         return way
 
-    def server(self, replies: Mapping[int, Local]) -> State:
+    def server(self, replies: Mapping[int, LocalResult]) -> State:
         new = self.mean(replies)
         whole = sum(reply.size for reply in replies.values())
         p = {client: reply.size / whole for client, reply in replies.items()}
@@ -443,7 +443,7 @@ class FedNova(Loop):
         return new
 
 
-class Mime(Loop):
+class Mime(PlainLoop):
     """arXiv 2008.03606, algorithm 1, and MimeLite; base SGD with momentum, or Adam.
 
     The first round of Adam, which has no statistics yet, steps as SGD."""
@@ -480,7 +480,7 @@ class Mime(Loop):
             g = g / (self.v[name].float().sqrt() + self.keys.get("tau", 1e-3))
         return g
 
-    def server(self, replies: Mapping[int, Local]) -> State:
+    def server(self, replies: Mapping[int, LocalResult]) -> State:
         self.t += 1
         for k in self.names:
             self.m[k] = (1 - self.beta) * self.c[k] + self.beta * self.m[k]
@@ -488,8 +488,8 @@ class Mime(Loop):
         return self.mean(replies, uniform=True)
 
 
-ALGORITHMS: Mapping[str, Callable[..., Loop]] = {
-    "FedAvg": Loop,
+ALGORITHMS: Mapping[str, Callable[..., PlainLoop]] = {
+    "FedAvg": PlainLoop,
     "FedProx": FedProx,
     "FedOpt": FedOpt,
     "published yogi": PublishedYogi,

@@ -32,7 +32,7 @@ class Rule:
     """One strategy. Everything is float64."""
 
     def client(self, before: State, after: State) -> State:
-        """What a client answers, private part included; what it has trained unless overridden.
+        """Return a client's reply, private part included; by default what it has trained.
 
         Args:
             before: the state that it started from.
@@ -41,7 +41,7 @@ class Rule:
         return after
 
     def server(self, server_round: int, current: State, replies: Sequence[PlainReply]) -> State:
-        """The next global state, without private names.
+        """Return the next global state, without private names.
 
         Args:
             server_round: from 1 on.
@@ -52,7 +52,7 @@ class Rule:
 
 
 def mean(replies: Sequence[PlainReply]) -> State:
-    """The mean of the states, weighted by examples."""
+    """Average the states, weighted by examples."""
     total = sum(reply.size for reply in replies)
     average = {key: torch.zeros_like(value) for key, value in replies[0].state.items()}
     for reply in replies:

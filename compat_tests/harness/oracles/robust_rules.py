@@ -84,7 +84,7 @@ def _distance(a: PlainReply, b: PlainReply) -> float:
 
 
 def _ranked(replies: Sequence[PlainReply], key: str) -> Tensor:
-    """The clients' values of a tensor, sorted coordinate by coordinate. [clients, ...]"""
+    """Sort the clients' values of a tensor coordinate by coordinate. [clients, ...]"""
     return torch.stack([reply.state[key] for reply in replies]).sort(dim=0).values
 
 

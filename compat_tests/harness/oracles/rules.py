@@ -65,11 +65,11 @@ class AdaptiveRule(Rule):
     v: State = field(default_factory=dict)
 
     def second(self, v: Tensor, square: Tensor) -> Tensor:
-        """The next second moment."""
+        """Return the next second moment."""
         raise NotImplementedError
 
     def rate(self, server_round: int) -> float:
-        """The step size of a round; 1 is the first."""
+        """Return the step size of a round; the first is 1."""
         return self.eta
 
     def server(self, server_round: int, current: State, replies: Sequence[PlainReply]) -> State:

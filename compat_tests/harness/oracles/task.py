@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-__all__ = ["MODELS", "BatchNet", "Net", "Task", "evaluate", "train"]
+__all__ = ["MODELS", "BatchNet", "Net", "TrainingTask", "evaluate", "train"]
 
 SIZES = {
     1: (201,),
@@ -70,7 +70,7 @@ MODELS: dict[str, type[Net]] = {"groupnorm": Net, "batchnorm": BatchNet}
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingTask:
     """One training problem, with everything that decides its outcome.
 
     Attributes:
@@ -93,15 +93,15 @@ class Task:
 
     @property
     def net(self) -> type[Net]:
-        """The model's class."""
+        """Return the model's class."""
         return MODELS[self.model]
 
     def size(self, client: int) -> int:
-        """Training images of a client: its weight in an average."""
+        """Return the number of a client's training images: its weight in an average."""
         return SIZES[self.clients][client]
 
     def batches(self, client: int, server_round: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """A client's batches of one round, all epochs; the order follows from the arguments."""
+        """Yield a client's batches of one round, all epochs; the arguments determine the order."""
         images, labels = _images()
         own = _deal(self.seed, self.clients)[client][HELD_OUT:]
         rng = np.random.default_rng([self.seed, client, server_round])
@@ -112,13 +112,13 @@ class Task:
                 yield images[batch], labels[batch]
 
     def held_out(self, client: int) -> tuple[Tensor, Tensor]:
-        """A client's images that it never trains on."""
+        """Return a client's images that it never trains on."""
         images, labels = _images()
         own = _deal(self.seed, self.clients)[client][:HELD_OUT]
         return images[own], labels[own]
 
     def test_data(self) -> tuple[Tensor, Tensor]:
-        """The server's images, which no client has."""
+        """Return the server's images, which no client has."""
         images, labels = _images()
         own = _order(self.seed)[:TEST]
         return images[own], labels[own]
@@ -131,7 +131,7 @@ def train(
     lr: float,
     proximal_mu: float | None = None,
 ) -> float:
-    """Train in place as a user would; the mean loss of all batches.
+    """Train in place as a user would, and return the mean loss of all batches.
 
     Args:
         model: with the state that the server sent.
@@ -159,7 +159,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Mean loss and accuracy."""
+    """Return mean loss and accuracy."""
     model.eval()
     images, labels = data
     logits = model(images)
@@ -181,7 +181,7 @@ def _order(seed: int) -> NDArray[np.int64]:
 
 @cache
 def _deal(seed: int, clients: int) -> list[NDArray[np.int64]]:
-    """Each client's images, the held-out ones first, with a label skew."""
+    """Deal each client its images with a label skew, the held-out ones first."""
     sizes = [size + HELD_OUT for size in SIZES[clients]]
     pool = _order(seed)[TEST : TEST + sum(sizes)]
     rng = np.random.default_rng([seed, clients])

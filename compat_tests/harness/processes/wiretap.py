@@ -73,7 +73,7 @@ class HttpMeter:
         self._chunked = "chunked" in fields.get("transfer-encoding", "").lower()
 
     def _next_chunk(self, end: int) -> bool:
-        """The line with a chunk's size; it and the line break behind the chunk are framing."""
+        """Read the line with a chunk's size; it and the line break after the chunk are framing."""
         line = bytes(self._buffer[:end])
         if not line:  # the line break behind a chunk
             del self._buffer[:2]
@@ -109,7 +109,7 @@ class _Connection:
                 self.meters[direction].feed(data)
 
     def _request(self, line: str) -> str:
-        """``POST /v1/fleet/push-object HTTP/1.1`` is named push-object."""
+        """Name a request: ``POST /v1/fleet/push-object HTTP/1.1`` becomes push-object."""
         self._asked.append(line.split(" ")[1].rpartition("/")[2])
         return self._asked[-1]
 
@@ -151,11 +151,11 @@ class Wiretap:
             _shut(each)
 
     def total(self, direction: str) -> int:
-        """Bytes that have passed: ``up`` to the server, ``down`` from it."""
+        """Count the bytes that have passed: ``up`` to the server, ``down`` from it."""
         return sum(connection.bytes[direction] for connection in list(self._connections))
 
     def http(self, direction: str, part: str) -> Counter[str]:
-        """Bytes (or, of part ``count``, messages) by the request's name.
+        """Count bytes (or, of part ``count``, messages) by the request's name.
 
         Args:
             direction: ``up`` or ``down``.
@@ -167,7 +167,7 @@ class Wiretap:
         return found
 
     def streams(self, direction: str) -> list[bytes]:
-        """What passed, one stream a connection."""
+        """Return the bytes that passed, one stream a connection."""
         records = [connection.record for connection in list(self._connections)]
         return [bytes(record[direction]) for record in records if record is not None]
 

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 import fedpara_plugins_flower as fedpara
-from engine_app.task import Net, Task, evaluate, train
+from engine_app.task import Net, TrainingTask, evaluate, train
 
 Net = fedpara.factorised(Net)
 app = ClientApp(mods=[fedpara.client_mod])
@@ -43,12 +43,12 @@ def score(message: Message, context: Context) -> Message:
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
 
-def _begin(message: Message, context: Context) -> tuple[int, Any, Task, nn.Module]:
+def _begin(message: Message, context: Context) -> tuple[int, Any, TrainingTask, nn.Module]:
     torch.set_num_threads(1)
     clients = int(context.node_config["num-partitions"])
     model = Net()
     model.load_state_dict(message.content["arrays"].to_torch_state_dict(), strict=True)
-    task = Task(clients=clients, rounds=context.run_config["rounds"], epochs=1)
+    task = TrainingTask(clients=clients, rounds=context.run_config["rounds"], epochs=1)
     return int(context.node_config["partition-id"]), message.content["config"], task, model
 
 

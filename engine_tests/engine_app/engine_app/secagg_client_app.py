@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import Context
 from flwr.client import Client, NumPyClient
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
-from flwr.common import Context
 from numpy.typing import NDArray
 
 import fedpara_plugins_flower as fedpara
-from engine_app.task import Net, Task, evaluate, train
+from engine_app.task import Net, TrainingTask, evaluate, train
 
 Net = fedpara.factorised(Net)
 
@@ -28,7 +28,9 @@ class DigitsClient(NumPyClient):
         torch.set_num_threads(1)
         config = context.run_config
         self.number = int(context.node_config["partition-id"])
-        self.task = Task(clients=int(config["clients"]), rounds=int(config["rounds"]), epochs=1)
+        self.task = TrainingTask(
+            clients=int(config["clients"]), rounds=int(config["rounds"]), epochs=1
+        )
         self.diary = Path(str(config["diary"]))
         self.model = Net()
 
@@ -58,7 +60,7 @@ class DigitsClient(NumPyClient):
 
 
 def client_fn(context: Context) -> Client:
-    """A client of the legacy API."""
+    """Build a client of the legacy API."""
     return DigitsClient(context).to_client()
 
 

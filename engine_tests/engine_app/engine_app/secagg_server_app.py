@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.common import Context, ndarrays_to_parameters
+from flwr.app import Context
+from flwr.common import ndarrays_to_parameters
 from flwr.server import LegacyContext, ServerConfig
 from flwr.server.strategy import FedAvg
 from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
@@ -15,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 import fedpara_plugins_flower as fedpara
-from engine_app.task import Net, Task, evaluate
+from engine_app.task import Net, TrainingTask, evaluate
 
 Net = fedpara.factorised(Net)
 app = fedpara.server_app(ServerApp())
@@ -25,10 +26,10 @@ Arrays = list[NDArray[Any]]
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """FedAvg over masked sums, with all clients in each round."""
+    """Run FedAvg over masked sums, with all clients in each round."""
     torch.set_num_threads(1)
     clients = int(context.run_config["clients"])
-    task = Task(clients=clients, rounds=int(context.run_config["rounds"]), epochs=1)
+    task = TrainingTask(clients=clients, rounds=int(context.run_config["rounds"]), epochs=1)
     folder = Path(str(context.run_config["results"]))
     losses: list[float] = []
 

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 import fedpara_plugins_flower as fedpara
-from engine_app.task import Net, Task, evaluate
+from engine_app.task import Net, TrainingTask, evaluate
 
 Net = fedpara.factorised(Net)
 app = fedpara.server_app(ServerApp())
@@ -19,10 +19,10 @@ app = fedpara.server_app(ServerApp())
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """FedAvg with all clients in each round."""
+    """Run FedAvg with all clients in each round."""
     torch.set_num_threads(1)
     clients = int(context.run_config["clients"])
-    task = Task(clients=clients, rounds=int(context.run_config["rounds"]), epochs=1)
+    task = TrainingTask(clients=clients, rounds=int(context.run_config["rounds"]), epochs=1)
     torch.manual_seed(task.seed)
     model = Net()
 

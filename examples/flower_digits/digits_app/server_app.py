@@ -51,7 +51,7 @@ def global_evaluate(server_round: int, arrays: ArrayRecord, seed: int) -> Metric
 
 
 def summary(result: Result) -> dict[str, Any]:
-    """One row a round; round 0 is the server's model before any training."""
+    """Return one row a round; round 0 is the server's model before any training."""
     rows: list[dict[str, Any]] = []
     for server_round, metrics in sorted(result.evaluate_metrics_serverapp.items()):
         trained = result.train_metrics_clientapp.get(server_round, {})

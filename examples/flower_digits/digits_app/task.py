@@ -48,7 +48,7 @@ class Net(nn.Module):
 
 @cache
 def load_images(seed: int) -> tuple[Tensor, NDArray[np.int64]]:
-    """All images, [1797, 1, 8, 8] in 0..1, and their labels, in the seed's order."""
+    """Load all images, [1797, 1, 8, 8] in 0..1, and their labels, in the seed's order."""
     digits = load_digits()
     order = np.random.default_rng(seed).permutation(len(digits.target))
     images = torch.tensor(digits.images[order] / 16, dtype=torch.float32).unsqueeze(1)
@@ -57,7 +57,7 @@ def load_images(seed: int) -> tuple[Tensor, NDArray[np.int64]]:
 
 @cache
 def split_by_label(num_partitions: int, seed: int) -> list[NDArray[np.int64]]:
-    """Deal the clients' images out: equally many each, of few labels.
+    """Deal the images to the clients: equally many each, of few labels.
 
     The images are sorted by label and cut into shards; every client gets some at random.
     """
@@ -74,7 +74,7 @@ def split_by_label(num_partitions: int, seed: int) -> list[NDArray[np.int64]]:
 def load_data(
     partition_id: int, num_partitions: int, batch_size: int, seed: int, server_round: int = 0
 ) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
-    """One client's training and held-out images; the round decides the order of the training."""
+    """Load one client's training and held-out images; the round decides the training order."""
     indices = split_by_label(num_partitions, seed)[partition_id]
     num_held_out = round(HELD_OUT * len(indices))
     shuffle = torch.Generator().manual_seed(
@@ -92,7 +92,7 @@ def load_data(
 
 
 def load_test_data(seed: int) -> DataLoader[tuple[Tensor, ...]]:
-    """The global test set, which no client has."""
+    """Load the global test set, which no client has."""
     return DataLoader(_dataset(np.arange(NUM_TEST), seed), batch_size=NUM_TEST)
 
 
@@ -121,7 +121,7 @@ def train(
 
 @torch.no_grad()
 def test(model: nn.Module, loader: DataLoader[tuple[Tensor, ...]]) -> tuple[float, float]:
-    """Mean loss and accuracy per image."""
+    """Return mean loss and accuracy per image."""
     model.eval()
     loss, correct, count = 0.0, 0, 0
     for images, labels in loader:

@@ -1,0 +1,37 @@
+"""FedML's runs come to the weights of the file that Flower's runs are held against too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+pytest.importorskip("fedml", reason="the FedML adapter; run in an environment that has fedml 0.9.6")
+
+from torch import Tensor
+
+from harness.fedml.project import run
+from harness.fedml.task_dataset import task_dataset, task_keys
+from harness.oracles.golden_weights import CASES, GAMMA, METHODS, TASK, check, loop, net
+
+
+def federated(name: str, method: str) -> Mapping[str, Tensor]:
+    keys = {
+        **task_keys(TASK),
+        "fedpara_mend": True,
+        "fedpara_method": method,
+        "fedpara_gamma": GAMMA,
+    }
+    return run(net=net(), data=task_dataset(TASK), **{**keys, **CASES[name].fedml}).state
+
+
+@pytest.mark.in_turn
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CASES)
+def test_fedml_comes_to_the_truth(name: str, method: str) -> None:
+    check(name, method, federated(name, method))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_file_is_what_the_plain_loop_writes(name: str) -> None:
+    check(name, "pfedpara", dict(loop(name, "pfedpara")) | {"private": net().fc2.bias.detach() * 0})

@@ -1,0 +1,65 @@
+"""What a listener between SuperNodes and SuperLink can read: shared factors, never private ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+import fedpara_plugins as fedpara
+from harness.flower.deployment import deployment
+from harness.flower.engine_app import EngineApp
+from harness.processes.wire_search import count_pieces, pieces_of
+
+State = dict[str, Tensor]
+
+
+@pytest.mark.parametrize("split", ["on", "off"])
+def test_private_bytes_on_the_wire(tmp_path: Path, split: str) -> None:
+    """Uncompressed messages in plain text, all bytes of both directions.
+
+    With the split on, the control is that the same search finds every shared factor. With the split
+    off (a client that sends all it has) it finds the private ones as well.
+    """
+    component = "client_app" if split == "on" else "leaky_client_app"
+    app = EngineApp(tmp_path, method="pfedpara", component=component)
+    with deployment(tmp_path / "run", record=True) as engine:
+        engine.run(app.path, app.config).check()
+        streams = {way: engine.tap.streams(way) for way in ("up", "down")}
+    on_wire = {way: b"\n".join(found) for way, found in streams.items()}
+    private, shared = _trained(app)
+    found = {way: count_pieces(private, data) for way, data in on_wire.items()}
+    assert len(private) > 10_000
+    # Nothing cuts a payload of this size: all of each shared factor is there in one piece.
+    assert count_pieces(shared, on_wire["up"]) == len(shared)
+    assert count_pieces(pieces_of(_part(app, app.final, "shared")), on_wire["down"]) > 0
+    if split == "on":
+        assert found == {"up": 0, "down": 0}
+    else:
+        assert found["up"] == len(private)
+
+
+def _trained(app: EngineApp) -> tuple[np.ndarray, np.ndarray]:
+    """Return pieces of all clients' private and shared state after each training.
+
+    The seeded first private values are no secret: both sides compute them alike.
+    """
+    states = []
+    for client in range(app.task.clients):
+        for server_round in range(1, app.task.rounds + 1):
+            state = app.noted(client, server_round, "after")
+            assert state is not None
+            states.append(state)
+    private, shared = (
+        pieces_of(value for state in states for value in _part(app, state, part))
+        for part in ("private", "shared")
+    )
+    seeded = pieces_of(fedpara.split(app.build()).private.values())
+    return np.setdiff1d(private, seeded), shared
+
+
+def _part(app: EngineApp, state: State, part: str) -> list[Tensor]:
+    names = getattr(fedpara.split(app.build()), part)
+    return [state[name] for name in names]
