@@ -20,7 +20,7 @@ from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 from torch import nn
 
 from fedpara_plugins import ConversionError, ModelSpec, convert
-from fedpara_plugins.training.step_hooks import start_round, training_of
+from fedpara_plugins.training.step_hooks import start_round, round_progress
 from harness.fedml.optimizer_cases import (
     CASES,
     CLIENTS,
@@ -83,7 +83,7 @@ def test_a_private_head_and_the_decoupled_schedule(name: str) -> None:
         "absent": halves,
     }
     wanted = published_loop(CASES[name], "pfedpara", model(), 2, **more)
-    training = training_of(wanted.model)
+    training = round_progress(wanted.model)
     assert training is not None
     training.decoupled = False  # the loop itself decides what a step moves
     start_round(wanted.model)
