@@ -53,7 +53,7 @@ def _labels(batch: Any) -> Tensor:
 
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
-    """Transforms of a data set draw from any of the three."""
+    """Keep all three random states, from any of which transforms of a data set draw."""
     state, numbers = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         yield
