@@ -133,6 +133,14 @@ def test_dense_training_is_projected_and_checked(helpers):
     assert private["0.x2"].shape == pair.state["0.x2"].shape
 
 
+def test_a_projection_that_overflows_is_refused(helpers):
+    client_round = helpers.Pair(local="dense").received()
+    given = client_round.received["model"].given
+    huge = {**given, "0.weight": torch.full_like(given["0.weight"], 3e38)}
+    with pytest.raises(PayloadError, match=r"'0\.[xy][12]' holds \d+ NaN or infinite"):
+        client_round.outgoing({"model": huge})
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -199,6 +207,11 @@ def test_the_codecs_loss_is_told_and_made_up_for(helpers):
     for key in lost:
         wanted = again[key] - read[key]
         assert torch.allclose(told[1]["model"].get(key, torch.zeros(())), wanted, atol=1e-6), key
+    second.keep()
+    later = ClientState(pair.storage, "7").residual("model")
+    for key, value in later.items():
+        rest = kept.get(key, torch.zeros(())) + told[1]["model"][key]
+        assert torch.allclose(value, rest, atol=1e-6), key
 
 
 def test_the_loss_of_an_update_is_told_and_not_kept(helpers):
