@@ -155,6 +155,17 @@ def test_an_answer_that_cannot_be_sent_is_refused(helpers, change, words):
         client_round.outgoing({"model": change(client_round.received["model"].given)})
 
 
+def test_a_side_record_is_what_came_whatever_model_it_describes(helpers):
+    pair = helpers.Pair()
+    pair.encoder.put("variate", pair.state, pair.spec)
+    client_round = pair.round()
+    received = client_round.receive(pair.payloads("variate"))["variate"]
+    assert received.given.keys() == pair.shared.keys()
+    assert not received.spec.private_keys
+    assert not client_round.fresh
+    assert client_round.models == []
+
+
 @pytest.mark.parametrize("record", ["variate", "change"])
 def test_side_records_hold_nothing_private(helpers, record):
     pair = helpers.Pair()
