@@ -20,7 +20,7 @@ from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 from torch import nn
 
 from fedpara_plugins import ConversionError, ModelSpec, convert
-from fedpara_plugins.training.step_hooks import start_round, round_progress
+from fedpara_plugins.training.step_hooks import round_progress, start_round
 from harness.fedml.optimizer_cases import (
     CASES,
     CLIENTS,

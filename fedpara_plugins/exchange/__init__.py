@@ -13,7 +13,7 @@ May import everything of the core but ``cli`` and ``testing``.
 from __future__ import annotations
 
 from fedpara_plugins.exchange.accounting import RunAccounting
-from fedpara_plugins.exchange.client_round import ClientRound, OnEncoded, ReceivedRecord
+from fedpara_plugins.exchange.client_round import ClientRound
 from fedpara_plugins.exchange.client_state import ClientState
 from fedpara_plugins.exchange.dense_round import (
     DenseRound,
@@ -22,9 +22,10 @@ from fedpara_plugins.exchange.dense_round import (
     tell_idle,
 )
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
+from fedpara_plugins.exchange.incoming import ReceivedRecord
 from fedpara_plugins.exchange.plain_values import pack_plain, unpack_plain
-from fedpara_plugins.exchange.records import KindOf, RecordKind, cast, plain_spec
-from fedpara_plugins.exchange.reply_reader import ReadRecord, ReplyReader
+from fedpara_plugins.exchange.records import RecordKind, cast, plain_spec
+from fedpara_plugins.exchange.reply_reader import ReplyReader
 from fedpara_plugins.exchange.server_model import server_state, zero_private_factors
 from fedpara_plugins.exchange.settings import ExchangeSettings, codecs_in_words, to_number
 from fedpara_plugins.exchange.sizes import Size
@@ -35,9 +36,6 @@ __all__ = [
     "DenseRound",
     "DownlinkEncoder",
     "ExchangeSettings",
-    "KindOf",
-    "OnEncoded",
-    "ReadRecord",
     "ReceivedRecord",
     "RecordKind",
     "ReplyReader",

@@ -13,52 +13,27 @@ Adapters carry the payloads, call the user's code, and commit the client's stora
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from fedpara_plugins.exchange.client_state import ClientState, PrivateParts
 from fedpara_plugins.exchange.coding import CodedRecord, encode_record, update_codec
-from fedpara_plugins.exchange.dense_round import DenseRound, check_agreement, tell_idle
-from fedpara_plugins.exchange.headers import blind_limit, check_codecs, decoders_of, spec_of
+from fedpara_plugins.exchange.dense_round import DenseRound
+from fedpara_plugins.exchange.headers import blind_limit, check_codecs, decoders_of
+from fedpara_plugins.exchange.incoming import ReceivedRecord, read_model, read_side
 from fedpara_plugins.exchange.outgoing import Outgoing, outgoing, spec_among
-from fedpara_plugins.exchange.records import KindOf, State, check_finite, plain_spec
+from fedpara_plugins.exchange.records import KindOf, State, check_finite
 from fedpara_plugins.exchange.settings import ExchangeSettings
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.models.state_split import merge
 from fedpara_plugins.references import DecodedDownlink
 
-__all__ = ["ClientRound", "OnEncoded", "ReceivedRecord"]
+__all__ = ["ClientRound", "OnEncoded"]
 
 OnEncoded = Callable[[Mapping[str, State]], None]
 """Called with what the codec lost of each record: the tensors given minus those that the server
 will decode."""
 
 REMEDY = "Set the same fedpara option codec on both sides"
-
-
-@dataclass(frozen=True)
-class ReceivedRecord:
-    """One record of a message, decoded.
-
-    Attributes:
-        spec: of the model that it belongs to; without private names for a side record.
-        held: as it was received.
-        full: all tensors: shared ones as received, private ones of this client.
-        fresh: the private ones are the seeded first ones.
-        dense: the round of an ordinary model, where the client trains one.
-    """
-
-    spec: ModelSpec
-    held: DecodedDownlink
-    full: State
-    fresh: bool = False
-    dense: DenseRound | None = None
-
-    @property
-    def given(self) -> State:
-        """What the user's code gets."""
-        return self.full if self.dense is None else self.dense.dense
 
 
 class ClientRound:
@@ -123,22 +98,10 @@ class ClientRound:
 
     def _read(self, name: str, held: DecodedDownlink, limit: int) -> ReceivedRecord:
         if self._kind_of(name) != "model":
-            return ReceivedRecord(plain_spec(held.tensors), held, held.tensors)
-        spec = self._agreed(held, limit)
-        private, first = self._state.private(spec, held.tensors)
-        full = merge(spec, held.tensors, private)
-        dense = DenseRound(spec, full) if self._settings.trains_dense else None
-        return ReceivedRecord(spec, held, full, first and bool(private), dense)
-
-    def _agreed(self, held: DecodedDownlink, limit: int) -> ModelSpec:
-        theirs = spec_of(held.header, held.tensors, limit=limit)
-        if self._own is not None:
-            self._own.check_equal(theirs, here="this client", there="the server")
-            return self._own
-        if self._settings.trains_dense:
-            check_agreement(theirs, self._settings.config)
-            tell_idle(self._settings.config)
-        return theirs
+            return read_side(held)
+        return read_model(
+            held, state=self._state, settings=self._settings, own=self._own, limit=limit
+        )
 
     @property
     def previous_steps(self) -> int | None:
@@ -205,6 +168,7 @@ class ClientRound:
             return outgoing(name, tensors, [part.spec for part in self.models], kind=kind)
         part = self._counterpart(name)
         tensors = _projected(tensors, start if part is None else part.dense)
+        # The model that says what is private: the one and only input of the decision.
         spec = spec_among(built, tensors) if part is None else part.spec
         leaving = outgoing(name, tensors, [spec], others=name not in self.received)
         if name in self.received:

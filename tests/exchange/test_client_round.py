@@ -133,6 +133,14 @@ def test_dense_training_is_projected_and_checked(helpers):
     assert private["0.x2"].shape == pair.state["0.x2"].shape
 
 
+def test_a_projection_that_overflows_is_refused(helpers):
+    client_round = helpers.Pair(local="dense").received()
+    given = client_round.received["model"].given
+    huge = {**given, "0.weight": torch.full_like(given["0.weight"], 3e38)}
+    with pytest.raises(PayloadError, match=r"'0\.[xy][12]' holds \d+ NaN or infinite"):
+        client_round.outgoing({"model": huge})
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -145,6 +153,17 @@ def test_an_answer_that_cannot_be_sent_is_refused(helpers, change, words):
     client_round = helpers.Pair().received()
     with pytest.raises(PayloadError, match=words):
         client_round.outgoing({"model": change(client_round.received["model"].given)})
+
+
+def test_a_side_record_is_what_came_whatever_model_it_describes(helpers):
+    pair = helpers.Pair()
+    pair.encoder.put("variate", pair.state, pair.spec)
+    client_round = pair.round()
+    received = client_round.receive(pair.payloads("variate"))["variate"]
+    assert received.given.keys() == pair.shared.keys()
+    assert not received.spec.private_keys
+    assert not client_round.fresh
+    assert client_round.models == []
 
 
 @pytest.mark.parametrize("record", ["variate", "change"])
@@ -199,6 +218,11 @@ def test_the_codecs_loss_is_told_and_made_up_for(helpers):
     for key in lost:
         wanted = again[key] - read[key]
         assert torch.allclose(told[1]["model"].get(key, torch.zeros(())), wanted, atol=1e-6), key
+    second.keep()
+    later = ClientState(pair.storage, "7").residual("model")
+    for key, value in later.items():
+        rest = kept.get(key, torch.zeros(())) + told[1]["model"][key]
+        assert torch.allclose(value, rest, atol=1e-6), key
 
 
 def test_the_loss_of_an_update_is_told_and_not_kept(helpers):

@@ -1,0 +1,87 @@
+"""What came to a client: one record of a message, decoded, agreed on and made whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedpara_plugins.exchange.client_state import ClientState
+from fedpara_plugins.exchange.dense_round import DenseRound, check_agreement, tell_idle
+from fedpara_plugins.exchange.headers import spec_of
+from fedpara_plugins.exchange.records import State, plain_spec
+from fedpara_plugins.exchange.settings import ExchangeSettings
+from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.state_split import merge
+from fedpara_plugins.references import DecodedDownlink
+
+__all__ = ["ReceivedRecord", "read_model", "read_side"]
+
+
+@dataclass(frozen=True)
+class ReceivedRecord:
+    """One record of a message, decoded.
+
+    Attributes:
+        spec: of the model that it belongs to; without private names for a side record.
+        held: as it was received.
+        full: all tensors: shared ones as received, private ones of this client.
+        fresh: the private ones are the seeded first ones.
+        dense: the round of an ordinary model, where the client trains one.
+    """
+
+    spec: ModelSpec
+    held: DecodedDownlink
+    full: State
+    fresh: bool = False
+    dense: DenseRound | None = None
+
+    @property
+    def given(self) -> State:
+        """What the user's code gets."""
+        return self.full if self.dense is None else self.dense.dense
+
+
+def read_side(held: DecodedDownlink) -> ReceivedRecord:
+    """Return a record beside the model: its tensors as they came."""
+    return ReceivedRecord(plain_spec(held.tensors), held, held.tensors)
+
+
+def read_model(
+    held: DecodedDownlink,
+    *,
+    state: ClientState,
+    settings: ExchangeSettings,
+    own: ModelSpec | None,
+    limit: int,
+) -> ReceivedRecord:
+    """Return a model's record, completed with the client's private tensors.
+
+    Args:
+        held: as it was received.
+        state: what the client keeps.
+        settings: of the run.
+        own: the client's model, if it is known by now.
+        limit: bytes that the private tensors may have.
+
+    Raises:
+        MismatchError: the server's model is another than this client's.
+        PayloadError: the message describes no model, or not that of its tensors.
+    """
+    spec = _agreed(held, settings, own, limit)
+    private, first = state.private(spec, held.tensors)
+    full = merge(spec, held.tensors, private)
+    dense = DenseRound(spec, full) if settings.trains_dense else None
+    return ReceivedRecord(spec, held, full, first and bool(private), dense)
+
+
+def _agreed(
+    held: DecodedDownlink, settings: ExchangeSettings, own: ModelSpec | None, limit: int
+) -> ModelSpec:
+    """Return the model that both sides speak of: the client's own if it is known."""
+    theirs = spec_of(held.header, held.tensors, limit=limit)
+    if own is not None:
+        own.check_equal(theirs, here="this client", there="the server")
+        return own
+    if settings.trains_dense:
+        check_agreement(theirs, settings.config)
+        tell_idle(settings.config)
+    return theirs
