@@ -24,7 +24,7 @@ from fedpara_plugins_fedml.engine.labels import count_once
 from fedpara_plugins_fedml.engine.models import plain_state, to_state
 from fedpara_plugins_fedml.messages.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.messages.head import MODEL, Head
-from fedpara_plugins_fedml.rules import LocalRound, LocalRule, ReplyExtras, State
+from fedpara_plugins_fedml.rules import LocalRule, ReplyExtras, RoundContext, State
 from fedpara_plugins_fedml.seams import local_dp_is_on
 from fedpara_plugins_fedml.settings import FedMLSettings
 
@@ -125,7 +125,7 @@ class ClientEngine(ClientModels):
         client_round: ClientRound,
         storage: Storage,
         data: _Data,
-    ) -> LocalRound:
+    ) -> RoundContext:
         """Decode a message, and give the trainer the model and the client's data."""
         if head.purpose not in ("train", "prepare"):
             raise MismatchError(f"a message for {head.purpose!r} came where training was due")
@@ -136,7 +136,7 @@ class ClientEngine(ClientModels):
         trainer.update_dataset(*data)
         trainer.set_model_params(plain_state(model.given))
         beside = {name: part.given for name, part in client_round.received.items() if name != MODEL}
-        return LocalRound(
+        return RoundContext(
             client=client,
             server_round=head.round,
             task=head.task,
@@ -152,7 +152,7 @@ class ClientEngine(ClientModels):
     def _answer(
         self,
         head: Head,
-        visit: LocalRound,
+        visit: RoundContext,
         client_round: ClientRound,
         storage: Storage,
         examples: float,
@@ -185,7 +185,7 @@ class ClientEngine(ClientModels):
         storage.commit()
         return reply
 
-    def _after_training(self, visit: LocalRound) -> tuple[State, ReplyExtras]:
+    def _after_training(self, visit: RoundContext) -> tuple[State, ReplyExtras]:
         """Return the client's state after its training, and what the rule adds."""
         trainer, args = self._trainer, self._args
         count_once(trainer.model, visit.train_data)

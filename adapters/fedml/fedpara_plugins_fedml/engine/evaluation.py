@@ -7,10 +7,10 @@ from typing import Any
 
 from fedpara_plugins_fedml.seams import FedMLAggregator, note_silos
 
-__all__ = ["Evaluation"]
+__all__ = ["ServerEvaluation"]
 
 
-class Evaluation:
+class ServerEvaluation:
     """Calls ``test_all``, ``test`` and ``assess_contribution`` of the user's aggregator.
 
     Args:

@@ -10,7 +10,7 @@ from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.exchange import codecs_in_words
 from fedpara_plugins_fedml.checks.arguments import check_contribution
 from fedpara_plugins_fedml.engine.client import ClientEngine
-from fedpara_plugins_fedml.engine.evaluation import Evaluation
+from fedpara_plugins_fedml.engine.evaluation import ServerEvaluation
 from fedpara_plugins_fedml.engine.models import client_model, converted, server_copy
 from fedpara_plugins_fedml.engine.server import ServerEngine
 from fedpara_plugins_fedml.logs import log
@@ -99,7 +99,7 @@ class Distributed:
         aggregator.set_id(0 if args.training_type == "cross_silo" else -1)
         engine = ServerEngine(settings, args, self._device, self._dataset, aggregator, rule)
         placement = SiloPlacement(total, per_round, keep=total > per_round)
-        evaluation = Evaluation(args, self._device, self._dataset, aggregator, per_round)
+        evaluation = ServerEvaluation(args, self._device, self._dataset, aggregator, per_round)
         return lambda endpoint: ServerManager(
             args, endpoint, engine, placement, evaluation, settings.start_timeout
         )

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from fedpara_plugins import ConfigError, FedParaError, MismatchError
-from fedpara_plugins_fedml.engine.evaluation import Evaluation
+from fedpara_plugins_fedml.engine.evaluation import ServerEvaluation
 from fedpara_plugins_fedml.engine.server import ServerEngine
 from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.modes.placement import SiloPlacement
@@ -54,7 +54,7 @@ class ServerManager:
         endpoint: Endpoint,
         engine: ServerEngine,
         placement: SiloPlacement,
-        evaluation: Evaluation,
+        evaluation: ServerEvaluation,
         start_timeout: float,
     ) -> None:
         self._args = args

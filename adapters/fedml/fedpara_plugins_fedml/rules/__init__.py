@@ -17,7 +17,7 @@ from fedpara_plugins.exchange import refuse_in_factor_space
 from fedpara_plugins.optimizers import Weighting
 from fedpara_plugins_fedml.rules.base import (
     ClientReply,
-    LocalRound,
+    RoundContext,
     LocalRule,
     Mean,
     ReplyExtras,
@@ -38,7 +38,7 @@ from fedpara_plugins_fedml.settings import FedMLSettings
 __all__ = [
     "RULES",
     "ClientReply",
-    "LocalRound",
+    "RoundContext",
     "LocalRule",
     "Mean",
     "ReplyExtras",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedpara_plugins import MismatchError
 
-__all__ = ["ClientReply", "LocalRound", "LocalRule", "Mean", "ReplyExtras", "Rule", "State"]
+__all__ = ["ClientReply", "RoundContext", "LocalRule", "Mean", "ReplyExtras", "Rule", "State"]
 
 State = dict[str, Tensor]
 
@@ -113,7 +113,7 @@ class Rule(ABC):
 
 
 @dataclass(frozen=True)
-class LocalRound:
+class RoundContext:
     """One round on a client, as its rule sees it.
 
     Attributes:
@@ -173,7 +173,7 @@ class LocalRule:
         """Return the rule's ClientTrainer if the user gives none; None for FedML's default."""
         return None
 
-    def prepare(self, model: nn.Module, local_round: LocalRound) -> ReplyExtras:
+    def prepare(self, model: nn.Module, local_round: RoundContext) -> ReplyExtras:
         """Return the results that the server needs before training; see `Rule.prepares`.
 
         Raises:
@@ -186,7 +186,7 @@ class LocalRule:
         )
 
     @contextmanager
-    def around(self, model: nn.Module, local_round: LocalRound) -> Iterator[ReplyExtras]:
+    def around(self, model: nn.Module, local_round: RoundContext) -> Iterator[ReplyExtras]:
         """Return a context around the training.
 
         It is entered when the model has been loaded (shared as received, private of this client),

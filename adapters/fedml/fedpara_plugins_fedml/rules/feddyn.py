@@ -15,7 +15,7 @@ from fedpara_plugins.optimizers import (
     StoredCorrectionState,
     check_alpha,
 )
-from fedpara_plugins_fedml.rules.base import LocalRound
+from fedpara_plugins_fedml.rules.base import RoundContext
 from fedpara_plugins_fedml.rules.drift import DriftRule, UsableReply
 from fedpara_plugins_fedml.rules.local_drift import LocalDrift
 
@@ -59,7 +59,7 @@ class LocalFedDynRule(LocalDrift):
 
     name = "FedDyn"
 
-    def local(self, model: nn.Module, own: State | None, local_round: LocalRound) -> LocalFedDyn:
+    def local(self, model: nn.Module, own: State | None, local_round: RoundContext) -> LocalFedDyn:
         """Return a context that adds alpha (y - x) - d to the steps of any optimizer."""
         return LocalFedDyn(
             model,
@@ -75,7 +75,7 @@ class LocalFedDynRule(LocalDrift):
         return {}
 
     def correct_kept(
-        self, own: StoredCorrectionState, errors: Mapping[str, State], local_round: LocalRound
+        self, own: StoredCorrectionState, errors: Mapping[str, State], local_round: RoundContext
     ) -> None:
         """Correct the dual: the server computes its change from the decoded y."""
         own.correction.correct(errors.get("model", {}), float(local_round.task["alpha"]))

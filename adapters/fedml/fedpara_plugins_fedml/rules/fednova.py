@@ -32,10 +32,10 @@ from fedpara_plugins.optimizers import (
 from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.rules.base import (
     ClientReply,
-    LocalRound,
     LocalRule,
     Mean,
     ReplyExtras,
+    RoundContext,
     Rule,
     State,
 )
@@ -130,7 +130,7 @@ class LocalFedNova(LocalRule):
         return SGDTrainer(model, args, self._options)
 
     @contextmanager
-    def around(self, model: nn.Module, local_round: LocalRound) -> Iterator[ReplyExtras]:
+    def around(self, model: nn.Module, local_round: RoundContext) -> Iterator[ReplyExtras]:
         """Count the steps of the client's SGD, and compute their normaliser."""
         parameters = trained_parameters(model, local_round.exchanged)
         start = copied(parameters)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from fedpara_plugins.optimizers import AddedGradient, copied, subtract, trained_parameters
-from fedpara_plugins_fedml.rules.base import LocalRound, LocalRule, ReplyExtras
+from fedpara_plugins_fedml.rules.base import LocalRule, ReplyExtras, RoundContext
 from fedpara_plugins_fedml.rules.fedavg import FedAvg
 
 __all__ = ["FedProx", "LocalFedProx"]
@@ -34,7 +34,7 @@ class LocalFedProx(LocalRule):
         self.mu = mu
 
     @contextmanager
-    def around(self, model: nn.Module, local_round: LocalRound) -> Iterator[ReplyExtras]:
+    def around(self, model: nn.Module, local_round: RoundContext) -> Iterator[ReplyExtras]:
         """Add the term to the gradients of the steps in this context."""
         parameters = trained_parameters(model, local_round.exchanged)
         start = copied(parameters)

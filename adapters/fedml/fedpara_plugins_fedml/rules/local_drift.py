@@ -15,7 +15,7 @@ from fedpara_plugins.optimizers import (
     StoredCorrectionState,
 )
 from fedpara_plugins_fedml.logs import log
-from fedpara_plugins_fedml.rules.base import LocalRound, LocalRule, ReplyExtras, State
+from fedpara_plugins_fedml.rules.base import LocalRule, ReplyExtras, RoundContext, State
 
 __all__ = ["LocalDrift"]
 
@@ -32,7 +32,7 @@ class LocalDrift(LocalRule):
     name = ""
 
     @abstractmethod
-    def local(self, model: nn.Module, own: State | None, local_round: LocalRound) -> Local:
+    def local(self, model: nn.Module, own: State | None, local_round: RoundContext) -> Local:
         """Return the core's context around the training."""
 
     @abstractmethod
@@ -41,12 +41,12 @@ class LocalDrift(LocalRule):
 
     @abstractmethod
     def correct_kept(
-        self, own: StoredCorrectionState, errors: Mapping[str, State], local_round: LocalRound
+        self, own: StoredCorrectionState, errors: Mapping[str, State], local_round: RoundContext
     ) -> None:
         """Correct the kept state by the codec's errors, so that it is what the server decodes."""
 
     @contextmanager
-    def around(self, model: nn.Module, local_round: LocalRound) -> Iterator[ReplyExtras]:
+    def around(self, model: nn.Module, local_round: RoundContext) -> Iterator[ReplyExtras]:
         """Correct the steps in this context; then keep the new state, and report on the round."""
         own = StoredCorrectionState(local_round.storage, self.name, local_round.client)
         undone = own.correction.begin(int(local_round.task["accepted"]))

@@ -25,10 +25,10 @@ from fedpara_plugins.optimizers import State, gradient_at, trained_parameters
 from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.rules.base import (
     ClientReply,
-    LocalRound,
     LocalRule,
     Mean,
     ReplyExtras,
+    RoundContext,
     Rule,
 )
 from fedpara_plugins_fedml.rules.mime_statistics import BaseAlgorithm
@@ -133,12 +133,12 @@ class LocalMime(LocalRule):
         self._trainer = MimeTrainer(model, args, self.base, lite=self.lite)
         return self._trainer
 
-    def prepare(self, model: nn.Module, local_round: LocalRound) -> ReplyExtras:
+    def prepare(self, model: nn.Module, local_round: RoundContext) -> ReplyExtras:
         """Return the full gradient at x."""
         return ReplyExtras(records={GRADIENT: self._gradient(model, local_round)})
 
     @contextmanager
-    def around(self, model: nn.Module, local_round: LocalRound) -> Iterator[ReplyExtras]:
+    def around(self, model: nn.Module, local_round: RoundContext) -> Iterator[ReplyExtras]:
         """Pass the server's tensors to the trainer; add MimeLite's gradient at x to the reply."""
         trainer = self._own_trainer()
         extras = ReplyExtras()
@@ -147,7 +147,7 @@ class LocalMime(LocalRule):
         trainer.set_round(local_round.records, local_round.records.get(CORRECTION, {}))
         yield extras
 
-    def _gradient(self, model: nn.Module, local_round: LocalRound) -> State:
+    def _gradient(self, model: nn.Module, local_round: RoundContext) -> State:
         trainer = self._own_trainer()
         model.to(local_round.device)
         model.train()

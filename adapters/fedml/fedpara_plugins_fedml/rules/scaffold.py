@@ -14,7 +14,7 @@ from fedpara_plugins.optimizers import (
     State,
     StoredCorrectionState,
 )
-from fedpara_plugins_fedml.rules.base import LocalRound
+from fedpara_plugins_fedml.rules.base import RoundContext
 from fedpara_plugins_fedml.rules.drift import CHANGE, DriftRule, UsableReply
 from fedpara_plugins_fedml.rules.local_drift import LocalDrift
 from fedpara_plugins_fedml.rules.losses import losses_of
@@ -71,7 +71,9 @@ class LocalScaffoldRule(LocalDrift):
     name = "SCAFFOLD"
     updates = frozenset({CHANGE})
 
-    def local(self, model: nn.Module, own: State | None, local_round: LocalRound) -> LocalScaffold:
+    def local(
+        self, model: nn.Module, own: State | None, local_round: RoundContext
+    ) -> LocalScaffold:
         """Return a context that adds c - c_i to the steps of plain SGD.
 
         Raises:
@@ -100,7 +102,7 @@ class LocalScaffoldRule(LocalDrift):
         return {CHANGE: result.change}
 
     def correct_kept(
-        self, own: StoredCorrectionState, errors: Mapping[str, State], local_round: LocalRound
+        self, own: StoredCorrectionState, errors: Mapping[str, State], local_round: RoundContext
     ) -> None:
         """Correct c_i, so that it is what the server decodes."""
         own.correction.correct(errors.get(CHANGE, {}), -1.0)
