@@ -289,6 +289,15 @@ def test_the_assessment_of_an_aggregator() -> None:
     assert "self.aggregator.assess_contribution()" in source
 
 
+def test_fedml_averages_under_fedavg_s_name() -> None:
+    source = inspect.getsource(import_module("fedml.ml.aggregator.agg_operator"))
+    assert 'args.federated_optimizer == "FedAvg"' in source
+    args = SimpleNamespace(federated_optimizer="SCAFFOLD")
+    with seams.averaging(args):
+        assert args.federated_optimizer == "FedAvg"
+    assert args.federated_optimizer == "SCAFFOLD"
+
+
 def test_what_assessments_read() -> None:
     seams.note_silos([3, 1])
     seams.note_client_models([(2.0, {"w": 1})])
@@ -495,7 +504,6 @@ def test_what_is_read_of_its_objects() -> None:
             "self.id =",
         ),
         "fedml.core.alg_frame.server_aggregator": ("self.model =", "self.args ="),
-        "fedml.ml.aggregator.agg_operator": ('args.federated_optimizer == "FedAvg"',),
         "fedml.simulation.sp.fedavg.fedavg_api": (
             "self.client_list[0]",
             "client.update_local_dataset(",

@@ -11,6 +11,7 @@ release since February 2025. Each has a test in ``compat_tests/test_fedml_seams.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import sys
@@ -45,6 +46,7 @@ __all__ = [
     "FedMLCommManager",
     "Message",
     "assesses_contribution",
+    "averaging",
     "client_status_training",
     "create_model_trainer",
     "create_server_aggregator",
@@ -134,6 +136,22 @@ def assesses_contribution(aggregator: ServerAggregator) -> bool:
     """
     own = type(aggregator).assess_contribution
     return bool(own is not ServerAggregator.assess_contribution)
+
+
+@contextlib.contextmanager
+def averaging(args: Any) -> Iterator[None]:
+    """Let FedML's aggregation average models in this context, whatever the optimizer.
+
+    Stands on: ``agg_operator`` looks at ``args.federated_optimizer``, and averages under FedAvg's
+    name alone.
+    Not public: ``ServerAggregator.aggregate`` is, what it does by optimizer is not.
+    """
+    name = getattr(args, "federated_optimizer", "FedAvg")
+    args.federated_optimizer = "FedAvg"
+    try:
+        yield
+    finally:
+        args.federated_optimizer = name
 
 
 def local_dp_is_on() -> bool:
