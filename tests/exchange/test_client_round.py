@@ -104,6 +104,14 @@ def test_another_codec_is_refused_with_the_adapters_remedy(helpers):
         pair.round().receive(payloads)
 
 
+def test_codecs_are_compared_at_the_first_message_alone(helpers):
+    pair = helpers.Pair("fedpara", codec="lossless")
+    pair.encoder.acknowledge("7", {}, ("zlib",))
+    payloads = pair.payloads()
+    pair.settings = helpers.settings_of(codec="int8")
+    assert pair.round().receive(payloads)["model"].given.keys() == pair.state.keys()
+
+
 def test_another_model_than_the_clients_own_is_refused(helpers):
     pair = helpers.Pair()
     other = ModelSpec.of(helpers.converted("fedpara"))
@@ -196,6 +204,9 @@ def test_a_model_has_one_private_state_however_many_records_hold_it(helpers):
     client_round.outgoing({"model": given, "teacher": dict(given)})
     with pytest.raises(PayloadError, match=r"records 'model' and 'teacher'.*differ in '0.x2'"):
         client_round.outgoing({"model": given, "teacher": helpers.moved(given)})
+    part = {**pair.shared, "0.x2": given["0.x2"]}
+    with pytest.raises(PayloadError, match="are of one model, and their private values differ:"):
+        client_round.outgoing({"model": given, "teacher": part})
 
 
 def test_the_codecs_loss_is_told_and_made_up_for(helpers):

@@ -77,6 +77,9 @@ def test_the_model_that_a_state_belongs_to_is_one_that_the_client_has_built():
     built = {frozenset(spec.keys): spec for spec in (other, SPEC)}
     assert spec_among(built, STATE) is SPEC
     assert spec_among(built, {"2.weight": STATE["2.weight"]}) is SPEC
+    part = plain_spec(["2.bias", "1.bias"])
+    more = {**built, frozenset(part.keys): part}
+    assert spec_among(more, dict.fromkeys(part.keys, torch.ones(1))) is part
     assert spec_among(built, dict.fromkeys(other.keys, torch.ones(1))) is other
     assert not spec_among(built, {"x": torch.ones(1)}).private_keys
     with pytest.raises(MismatchError, match="wrapped"):

@@ -116,6 +116,12 @@ def test_sizes_are_those_of_the_shared_part_and_of_the_dense_model(pair):
     assert plain.size.dense == plain.size.raw
 
 
+def test_private_values_in_a_reply_are_not_counted(pair):
+    reader = pair.reader(strict=False)
+    reader.read("model", payload_of(pair.state))
+    assert reader.size.tensors == len(pair.shared)
+
+
 def test_a_side_record_is_compared_with_what_was_sent_under_its_name_alone(pair):
     pair.encoder.put("variate", pair.shared, plain_spec(pair.shared))
     part = {"2.bias": torch.ones(5)}
