@@ -1,4 +1,4 @@
-"""What a user meets when something is wrong: a message that says what to change, and when."""
+"""Errors that a user meets when something is wrong: what to change, and when they come."""
 
 from __future__ import annotations
 

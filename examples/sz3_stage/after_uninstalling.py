@@ -1,4 +1,4 @@
-"""Run by tox when the stage is uninstalled again: what its users see then."""
+"""Tests that tox runs after the stage is uninstalled: what its users see then."""
 
 from __future__ import annotations
 
