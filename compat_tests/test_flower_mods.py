@@ -1,4 +1,4 @@
-"""Flower's mods around the plugin: after it they see ordinary arrays, before it they are refused."""
+"""Flower mods around the plugin: after it they see ordinary arrays, before it they are refused."""
 
 from __future__ import annotations
 
