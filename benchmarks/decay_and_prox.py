@@ -1,4 +1,4 @@
-"""What weight decay and FedProx's mu do to a composed weight, next to a dense one.
+"""Effects of weight decay and FedProx's mu on a composed weight, next to a dense one.
 
     python benchmarks/decay_and_prox.py
 

@@ -1,4 +1,4 @@
-"""What the downlink costs when most clients are away: schemes side by side, on a real training.
+"""Cost of the downlink when most clients are away: schemes side by side, on a real training.
 
     python benchmarks/downlink.py                 # about two minutes on one core
 

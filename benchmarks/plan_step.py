@@ -1,4 +1,4 @@
-"""What `fedpara plan --input` predicts, against the steps themselves.
+"""Predictions of `fedpara plan --input` against measured steps.
 
     python benchmarks/plan_step.py [--only vgg16 ...] [--rounds 12]
 

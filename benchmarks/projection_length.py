@@ -1,4 +1,4 @@
-"""How far a projected update may go: losses after steps of other lengths, for rounds of any size.
+"""Losses after projected updates of several lengths, for rounds of any size.
 
 ``python benchmarks/projection_length.py`` (scikit-learn's digits; a minute). For each method and
 each round of training it prints |V| / |W|, the loss before and after training, and after the

@@ -1,4 +1,4 @@
-"""The price of a training step with composed weights, next to dense and to peers: one table.
+"""Time of a training step with composed weights, next to dense and to peers: one table.
 
     python benchmarks/step.py [--only vgg16 linear ...] [--flower models.py] [--scale 1]
 

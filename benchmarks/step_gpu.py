@@ -1,4 +1,4 @@
-"""The price of a training step on a GPU, next to dense and to peers, in three precisions.
+"""Time of a training step on a GPU, next to dense and to peers, in three precisions.
 
     python benchmarks/step_gpu.py [--device cuda] [--precision float32 tf32 bf16] [--only vgg16]
 

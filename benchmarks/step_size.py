@@ -1,4 +1,4 @@
-"""How far one optimizer step moves a composed weight, next to a dense one.
+"""Movement of a composed weight in one optimizer step, next to a dense one.
 
     python benchmarks/step_size.py
 

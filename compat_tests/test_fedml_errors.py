@@ -1,4 +1,4 @@
-"""What a user reads when something does not fit, on the first round; and damaged messages."""
+"""Errors that a user reads in the first round when something does not fit; damaged messages."""
 
 from __future__ import annotations
 

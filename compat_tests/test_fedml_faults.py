@@ -1,4 +1,4 @@
-"""Every fault in docs/fedml-faults.md is still there; the day one is repaired, its mend can go."""
+"""Every fault in docs/fedml-faults.md is still there; when one is repaired, its mend can go."""
 
 from __future__ import annotations
 

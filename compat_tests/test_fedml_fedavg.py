@@ -1,4 +1,4 @@
-"""FedAvg in FedML's single process equals a plain loop; with nothing on it is FedML's own."""
+"""FedAvg in FedML's single process equals a plain loop; with the plugin off it is FedML's own."""
 
 from __future__ import annotations
 

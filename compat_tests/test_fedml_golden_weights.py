@@ -1,4 +1,4 @@
-"""FedML's runs come to the weights of the file that Flower's runs are held against too."""
+"""FedML's runs reach the golden weights, which Flower's runs reach too."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def federated(name: str, method: str) -> Mapping[str, Tensor]:
 @pytest.mark.in_turn
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CASES)
-def test_fedml_comes_to_the_truth(name: str, method: str) -> None:
+def test_fedml_reaches_the_golden_weights(name: str, method: str) -> None:
     check(name, method, federated(name, method))
 
 

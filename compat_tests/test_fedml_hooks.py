@@ -1,4 +1,4 @@
-"""FedML's own hooks in the plugin's engine see plain named tensors, and what they do counts."""
+"""FedML's hooks in the plugin's engine see plain named tensors, and their changes count."""
 
 from __future__ import annotations
 

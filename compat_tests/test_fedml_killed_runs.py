@@ -1,4 +1,4 @@
-"""With `fedpara_state_dir` a killed FedML run goes on where it was: server and clients."""
+"""With ``fedpara_state_dir`` a killed FedML run continues: the server and its clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A project that is not edited at all, started by the plugin's launcher in a process of its own."""
+"""A project without any edit, started by the plugin's launcher in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With method and codec none every optimizer is FedML's own run: weights and logged accuracies."""
+"""With method and codec ``none`` every optimizer is FedML's own run: weights and accuracies."""
 
 from __future__ import annotations
 

@@ -362,6 +362,7 @@ def test_a_rule_goes_on_from_its_saved_state(name: str) -> None:
         )
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize(
     "name", [*EVERY, "scaffold-one", "fedopt-momentum", "fedopt-yogi", "fednova-momentum"]
 )

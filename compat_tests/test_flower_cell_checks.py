@@ -1,4 +1,4 @@
-"""Faults put into the adapter, the app or the reference on purpose: a cell fails for each."""
+"""The checks of Flower's cells: with a fault in the adapter, the app or the loop, a cell fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dense checkpoints at the end: ordinary files for the unmodified model."""
+"""Dense checkpoints at the end of a run: ordinary files for the unmodified model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A client's `state-dir` of another method, model or options: said, and nothing of it is lost."""
+"""A client's ``state-dir`` of another method, model or options is reported, and nothing is lost."""
 
 from __future__ import annotations
 

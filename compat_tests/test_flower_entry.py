@@ -1,4 +1,4 @@
-"""Other ways in: without a Python edit, with options in Python, and by a line at the class."""
+"""Other ways in: without a Python edit, with options in Python, and with a line at the class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user meets when something is wrong: a message that says what to change, and when."""
+"""Errors that a user meets when something is wrong: what to change, and when they come."""
 
 from __future__ import annotations
 
@@ -207,6 +207,7 @@ def test_a_failing_client_is_left_out_of_that_round_only(
     _check_as_without_the_client(outcome, method, codec)
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("codec", ["none", "lossless"])
 def test_a_client_that_sends_nan_all_the_same_is_left_out(
     codec: str, monkeypatch: pytest.MonkeyPatch
@@ -240,6 +241,7 @@ def test_a_client_that_sends_damaged_bytes_is_left_out(
     _check_as_without_the_client(outcome, "fedpara", codec)
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("codec", ["none", "int8"])
 def test_a_client_that_sends_another_shape_is_left_out(
     codec: str, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""Flower's runs come to the weights of the file that FedML's runs are held against too."""
+"""Flower's runs reach the golden weights, which FedML's runs reach too."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ def federated(name: str, method: str) -> Any:
 @pytest.mark.in_turn
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CASES)
-def test_flower_comes_to_the_truth(name: str, method: str) -> None:
+def test_flower_reaches_the_golden_weights(name: str, method: str) -> None:
     check(name, method, federated(name, method).state)

@@ -1,4 +1,4 @@
-"""With `state-dir`, whoever is killed goes on where it was: the server, and with it its clients."""
+"""With ``state-dir`` a killed run continues where it was: the server, and with it its clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's ledger holds besides bytes: its settings, its layers, how good the model was."""
+"""What a run's ledger holds besides bytes: settings, layers, and how good the model was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mods of Flower around the plugin: after it they see ordinary arrays, before it they are told."""
+"""Flower mods around the plugin: after it they see ordinary arrays, before it they are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pFedPara for real: private factors never leave the client, and stay with it."""
+"""pFedPara on Flower: private factors never leave the client, and stay with it."""
 
 from __future__ import annotations
 

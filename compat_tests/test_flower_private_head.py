@@ -111,6 +111,7 @@ def test_no_byte_of_the_private_parts_is_on_the_wire(min_size: int) -> None:
         assert all(piece in kept for key in ADDED for piece in _pieces(last[key]))
 
 
+@pytest.mark.in_turn(every=2)
 @pytest.mark.parametrize("codec", CODECS)
 def test_messages_hold_the_shared_names_only(codec: str) -> None:
     outcome = _federate(Diary(), codec)

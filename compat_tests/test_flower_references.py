@@ -1,4 +1,4 @@
-"""Clients that are away, come late or lose what they hold: what the downlink costs them."""
+"""Clients that are away, late or without their state: the cost of their downlink."""
 
 from __future__ import annotations
 

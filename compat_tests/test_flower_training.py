@@ -1,4 +1,4 @@
-"""Training options through Flower: where a round begins is for the adapter to say."""
+"""Training options on Flower: the adapter determines where a round begins."""
 
 from __future__ import annotations
 

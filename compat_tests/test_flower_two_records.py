@@ -1,4 +1,4 @@
-"""An app that sends and answers two records of one model: a client keeps one private state."""
+"""An app that exchanges two records of one model: a client keeps one private state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of what is verified: sections of runs with an engine, or over a transport."""
+"""The page of results: the sections of runs on an engine and over a transport."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parties that fail: the round goes on without them, or the run ends everywhere and says why."""
+"""Parties that fail: the round continues without them, or the run ends everywhere with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a listener between FedML's processes can read: shared factors, never private ones."""
+"""Bytes between FedML's processes hold shared factors, never private ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that are killed and started again, with a state-dir: the run goes on where it was."""
+"""Processes that are killed and started again with a state-dir: the run continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a listener between SuperNodes and SuperLink can read: shared factors, never private ones."""
+"""Bytes between SuperNodes and SuperLink hold shared factors, never private ones."""
 
 from __future__ import annotations
 

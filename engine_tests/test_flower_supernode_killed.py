@@ -1,4 +1,4 @@
-"""A SuperNode is killed while its client trains, and started again: the run goes on."""
+"""A SuperNode that is killed while its client trains, and started again: the run continues."""
 
 from __future__ import annotations
 

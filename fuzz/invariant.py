@@ -1,4 +1,4 @@
-"""What must hold for any bytes whatever, and the bytes to start from.
+"""The invariant that holds for arbitrary bytes, and the bytes to start from.
 
 Everything that reads what others wrote is tried: the payload's decoder, the receiving end with its
 references, the description of a model, ledgers with the report drawn from them, ``inspect``, and

@@ -1,4 +1,4 @@
-"""Fuzz whatever reads what others wrote; ``tox run -e fuzz -- --runs 20000 --seconds 60``.
+"""Fuzz everything that reads untrusted bytes; ``tox run -e fuzz -- --runs 20000 --seconds 60``.
 
 Coverage-guided with atheris where it is installed, else with random damage; the count of inputs is
 printed at the end, and what broke the invariant is kept under ``build/fuzz/findings``.

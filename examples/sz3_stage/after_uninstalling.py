@@ -1,4 +1,4 @@
-"""What users see after the stage is uninstalled; tox runs this file."""
+"""Tests that tox runs after the stage is uninstalled: what its users see then."""
 
 from __future__ import annotations
 

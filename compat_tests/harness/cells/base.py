@@ -17,8 +17,8 @@ class Cell:
         framework: ``flower``.
         environment: name of the tox environment, or ``local``.
         strategy: a name in `harness.cells.strategies.STRATEGIES`.
-        method: of the plugin.
-        codec: of the plugin.
+        method: the plugin's method.
+        codec: the plugin's codec.
         model: one of `harness.oracles.task.MODELS`.
     """
 

@@ -16,10 +16,10 @@ class EngineCell:
 
     Attributes:
         engine: ``deployment`` (real processes) or ``simulation`` (Ray).
-        variant: of deployment: ``insecure``, ``tls``, ``authenticated`` (with TLS); else ``ray``.
-        method: of the plugin.
-        codec: of the plugin.
-        clients: how many.
+        variant: ``insecure``, ``tls`` or ``authenticated`` (with TLS) in deployment; else ``ray``.
+        method: the plugin's method.
+        codec: the plugin's codec.
+        clients: number of clients.
     """
 
     engine: Engine

@@ -26,9 +26,9 @@ class Environment:
     """A version of a framework, as a tox environment.
 
     Attributes:
-        name: of the tox environment that runs all its cells; with ``-smoke`` it runs a part.
-        framework: as in `Cell`.
-        version: of the framework, as ``tox.ini`` has it; far above all for the latest.
+        name: name of the tox environment that runs all its cells; with ``-smoke`` it runs a part.
+        framework: see `Cell`.
+        version: version of the framework, as in ``tox.ini``; 999.0 for the latest.
     """
 
     name: str

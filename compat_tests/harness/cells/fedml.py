@@ -22,13 +22,13 @@ class FedMLSpec:
     """One optimizer, and the plain computation that it is checked against.
 
     Attributes:
-        label: as in the table.
+        label: name in the table.
         optimizer: FedML's ``federated_optimizer``.
-        keys: of the YAML.
+        keys: keys of the YAML.
         algorithm: a name in `harness.oracles.fedml_rules.ALGORITHMS`; the optimizer's if empty.
         more: keys of the plain computation that differ from the YAML's.
-        lost: of the way that the plain loop has gone, how far off a lossy codec may end. More where
-            something else is coded too, or follows from what is.
+        lost: largest distance of a run with a lossy codec from the plain loop, relative to the
+            loop's way. It is larger where more than the model is coded.
     """
 
     label: str

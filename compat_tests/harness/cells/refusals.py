@@ -1,4 +1,4 @@
-"""Which cells cannot run, who says so, and in which words. Standard library only."""
+"""Cells that cannot run: who refuses them, and in which words. Standard library only."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def refusal(cell: Cell, version: str) -> Refusal | None:
 
     Args:
         cell: the cell.
-        version: of Flower.
+        version: version of Flower.
     """
     spec = STRATEGIES[cell.strategy]
     if spec.client_mod and not cell.exact:

@@ -18,19 +18,19 @@ class StrategySpec:
     """One optimizer, and the plain computation that it is checked against.
 
     Attributes:
-        class_name: of the strategy.
+        class_name: name of the strategy's class.
         rule: a name in `harness.oracles.rules.RULES`, built with the same options.
-        options: of its constructor; ``proximal_mu`` is not the rule's but the client's.
-        home: the module that has the class.
+        options: arguments of its constructor; ``proximal_mu`` is the client's and not the rule's.
+        home: module of the class.
         inside: class of the strategy that it wraps; empty for none. A wrapper also gets
             ``num_sampled_clients``.
-        client_mod: in ``flwr.clientapp.mod``, for the client's training; empty for none.
-        clients: how many take part.
-        slack: not 0 where the rule takes decisions, coordinate by coordinate, that one rounding can
-            turn. Of the way the plain loop has gone, how much further off a run with a lossy codec
-            may end, and ten times how far off an exact one.
-        doubles: under NumPy 2 it returns float64 for what it got as float32.
-        norms: it takes a norm over all tensors of a reply, or clips by one.
+        client_mod: name in ``flwr.clientapp.mod``, for the client's training; empty for none.
+        clients: number of clients that take part.
+        slack: additional distance allowed to a run with a lossy codec, relative to the plain loop's
+            way; a tenth of it is allowed to an exact run. Not 0 where the rule decides coordinate
+            by coordinate, so that one rounding can turn a decision.
+        doubles: whether it returns float64 for float32 under NumPy 2.
+        norms: whether it takes a norm over all tensors of a reply, or clips by one.
     """
 
     class_name: str
@@ -135,5 +135,5 @@ PLUGIN_STRATEGIES: Mapping[str, StrategySpec] = {
     "scaffold": StrategySpec("Scaffold", "scaffold", home=PLUGIN),
     "feddyn": StrategySpec("FedDyn", "feddyn", {"alpha": 0.3}, home=PLUGIN),
 }
-"""Optimizers that Flower lacks. Their clients have lines of their own, so they are run by
-`harness.flower.drift_apps` and checked against `harness.oracles.drift`."""
+"""Optimizers that Flower lacks. Their client code differs, so `harness.flower.drift_apps` runs them
+and `harness.oracles.drift` is what they are checked against."""

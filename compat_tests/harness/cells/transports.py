@@ -22,8 +22,8 @@ class TransportCell:
     Attributes:
         transport: FedML's ``backend``.
         mode: FedML's ``training_type``: ``cross_silo``, or ``simulation`` under ``mpirun``.
-        method: of the plugin.
-        codec: of the plugin.
+        method: the plugin's method.
+        codec: the plugin's codec.
         silos: how many data sets there are; two of them take part in a round.
     """
 

@@ -41,13 +41,13 @@ class FedMLDeployment:
 
     Args:
         folder: a fresh one.
-        backend: of FedML.
+        backend: FedML's ``backend``.
         clients: client processes.
         plugin: keys of ``fedpara_args``; None for FedML's own runner.
         of_rank: other keys for some of the processes, None for FedML's own runner there.
         train: keys of ``train_args``.
         common: keys of ``common_args``.
-        trouble: see the project.
+        trouble: what goes wrong; see the project.
         tap: whether a `TransportTaps` counts the bytes between processes (not with MPI).
         record: whether it keeps them.
         app: the project's script.

@@ -1,4 +1,4 @@
-"""FedML's runs in the single process that are killed (`harness.processes.killed_runs`)."""
+"""Runs of FedML's single process that are killed (`harness.processes.killed_runs`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FedMLRunRequest(RunRequest):
     """One run.
 
     Attributes:
-        keys: of the YAML.
+        keys: keys of the YAML.
     """
 
     keys: Mapping[str, Any] = field(default_factory=dict)

@@ -39,10 +39,10 @@ class OptimizerCase:
 
     Attributes:
         optimizer: FedML's ``federated_optimizer``.
-        keys: of the YAML.
+        keys: keys of the YAML.
         algorithm: a name in `ALGORITHMS`; the optimizer's own if empty.
         more: keys of the plain loop that differ from the YAML's.
-        atol: of a weight.
+        atol: absolute tolerance of a weight.
     """
 
     optimizer: str
@@ -154,11 +154,11 @@ def published_loop(
 
     Args:
         case: the optimizer.
-        method: of the conversion.
+        method: method of the conversion.
         net: the model, dense.
-        epochs: of a client's round.
-        smoothing: of the labels.
-        options: of the conversion.
+        epochs: a client's epochs in a round.
+        smoothing: smoothing of the labels.
+        options: options of the conversion.
         more: arguments of `PlainLoop`.
     """
     net = convert(net, method=method, gamma=GAMMA, **options)

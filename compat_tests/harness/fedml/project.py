@@ -1,4 +1,4 @@
-"""A FedML project in one process: arguments, data set, model, and what came of a run."""
+"""A FedML project in one process: arguments, data set, model, and the outcome of a run."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Sent:
 
     Attributes:
         direction: ``up`` or ``down``.
-        round: of the server, 1 for the first.
+        round: number of the server's round, 1 for the first.
         client: its name.
         data: all of its bytes.
     """
@@ -112,7 +112,7 @@ class Sent:
 
 @dataclass
 class Outcome:
-    """What a run left behind.
+    """The outcome of a run.
 
     Attributes:
         runner: the FedMLRunner.
@@ -149,8 +149,8 @@ def run(
         data: the data set, or what makes it for the arguments; `dataset` by default.
         plain: with FedML's own runner.
         tap: between server and clients.
-        keys: of the YAML, and ``client_trainer`` or ``server_aggregator``: a class of it, which
-            is given the model and the arguments.
+        keys: keys of the YAML; ``client_trainer`` and ``server_aggregator`` are classes, called
+            with the model and the arguments.
     """
     from fedpara_plugins_fedml import FedMLRunner
 

@@ -1,4 +1,4 @@
-"""What a machine lacks for FedML's transports. Standard library only."""
+"""Programs and packages that FedML's transports need. Standard library only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What passes between FedML's processes: proxies before them, or what they hand to a transport."""
+"""Records of what passes between FedML's processes, by proxies or by the processes themselves."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class TransportTaps:
     process records what it hands to torch's RPC, already serialised, before it is sent.
 
     Args:
-        backend: of FedML.
-        folder: of the run.
+        backend: FedML's ``backend``.
+        folder: folder of the run.
         clients: client processes.
         comm: the run's ``comm_args``.
         stack: ends the proxies.
         record: whether to keep the bytes, and not only to count them.
 
     Attributes:
-        taps: by rank of the process, or of the broker 0 and of the store 1.
+        taps: taps by the rank of their process, or 0 for the broker and 1 for the store.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """A FedML run of several parties in one process: threads, with queues in a transport's place.
 
-What they run is what processes run, down to FedML's `FedMLCommManager`; messages are pickled on
-their way, as FedML's transports do. A party can be cut off, or say something else than it should.
+They run the same code as processes, down to FedML's `FedMLCommManager`. Messages are pickled on
+their way, as by FedML's transports. A party can be cut off, or send something else than it should.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class QueueTransport:
 
     Args:
         own: its id.
-        transports: of all, by id; it enters itself.
+        transports: all transports by id; it enters itself.
     """
 
     def __init__(self, own: int, transports: dict[int, QueueTransport]) -> None:
@@ -78,7 +78,7 @@ class Parties:
     Args:
         monkeypatch: pytest's.
         clients: how many.
-        keys: of the YAML.
+        keys: keys of the YAML.
         of_rank: other keys for some parties.
         trainers: what makes a client's trainer, by rank.
         aggregator: what makes the server's aggregator.
@@ -86,7 +86,7 @@ class Parties:
     Attributes:
         transports: communication managers by id.
         ended: reasons for which processes would have been ended at once.
-        errors: by rank, what a party raised.
+        errors: what a party raised, by rank.
     """
 
     def __init__(

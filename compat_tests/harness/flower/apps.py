@@ -57,15 +57,15 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the app does.
+    """Settings of the app.
 
     Attributes:
         task: the training problem.
         strategy: a name in `STRATEGIES`.
-        options: of the strategy's constructor, beside those of its `StrategySpec`.
-        hooks: see there.
+        options: further options of the strategy's constructor, beside those of its `StrategySpec`.
+        hooks: see `Hooks`.
         evaluate_fn: whether the server evaluates the global model itself, each round.
-        mods: of the client's training, inside those of the app; those of the `StrategySpec` if
+        mods: mods of the client's training, inside those of the app; those of the `StrategySpec` if
             None.
     """
 
@@ -79,12 +79,12 @@ class Experiment:
 
 @dataclass
 class Outcome:
-    """What a run left behind.
+    """The outcome of a run.
 
     Attributes:
         state: the global state at the end, with the dtypes the strategy gave it; {} if no round
             was aggregated.
-        losses: of the global model on all test data, before the first round and after each.
+        losses: losses of the global model on all test data, before the first round and after each.
         accuracies: the same; both are empty if the server does not evaluate.
         client_accuracies: weighted means of the clients' own evaluation, by round.
         sent: every message.
@@ -121,7 +121,7 @@ def plain_apps(experiment: Experiment, net: Factory | None = None) -> Apps:
     """Return the app as it is without the plugin.
 
     Args:
-        experiment: what it does.
+        experiment: settings of the app.
         net: the model's class or factory; the task's class if None.
     """
     model = net or experiment.task.net
@@ -142,7 +142,7 @@ def plugin_apps(
     """Return the same app after the README's edit.
 
     Args:
-        experiment: what it does.
+        experiment: settings of the app.
         client: which of its two lines the client side has.
         server: which of its two lines the server side has.
     """
@@ -177,8 +177,8 @@ def federate(
 
     Args:
         apps: both sides.
-        run_config: of both sides.
-        client_config: of the clients, where it differs.
+        run_config: config of both sides.
+        client_config: config of the clients, where it differs.
         engine: see `InProcessGrid`.
         tap: see `InProcessGrid`.
         late: see `InProcessGrid`.

@@ -41,7 +41,7 @@ def app_copy(source: Path, folder: Path, *more: Path) -> Path:
 
     Args:
         source: the app's folder; its package has the folder's name.
-        folder: to put the copy in.
+        folder: where the copy goes.
         more: Python files; without any, the matrix's task.
     """
     app = folder / source.name
@@ -82,7 +82,7 @@ class Deployment:
     """A SuperLink and its SuperNodes.
 
     Attributes:
-        processes: in which everything runs.
+        processes: the processes in which everything runs.
         tap: between the SuperNodes and the SuperLink.
         nodes: the SuperNodes, by partition.
     """

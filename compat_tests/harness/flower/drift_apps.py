@@ -25,11 +25,11 @@ Train = Callable[[nn.Module, int, int], None]
 
 @dataclass
 class DriftExperiment:
-    """What the app does.
+    """Settings of the app.
 
     Attributes:
-        strategy: of the plugin, or any of Flower's.
-        options: of its constructor.
+        strategy: a strategy of the plugin, or any of Flower's.
+        options: arguments of its constructor.
         task: the training problem.
         train: replaces the training: model, client, round.
         losses: whether clients can make the pass that SCAFFOLD's option I needs.

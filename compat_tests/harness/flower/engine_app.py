@@ -1,4 +1,4 @@
-"""The app that runs on real engines, in fresh folders, and what its run must come to."""
+"""The app that runs on real engines, in fresh folders, and the expected result of its run."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class EngineApp:
 
     Args:
         folder: a fresh one.
-        method: of the plugin.
-        codec: of the plugin.
+        method: the plugin's method.
+        codec: the plugin's codec.
         clients: how many there are.
-        rounds: of the server.
+        rounds: number of rounds.
         component: module of the ClientApp.
         server_component: module of the ServerApp.
         options: more of the app's config.
 
     Attributes:
         path: the app's folder, for ``flwr run``.
-        config: for ``flwr run --run-config``.
+        config: the config for ``flwr run --run-config``.
         task: the training problem.
     """
 

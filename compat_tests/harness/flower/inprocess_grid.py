@@ -1,12 +1,10 @@
-"""A Grid that runs the ClientApps in this process, without engine, and is faithful to the wire.
+"""A Grid that runs the ClientApps in this process, without an engine, faithful to the wire.
 
-Every message is taken apart into the objects that Flower sends (their very bytes) and put together
-again on the other side, so no Python object is ever on both sides. Each node keeps its
-``Context.state`` between messages, in the same form. A ClientApp is built anew for each message,
-as in Flower's deployment, where every message has a process of its own. Exceptions become the
-Error replies that the engine makes of them.
-
-What it does not do: chunks over HTTP.
+Every message is taken apart into the objects that Flower sends (their very bytes) and rebuilt on
+the other side, so no Python object is ever on both sides. Each node keeps its ``Context.state``
+between messages, in the same form. A ClientApp is built anew for each message, as in Flower's
+deployment, where every message has a process of its own. Exceptions become the Error replies that
+the engine makes of them. HTTP's chunks are left out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Flower's runs that are killed (`harness.processes.killed_runs`)."""
+"""Runs of Flower that are killed (`harness.processes.killed_runs`)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class FlowerRunRequest(RunRequest):
     Attributes:
         section: the options of the plugin.
         strategy: a name in `harness.cells.strategies.STRATEGIES`, or of a class of the plugin.
-        options: of its constructor.
-        rounds: of the run.
-        epochs: of a client in a round.
+        options: arguments of its constructor.
+        rounds: number of rounds.
+        epochs: a client's epochs in a round.
     """
 
     section: Mapping[str, Any] = field(default_factory=dict)

@@ -36,7 +36,7 @@ Arrays = list[NDArray[Any]]
 
 @dataclass(frozen=True)
 class ArrayAccess:
-    """What of a model an app sends, and how it loads it again."""
+    """How an app reads the arrays that it sends from a model, and how it loads them again."""
 
     get: Callable[[nn.Module], Arrays]
     set: Callable[[nn.Module, Arrays], None]
@@ -69,14 +69,14 @@ ARRAY_ACCESS = {
 
 @dataclass(frozen=True)
 class LegacyExperiment:
-    """What the app does.
+    """Settings of the app.
 
     Attributes:
         task: the training problem.
         strategy: a name in `STRATEGIES`; the class of that name in ``flwr.server.strategy``.
-        options: of the strategy's constructor, beside those of its `StrategySpec`.
-        hooks: see there.
-        part: of the model that travels, a name in `ARRAY_ACCESS`.
+        options: further options of the strategy's constructor, beside those of its `StrategySpec`.
+        hooks: see `Hooks`.
+        part: the part of the model that travels, a name in `ARRAY_ACCESS`.
         initial: whether the server gives the first weights, or asks a client for them.
         evaluate_fn: whether the server evaluates the global model itself.
     """

@@ -1,4 +1,4 @@
-"""A cell's federated run, and the plain loop that it is held against."""
+"""A cell's federated run, and the plain loop that it is compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cell's run is held to."""
+"""Assertions about a cell's run."""
 
 from __future__ import annotations
 

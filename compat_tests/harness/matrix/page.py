@@ -1,4 +1,4 @@
-"""What the parts of the page have in common. Standard library only."""
+"""Common functions for the parts of the page. Standard library only."""
 
 from __future__ import annotations
 

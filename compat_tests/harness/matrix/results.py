@@ -1,4 +1,4 @@
-"""Writes what each cell came to, passed, failed or skipped, as one JSON file into a folder.
+"""Writes the result of each cell, passed, failed or skipped, as a JSON file into a folder.
 
 The folder is named by ``FEDPARA_MATRIX_DIR`` (``build/matrix`` without it). ``conftest.py`` imports
 the fixture and the hooks.

@@ -1,4 +1,4 @@
-"""What the smoke parts leave out: tests that show once more what another test shows.
+"""The choice of the smoke parts, which leave out what another test shows already.
 
 Two markers say so. A test or a case with ``matrix(reason)`` runs in whole environments only
 (`tox run -m matrix`). Of the cases of a test with ``in_turn``, the smoke part runs so many that

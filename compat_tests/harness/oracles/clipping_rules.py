@@ -1,6 +1,6 @@
-"""FedAvg on clipped updates, the clip on the server or on the client: Flower's DP wrappers.
+"""Flower's DP wrappers: FedAvg on updates that the server or the client clips.
 
-Without noise: what noise adds is tested by itself. An update is u = y - x over all tensors at once;
+They run without noise, which has tests of its own. An update is u = y - x over all tensors at once;
 clipped it is u min(1, c/|u|). Tensors without dimensions count in the norm, but Flower leaves them
 as they are.
 """

@@ -1,7 +1,7 @@
 """A client's round with ``local = "dense"``, in plain torch: no framework, no adapter.
 
-The projection of one weight is the core's, whose own reference is dense least squares
-(``tests/projection``).
+The projection of one weight is the core's. Its own reference is dense least squares
+(``tests/factors/projection``).
 """
 
 from __future__ import annotations

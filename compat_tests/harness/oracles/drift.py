@@ -1,7 +1,7 @@
-"""SCAFFOLD and FedDyn as their papers write them, in plain loops: gradients by hand, no hooks.
+"""SCAFFOLD and FedDyn as in their papers, in plain loops: gradients by hand, no hooks.
 
-Nothing of the plugin is used but the conversion of the model; models and the order of the data are
-those of `harness.oracles.task`.
+Of the plugin only the conversion of the model is used. Models and the order of the data are those
+of `harness.oracles.task`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ Weights = Callable[[int], float]
 
 @dataclass
 class DriftResult:
-    """How a run comes out.
+    """The result of a plain run of SCAFFOLD or FedDyn.
 
     Attributes:
         initial: the server's state before the first round.
-        state: after the last one, float64; private names hold the server's own first values.
+        state: the server's state after the last round, float64; private names hold the server's own
+            first values.
         mean: SCAFFOLD's c or FedDyn's h.
         own: each client's variate or dual.
         private: each client's private state after its last round.
-        losses: of the server's model on its test data, before the first round and after each.
-        accuracies: the same.
+        losses: losses of the server's model on its test data before the first round and after each.
+        accuracies: accuracies of the same.
         first_replies: the clients' states of the first round.
     """
 
@@ -50,7 +51,7 @@ class DriftResult:
 
 @dataclass
 class _Federation:
-    """What both algorithms share: the model, the clients' private state, the average."""
+    """The parts that both algorithms share: model, clients' private state, average."""
 
     task: TrainingTask
     model: nn.Module
@@ -149,7 +150,7 @@ def scaffold(
         participants: the clients of each round; all of them if None.
         option: how the new variate is made.
         rate: the server's learning rate.
-        weights: of the clients; the paper's are equal.
+        weights: weights of the clients; the paper's are equal.
     """
     run = _begun(task, build, private_names, participants, weights)
     out, names = run.start(), run.names()

@@ -22,8 +22,8 @@ class FedAvgLoop:
         model: converted or not; with the first weights.
         train: each client's batches.
         private: names that never leave a client, with the values that each of them begins with.
-        lr: of the clients' SGD.
-        epochs: of a client's round.
+        lr: learning rate of the clients' SGD.
+        epochs: a client's epochs in a round.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""FedML's optimizers as their papers write them, in plain loops: gradients by hand, no hooks.
+"""FedML's optimizers as in their papers, in plain loops: gradients by hand, no hooks.
 
-Nothing of the plugin is used, nothing of FedML, and no ``torch.optim`` but where a rule is defined
-by one of its classes. Everything a server does is float64.
+Neither the plugin nor FedML is used, and ``torch.optim`` only where a rule is defined by one of its
+classes. The server computes in float64.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass
 class LocalResult:
-    """What a client's round comes to."""
+    """The result of a client's round."""
 
     state: State
     size: int
@@ -41,14 +41,14 @@ class PlainLoop:
         model: converted or not; with the first weights.
         train: each client's batches, the same in every epoch and round.
         private: names that never leave a client, with the values that each of them begins with.
-        lr: of the clients' SGD.
-        epochs: of a client's round.
-        smoothing: of the labels.
-        private_steps: at the start of a round, in which ``halves`` alone are trained; the steps
-            after them train all others.
+        lr: learning rate of the clients' SGD.
+        epochs: a client's epochs in a round.
+        smoothing: smoothing of the labels.
+        private_steps: number of steps at the start of a round that train ``halves`` alone; later
+            steps train everything else.
         halves: names of pFedPara's private half.
         absent: names that count as zero in the steps after those.
-        keys: of the algorithm, under FedML's names.
+        keys: keys of the algorithm, under FedML's names.
     """
 
     def __init__(

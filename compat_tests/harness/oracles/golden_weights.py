@@ -1,7 +1,7 @@
-"""One truth for both frameworks: what a plain loop in torch comes to, in a file.
+"""Golden weights for both frameworks: the result of a plain loop in torch, in a file.
 
 Flower and FedML cannot share an environment, so each run is compared with the file. Neither
-framework is imported here; of the plugin only the conversion of the model is used.
+framework is imported here, and of the plugin only the conversion of the model is used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METHODS = ("none", "fedpara", "pfedpara")
 GAMMA = 0.3
 TASK = TrainingTask(rounds=4, epochs=1, lr=0.1)
 TOLERANCE = 5e-6
-"""Largest difference of a weight; all compute in float32 and sum up in another order."""
+"""Largest difference of a weight; all compute in float32, and sum in different orders."""
 
 State = Mapping[str, Tensor]
 
@@ -60,10 +60,10 @@ class GoldenCase:
 
     Attributes:
         algorithm: a name in `ALGORITHMS`.
-        keys: of the plain loop.
+        keys: keys of the plain loop.
         fedml: keys of FedML's YAML.
         flower: the strategy's class.
-        options: of the strategy's constructor.
+        options: arguments of the strategy's constructor.
     """
 
     algorithm: str

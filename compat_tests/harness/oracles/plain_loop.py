@@ -1,7 +1,7 @@
-"""Plain loops in torch that compute what a federated run must come to.
+"""Plain loops in torch that compute the expected result of a federated run.
 
-Written from the algorithms, without Flower, without the adapter, and without the user's training
-loop of `harness.oracles.task` (models and the order of the data are shared with it, nothing else).
+They are written from the algorithms, and use neither Flower nor the adapter nor the user's training
+loop. With `harness.oracles.task` they share models and the order of the data, and nothing else.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ Training = Callable[[nn.Module, TrainingTask, int, int, float | None], float]
 
 @dataclass(frozen=True)
 class PlainResult:
-    """How a run comes out.
+    """The result of a plain run.
 
     Attributes:
         initial: the server's state before the first round.
-        state: after the last one, float64; private names hold the server's own first values.
-        losses: of the server's model on its test data, before the first round and after each.
-        accuracies: the same.
+        state: the server's state after the last round, float64; private names hold the server's own
+            first values.
+        losses: losses of the server's model on its test data before the first round and after each.
+        accuracies: accuracies of the same.
         private: each client's private state after the last round it took part in.
-        client_accuracy: of the clients' own models at the end, each on its held-out data.
+        client_accuracy: mean accuracy of the clients' own models at the end on held-out data.
     """
 
     initial: State
@@ -61,8 +62,8 @@ def run_plain_loop(
         proximal_mu: FedProx's mu; None for no such term.
         private_names: state that each client keeps and the server never sees.
         participants: the clients of each round; all of them if None.
-        training: of a client, in place, from model, task, client, round and mu to its mean loss;
-            `descend` if None.
+        training: trains a client's model in place, given model, task, client, round and mu, and
+            returns the mean loss; `descend` if None.
     """
     torch.manual_seed(task.seed)
     model = build()

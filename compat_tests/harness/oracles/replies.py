@@ -1,4 +1,4 @@
-"""What a rule of the plain loop works on."""
+"""Clients' replies and rules of the plain loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class PlainReply:
-    """What one client answers.
+    """One client's reply.
 
     Attributes:
         state: the shared part of its state, float64.
@@ -44,9 +44,9 @@ class Rule:
         """Return the next global state, without private names.
 
         Args:
-            server_round: from 1 on.
+            server_round: number of the round, from 1 on.
             current: the global state.
-            replies: in the order of the clients.
+            replies: the replies, in the order of the clients.
         """
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""The strategies that bear some malicious clients, by brute force."""
+"""Strategies that tolerate some malicious clients, by brute force."""
 
 from __future__ import annotations
 

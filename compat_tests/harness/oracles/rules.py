@@ -1,6 +1,6 @@
-"""What each strategy makes of the clients' replies, written out from its definition, in float64.
+"""The server rule of each strategy, written out from its definition, in float64.
 
-No Flower here, and no vectorised tricks: distances pair by pair, medians by sorting.
+Neither Flower nor vectorised shortcuts are used: distances pair by pair, medians by sorting.
 """
 
 from __future__ import annotations

@@ -76,11 +76,11 @@ class TrainingTask:
     Attributes:
         model: a name in `MODELS`.
         clients: one of `SIZES`.
-        rounds: of the server.
-        epochs: of a client in a round.
+        rounds: number of rounds.
+        epochs: a client's epochs in a round.
         batch_size: images.
         lr: learning rate of the clients' SGD.
-        seed: of the initial weights, the deal of the data and the order of training.
+        seed: seed of the initial weights, the deal of the data and the order of training.
     """
 
     model: str = "groupnorm"

@@ -1,7 +1,7 @@
-"""Federated runs that are killed, whatever framework runs them, and what must be left of them.
+"""Federated runs that are killed, on any framework, and assertions about what they leave.
 
-A program forks one whole run for each line on its input, the JSON of a `RunRequest`. Forking makes
-a start cheap, since torch and the framework are imported once.
+A fork server forks one whole run for each line on its input, the JSON of a `RunRequest`. Forking
+makes a start cheap, since torch and the framework are imported once.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["ForkServer", "Killer", "RunRequest", "assert_equal", "assert_little_
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One run; what it is about is said by each framework's own.
+    """One run; each framework adds what it needs.
 
     Attributes:
-        output: gets the global state at the end (safetensors); its log lies beside it.
-        die_before: the process kills itself when the first training message of this round leaves
-            the server; 0 for never.
-        die_after: it kills itself a moment after this many messages, in any direction; 0 for never.
-        moment: seconds.
+        output: file for the global state at the end (safetensors); the log lies beside it.
+        die_before: round whose first training message kills the process; 0 for never.
+        die_after: number of messages, in any direction, after which the process kills itself; 0
+            for never.
+        moment: seconds between that message and the kill.
     """
 
     output: str
@@ -51,10 +51,10 @@ class RunRequest:
 
 
 class ForkServer:
-    """The program, from outside.
+    """A process that forks runs, seen from outside.
 
     Args:
-        module: what runs; it calls `serve`.
+        module: the module that runs there; it calls `serve`.
     """
 
     def __init__(self, module: str) -> None:
@@ -99,8 +99,8 @@ def serve(kind: type[AnyRequest], run: Callable[[AnyRequest], None]) -> None:
     """Fork a run for each request on the standard input, and write its exit code.
 
     Args:
-        kind: of the requests.
-        run: does what one says; writes its output and its log.
+        kind: class of the requests.
+        run: carries out a request, and writes its output and its log.
     """
     print("ready", flush=True)
     for line in sys.stdin:
@@ -155,7 +155,7 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# What must be left
+# What they leave
 
 State = Mapping[str, Any]
 
@@ -176,9 +176,9 @@ def assert_little_repeated(
 
     Args:
         killed: the state at the end of a run that was killed at some moments.
-        whole: of one that was not.
-        ledger: of the killed one.
-        rounds: of each.
+        whole: the state at the end of a run that was not.
+        ledger: ledger of the killed run.
+        rounds: rounds of each run.
     """
     assert killed is not None
     assert whole is not None

@@ -1,7 +1,7 @@
-"""Programs of an engine, started for one test, and the certain end of all of them.
+"""Programs of an engine, started for one test and certainly ended.
 
-Flower's programs start others in turn, some of them in sessions of their own. Each carries a mark
-in its environment, so that all are found by it and ended by their own ids, whoever is their parent.
+Flower's programs start others, some of them in sessions of their own. Each carries a mark in its
+environment, by which all are found and ended by their own ids, whatever their parent is.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Program:
     """One program that runs, its output going to a file.
 
     Attributes:
-        name: in messages, and of the log file.
+        name: name in messages, and of the log file.
         log: the file.
     """
 
@@ -136,7 +136,7 @@ class Processes:
         """Start a program in a process group of its own.
 
         Args:
-            name: of its log file; another program of that name goes on in the same file.
+            name: name of its log file; another program of that name continues the same file.
             command: its name, looked up beside this Python first, and arguments.
         """
         found = shutil.which(command[0], path=self.env["PATH"])

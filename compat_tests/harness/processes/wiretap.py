@@ -1,7 +1,7 @@
-"""A TCP proxy that counts what passes, and what part of it is HTTP, and keeps it if asked.
+"""A TCP proxy that counts the bytes that pass, tells HTTP's heads from bodies, and can record all.
 
-It hands bytes on as they are. Counting is of TCP's content: with TLS that is ciphertext, and
-nothing but the total can be said.
+It hands bytes on unchanged and counts the content of TCP. With TLS that is ciphertext, of which
+only the total is known.
 """
 
 from __future__ import annotations
@@ -121,12 +121,12 @@ class Wiretap:
     """Listens on loopback and connects everyone who comes to one server.
 
     Args:
-        port: of the server, on loopback.
+        port: port of the server, on loopback.
         record: whether to keep all bytes.
         metered: whether it is HTTP in plain text.
 
     Attributes:
-        port: to connect to.
+        port: port to connect to.
     """
 
     def __init__(self, port: int, *, record: bool = False, metered: bool = True) -> None:
