@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from fedpara_plugins import MismatchError, ModelSpec
 from fedpara_plugins.exchange import cast
 from fedpara_plugins_fedml.engine.models import plain_state, to_state
 from fedpara_plugins_fedml.rules import ClientReply, Rule, State
-from fedpara_plugins_fedml.seams import note_client_models
+from fedpara_plugins_fedml.seams import averaging, note_client_models
 
 __all__ = ["Aggregation"]
 
@@ -52,7 +51,7 @@ class Aggregation:
         Raises:
             MismatchError: a hook has changed names or shapes.
         """
-        with _averaging(self._args):
+        with averaging(self._args):
             usable = self._before(replies)
             if not usable:
                 log.error("fedpara: on_before_aggregation left nobody: the model stays as it was")
@@ -128,14 +127,3 @@ def _places(raw: Weighed, found: Weighed, kept: Any) -> list[int | None]:
     if kept is not None and len(kept) == len(found):
         return [int(place) for place in kept]
     return [None] * len(found)
-
-
-@contextlib.contextmanager
-def _averaging(args: Any) -> Iterator[None]:
-    """Let FedML's aggregation average: it does so under the name of FedAvg alone."""
-    name = getattr(args, "federated_optimizer", "FedAvg")
-    args.federated_optimizer = "FedAvg"
-    try:
-        yield
-    finally:
-        args.federated_optimizer = name

@@ -17,10 +17,10 @@ from fedpara_plugins.exchange import refuse_in_factor_space
 from fedpara_plugins.optimizers import Weighting
 from fedpara_plugins_fedml.rules.base import (
     ClientReply,
-    RoundContext,
     LocalRule,
     Mean,
     ReplyExtras,
+    RoundContext,
     Rule,
     State,
 )
@@ -38,10 +38,10 @@ from fedpara_plugins_fedml.settings import FedMLSettings
 __all__ = [
     "RULES",
     "ClientReply",
-    "RoundContext",
     "LocalRule",
     "Mean",
     "ReplyExtras",
+    "RoundContext",
     "Rule",
     "State",
     "local_rule_for",

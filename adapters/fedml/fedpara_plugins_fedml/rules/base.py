@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedpara_plugins import MismatchError
 
-__all__ = ["ClientReply", "RoundContext", "LocalRule", "Mean", "ReplyExtras", "Rule", "State"]
+__all__ = ["ClientReply", "LocalRule", "Mean", "ReplyExtras", "RoundContext", "Rule", "State"]
 
 State = dict[str, Tensor]
 

@@ -14,6 +14,7 @@ from fedpara_plugins.exchange import RunAccounting, Size
 from fedpara_plugins.ledger import Direction, LayerSize
 from fedpara_plugins_flower.messages.records import array_bytes, raw_bytes, value_bytes
 from fedpara_plugins_flower.privacy.secagg import masked_bytes
+from fedpara_plugins_flower.seams import EVALUATE_METRICS, round_of
 from fedpara_plugins_flower.server.evaluation import ClientMetrics, scalars
 
 __all__ = ["Accounting"]
@@ -44,7 +45,7 @@ class Accounting:
 
     def sent(self, message: Message, size: Size) -> None:
         """Enter a message to a client, as it travels; a new round logs the one before."""
-        found = _round_of(message)
+        found = round_of(message)
         if found is not None and found != self._round:
             self.log_round()
             self._round = found
@@ -75,7 +76,7 @@ class Accounting:
         """Take in how good a client found the model; replies to other messages are passed over."""
         kind = reply.metadata.message_type
         if kind.startswith("evaluate") and reply.has_content():
-            legacy: Mapping[str, Any] = reply.content.config_records.get("evaluateres.metrics", {})
+            legacy: Mapping[str, Any] = reply.content.config_records.get(EVALUATE_METRICS, {})
             self._evaluated.add(scalars([*reply.content.metric_records.values(), legacy]))
 
     def close_evaluation(self) -> None:
@@ -113,12 +114,3 @@ def _plain_layers(records: Iterable[ArrayRecord]) -> Iterable[LayerSize]:
             size = value_bytes(array)
             layer = name.rpartition(".")[0]
             yield LayerSize(layer=layer, tensors=1, raw_bytes=size, dense_bytes=size)
-
-
-def _round_of(message: Message) -> int | None:
-    """Return the round: strategies write it into a config record, legacy ones into the group."""
-    for record in message.content.config_records.values():
-        if "server-round" in record:
-            return int(str(record["server-round"]))
-    group = message.metadata.group_id
-    return int(group) if group and group.isdecimal() else None

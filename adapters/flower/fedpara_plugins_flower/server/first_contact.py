@@ -12,11 +12,11 @@ from fedpara_plugins_flower.messages.records import carried_payload
 from fedpara_plugins_flower.messages.reply_marker import has_marker
 from fedpara_plugins_flower.messages.snippets import ADD_MOD
 from fedpara_plugins_flower.privacy.secagg import is_secagg
-from fedpara_plugins_flower.seams import MOD_FAILED
+from fedpara_plugins_flower.seams import ERROR_END, LEGACY_REQUESTS, MOD_FAILED
 
 __all__ = ["FirstContact"]
 
-WITHOUT_MOD = ("fedpara.payload", "fitins.parameters")
+WITHOUT_MOD = ("fedpara.payload", LEGACY_REQUESTS["train"])
 """Names in the error of an app that has to read an encoded message by itself."""
 
 OWN = "fedpara: "
@@ -84,7 +84,7 @@ class FirstContact:
         all_failed = f"all {len(self._failed)} clients failed at the first message"
         for node, (code, reason) in self._failed.items():
             if OWN in reason:
-                said = reason[reason.index(OWN) :].removesuffix("'>")
+                said = reason[reason.index(OWN) :].removesuffix(ERROR_END)
                 raise FedParaError(f"fedpara: {all_failed}. Node {node} said: {said}")
             if any(name in reason for name in WITHOUT_MOD):
                 raise ConfigError(

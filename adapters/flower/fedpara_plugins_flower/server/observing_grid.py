@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 
 from fedpara_plugins.ledger import Direction
 from fedpara_plugins_flower.messages.records import is_optimizer_record, to_tensors
+from fedpara_plugins_flower.seams import forward_grid
 from fedpara_plugins_flower.server.accounting import Accounting
 from fedpara_plugins_flower.server.final_state import FinalState
 
@@ -26,16 +27,8 @@ class ForwardingGrid(Grid):
         return getattr(self._inner, name)
 
 
-def _forwarder(name: str) -> Any:
-    if isinstance(getattr(Grid, name), property):
-        return property(lambda self: getattr(self._inner, name))
-    return lambda self, *args, **kwargs: getattr(self._inner, name)(*args, **kwargs)
-
-
-# Grid's methods exist on every subclass, so __getattr__ alone would never be asked for them.
-for _name in [name for name in vars(Grid) if not name.startswith("_")]:
-    setattr(ForwardingGrid, _name, _forwarder(_name))
-ForwardingGrid.__abstractmethods__ = frozenset()
+# Methods of Grid exist on every subclass, so `__getattr__` alone is never asked for them.
+forward_grid(ForwardingGrid, "_inner")
 
 
 class ObservingGrid(ForwardingGrid):
