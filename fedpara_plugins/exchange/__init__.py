@@ -1,12 +1,13 @@
-"""A message on its way through either side, whatever framework carries it.
+"""The steps that every adapter takes with a message, on either side, whatever the framework.
 
-- A client: `ClientRound` decodes a message, says what the user's code gets, decides what of the
-  answer may leave the device (`outgoing.py`, the one place), encodes it, and keeps the rest in
-  `ClientState`.
-- A server: `DownlinkEncoder` encodes for each client, `ReplyReader` decodes, checks and completes
-  what comes back, and `RunAccounting` counts both.
+- On a client, `ClientRound` decodes a message, returns the tensors for the user's code, decides
+  which tensors of the reply may leave the device (in `outgoing.py` alone), encodes these, and
+  keeps the others in `ClientState`.
+- On a server, `DownlinkEncoder` encodes messages for each client, `ReplyReader` decodes, checks
+  and completes replies, and `RunAccounting` counts both.
 
 A record is a named group of tensors in a message: the model, or an optimizer's variates beside it.
+Offers these classes, and what adapters need around them: options, dense rounds, sizes.
 May import everything of the core but ``cli`` and ``testing``.
 """
 

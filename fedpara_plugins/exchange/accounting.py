@@ -1,4 +1,4 @@
-"""A run's ledger: every message of it, and what its rounds cost."""
+"""The ledger of a run: an entry for each message, and log lines on what rounds cost."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class RunAccounting:
         )
 
     def describe_layers(self, layers: Callable[[], Iterable[LayerSize]]) -> None:
-        """Note the sizes of the layers, once a run; layers of one name are added up."""
+        """Note the sizes of the layers, once per run; layers of one name are added up."""
         if self._described:
             return
         self._described = True

@@ -1,7 +1,7 @@
-"""One message at one client: what it holds, what the user's code makes of it, and the answer.
+"""One round of one client: decode the message, run the user's code, encode the reply.
 
     client_round = ClientRound(settings, state, kind_of=kind_of)
-    received = client_round.receive(payloads)               # LostReferenceError: tell `holdings()`
+    received = client_round.receive(payloads)               # LostReferenceError: send `holdings()`
     answered = ...(received["model"].given)                 # the user's code
     leaving = client_round.outgoing({"model": answered})    # what may leave the device
     payloads = client_round.encode(leaving)
@@ -37,14 +37,14 @@ REMEDY = "Set the same fedpara option codec on both sides"
 
 
 class ClientRound:
-    """A message on its way through a client.
+    """The processing of one message on a client, and of the reply to it.
 
     Args:
         settings: of the run.
         state: what the client keeps; changed by `keep` alone.
-        kind_of: tells of a record's name what it holds.
-        own: the client's model, where it is known before the message is read. Without it the model
-            that the message describes counts.
+        kind_of: returns the kind of a record, given its name.
+        own: the client's model, if it is known before the message is read. Otherwise the model
+            that the message describes is used.
         remedy: the sentence that says where a user sets the codec.
 
     Attributes:
@@ -80,8 +80,8 @@ class ClientRound:
 
         Raises:
             LostReferenceError: the client does not hold what the message was coded against.
-            ConfigError: the server codes otherwise.
-            MismatchError: the server's model is another than this client's.
+            ConfigError: the server has other codecs.
+            MismatchError: the server's model differs from this client's.
             PayloadError: a payload is damaged.
         """
         self._asked = tuple(payloads)
@@ -108,7 +108,7 @@ class ClientRound:
         """Optimizer steps of the last round that this client trained; None before the first."""
         return self._state.steps()
 
-    # What the server is told beside the payloads
+    # What a reply states besides the payloads
 
     def holdings(self) -> dict[str, tuple[str, ...]]:
         """Return, by record of the message, the hashes of what the client holds of it."""
@@ -138,13 +138,13 @@ class ClientRound:
         built: Mapping[frozenset[str], ModelSpec] = {},
         start: DenseRound | None = None,
     ) -> dict[str, Outgoing]:
-        """Check the tensors that the user's code answers, and take out what stays on the device.
+        """Check the tensors that the user's code returns, and take out what stays on the device.
 
         Args:
             records: the tensors by name of the record.
-            built: the models that the client's own code has built, by their set of names, for an
-                answer to a message without a model.
-            start: the dense round of such an answer.
+            built: the models that the client's own code has built, by their set of names, for a
+                reply to a message without a model.
+            start: the dense round of such a reply.
 
         Raises:
             PayloadError: NaN or infinity, a private tensor in a side record, or two private states
@@ -168,7 +168,7 @@ class ClientRound:
             return outgoing(name, tensors, [part.spec for part in self.models], kind=kind)
         part = self._counterpart(name)
         tensors = _projected(tensors, start if part is None else part.dense)
-        # The model that says what is private: the one and only input of the decision.
+        # This model alone decides which tensors are private.
         spec = spec_among(built, tensors) if part is None else part.spec
         leaving = outgoing(name, tensors, [spec], others=name not in self.received)
         if name in self.received:
@@ -178,14 +178,14 @@ class ClientRound:
     def encode(
         self, leaving: Mapping[str, Outgoing], *, on_encoded: OnEncoded | None = None
     ) -> dict[str, bytes]:
-        """Return the payloads of an answer, by record.
+        """Return the payloads of a reply, by record.
 
         Args:
-            leaving: what `outgoing` returned, or the part of it that is to be coded.
-            on_encoded: called when all is coded and nothing has been kept yet.
+            leaving: what `outgoing` returned, or the part of it that is to be encoded.
+            on_encoded: called when everything is encoded and nothing has been kept yet.
 
         Raises:
-            PayloadError: a tensor cannot be coded.
+            PayloadError: a tensor cannot be encoded.
         """
         tell_loss = on_encoded is not None
         coded = {name: self._coded(name, part, tell_loss) for name, part in leaving.items()}
@@ -212,14 +212,14 @@ class ClientRound:
         return coded
 
     def _counterpart(self, name: str) -> ReceivedRecord | None:
-        """Return what came under a record's name, else the first model that came."""
+        """Return the record received under a name, else the first model received."""
         return self.received.get(name) or next(iter(self.models), None)
 
     def keep(self, *, steps: int = 0) -> None:
         """Put what this round changes into the client's state, for the caller to commit.
 
         Args:
-            steps: optimizer steps of the round; 0 where nothing was trained.
+            steps: optimizer steps of the round; 0 if nothing was trained.
         """
         self._private.keep(self._state)
         for name, residual in self._residuals.items():
@@ -231,7 +231,7 @@ class ClientRound:
 
 
 def _projected(tensors: Mapping[str, Tensor], dense: DenseRound | None) -> Mapping[str, Tensor]:
-    """Return the state of factors that an answer stands for; itself if factors were trained."""
+    """Return the state of factors that a reply stands for; the reply if factors were trained."""
     if dense is None:
         return tensors
     factors = dense.after(tensors)

@@ -1,4 +1,4 @@
-"""What a client keeps between rounds, in any framework; it never leaves the device."""
+"""The state that a client keeps between rounds, in any framework; it never leaves the device."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ RESIDUAL = "residual/"
 
 
 class ClientState:
-    """A client's private state, what it received, and what its codec lost.
+    """A client's private state, the references it received, and the errors of its codec.
 
     Args:
-        storage: written only by the ``keep`` methods; to be committed by the caller.
+        storage: written by the ``keep`` methods alone, and committed by the caller.
         client: its name in the log.
-        place: where the storage is, for the log.
+        place: location of the storage, for the log.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class ClientState:
 
 
 class PrivateParts:
-    """The private values in one answer: one state of a model, however many records hold it."""
+    """The private values in one reply: one state per model, however many records hold it."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[str, ModelSpec, dict[str, Tensor]]] = {}
@@ -169,9 +169,9 @@ class PrivateParts:
 
 
 def private_key(spec: ModelSpec) -> str:
-    """Return where the private state of a model is kept: the same for all that can load it.
+    """Return the key of a model's private state: the same for all models that can load it.
 
-    Names and shapes alone would not do: factors mean another weight under another scale.
+    Names and shapes alone are not enough: with another scale, the same factors mean another weight.
     """
     converted = [
         [weight, plan.method.name, list(plan.shape), plan.rank, plan.scale, plan.tanh]

@@ -1,4 +1,4 @@
-"""A client's record to a payload, and what the codec loses of it."""
+"""Encoding of a client's record as a payload, and the error that the codec makes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CodedRecord:
 
     Attributes:
         payload: the bytes.
-        residual: what the next payload is to make up for; empty without error feedback.
+        residual: the error that the next payload makes up for; empty without error feedback.
         lost: the tensors given minus those that the receiver decodes. Known where the codec has
             error feedback or `encode_record` was asked for it; a tensor that lost nothing is
             missing.
@@ -41,7 +41,7 @@ def encode_record(
     residual: Mapping[str, Tensor] | None = None,
     tell_loss: bool = False,
 ) -> CodedRecord:
-    """Code what leaves a client.
+    """Encode a record that leaves a client.
 
     The header lists the entropy decoders of this side, so that the other may use them.
 
@@ -54,7 +54,7 @@ def encode_record(
         tell_loss: find out what is lost even without error feedback.
 
     Raises:
-        PayloadError: a tensor cannot be coded.
+        PayloadError: a tensor cannot be encoded.
     """
     usable = received if received and same_layout(record.shared, received.tensors) else None
     payload, rest = encode_with_feedback(
@@ -73,21 +73,21 @@ def encode_record(
 def update_codec(codec: Codec) -> Codec:
     """Return the uplink's chain for tensors that are an update already, such as a variate's change.
 
-    There is nothing to take a difference to. Error feedback is left out too: who sends such updates
-    is told what was lost of them and keeps what the server has.
+    An update needs no difference to a reference. Error feedback is left out too: the sender of such
+    updates learns what the codec lost, and keeps what the server has.
     """
     stages = tuple(stage for stage in codec.stages if not stage.needs_reference)
     return replace(codec, stages=stages, feedback=False)
 
 
 def _with_known_loss(codec: Codec) -> Codec:
-    """Return a chain that codes the same, and of which it is known what was lost."""
+    """Return a chain that encodes alike and also reports what was lost."""
     lossy = not all(stage.lossless or stage.needs_reference for stage in codec.stages)
     return replace(codec, feedback=lossy)
 
 
 def _fitting(residual: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> State:
-    """Return the part of a residual that was added; another model may have left the rest."""
+    """Return the part of a residual that applies here; the rest may come from another model."""
     return {n: v for n, v in residual.items() if n in tensors and v.shape == tensors[n].shape}
 
 

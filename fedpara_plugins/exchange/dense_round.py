@@ -1,7 +1,8 @@
-"""A client's round in which an ordinary dense model trains in the place of factors.
+"""A client's round in which an ordinary dense model is trained instead of factors.
 
-Option ``local = "dense"``. What travels, is coded, counted and kept is the same as with factors:
-dense weights exist between the two calls here, in the client's own hands.
+This is the option ``local = "dense"``. Messages, their encoding, the ledger and the kept state are
+the same as with factors: only the client converts, when it creates a `DenseRound` and in its method
+`after`.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ _told: set[str] = set()
 
 
 class DenseRound:
-    """The way from a state of factors to the dense one that is trained, and back.
+    """Conversion from a state of factors to the dense state that is trained, and back.
 
     Args:
         spec: of the model.
-        full: the state of factors that the client starts from: shared as received, private its own.
+        full: the state of factors that the client starts from: shared values as received, and its
+            own private values.
 
     Attributes:
         dense: what the client's model loads, with the names and shapes of the plain model.
@@ -55,7 +57,7 @@ class DenseRound:
 
         Composed weights are projected (`factors.projection.project`), private factors
         moving with the shared ones; everything else (biases, norms, dense layers, buffers) is taken
-        as it is. Without any change the very state that the round began with comes back.
+        as it is. If nothing has changed, the result is the state that the round began with.
 
         Args:
             trained: by the names of `dense`, or some of them; further names stay as they are.
@@ -105,12 +107,12 @@ def converted_copy(model: nn.Module, config: FedParaConfig) -> nn.Module:
 
 
 def check_agreement(spec: ModelSpec, config: FedParaConfig) -> None:
-    """Raise unless a described model keeps on this client what the client's own options keep.
+    """Raise unless a message's model keeps the same state private as this client's options.
 
     Without the client's model at hand, only names and methods can be compared.
 
     Raises:
-        MismatchError: the server's options are others.
+        MismatchError: the server has other options.
     """
     methods = {plan.method.name for plan in spec.weights.values()}
     own = {config.method, *(dict(options).get("method") for _, options in config.overrides)}
@@ -133,7 +135,7 @@ def check_agreement(spec: ModelSpec, config: FedParaConfig) -> None:
 
 
 def refuse_in_factor_space(algorithm: str, config: FedParaConfig) -> None:
-    """Raise for an optimizer whose clients correct gradients by what the server has of factors.
+    """Raise for an optimizer whose clients correct gradients by the server's state of factors.
 
     Args:
         algorithm: its name.
@@ -152,7 +154,7 @@ def refuse_in_factor_space(algorithm: str, config: FedParaConfig) -> None:
 
 
 def tell_idle(config: FedParaConfig) -> None:
-    """Log once which options have nothing to act on."""
+    """Log once which options have no effect."""
     for name, does in IDLE.items():
         if getattr(config, name) is not None and name not in _told:
             _told.add(name)

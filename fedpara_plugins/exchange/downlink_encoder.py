@@ -1,4 +1,4 @@
-"""A server's messages: each record is coded against what its receiver holds."""
+"""A server's messages: each record is encoded against what its receiver holds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Content:
 
 
 class DownlinkEncoder:
-    """The records that a server sends, coded for each client.
+    """The records that a server sends, encoded for each client.
 
     Args:
         settings: the codecs, and how downlinks are coded.
@@ -55,7 +55,7 @@ class DownlinkEncoder:
 
         Args:
             record: its name.
-            full: tensors, not changed afterwards; the model's private names allowed (left out).
+            full: tensors, not changed afterwards; the private names of the model are left out.
             spec: the model that they belong to.
             sized_as: the model whose dense size theirs is compared with, if it is another. An
                 optimizer's variates belong to no model, and those of a dense model would be as
@@ -66,11 +66,11 @@ class DownlinkEncoder:
 
     @property
     def records(self) -> tuple[str, ...]:
-        """The names under which anything is sent."""
+        """The names of the records that are sent."""
         return tuple(self._contents)
 
     def holds(self, record: str) -> bool:
-        """Return whether anything is sent under a name."""
+        """Return whether a record of this name is sent."""
         return record in self._contents
 
     def spec(self, record: str) -> ModelSpec:
@@ -90,7 +90,7 @@ class DownlinkEncoder:
         """Return the payload of a record for one client.
 
         Raises:
-            PayloadError: a tensor cannot be coded.
+            PayloadError: a tensor cannot be encoded.
         """
         # A client that has answered once has compared our codecs with its own.
         codecs = () if client in self._decoders else self._settings.codec_names
@@ -125,7 +125,7 @@ class DownlinkEncoder:
     def acknowledge(
         self, client: str, holds: Mapping[str, str], decoders: Collection[str] = ()
     ) -> None:
-        """Take in what a client has said in its answer.
+        """Record what a client states in its reply.
 
         Args:
             client: its name.
@@ -138,7 +138,7 @@ class DownlinkEncoder:
             self._downlink.acknowledge(client, record, reference)
 
     def refused(self, client: str, has: Mapping[str, Sequence[str]]) -> None:
-        """Take in that a client lost what a message was coded against.
+        """Record that a client lost the reference that a message was coded against.
 
         Args:
             client: its name.
@@ -150,7 +150,7 @@ class DownlinkEncoder:
                 self._downlink.refused(client, record, held)
 
     def tell_first_contacts(self) -> None:
-        """Log how many clients were sent more than an update since the last time."""
+        """Log how many clients got a whole model instead of an update since the last call."""
         counts = self._downlink.counts
         first, full = (counts[kind] - self._told[kind] for kind in ("first", "full"))
         if first:

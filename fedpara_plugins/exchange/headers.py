@@ -1,4 +1,4 @@
-"""What the two sides tell each other in a payload's header, and what is checked of it."""
+"""The fields that each side writes into a payload's header for the other, and their checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ suggests."""
 
 
 def header_extra(codecs: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Return what this side says of itself in a payload's header: the decoders it has.
+    """Return this side's fields of a payload's header: its decoders, and its codecs if given.
 
     Args:
         codecs: its settings, for a receiver that is to compare them with its own; () leaves them
@@ -40,7 +40,7 @@ def decoders_of(header: PayloadHeader) -> tuple[str, ...]:
 
 
 def check_codecs(header: PayloadHeader, mine: tuple[str, str], *, remedy: str) -> None:
-    """Raise if the sender of a payload codes otherwise than this side.
+    """Raise if the sender of a payload has other codecs than this side.
 
     Each side would go on sending whole models. A header without codecs passes.
 
@@ -77,7 +77,7 @@ def spec_of(header: PayloadHeader, names: Iterable[str], *, limit: int) -> Model
 
 
 def blind_limit(payload: bytes) -> int:
-    """Return the bytes that a payload may decode to, where no model at hand bounds it better."""
+    """Return the bytes that a payload may decode to, if no model gives a closer bound."""
     return max(DEFLATE_BOUND * len(payload), SMALLEST_BOUND)
 
 

@@ -1,4 +1,4 @@
-"""What came to a client: one record of a message, decoded, agreed on and made whole."""
+"""One record of a message to a client: decoded, checked against its model, and completed."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class ReceivedRecord:
 
     @property
     def given(self) -> State:
-        """What the user's code gets."""
+        """The tensors for the user's code."""
         return self.full if self.dense is None else self.dense.dense
 
 
 def read_side(held: DecodedDownlink) -> ReceivedRecord:
-    """Return a record beside the model: its tensors as they came."""
+    """Return a record beside the model, with its tensors as received."""
     return ReceivedRecord(plain_spec(held.tensors), held, held.tensors)
 
 
@@ -59,11 +59,11 @@ def read_model(
         held: as it was received.
         state: what the client keeps.
         settings: of the run.
-        own: the client's model, if it is known by now.
+        own: the client's model, if it is known.
         limit: bytes that the private tensors may have.
 
     Raises:
-        MismatchError: the server's model is another than this client's.
+        MismatchError: the server's model differs from this client's.
         PayloadError: the message describes no model, or not that of its tensors.
     """
     spec = _agreed(held, settings, own, limit)
@@ -76,7 +76,7 @@ def read_model(
 def _agreed(
     held: DecodedDownlink, settings: ExchangeSettings, own: ModelSpec | None, limit: int
 ) -> ModelSpec:
-    """Return the model that both sides speak of: the client's own if it is known."""
+    """Return the model that both sides agree on: the client's own if it is known."""
     theirs = spec_of(held.header, held.tensors, limit=limit)
     if own is not None:
         own.check_equal(theirs, here="this client", there="the server")

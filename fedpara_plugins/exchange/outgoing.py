@@ -1,7 +1,7 @@
-"""What may leave a client: decided here and nowhere else, for every record of every adapter.
+"""The decision which tensors may leave a client, for every record of every adapter.
 
-The decision is `outgoing`'s. It takes the models that the caller calls the client's own, and looks
-at nothing that came with a message. `Outgoing` is the only thing that a client's side encodes.
+`outgoing` decides, and no other function does. It uses the models that the caller names as the
+client's own, and nothing that came with a message. A client encodes nothing but `Outgoing`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def outgoing(
         spec = models[0]
         check_names(spec, tensors, others=others)
         return Outgoing(spec, shared_tensors(spec, tensors))
-    # Nothing is held back from such a record, so nothing private may be in it.
+    # Such a record is sent whole, so it must hold nothing private.
     private = [key for key in tensors for spec in models if key in spec.private_keys]
     if private:
         raise PayloadError(
@@ -69,10 +69,10 @@ def outgoing(
 
 
 def check_names(spec: ModelSpec, tensors: Mapping[str, Tensor], *, others: bool = False) -> None:
-    """Raise for names of which nobody can say whether they are private.
+    """Raise for names that may or may not be private.
 
     A model in a wrapper (`torch.compile`, `DataParallel`) puts its own prefix before every name.
-    What stays on the device is known by its name, and would leave it under such a one.
+    Private tensors are recognised by their names, so they would leave the device under such names.
 
     Args:
         spec: of the model.

@@ -47,7 +47,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in another dtype, rounded if that holds integers."""
+    """Return a tensor in another dtype, rounded if that is an integer type."""
     if value.dtype == dtype:
         return value
     if not dtype.is_floating_point and value.is_floating_point():

@@ -1,6 +1,6 @@
-"""A client's reply at the server: decoded, checked and completed, one record after the other.
+"""A client's reply on the server: decoded, checked and completed, record by record.
 
-Everything that a reply must be before a strategy or a rule sees it is checked here.
+All checks of a reply happen here, before a strategy or a rule sees it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ReplyReader:
 
     Args:
         sent: what the server sends; a record is compared with what was sent under its name.
-        kind_of: tells of a record's name what it holds.
+        kind_of: returns the kind of a record, given its name.
         model_of: the model whose dense size the tensors of a side record are compared with.
         strict: whether a model's record must hold the very names that were sent. Otherwise a
             record of other names is left as it is.
@@ -94,9 +94,9 @@ class ReplyReader:
         return spec_of(decoded.header, decoded.tensors, limit=limit), decoded.tensors
 
     def completed(self, record: str, shared: State) -> State:
-        """Return a complete state, its private names filled from what the server itself has.
+        """Return a complete state, with private names filled from the server's own state.
 
-        Strategies and rules then see the same names in every reply that the server has.
+        Strategies and rules then see in every reply the names that the server has.
 
         Args:
             record: its name; what was never sent under that name stays as it is.
@@ -127,7 +127,7 @@ class ReplyReader:
         return decoded
 
     def _limit(self, record: str) -> int:
-        """Return the bytes that a record may decode to: a model's worth, and some slack."""
+        """Return the bytes that a record may decode to: those of a model, with some slack."""
         names = [record] if self._sent.holds(record) else self._sent.records
         largest = max((tensor_bytes(self._sent.content(name)) for name in names), default=0)
         return 2 * largest + SLACK
@@ -140,7 +140,7 @@ class ReplyReader:
 
 
 def _check_shapes(answer: State, sent: State) -> None:
-    """Raise for a tensor of another shape: nothing averages it, and the round would end."""
+    """Raise for a tensor of another shape, which no average accepts: the round would end."""
     for key, value in answer.items():
         if key in sent and value.shape != sent[key].shape:
             raise MismatchError(

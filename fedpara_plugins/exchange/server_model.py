@@ -1,8 +1,8 @@
 """The model as a server holds it: W1, with private factors at zero.
 
-A server never has private values. Strategies see its private factors in every reply, the same in
-all. Their seeded values are larger than weights: distances between replies, which Krum takes in
-float32, would drown in them.
+A server never has private values. It fills the private factors of every reply with its own, the
+same in all. Seeded values would be larger than weights, and rounding errors would hide the
+distances between replies, which Krum computes in float32.
 """
 
 from __future__ import annotations

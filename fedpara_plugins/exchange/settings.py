@@ -1,4 +1,4 @@
-"""The options of a run beyond the core's own: the same words in every adapter."""
+"""The options of a run besides the core's own, with the same names in every adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ExchangeSettings:
     Attributes:
         config: the options of the core: method, gamma, codec, ...
         uplink: the chain for messages to the server.
-        downlink: the chain for messages to clients; without feedback, since each message is taken
+        downlink: the chain for messages to clients; without feedback, since each message is coded
             against what that client really has.
         ledger: file for the bytes of every message, JSON lines; None for none.
         checkpoint: file for the server's dense model at the end (safetensors); None for none.
@@ -86,7 +86,7 @@ class ExchangeSettings:
 
     @property
     def codec_names(self) -> tuple[str, str]:
-        """The chains of both directions in words, for the other side to compare: up, down."""
+        """The chains of both directions as text, for the other side to compare: up, down."""
         return self.uplink.name, self.downlink.name
 
     @property
@@ -96,12 +96,12 @@ class ExchangeSettings:
 
     @property
     def trains_dense(self) -> bool:
-        """Whether clients train an ordinary model, and the plugin projects what became of it."""
+        """Whether clients train an ordinary model, whose update the plugin projects."""
         return self.config.method != "none" and self.config.local == "dense"
 
     @property
     def active(self) -> bool:
-        """Whether messages are touched at all."""
+        """Whether the plugin changes messages at all."""
         return self.config.method != "none" or not self.uncoded or bool(self.config.private)
 
 
@@ -138,7 +138,7 @@ def to_number(name: str, value: Any) -> float | None:
     """Return an option's value as a number; None for an empty text.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a number.
     """
     try:
         return None if value == "" else float(value)

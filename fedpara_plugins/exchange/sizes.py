@@ -42,6 +42,6 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def codec_text(config: FedParaConfig) -> str:
-    """Return a run's codecs in words, for the ledger's first line."""
+    """Return a run's codecs as text, for the ledger's first line."""
     up, down = config.uplink_codec or config.codec, config.downlink_codec or config.codec
     return up if up == down else f"up {up}, down {down}"

@@ -1,7 +1,7 @@
 """Mathematics of factorised weights: from a shape and options to factors, and from factors to W.
 
-May import ``config`` and ``errors``; it knows no layer, model, codec or message. Offers, a module
-each:
+May import ``config``, ``support`` and ``errors``; it knows no layer, model, codec or message.
+Offers, a module each:
 
 - `methods`: how many operands a weight has and how they combine;
 - `ranks`: the rank for a shape, and parameter counts;
@@ -13,5 +13,5 @@ each:
 - `fast`: hand-written computations for training steps;
 - `projection`: the update of factors that comes closest to the update of a dense weight.
 
-A room of the core; users reach it through `fedpara_plugins.convert`.
+This room is internal; users reach it through `fedpara_plugins.convert`.
 """

@@ -1,4 +1,4 @@
-"""How a weight's plan follows from its shape and the options, or why the weight stays dense."""
+"""Derivation of a weight's plan from its shape and the options, or why it stays dense."""
 
 from __future__ import annotations
 

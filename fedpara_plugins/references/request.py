@@ -1,4 +1,4 @@
-"""What a scheme is asked to encode, and what it has encoded already for the same content."""
+"""Requests to a scheme to encode a record, and its results for the same content so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the entropy stages share: many tensors as one stream of bytes, and notes of their layout."""
+"""Common parts of the entropy stages: tensors as one stream of bytes, and notes of its layout."""
 
 from __future__ import annotations
 

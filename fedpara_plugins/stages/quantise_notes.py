@@ -1,4 +1,4 @@
-"""What stage ``quantise`` writes besides the symbols, and how a decoder reads it."""
+"""The notes that stage ``quantise`` writes besides the symbols, and their reader."""
 
 from __future__ import annotations
 

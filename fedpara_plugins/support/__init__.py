@@ -1,7 +1,8 @@
-"""What every room may need: storage on disk, SQLite files, units, findings of `fedpara doctor`.
+"""Parts for every other room: storage on disk, SQLite files, units, findings of `fedpara doctor`.
 
-May import ``errors`` and ``text``. Offers what adapters need to keep state between rounds, to
-report findings, and to show text from untrusted sources.
+``torch_seams`` holds every use of something private in torch. May import ``errors`` and ``text``.
+Offers what adapters need to keep state between rounds, to report findings, and to show text from
+untrusted sources.
 """
 
 from __future__ import annotations

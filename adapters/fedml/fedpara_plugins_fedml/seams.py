@@ -1,10 +1,11 @@
-"""All that the adapter uses of FedML without FedML documenting it, in one place.
+"""Every undocumented part of FedML that the adapter uses, in one place.
 
 No other module of the adapter imports anything of FedML but ``fedml`` and the two classes that
 users subclass, ``ClientTrainer`` and ``ServerAggregator`` of ``fedml.core``. FedML documents little
-and exports everything, so each entry says what it stands on, and why no documented way serves (*Not
-public*). All entries were seen in FedML 0.9.6, to which the adapter is pinned; there has been no
-release since February 2025. Each has a test in ``compat_tests/test_fedml_seams.py``.
+and exports everything, so each entry states what it relies on (*Stands on*), and why no documented
+way serves (*Not public*). All entries were seen in FedML 0.9.6, to which the adapter is pinned;
+there has been no release since February 2025. Each has a test in
+``compat_tests/test_fedml_seams.py``.
 
 `environment` is the exception: it finds out why FedML does not import, and imports none of it.
 """

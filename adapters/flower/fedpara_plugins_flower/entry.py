@@ -1,4 +1,4 @@
-"""Apps that run the user's apps with the plugin: the pyproject.toml names them, no Python changes.
+"""Apps that run the user's apps with the plugin: named in pyproject.toml, without a Python edit.
 
     [tool.flwr.app.components]
     serverapp = "fedpara_plugins_flower.entry:server_app"

@@ -1,4 +1,4 @@
-"""The adapter's logger, and the core's log lines in Flower's log, which shows no other logger's."""
+"""The adapter's logger, and the core's log lines in Flower's log, which shows its own alone."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""All that the adapter uses of Flower without Flower documenting it, in one place.
+"""Every undocumented part of Flower that the adapter uses, in one place.
 
 No other module of the adapter imports anything but ``flwr.app``, ``flwr.clientapp``,
-``flwr.serverapp`` and ``flwr.serverapp.strategy``. Each entry says what it stands on, why no public
-way serves (*Not public*), and in which releases of Flower it was found (*Seen*). Each has a test in
-``compat_tests/test_flower_seams.py``, which fails in the release that changes it.
+``flwr.serverapp`` and ``flwr.serverapp.strategy``. Each entry states what it
+relies on (*Stands on*), why no public way serves (*Not public*), and in which releases of Flower it
+was found (*Seen*). Each has a test in ``compat_tests/test_flower_seams.py``, which fails in the
+release that changes it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs the cells, holds them against the oracles, and writes and renders the results.
+"""Runs the cells, compares them with the oracles, and writes and renders the results.
 
 It may import every other room. It offers a cell's run (`cell_runs`) and its checks (`checks`), the
 pytest hooks that write results (`results`), and the parts of the page (`page`, `engine_page`,

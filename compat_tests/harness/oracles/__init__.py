@@ -1,4 +1,4 @@
-"""Independent computations of what a run must come to, in plain torch.
+"""Independent computations of the result that a run must have, in plain torch.
 
 It imports `harness.cells`, and of the plugin only the conversion of a model and its projection; no
 framework and no adapter. It offers the task (`task`), the loops of Flower's strategies

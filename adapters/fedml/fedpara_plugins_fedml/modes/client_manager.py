@@ -1,4 +1,4 @@
-"""A client's process: it trains on request, and ends when the server says so or is gone."""
+"""The process of a client, which trains on request until the server ends the run or is gone."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Federated optimizers by FedML's key ``federated_optimizer``, one file each.
 
-Imports: the ground floor (``settings``, ``seams``, ``logs``) and the core, which has the arithmetic
+Imports: the root modules (``settings``, ``seams``, ``logs``) and the core, which has the arithmetic
 (`fedpara_plugins.optimizers`).
 Offers: `rule_for` and `local_rule_for`, the server's and the client's part of the optimizer that a
 project names, and the types of their interface.

@@ -1,4 +1,4 @@
-"""The client side: a mod that decodes what arrives and encodes what leaves."""
+"""The mod on the client, which decodes messages and encodes replies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The storage of what a client keeps between rounds: a file of its own, or Flower's context."""
+"""Storage of a client's state between rounds: a file of its own, or Flower's context."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ NAMES = ("fedpara-id", "partition-id")
 
 
 def client_name(context: Context) -> str:
-    """Return what this client is called after a restart too.
+    """Return the name that this client keeps after a restart.
 
     Raises:
-        ConfigError: the node's config names it in no way that lasts.
+        ConfigError: the node's config gives it no lasting name.
     """
     name = next((context.node_config[key] for key in NAMES if key in context.node_config), None)
     text = str(name if name is not None else "")
@@ -40,7 +40,7 @@ def client_name(context: Context) -> str:
 
 
 def client_storage(context: Context, state_dir: Path | None) -> Storage:
-    """Open where this client keeps what must last: a file of its own, or ``Context.state``.
+    """Open the storage of this client's lasting state: a file of its own, or ``Context.state``.
 
     Raises:
         ConfigError: see `client_name`.
@@ -51,7 +51,7 @@ def client_storage(context: Context, state_dir: Path | None) -> Storage:
 
 
 def client_state(context: Context, state_dir: Path | None, storage: Storage) -> ClientState:
-    """Return what a client keeps, with the words that name it in the log."""
+    """Return a client's state, with the client's name and storage as the log states them."""
     if state_dir is None:
         return ClientState(storage, lasting_name(context) or context.node_id, "its Context.state")
     return ClientState(storage, client_name(context), _file(context, state_dir))
@@ -62,7 +62,7 @@ def _file(context: Context, state_dir: Path) -> Path:
 
 
 def lasting_name(context: Context) -> str | None:
-    """Return what this client is called after a restart too; None if its config does not say."""
+    """Return the name that this client keeps after a restart; None if its config gives none."""
     found = (str(context.node_config[key]) for key in NAMES if key in context.node_config)
     return next(found, None)
 

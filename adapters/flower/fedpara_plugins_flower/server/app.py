@@ -1,4 +1,4 @@
-"""The line that a user adds on the server: a ServerApp whose Grid encodes and decodes."""
+"""The wrapper that a user puts around a ServerApp, whose Grid then encodes and decodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a run in its first round, if none of its clients can work with the plugin."""
+"""A check of the first replies, which ends a run if no client can work with the plugin."""
 
 from __future__ import annotations
 

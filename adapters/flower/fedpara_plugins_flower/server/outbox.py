@@ -1,4 +1,4 @@
-"""The strategy's messages, each record coded against what its receiver holds."""
+"""Encoding of the strategy's messages, each record against what its receiver holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Relative paths among a run's options: the log says where they lead."""
+"""Log lines that state where relative paths among a run's options lead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients' replies: what travelled becomes ordinary arrays again, or the reply is left out."""
+"""Decoding of clients' replies to ordinary arrays; a reply that cannot be used is left out."""
 
 from __future__ import annotations
 
