@@ -118,7 +118,7 @@ def rounds(case: Case, steps: int) -> dict[str, Callable[[], object]]:
         found = DenseRound(spec, full)
         local.load_state_dict(found.dense)
         train(local, case, steps)
-        found.after(local.state_dict())
+        found.to_factors(local.state_dict())
 
     def factors() -> None:
         model.load_state_dict(full)

@@ -71,7 +71,7 @@ def lines() -> Iterator[str]:
             for share in (None, *SHARES):
                 fixed = update._step_length if share is None else lambda *_, share=share: share
                 with mock.patch.object(update, "_step_length", fixed):
-                    after = DenseRound(spec, model.state_dict()).after(trained)
+                    after = DenseRound(spec, model.state_dict()).to_factors(trained)
                 plain.load_state_dict(spec.dense_state(after))
                 losses.append(loss())
             cells = [method, str(steps), f"{momentum:g}", f"{moved:.2f}"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
 from fedpara_plugins.codecs import decode_payload
-from fedpara_plugins_flower.strategies.client_state import own_state
+from fedpara_plugins_flower.strategies.client_state import open_correction_state
 from harness.cells.flower import GAMMA
 from harness.flower.apps import Outcome, federate
 from harness.flower.drift_apps import DriftExperiment, drift_apps
@@ -93,7 +93,7 @@ def _own(outcome: Outcome, experiment: DriftExperiment, partition: int) -> dict[
         node_config={"partition-id": partition},
         run_config={},
     )
-    with own_state(context, experiment.made.algorithm, None) as state:  # type: ignore[arg-type]
+    with open_correction_state(context, experiment.made.algorithm, None) as state:  # type: ignore[arg-type]
         kept = state.kept
     accepted = experiment.made.sums.accepted(outcome.grid.node_id(partition))
     assert accepted in (kept.confirmed_round, kept.pending_round)

@@ -106,14 +106,14 @@ def test_no_byte_of_a_private_factor_is_on_the_wire() -> None:
 def test_the_search_finds_private_factors_when_the_split_is_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    outgoing: Callable[..., Outgoing] = vars(client_round)["outgoing"]
+    outgoing: Callable[..., Outgoing] = vars(client_round)["select_outgoing"]
 
     def everything(*args: Any, **kwargs: Any) -> Outgoing:
         with monkeypatch.context() as patch:
             patch.setattr(downlink, "shared_names", lambda spec: spec.keys)
             return outgoing(*args, **kwargs)
 
-    monkeypatch.setattr(client_round, "outgoing", everything)
+    monkeypatch.setattr(client_round, "select_outgoing", everything)
     diary = Diary()
     outcome = _federate(diary.hooks)
     replies = [sent for sent in outcome.sent if (sent.direction, sent.kind) == ("up", "train")]

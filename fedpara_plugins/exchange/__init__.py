@@ -20,7 +20,7 @@ from fedpara_plugins.exchange.dense_round import (
     DenseRound,
     converted_copy,
     refuse_in_factor_space,
-    tell_idle,
+    log_idle_options,
 )
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
 from fedpara_plugins.exchange.incoming import ReceivedRecord
@@ -49,7 +49,7 @@ __all__ = [
     "plain_spec",
     "refuse_in_factor_space",
     "server_state",
-    "tell_idle",
+    "log_idle_options",
     "to_number",
     "unpack_plain",
     "zero_private_factors",

@@ -1,9 +1,9 @@
 """One round of one client: decode the message, run the user's code, encode the reply.
 
     client_round = ClientRound(settings, state, kind_of=kind_of)
-    received = client_round.receive(payloads)               # LostReferenceError: send `holdings()`
-    answered = ...(received["model"].given)                 # the user's code
-    leaving = client_round.outgoing({"model": answered})    # what may leave the device
+    received = client_round.receive(payloads)               # LostReferenceError: send `known_hashes()`
+    answered = ...(received["model"].user_tensors)                 # the user's code
+    leaving = client_round.prepare_reply({"model": answered})    # what may leave the device
     payloads = client_round.encode(leaving)
     client_round.keep()                                     # nothing has changed before this line
 
@@ -21,7 +21,7 @@ from fedpara_plugins.exchange.coding import CodedRecord, encode_record, update_c
 from fedpara_plugins.exchange.dense_round import DenseRound
 from fedpara_plugins.exchange.headers import blind_limit, check_codecs, decoders_of
 from fedpara_plugins.exchange.incoming import ReceivedRecord, read_model, read_side
-from fedpara_plugins.exchange.outgoing import Outgoing, outgoing, spec_among
+from fedpara_plugins.exchange.outgoing import Outgoing, select_outgoing, spec_among
 from fedpara_plugins.exchange.records import KindOf, State, check_finite
 from fedpara_plugins.exchange.settings import ExchangeSettings
 from fedpara_plugins.models.spec import ModelSpec
@@ -110,12 +110,12 @@ class ClientRound:
 
     # What a reply states besides the payloads
 
-    def holdings(self) -> dict[str, tuple[str, ...]]:
+    def known_hashes(self) -> dict[str, tuple[str, ...]]:
         """Return, by record of the message, the hashes of what the client holds of it."""
         return {name: self._state.references.holds(name) for name in self._asked}
 
     @property
-    def holds(self) -> dict[str, str]:
+    def received_hashes(self) -> dict[str, str]:
         """By record, the hash of what the client has received."""
         return {name: part.held.reference for name, part in self.received.items()}
 
@@ -131,7 +131,7 @@ class ClientRound:
         """The records received that are models, in order."""
         return [part for name, part in self.received.items() if self._kind_of(name) == "model"]
 
-    def outgoing(
+    def prepare_reply(
         self,
         records: Mapping[str, Mapping[str, Tensor]],
         *,
@@ -165,12 +165,12 @@ class ClientRound:
         check_finite(tensors)
         kind = self._kind_of(name)
         if kind != "model":
-            return outgoing(name, tensors, [part.spec for part in self.models], kind=kind)
+            return select_outgoing(name, tensors, [part.spec for part in self.models], kind=kind)
         part = self._counterpart(name)
         tensors = _projected(tensors, start if part is None else part.dense)
         # This model alone decides which tensors are private.
         spec = spec_among(built, tensors) if part is None else part.spec
-        leaving = outgoing(name, tensors, [spec], others=name not in self.received)
+        leaving = select_outgoing(name, tensors, [spec], others=name not in self.received)
         if name in self.received:
             self._private.add(name, spec, tensors)
         return leaving
@@ -181,19 +181,19 @@ class ClientRound:
         """Return the payloads of a reply, by record.
 
         Args:
-            leaving: what `outgoing` returned, or the part of it that is to be encoded.
+            leaving: what `prepare_reply` returned, or the part of it that is to be encoded.
             on_encoded: called when everything is encoded and nothing has been kept yet.
 
         Raises:
             PayloadError: a tensor cannot be encoded.
         """
-        tell_loss = on_encoded is not None
-        coded = {name: self._coded(name, part, tell_loss) for name, part in leaving.items()}
+        with_loss = on_encoded is not None
+        coded = {name: self._coded(name, part, with_loss) for name, part in leaving.items()}
         if on_encoded is not None:
             on_encoded({name: part.lost for name, part in coded.items()})
         return {name: part.payload for name, part in coded.items()}
 
-    def _coded(self, name: str, leaving: Outgoing, tell_loss: bool) -> CodedRecord:
+    def _coded(self, name: str, leaving: Outgoing, with_loss: bool) -> CodedRecord:
         part, told = self.received.get(name), self._counterpart(name)
         codec = self._settings.uplink.resolved(
             None if told is None else decoders_of(told.held.header)
@@ -205,7 +205,7 @@ class ClientRound:
             codec=codec,
             received=None if part is None else part.held,
             residual=self._state.residual(name) if codec.feedback else None,
-            tell_loss=tell_loss,
+            with_loss=with_loss,
         )
         if codec.feedback:
             self._residuals[name] = coded.residual
@@ -234,6 +234,6 @@ def _projected(tensors: Mapping[str, Tensor], dense: DenseRound | None) -> Mappi
     """Return the state of factors that a reply stands for; the reply if factors were trained."""
     if dense is None:
         return tensors
-    factors = dense.after(tensors)
+    factors = dense.to_factors(tensors)
     check_finite(factors)
     return factors

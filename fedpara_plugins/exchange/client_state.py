@@ -66,7 +66,7 @@ class ClientState:
         if kept is not None and _same_shapes(kept, first):
             return kept, False
         if first:
-            self._tell_of_others(spec, first)
+            self._warn_of_other_states(spec, first)
         return first, True
 
     def keep_private(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
@@ -74,7 +74,7 @@ class ClientState:
         if tensors:
             self._save(private_key(spec), tensors)
 
-    def _tell_of_others(self, spec: ModelSpec, first: Mapping[str, Tensor]) -> None:
+    def _warn_of_other_states(self, spec: ModelSpec, first: Mapping[str, Tensor]) -> None:
         for key in self._storage:
             found = self._load(key) if key.startswith(PRIVATE) else None
             if found is None:

@@ -39,7 +39,7 @@ def encode_record(
     codec: Codec,
     received: DecodedDownlink | None = None,
     residual: Mapping[str, Tensor] | None = None,
-    tell_loss: bool = False,
+    with_loss: bool = False,
 ) -> CodedRecord:
     """Encode a record that leaves a client.
 
@@ -51,7 +51,7 @@ def encode_record(
         received: what the client received under the same name, which the server has too. Without
             it, or with other names, shapes or dtypes in it, the chain for a first contact is used.
         residual: what was lost last time, where the codec has error feedback.
-        tell_loss: find out what is lost even without error feedback.
+        with_loss: find out what is lost even without error feedback.
 
     Raises:
         PayloadError: a tensor cannot be encoded.
@@ -59,7 +59,7 @@ def encode_record(
     usable = received if received and same_layout(record.shared, received.tensors) else None
     payload, rest = encode_with_feedback(
         record.shared,
-        codec=_with_known_loss(codec) if tell_loss else codec,
+        codec=_with_known_loss(codec) if with_loss else codec,
         reference=None if usable is None else usable.tensors,
         digest=None if usable is None else usable.reference,
         residual=residual,

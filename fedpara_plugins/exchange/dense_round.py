@@ -21,7 +21,13 @@ from fedpara_plugins.factors.projection import project
 from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.spec import ModelSpec
 
-__all__ = ["DenseRound", "check_agreement", "converted_copy", "refuse_in_factor_space", "tell_idle"]
+__all__ = [
+    "DenseRound",
+    "check_agreement",
+    "converted_copy",
+    "refuse_in_factor_space",
+    "log_idle_options",
+]
 
 log = logging.getLogger("fedpara")
 
@@ -52,7 +58,7 @@ class DenseRound:
         self.dense = spec.dense_state(full)
         self.kept: dict[str, float] = {}
 
-    def after(self, trained: Mapping[str, Tensor]) -> State:
+    def to_factors(self, trained: Mapping[str, Tensor]) -> State:
         """Return the state of factors that a dense state stands for after training.
 
         Composed weights are projected (`factors.projection.project`), private factors
@@ -153,7 +159,7 @@ def refuse_in_factor_space(algorithm: str, config: FedParaConfig) -> None:
         )
 
 
-def tell_idle(config: FedParaConfig) -> None:
+def log_idle_options(config: FedParaConfig) -> None:
     """Log once which options have no effect."""
     for name, does in IDLE.items():
         if getattr(config, name) is not None and name not in _told:

@@ -69,7 +69,7 @@ class DownlinkEncoder:
         """The names of the records that are sent."""
         return tuple(self._contents)
 
-    def holds(self, record: str) -> bool:
+    def has_record(self, record: str) -> bool:
         """Return whether a record of this name is sent."""
         return record in self._contents
 
@@ -137,7 +137,7 @@ class DownlinkEncoder:
         for record, reference in holds.items():
             self._downlink.acknowledge(client, record, reference)
 
-    def refused(self, client: str, has: Mapping[str, Sequence[str]]) -> None:
+    def note_refusal(self, client: str, has: Mapping[str, Sequence[str]]) -> None:
         """Record that a client lost the reference that a message was coded against.
 
         Args:
@@ -149,7 +149,7 @@ class DownlinkEncoder:
             if record in self._contents:
                 self._downlink.refused(client, record, held)
 
-    def tell_first_contacts(self) -> None:
+    def log_first_contacts(self) -> None:
         """Log how many clients got a whole model instead of an update since the last call."""
         counts = self._downlink.counts
         first, full = (counts[kind] - self._told[kind] for kind in ("first", "full"))

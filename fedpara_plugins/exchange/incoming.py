@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedpara_plugins.exchange.client_state import ClientState
-from fedpara_plugins.exchange.dense_round import DenseRound, check_agreement, tell_idle
+from fedpara_plugins.exchange.dense_round import DenseRound, check_agreement, log_idle_options
 from fedpara_plugins.exchange.headers import spec_of
 from fedpara_plugins.exchange.records import State, plain_spec
 from fedpara_plugins.exchange.settings import ExchangeSettings
@@ -35,7 +35,7 @@ class ReceivedRecord:
     dense: DenseRound | None = None
 
     @property
-    def given(self) -> State:
+    def user_tensors(self) -> State:
         """The tensors for the user's code."""
         return self.full if self.dense is None else self.dense.dense
 
@@ -83,5 +83,5 @@ def _agreed(
         return own
     if settings.trains_dense:
         check_agreement(theirs, settings.config)
-        tell_idle(settings.config)
+        log_idle_options(settings.config)
     return theirs

@@ -16,7 +16,7 @@ from fedpara_plugins.exchange.records import RecordKind, State, plain_spec
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references import shared_tensors
 
-__all__ = ["Outgoing", "check_names", "outgoing", "spec_among"]
+__all__ = ["Outgoing", "check_names", "select_outgoing", "spec_among"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Outgoing:
     shared: State
 
 
-def outgoing(
+def select_outgoing(
     record: str,
     tensors: Mapping[str, Tensor],
     models: Sequence[ModelSpec],

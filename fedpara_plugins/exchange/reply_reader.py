@@ -106,7 +106,7 @@ class ReplyReader:
             MismatchError: a tensor has another shape than the one of its name that was sent, or
                 other names came and the reader is strict.
         """
-        if not self._sent.holds(record):
+        if not self._sent.has_record(record):
             return shared
         full = self._sent.content(record)
         _check_shapes(shared, full)
@@ -128,12 +128,12 @@ class ReplyReader:
 
     def _limit(self, record: str) -> int:
         """Return the bytes that a record may decode to: those of a model, with some slack."""
-        names = [record] if self._sent.holds(record) else self._sent.records
+        names = [record] if self._sent.has_record(record) else self._sent.records
         largest = max((tensor_bytes(self._sent.content(name)) for name in names), default=0)
         return 2 * largest + SLACK
 
     def _size(self, record: str, tensors: State) -> Size:
-        spec = self._sent.spec(record) if self._sent.holds(record) else plain_spec(tensors)
+        spec = self._sent.spec(record) if self._sent.has_record(record) else plain_spec(tensors)
         if self._kind_of(record) != "model":
             spec = self._model_of(tensors) or spec
         return size_of(shared_tensors(spec, tensors), spec)

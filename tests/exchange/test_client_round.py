@@ -14,8 +14,8 @@ from fedpara_plugins.references import LostReferenceError
 
 def answered(client_round, helpers, **options):
     """The payloads of an answer after some training, and the state that was trained."""
-    after = helpers.moved(client_round.received["model"].given)
-    return client_round.encode(client_round.outgoing({"model": after}), **options), after
+    after = helpers.moved(client_round.received["model"].user_tensors)
+    return client_round.encode(client_round.prepare_reply({"model": after}), **options), after
 
 
 @pytest.mark.parametrize("method", ["lowrank", "fedpara", "pfedpara"])
@@ -23,7 +23,7 @@ def answered(client_round, helpers, **options):
 def test_what_a_client_answers_is_what_the_server_reads(helpers, method, codec):
     pair = helpers.Pair(method, codec=codec)
     client_round = pair.received()
-    given = client_round.received["model"].given
+    given = client_round.received["model"].user_tensors
     assert tuple(given) == pair.spec.keys
     assert all(torch.equal(given[key], value) for key, value in pair.shared.items())
     payloads, after = answered(client_round, helpers)
@@ -43,7 +43,7 @@ def test_private_values_stay_and_come_back(helpers):
     first.keep()
     second = pair.received()
     assert not second.fresh
-    given = second.received["model"].given
+    given = second.received["model"].user_tensors
     assert all(torch.equal(given[key], after[key]) for key in pair.spec.private_keys)
     assert pair.spec.private_keys >= {"3.weight", "3.running_mean", "0.x2"}
 
@@ -64,14 +64,14 @@ def test_both_directions_go_on_from_what_was_received(helpers):
     pair = helpers.Pair(codec="small")
     first = pair.received()
     first.keep()
-    pair.encoder.acknowledge("7", first.holds, ())
+    pair.encoder.acknowledge("7", first.received_hashes, ())
     pair.encoder.put("model", helpers.moved(pair.state, 5), pair.spec)
     payloads = pair.payloads()
-    assert peek_header(payloads["model"]).reference == first.holds["model"]
+    assert peek_header(payloads["model"]).reference == first.received_hashes["model"]
     second = pair.round()
     second.receive(payloads)
     answer, after = answered(second, helpers)
-    assert peek_header(answer["model"]).reference == second.holds["model"]
+    assert peek_header(answer["model"]).reference == second.received_hashes["model"]
     read = pair.reader().read("model", answer["model"]).shared
     assert (read["0.x1"] - after["0.x1"]).abs().max() < 0.1
 
@@ -82,7 +82,7 @@ def test_a_client_that_lost_what_a_message_was_coded_against_says_what_it_holds(
     first = pair.round()
     first.receive(pair.payloads("model", "variate"))
     first.keep()
-    pair.encoder.acknowledge("7", first.holds, ())
+    pair.encoder.acknowledge("7", first.received_hashes, ())
     pair.encoder.put("model", helpers.moved(pair.state, 5), pair.spec)
     lost = [key for key in pair.storage if key.startswith("reference/model")]
     for key in lost:
@@ -90,7 +90,7 @@ def test_a_client_that_lost_what_a_message_was_coded_against_says_what_it_holds(
     second = pair.round()
     with pytest.raises(LostReferenceError):
         second.receive(pair.payloads("model", "variate"))
-    assert second.holdings() == {"model": (), "variate": (first.holds["variate"],)}
+    assert second.known_hashes() == {"model": (), "variate": (first.received_hashes["variate"],)}
 
 
 def test_another_codec_is_refused_with_the_adapters_remedy(helpers):
@@ -109,7 +109,7 @@ def test_codecs_are_compared_at_the_first_message_alone(helpers):
     pair.encoder.acknowledge("7", {}, ("zlib",))
     payloads = pair.payloads()
     pair.settings = helpers.settings_of(codec="int8")
-    assert pair.round().receive(payloads)["model"].given.keys() == pair.state.keys()
+    assert pair.round().receive(payloads)["model"].user_tensors.keys() == pair.state.keys()
 
 
 def test_another_model_than_the_clients_own_is_refused(helpers):
@@ -130,9 +130,9 @@ def test_without_the_clients_model_dense_training_compares_the_options(helpers):
 def test_dense_training_is_projected_and_checked(helpers):
     pair = helpers.Pair(local="dense")
     client_round = pair.received()
-    given = client_round.received["model"].given
+    given = client_round.received["model"].user_tensors
     assert set(given) == set(pair.spec.dense_state(pair.state))
-    leaving = client_round.outgoing({"model": helpers.moved(given)})["model"]
+    leaving = client_round.prepare_reply({"model": helpers.moved(given)})["model"]
     assert set(leaving.shared) == set(pair.spec.shared_keys)
     assert not torch.equal(leaving.shared["0.x1"], pair.state["0.x1"])
     client_round.keep()
@@ -143,10 +143,10 @@ def test_dense_training_is_projected_and_checked(helpers):
 
 def test_a_projection_that_overflows_is_refused(helpers):
     client_round = helpers.Pair(local="dense").received()
-    given = client_round.received["model"].given
+    given = client_round.received["model"].user_tensors
     huge = {**given, "0.weight": torch.full_like(given["0.weight"], 3e38)}
     with pytest.raises(PayloadError, match=r"'0\.[xy][12]' holds \d+ NaN or infinite"):
-        client_round.outgoing({"model": huge})
+        client_round.prepare_reply({"model": huge})
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_projection_that_overflows_is_refused(helpers):
 def test_an_answer_that_cannot_be_sent_is_refused(helpers, change, words):
     client_round = helpers.Pair().received()
     with pytest.raises(PayloadError, match=words):
-        client_round.outgoing({"model": change(client_round.received["model"].given)})
+        client_round.prepare_reply({"model": change(client_round.received["model"].user_tensors)})
 
 
 def test_a_side_record_is_what_came_whatever_model_it_describes(helpers):
@@ -168,7 +168,7 @@ def test_a_side_record_is_what_came_whatever_model_it_describes(helpers):
     pair.encoder.put("variate", pair.state, pair.spec)
     client_round = pair.round()
     received = client_round.receive(pair.payloads("variate"))["variate"]
-    assert received.given.keys() == pair.shared.keys()
+    assert received.user_tensors.keys() == pair.shared.keys()
     assert not received.spec.private_keys
     assert not client_round.fresh
     assert client_round.models == []
@@ -178,18 +178,18 @@ def test_a_side_record_is_what_came_whatever_model_it_describes(helpers):
 def test_side_records_hold_nothing_private(helpers, record):
     pair = helpers.Pair()
     client_round = pair.received()
-    given = client_round.received["model"].given
-    leaving = client_round.outgoing({record: pair.shared})[record]
+    given = client_round.received["model"].user_tensors
+    leaving = client_round.prepare_reply({record: pair.shared})[record]
     assert leaving.shared.keys() == pair.shared.keys()
     with pytest.raises(PayloadError, match=r"'0.[xy]2', which stays on the device"):
-        client_round.outgoing({record: given})
+        client_round.prepare_reply({record: given})
 
 
 def test_a_further_model_record_leaves_its_private_values_out(helpers):
     pair = helpers.Pair()
     client_round = pair.received()
-    given = client_round.received["model"].given
-    leaving = client_round.outgoing({"copy": {**given, "note": torch.ones(2)}})["copy"]
+    given = client_round.received["model"].user_tensors
+    leaving = client_round.prepare_reply({"copy": {**given, "note": torch.ones(2)}})["copy"]
     assert set(leaving.shared) == {*pair.spec.shared_keys, "note"}
     client_round.keep()
     assert pair.kept()[1], "only the record that was asked for is kept"
@@ -200,13 +200,13 @@ def test_a_model_has_one_private_state_however_many_records_hold_it(helpers):
     pair.encoder.put("teacher", pair.state, pair.spec)
     client_round = pair.round()
     received = client_round.receive(pair.payloads("model", "teacher"))
-    given = received["model"].given
-    client_round.outgoing({"model": given, "teacher": dict(given)})
+    given = received["model"].user_tensors
+    client_round.prepare_reply({"model": given, "teacher": dict(given)})
     with pytest.raises(PayloadError, match=r"records 'model' and 'teacher'.*differ in '0.x2'"):
-        client_round.outgoing({"model": given, "teacher": helpers.moved(given)})
+        client_round.prepare_reply({"model": given, "teacher": helpers.moved(given)})
     part = {**pair.shared, "0.x2": given["0.x2"]}
     with pytest.raises(PayloadError, match="are of one model, and their private values differ:"):
-        client_round.outgoing({"model": given, "teacher": part})
+        client_round.prepare_reply({"model": given, "teacher": part})
 
 
 def test_the_codecs_loss_is_told_and_made_up_for(helpers):
@@ -241,7 +241,7 @@ def test_the_loss_of_an_update_is_told_and_not_kept(helpers):
     client_round = pair.received()
     change = {key: 1e-3 * value for key, value in pair.shared.items() if value.is_floating_point()}
     told = []
-    leaving = client_round.outgoing({"change": change})
+    leaving = client_round.prepare_reply({"change": change})
     payload = client_round.encode(leaving, on_encoded=told.append)["change"]
     assert "delta" not in peek_header(payload).codec
     back = decode_payload(payload, limit=10**6).tensors
@@ -257,8 +257,8 @@ def test_shared_values_can_leave_uncoded(helpers):
     """Secure aggregation: the adapter takes the numbers, and nothing is encoded."""
     pair = helpers.Pair()
     client_round = pair.received()
-    after = helpers.moved(client_round.received["model"].given)
-    leaving = client_round.outgoing({"model": after})
+    after = helpers.moved(client_round.received["model"].user_tensors)
+    leaving = client_round.prepare_reply({"model": after})
     told = []
     assert client_round.encode({}, on_encoded=told.append) == {}
     assert told == [{}]
@@ -274,7 +274,7 @@ def test_an_answer_to_no_model_is_split_by_what_the_client_has_built(helpers):
     client_round = pair.round()
     client_round.receive({})
     built = {frozenset(pair.spec.keys): pair.spec}
-    leaving = client_round.outgoing({"parameters": pair.state}, built=built)["parameters"]
+    leaving = client_round.prepare_reply({"parameters": pair.state}, built=built)["parameters"]
     assert set(leaving.shared) == set(pair.spec.shared_keys)
     payload = client_round.encode({"parameters": leaving})["parameters"]
     spec, shared = pair.reader().read_first("parameters", payload)

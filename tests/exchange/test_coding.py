@@ -6,13 +6,13 @@ import torch
 
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec, peek_header
 from fedpara_plugins.exchange.coding import encode_record, update_codec
-from fedpara_plugins.exchange.outgoing import outgoing
+from fedpara_plugins.exchange.outgoing import select_outgoing
 from fedpara_plugins.exchange.records import plain_spec
 from fedpara_plugins.references import ClientReferences
 
 CODEC = parse_codec("delta+feedback+int8")
 TENSORS = {"a": torch.linspace(0, 1, 7), "b": torch.linspace(2, 3, 5)}
-RECORD = outgoing("model", TENSORS, [plain_spec(TENSORS)])
+RECORD = select_outgoing("model", TENSORS, [plain_spec(TENSORS)])
 
 
 def received(tensors):
@@ -56,14 +56,14 @@ def test_what_is_made_up_for_is_no_loss():
 def test_the_loss_is_told_where_it_is_asked_for():
     codec, before = parse_codec("delta+int8"), received({k: v**2 for k, v in TENSORS.items()})
     silent = encode_record(RECORD, codec=codec, received=before)
-    told = encode_record(RECORD, codec=codec, received=before, tell_loss=True)
+    told = encode_record(RECORD, codec=codec, received=before, with_loss=True)
     assert silent.payload == told.payload
     assert silent.lost == {}
     references = {before.reference: before.tensors}
     back = decode_payload(told.payload, references=references, limit=10**6).tensors
     assert not torch.equal(back["a"], TENSORS["a"])
     assert torch.allclose(told.lost["a"], TENSORS["a"] - back["a"], atol=1e-7)
-    assert encode_record(RECORD, codec=parse_codec("zlib"), tell_loss=True).lost == {}
+    assert encode_record(RECORD, codec=parse_codec("zlib"), with_loss=True).lost == {}
 
 
 def test_an_update_is_coded_without_reference_and_feedback():

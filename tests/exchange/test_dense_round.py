@@ -15,8 +15,8 @@ from fedpara_plugins.exchange.dense_round import (
     DenseRound,
     check_agreement,
     converted_copy,
+    log_idle_options,
     refuse_in_factor_space,
-    tell_idle,
 )
 from fedpara_plugins.exchange.settings import ExchangeSettings
 
@@ -60,7 +60,7 @@ def _begun(method, **options):
 def test_nothing_trained_is_nothing_changed(method, options):
     plain, _, found, full = _begun(method, **options)
     plain.load_state_dict(found.dense, strict=True)
-    after = found.after(plain.state_dict())
+    after = found.to_factors(plain.state_dict())
     assert list(after) == list(full)
     assert all(torch.equal(after[name], full[name]) for name in full)
     assert found.kept == {}
@@ -75,7 +75,7 @@ def test_a_step_of_training_arrives(method):
     plain.train()(torch.randint(0, 40, (8, 6))).square().sum().backward()
     optimizer.step()
     trained = {name: value.clone() for name, value in plain.state_dict().items()}
-    after = found.after(trained)
+    after = found.to_factors(trained)
     assert list(after) == list(full)
     assert set(found.kept) == set(spec.weights)
     arrived = spec.dense_state(after)
@@ -97,7 +97,7 @@ def test_a_step_of_training_arrives(method):
 def test_private_state_of_the_user_s_is_among_what_comes_back():
     _, spec, found, _ = _begun("pfedpara", private="head.*")
     trained = {name: value + 1 for name, value in found.dense.items()}
-    after = found.after(trained)
+    after = found.to_factors(trained)
     assert {"head.weight", "head.bias"} <= spec.private_keys
     assert torch.equal(after["head.bias"], trained["head.bias"])
     assert any(not torch.equal(after[k], found._full[k]) for k in spec.private_factors)
@@ -106,7 +106,7 @@ def test_private_state_of_the_user_s_is_among_what_comes_back():
 def test_a_part_of_the_state_and_names_of_other_things():
     _, spec, found, _ = _begun("fedpara")
     name = "conv.weight"
-    after = found.after({name: found.dense[name] + 1, "another": torch.ones(2)})
+    after = found.to_factors({name: found.dense[name] + 1, "another": torch.ones(2)})
     assert set(after) == {*spec.factor_keys(name).values(), "another"}
 
 
@@ -114,7 +114,7 @@ def test_a_part_of_the_state_and_names_of_other_things():
 def test_a_weight_of_another_shape_or_kind_is_named(wrong):
     _, _, found, _ = _begun("fedpara")
     with pytest.raises(MismatchError, match=r"'conv.weight' of shape") as caught:
-        found.after({"conv.weight": wrong})
+        found.to_factors({"conv.weight": wrong})
     assert "(32, 16, 3)" in str(caught.value)
 
 
@@ -191,8 +191,8 @@ def test_idle_options_are_told_once(caplog, monkeypatch):
     monkeypatch.setattr(dense_round, "_told", set())
     caplog.set_level(logging.INFO, "fedpara")
     config = FedParaConfig(method="fedpara", local="dense", clip=1.0)
-    tell_idle(config)
-    tell_idle(config)
+    log_idle_options(config)
+    log_idle_options(config)
     (line,) = [record.getMessage() for record in caplog.records]
     assert "clip" in line
     assert "local='dense'" in line

@@ -11,7 +11,7 @@ def test_a_client_that_lost_records_which_were_never_sent_fills_no_table(helpers
     encoder.put("model", {"a": torch.zeros(3)}, plain_spec(["a"]))
     told = []
     encoder._downlink.refused = lambda client, record, held: told.append(record)
-    encoder.refused("7", {**{f"r{number}": () for number in range(100)}, "model": ()})
+    encoder.note_refusal("7", {**{f"r{number}": () for number in range(100)}, "model": ()})
     assert told == ["model"]
 
 
@@ -22,7 +22,7 @@ def test_a_client_that_lost_it_gets_what_it_can_decode(helpers):
         # It forgets everything before the third message, and says so.
         if round_ == 2:
             client = ClientReferences()
-            encoder.refused("7", {"model": ()})
+            encoder.note_refusal("7", {"model": ()})
         torch.manual_seed(round_)
         state = {"a": torch.randn(40, 50)}
         encoder.put("model", state, plain_spec(["a"]))

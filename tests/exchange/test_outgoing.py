@@ -10,7 +10,7 @@ from torch import nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import MismatchError, ModelSpec, PayloadError
-from fedpara_plugins.exchange.outgoing import check_names, outgoing, spec_among
+from fedpara_plugins.exchange.outgoing import check_names, select_outgoing, spec_among
 from fedpara_plugins.exchange.records import plain_spec
 
 
@@ -28,7 +28,7 @@ SPEC, STATE = ModelSpec.of(MODEL), MODEL.state_dict()
 def test_private_names_never_leave_whatever_else_is_there(names, side):
     tensors = {name: STATE.get(name, torch.ones(2)) for name in names}
     try:
-        found = outgoing(
+        found = select_outgoing(
             "any", tensors, [SPEC], kind="side" if side else "model", others=True
         ).shared
     except PayloadError:
@@ -39,7 +39,7 @@ def test_private_names_never_leave_whatever_else_is_there(names, side):
 
 
 def test_a_part_of_a_state_may_leave():
-    found = outgoing("model", {"2.bias": STATE["2.bias"], "1.bias": STATE["1.bias"]}, [SPEC])
+    found = select_outgoing("model", {"2.bias": STATE["2.bias"], "1.bias": STATE["1.bias"]}, [SPEC])
     assert set(found.shared) == {"1.bias"}
     assert found.spec is SPEC
 
@@ -48,8 +48,8 @@ def test_a_part_of_a_state_may_leave():
 def test_a_side_record_is_compared_with_all_models(kind):
     other = plain_spec(["a"])
     with pytest.raises(PayloadError, match=r"record 'c'.*'2.weight', which stays on the device"):
-        outgoing("c", {"2.weight": torch.ones(1)}, [other, SPEC], kind=kind)
-    found = outgoing("c", {"1.weight": torch.ones(1)}, [other, SPEC], kind=kind)
+        select_outgoing("c", {"2.weight": torch.ones(1)}, [other, SPEC], kind=kind)
+    found = select_outgoing("c", {"1.weight": torch.ones(1)}, [other, SPEC], kind=kind)
     assert found.spec.keys == ("1.weight",)
     assert not found.spec.private_keys
 
@@ -62,7 +62,7 @@ def test_names_of_a_wrapped_model_are_refused_before_anything_is_sent(prefix, de
     state = SPEC.dense_state(STATE) if dense else STATE
     wrapped = {f"{prefix}.{name}": value for name, value in state.items()}
     with pytest.raises(MismatchError, match=f"Answer with the state.*model.{prefix}.state_dict"):
-        outgoing("model", wrapped, [SPEC], others=others)
+        select_outgoing("model", wrapped, [SPEC], others=others)
 
 
 def test_tensors_that_the_model_does_not_have():

@@ -89,8 +89,8 @@ def test_a_reply_may_be_as_large_as_the_model_and_no_more(pair):
 def test_a_delta_is_read_against_what_the_client_received(helpers):
     pair = helpers.Pair(codec="delta+zlib")
     client_round = pair.received()
-    after = helpers.moved(client_round.received["model"].given)
-    payload = client_round.encode(client_round.outgoing({"model": after}))["model"]
+    after = helpers.moved(client_round.received["model"].user_tensors)
+    payload = client_round.encode(client_round.prepare_reply({"model": after}))["model"]
     # Meanwhile the server has put the next round's model; the old one is still known by its hash.
     pair.encoder.put("model", helpers.moved(pair.state, 9), pair.spec)
     read = pair.reader().read("model", payload).shared

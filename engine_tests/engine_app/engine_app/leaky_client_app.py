@@ -10,7 +10,7 @@ from fedpara_plugins.references import downlink
 
 app = client_app.app
 
-_outgoing = client_round.outgoing
+_outgoing = client_round.select_outgoing
 _shared_names = downlink.shared_names
 
 
@@ -22,4 +22,4 @@ def _everything(*args: Any, **kwargs: Any) -> Any:
         downlink.shared_names = _shared_names
 
 
-client_round.outgoing = _everything
+client_round.select_outgoing = _everything

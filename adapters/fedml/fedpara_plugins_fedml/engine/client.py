@@ -105,7 +105,7 @@ class ClientEngine(ClientModels):
                 return self._answer(head, visit, client_round, storage, examples)
             except LostReferenceError as error:
                 log.warning("fedpara: the server is asked to send again: %s", error)
-                has = client_round.holdings()
+                has = client_round.known_hashes()
                 lost = Head(round=head.round, purpose=head.purpose, lost=True, has=has)
                 return pack(lost.to_json(), {})
             except Exception as error:
@@ -134,8 +134,10 @@ class ClientEngine(ClientModels):
         model = received_model(client_round, envelope.payloads)
         trainer.set_id(int(client))
         trainer.update_dataset(*data)
-        trainer.set_model_params(plain_state(model.given))
-        beside = {name: part.given for name, part in client_round.received.items() if name != MODEL}
+        trainer.set_model_params(plain_state(model.user_tensors))
+        beside = {
+            name: part.user_tensors for name, part in client_round.received.items() if name != MODEL
+        }
         return RoundContext(
             client=client,
             server_round=head.round,
@@ -168,14 +170,14 @@ class ClientEngine(ClientModels):
             records = {MODEL: after, **work.records}
             training = round_progress(self._trainer.model)
             steps = 0 if training is None else training.steps
-        leaving = client_round.outgoing(records)
+        leaving = client_round.prepare_reply(records)
         payloads = client_round.encode(leaving, on_encoded=work.on_encoded)
         client_round.keep(steps=steps)
         answer = Head(
             round=head.round,
             purpose=head.purpose,
             examples=examples,
-            holds=client_round.holds,
+            holds=client_round.received_hashes,
             decoders=list(decoders()),
             fresh=client_round.fresh,
             report=work.report,

@@ -74,7 +74,7 @@ class ClientModels:
         with contextlib.closing(self._storages.open(client)) as storage:
             model = received_model(self._round_of(ClientState(storage)), envelope.payloads)
         self._trainer.set_id(int(client))
-        self._trainer.set_model_params(plain_state(model.given))
+        self._trainer.set_model_params(plain_state(model.user_tensors))
         return dict(model.held.tensors)
 
     def load(self, client: str | None, state: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedpara_plugins import ConversionError, ModelSpec, convert
-from fedpara_plugins.exchange import converted_copy, tell_idle, zero_private_factors
+from fedpara_plugins.exchange import converted_copy, log_idle_options, zero_private_factors
 from fedpara_plugins_fedml.settings import FedMLSettings, naming_keys
 
 __all__ = [
@@ -56,7 +56,7 @@ def client_model(model: Any, settings: FedMLSettings) -> tuple[nn.Module, nn.Mod
     if not settings.trains_dense or not isinstance(model, nn.Module):
         own = converted(model, settings)
         return own, own
-    tell_idle(settings.config)
+    log_idle_options(settings.config)
     with naming_keys():
         return model, converted_copy(model, settings.config)
 

@@ -166,7 +166,7 @@ class ServerEngine:
             if head.round != self.round:
                 raise MismatchError(f"a reply of round {head.round} in round {self.round}")
             if head.lost:
-                self._encoder.refused(client, head.has)
+                self._encoder.note_refusal(client, head.has)
                 return False
             head.raise_error(client)
             self._take(client, head, reader, envelope)
@@ -220,7 +220,7 @@ class ServerEngine:
         replies = self._replies.enough(self.settings.min_clients)
         if self._fresh and self._spec.private_keys:
             log.info("fedpara: %d clients started from the seeded private factors", self._fresh)
-        self._encoder.tell_first_contacts()
+        self._encoder.log_first_contacts()
         self._x = self._aggregation.next_state(self._x, replies, self.rule)
         self._aggregator.set_model_params(plain_state(self._x))
         self._file.write(self._completed())

@@ -124,18 +124,18 @@ def _answer(
         received = client_round.receive(payloads)
     except LostReferenceError as error:
         log.warning("fedpara: the server is asked to send again: %s", error)
-        lost = Marker(lost=True, has=client_round.holdings(), decoders=decoders())
+        lost = Marker(lost=True, has=client_round.known_hashes(), decoders=decoders())
         return Message(lost.attached_to(RecordDict()), reply_to=message)
     for name, part in received.items():
-        check_clipping_mods(call_next, settings, part.given)
-        message.content[name] = to_record(part.given)
+        check_clipping_mods(call_next, settings, part.user_tensors)
+        message.content[name] = to_record(part.user_tensors)
     legacy_lists.unname_request(message)
     run = _run_of(message, client_round, settings, storage)
     reply = _call_app(message, context, call_next, run)
     if reply.has_error() or secagg.is_step_without_app(message):
         return reply
     named = received.get(legacy_lists.PARAMETERS)
-    names = tuple(named.given) if named else None
+    names = tuple(named.user_tensors) if named else None
     legacy_lists.name_reply(reply, names, run.plain or run.specs)
     _export(message, context, settings, client_round)
     _encode_in_place(reply, client_round, run, masked=secagg.masks_reply(message))
@@ -196,21 +196,23 @@ def _encode_in_place(reply: Message, client_round: ClientRound, run: Run, *, mas
         masked: whether `secaggplus_mod` masks the numbers, which then leave uncoded.
 
     Raises:
-        PayloadError: see `ClientRound.outgoing` and `ClientRound.encode`.
+        PayloadError: see `ClientRound.prepare_reply` and `ClientRound.encode`.
     """
     records = {
         name: to_tensors(record)
         for name, record in reply.content.array_records.items()
         if not legacy_lists.carries_nothing(record)
     }
-    leaving = client_round.outgoing(records, built=run.specs, start=run.start)
+    leaving = client_round.prepare_reply(records, built=run.specs, start=run.start)
     if masked:
         for name, part in leaving.items():
             secagg.take_shared(reply.content, name, part.shared)
     coded = client_round.encode({} if masked else leaving, on_encoded=run.on_encoded)
     for name, payload in coded.items():
         reply.content[name] = payload_record(payload)
-    marker = Marker(holds=client_round.holds, fresh=client_round.fresh, decoders=decoders())
+    marker = Marker(
+        holds=client_round.received_hashes, fresh=client_round.fresh, decoders=decoders()
+    )
     reply.content = marker.attached_to(reply.content)
 
 

@@ -107,7 +107,7 @@ class CodecGrid(ForwardingGrid):
         It belongs to the message that was encoded last; for secure aggregation.
         """
         with self._lock:
-            if not self._outbox.holds(legacy_lists.PARAMETERS):
+            if not self._outbox.has_record(legacy_lists.PARAMETERS):
                 return shared
             names = self._outbox.shared_names(legacy_lists.PARAMETERS)
             if len(names) != len(shared):
@@ -134,7 +134,7 @@ class CodecGrid(ForwardingGrid):
             repeated = [message for message in plain if message.metadata.dst_node_id in lost]
             usable += self._exchange(repeated, timeout)[0]
         with self._lock:
-            self._outbox.tell_first_contacts()
+            self._outbox.log_first_contacts()
         return usable
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -183,7 +183,7 @@ class CodecGrid(ForwardingGrid):
 
     def _sent(self, message: Message) -> Message:
         with self._lock:
-            encoded = self._outbox.encoded(message)
+            encoded = self._outbox.encode_message(message)
             self._first.sent(encoded)
             names = list(message.content.array_records)
             models = [name for name in names if not is_optimizer_record(name)]

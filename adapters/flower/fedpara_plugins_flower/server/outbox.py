@@ -41,7 +41,7 @@ class Outbox(DownlinkEncoder):
 
     # Sending
 
-    def encoded(self, message: Message) -> Message:
+    def encode_message(self, message: Message) -> Message:
         """Return a new message with payloads in the place of the records of arrays."""
         client = str(message.metadata.dst_node_id)
         content = RecordDict(dict(message.content.items()))
@@ -103,4 +103,4 @@ class Outbox(DownlinkEncoder):
     def note_reply(self, node: int, marker: Marker) -> None:
         """Take in what a client has said: by hash what it holds, and what it can decode."""
         self.acknowledge(str(node), marker.holds, marker.decoders)
-        self.refused(str(node), marker.has)
+        self.note_refusal(str(node), marker.has)

@@ -78,7 +78,7 @@ class ReplyDecoder:
                 content[name] = to_record(self._first_weights(reader, name, payload))
             else:
                 found = reader.read(name, payload)
-                self._tell_once(found.shared)
+                self._warn_once(found.shared)
                 content[name] = to_record(averageable(found.state))
         legacy_lists.unname_reply(content, reply.metadata.message_type)
         return content
@@ -86,7 +86,7 @@ class ReplyDecoder:
     def _first_weights(self, reader: ReplyReader, name: str, payload: bytes) -> dict[str, Tensor]:
         """Return the model that a client starts the run with; the server may have built none."""
         spec, shared = reader.read_first(name, payload)
-        self._tell_once(shared)
+        self._warn_once(shared)
         mine = self._run.specs.setdefault(frozenset(spec.keys), spec)
         mine.check_equal(spec, here="the server", there="the client that was asked to start")
         return server_state(spec, shared)
@@ -107,7 +107,7 @@ class ReplyDecoder:
             sum([self._outbox.size(legacy_lists.PARAMETERS)] * empty, Size()) if empty else Size()
         )
 
-    def _tell_once(self, tensors: Mapping[str, Tensor]) -> None:
+    def _warn_once(self, tensors: Mapping[str, Tensor]) -> None:
         if not self._told_integers:
             self._told_integers = True
             warn_about_integers(tensors, self._run.strategy)

@@ -12,11 +12,13 @@ from fedpara_plugins_flower.client.storage import client_storage, lasting_name
 from fedpara_plugins_flower.run import Run
 from fedpara_plugins_flower.settings import FlowerSettings
 
-__all__ = ["StoredCorrectionState", "own_state"]
+__all__ = ["StoredCorrectionState", "open_correction_state"]
 
 
 @contextlib.contextmanager
-def own_state(context: Context, algorithm: str, run: Run | None) -> Iterator[StoredCorrectionState]:
+def open_correction_state(
+    context: Context, algorithm: str, run: Run | None
+) -> Iterator[StoredCorrectionState]:
     """Open a client's state for one algorithm: as part of a round of the mod, or on its own.
 
     In a round of the mod, changes are written when the reply is complete. Otherwise they are

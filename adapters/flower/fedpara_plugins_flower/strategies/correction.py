@@ -22,7 +22,7 @@ from fedpara_plugins_flower.messages.drift_records import (
 )
 from fedpara_plugins_flower.messages.records import to_record, to_tensors
 from fedpara_plugins_flower.run import active_run
-from fedpara_plugins_flower.strategies.client_state import own_state
+from fedpara_plugins_flower.strategies.client_state import open_correction_state
 
 __all__ = ["Correction", "correction"]
 
@@ -50,7 +50,7 @@ class Correction:
         self._run = active_run()
         if self._run is not None:
             refuse_in_factor_space(self.algorithm, self._run.settings.config)
-        with own_state(context, self.algorithm, self._run) as state:
+        with open_correction_state(context, self.algorithm, self._run) as state:
             self._client, self._kept = state.client, state.correction
         undone = self._kept.begin(self._task.accepted)
         if undone is not None:
@@ -105,7 +105,7 @@ class Correction:
         self._log_result(result)
 
     def _save(self) -> None:
-        with own_state(self._context, self.algorithm, self._run) as state:
+        with open_correction_state(self._context, self.algorithm, self._run) as state:
             state.client, state.correction = self._client, self._kept
             state.save()
 
