@@ -1,4 +1,4 @@
-"""Make the fixture and the hooks of `harness.matrix` known, and pick the framework.
+"""The fixture and hooks of `harness.matrix`, and the choice of the installed framework's tests.
 
 Flower and FedML cannot share an environment: each runs the tests of the one that is installed.
 """

@@ -1,4 +1,4 @@
-"""Makes the hooks of `harness.matrix.results` known to pytest, and picks the framework's tests.
+"""The hooks of `harness.matrix.results`, and the choice of the installed framework's tests.
 
 Flower and FedML cannot share an environment: each runs the tests of the one that is installed.
 """
