@@ -19,8 +19,8 @@ from fedpara_plugins.exchange.client_state import ClientState
 from fedpara_plugins.exchange.dense_round import (
     DenseRound,
     converted_copy,
-    refuse_in_factor_space,
     log_idle_options,
+    refuse_in_factor_space,
 )
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
 from fedpara_plugins.exchange.incoming import ReceivedRecord
@@ -45,11 +45,11 @@ __all__ = [
     "cast",
     "codecs_in_words",
     "converted_copy",
+    "log_idle_options",
     "pack_plain",
     "plain_spec",
     "refuse_in_factor_space",
     "server_state",
-    "log_idle_options",
     "to_number",
     "unpack_plain",
     "zero_private_factors",

@@ -1,11 +1,11 @@
 """One round of one client: decode the message, run the user's code, encode the reply.
 
     client_round = ClientRound(settings, state, kind_of=kind_of)
-    received = client_round.receive(payloads)               # LostReferenceError: send `known_hashes()`
-    answered = ...(received["model"].user_tensors)                 # the user's code
+    received = client_round.receive(payloads)             # LostReferenceError: see `known_hashes`
+    answered = ...(received["model"].user_tensors)        # the user's code
     leaving = client_round.prepare_reply({"model": answered})    # what may leave the device
     payloads = client_round.encode(leaving)
-    client_round.keep()                                     # nothing has changed before this line
+    client_round.keep()                                   # nothing has changed before this line
 
 Adapters carry the payloads, call the user's code, and commit the client's storage.
 """

@@ -25,8 +25,8 @@ __all__ = [
     "DenseRound",
     "check_agreement",
     "converted_copy",
-    "refuse_in_factor_space",
     "log_idle_options",
+    "refuse_in_factor_space",
 ]
 
 log = logging.getLogger("fedpara")
