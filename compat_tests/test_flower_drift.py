@@ -94,10 +94,10 @@ def _own(outcome: Outcome, experiment: DriftExperiment, partition: int) -> dict[
         run_config={},
     )
     with open_correction_state(context, experiment.made.algorithm, None) as state:  # type: ignore[arg-type]
-        kept = state.kept
+        kept = state.correction
     accepted = experiment.made.sums.accepted(outcome.grid.node_id(partition))
     assert accepted in (kept.confirmed_round, kept.pending_round)
-    return (kept.last if accepted == kept.last_round else kept.known) or {}
+    return (kept.pending if accepted == kept.pending_round else kept.confirmed) or {}
 
 
 def _assert_mean_of_own(outcome: Outcome, experiment: DriftExperiment) -> None:
