@@ -99,7 +99,8 @@ def test_a_trainer_whose_training_is_fedmls_needs_to_say_nothing() -> None:
 
 
 def test_a_trainer_whose_loss_is_not_known_ends_the_run_with_what_to_write() -> None:
-    with pytest.raises(ConfigError, match=r"the loss of Smooth is not known.*losses\(self, train_d"):
+    known = r"the loss of Smooth is not known.*losses\(self, train_d"
+    with pytest.raises(ConfigError, match=known):
         run_case(ONE, "none", model(), client_trainer=Smooth, **SHORT)
     two = run_case(CASES["scaffold"], "none", model(), client_trainer=Smooth, **SHORT)
     wanted = published_loop(CASES["scaffold"], "none", model(), epochs=1, smoothing=SMOOTHING)

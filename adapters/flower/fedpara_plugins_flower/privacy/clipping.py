@@ -40,7 +40,7 @@ def check_clipped_message(message: Message, settings: FlowerSettings) -> None:
     if any(CLIPPING_NORM in record for record in message.content.config_records.values()):
         who = f"this strategy (its config has {CLIPPING_NORM!r})"
         _check_local(settings, who)
-        _check_codecs(settings, who)
+        _check_lossless(settings, who)
 
 
 def check_clipping_mods(
@@ -63,7 +63,7 @@ def check_clipping_mods(
     if name is None:
         return
     _check_local(settings, f"Flower's {name}")
-    _check_codecs(settings, f"Flower's {name}")
+    _check_lossless(settings, f"Flower's {name}")
     left = [
         key for key, value in received.items() if not (value.dim() and value.is_floating_point())
     ]
@@ -86,7 +86,7 @@ def _check_local(settings: FlowerSettings, who: str) -> None:
         )
 
 
-def _check_codecs(settings: FlowerSettings, who: str) -> None:
+def _check_lossless(settings: FlowerSettings, who: str) -> None:
     lossy = [c.name for c in (settings.uplink, settings.downlink) if c.feedback or not c.lossless]
     if settings.references == "grid":
         lossy.append("grid (option references)")
