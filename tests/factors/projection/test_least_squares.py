@@ -290,7 +290,7 @@ def test_a_long_round_keeps_what_training_has_learned(method):
     trained = {name: value.clone() for name, value in plain.state_dict().items()}
     (weight,) = spec.weights
     assert (trained[weight] - begun.dense[weight]).norm() > begun.dense[weight].norm()
-    plain.load_state_dict(spec.dense_state(begun.after(trained)))
+    plain.load_state_dict(spec.dense_state(begun.to_factors(trained)))
     with torch.no_grad():
         assert nn.functional.cross_entropy(plain(x), y) < first
 
