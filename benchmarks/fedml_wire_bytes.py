@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "compat_tests")]
 
 from fedpara_plugins import Ledger  # noqa: E402
-from harness.fedml.deployment import FedMLEngine  # noqa: E402
+from harness.fedml.deployment import FedMLDeployment  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -63,7 +63,7 @@ def measured(name: str, clients: int, rounds: int) -> Row:
     """Return one run's figures."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fedpara-wire-", ignore_cleanup_errors=True) as text:
-        engine = FedMLEngine(
+        engine = FedMLDeployment(
             Path(text),
             "GRPC",
             clients=clients,
@@ -94,7 +94,7 @@ def measured(name: str, clients: int, rounds: int) -> Row:
     }
 
 
-def _total(engine: FedMLEngine, way: str) -> int:
+def _total(engine: FedMLDeployment, way: str) -> int:
     """Count bytes to the server (``up``) or from it, whoever opened the connection."""
     other = {"up": "down", "down": "up"}[way]
     taps = {} if engine.wire is None else engine.wire.taps
