@@ -5,6 +5,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import cloudpickle
 import pytest
@@ -139,8 +141,13 @@ def ddp_worker(port, method, folder, rank):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     model = nn.parallel.DistributedDataParallel(trained(method))
     model(inputs() * (rank + 1)).square().mean().backward()
-    torch.save({k: p.grad for k, p in model.module.named_parameters()}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    written = Path(folder) / f"{rank}.part"
+    torch.save({k: p.grad for k, p in model.module.named_parameters()}, written)
+    written.rename(written.with_suffix(".pt"))
+    while not (Path(folder) / f"{1 - rank}.pt").exists():
+        time.sleep(0.01)
+    # gloo's threads end the process with an abort now and then, if the other side is gone first.
+    os._exit(0)
 
 
 @pytest.mark.parametrize("method", ["fedpara", "pfedpara"])
