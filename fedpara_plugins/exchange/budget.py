@@ -1,0 +1,47 @@
+"""The bytes that one message may make its receiver allocate, shared by all of its records."""
+
+from __future__ import annotations
+
+from fedpara_plugins.errors import PayloadError
+
+__all__ = ["MessageBudget"]
+
+SLACK = 4 * 2**20
+"""Bytes that the tensors of a message may have beyond a multiple of the model: small models have
+headers, counters and an app's own values that are larger than themselves."""
+
+
+class MessageBudget:
+    """What the tensors of one message may take, all records together.
+
+    The tensors may have ``parts`` times the model's bytes, and 4 MiB. Decoding needs as much again
+    as the largest record, so that a message takes at most three times the receiver's own model and
+    16 MiB with the default.
+
+    Args:
+        model_bytes: of the receiver's own model, or of what the receiver has sent.
+        parts: states of the model's size that a message may hold: the model, and an optimizer's
+            variates beside it.
+    """
+
+    def __init__(self, model_bytes: int, *, parts: int = 2) -> None:
+        self._limit = parts * model_bytes + SLACK
+        self._spent = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes that the tensors of the next record may have."""
+        return max(self._limit - self._spent, 0)
+
+    def spend(self, size: int) -> None:
+        """Take the bytes of a decoded record off.
+
+        Raises:
+            PayloadError: more than were left.
+        """
+        self._spent += size
+        if self._spent > self._limit:
+            raise PayloadError(
+                f"fedpara: the message holds tensors of {self._spent} bytes and more, and this "
+                f"side's own model allows {self._limit}"
+            )
