@@ -1,8 +1,8 @@
 """The steps that every adapter takes with a message, on either side, whatever the framework.
 
 - On a client, `ClientRound` decodes a message, returns the tensors for the user's code, decides
-  which tensors of the reply may leave the device (in `outgoing.py` alone), encodes these, and
-  keeps the others in `ClientState`.
+  which tensors of the reply may leave the device (in `outgoing.py` alone, by `OwnModels`), encodes
+  these, and keeps the others in `ClientState`.
 - On a server, `DownlinkEncoder` encodes messages for each client, `ReplyReader` decodes, checks
   and completes replies, and `RunAccounting` counts both.
 
@@ -24,6 +24,7 @@ from fedpara_plugins.exchange.dense_round import (
 )
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
 from fedpara_plugins.exchange.incoming import ReceivedRecord
+from fedpara_plugins.exchange.own_models import OwnModel, OwnModels
 from fedpara_plugins.exchange.plain_values import pack_plain, unpack_plain
 from fedpara_plugins.exchange.records import RecordKind, cast, plain_spec
 from fedpara_plugins.exchange.reply_reader import ReplyReader
@@ -37,6 +38,8 @@ __all__ = [
     "DenseRound",
     "DownlinkEncoder",
     "ExchangeSettings",
+    "OwnModel",
+    "OwnModels",
     "ReceivedRecord",
     "RecordKind",
     "ReplyReader",
