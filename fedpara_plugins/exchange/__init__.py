@@ -26,6 +26,7 @@ from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
 from fedpara_plugins.exchange.incoming import ReceivedRecord
 from fedpara_plugins.exchange.own_models import OwnModel, OwnModels
 from fedpara_plugins.exchange.plain_values import pack_plain, unpack_plain
+from fedpara_plugins.exchange.private_options import has_private_half
 from fedpara_plugins.exchange.records import RecordKind, cast, plain_spec
 from fedpara_plugins.exchange.reply_reader import ReplyReader
 from fedpara_plugins.exchange.server_model import server_state, zero_private_factors
@@ -48,6 +49,7 @@ __all__ = [
     "cast",
     "codecs_in_words",
     "converted_copy",
+    "has_private_half",
     "log_idle_options",
     "pack_plain",
     "plain_spec",

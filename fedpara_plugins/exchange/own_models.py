@@ -150,7 +150,9 @@ class OwnModels:
         described = _split(theirs)
         for mine in self.specs:
             own = _split(mine)
-            if any(own[name] != described[name] for name in own.keys() & described.keys()):
+            common = own.keys() & described.keys()
+            # A model of which something is private is described as it is, and not in part.
+            if any(own[k] != described[k] for k in common) or (common and mine.private_keys):
                 mine.check_equal(theirs, here=HERE, there=THERE)
         check_options(theirs, self._config)
         return theirs

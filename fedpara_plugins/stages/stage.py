@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from fedpara_plugins.errors import ConfigError, PayloadError
+from fedpara_plugins.errors import ConfigError, PayloadError, TooLargeError
 from fedpara_plugins.stages.dtypes import (
     DTYPES,
     REAL_DTYPES,

@@ -17,6 +17,7 @@ from fedpara_plugins.models import save_dense
 from fedpara_plugins.references import LostReferenceError
 from fedpara_plugins.support import Storage
 from fedpara_plugins_flower.client.arrival import Arrival
+from fedpara_plugins_flower.client.options import check_plain_message, client_settings
 from fedpara_plugins_flower.client.storage import client_state, client_storage
 from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.logs import show_core_logs
@@ -61,7 +62,10 @@ def client_mod(message: Message, context: Context, call_next: App) -> Message:
 def client_mod_with(**options: Any) -> Mod:
     """Return `client_mod` with options set in Python, for ``run_simulation`` without a config.
 
-    Where the run's config has the same option, that one wins. Give the server the same ones:
+    Where the run's config has the same option, that one wins, but for what keeps values on the
+    device: the run can add to ``private`` and take nothing away, a method without a private half
+    is refused where this one has one, and ``state_dir`` and ``client_checkpoints`` stay as they
+    are here. Give the server the same options:
     ``fedpara.server_app(app, method="fedpara", gamma=0.1)``.
 
     Args:
@@ -85,13 +89,14 @@ def _run(message: Message, context: Context, call_next: App, options: Mapping[st
 def _begin(
     message: Message, context: Context, call_next: App, options: Mapping[str, Any]
 ) -> Message:
-    settings = FlowerSettings.from_run_config(context.run_config, options)
+    settings = client_settings(context, options)
     if not settings.active and _carries_payload(message):
         raise ConfigError(
             "the server has a method or codec on, and this client has method and codec none. Give "
             "both sides the same fedpara options"
         )
     if not settings.active or not message.has_content():
+        check_plain_message(message, context, settings.state_dir)
         with open_run(Run(settings, side="client")):
             return call_next(message, context)
     secagg.check_settings(message, settings)
