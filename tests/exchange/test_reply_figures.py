@@ -37,7 +37,7 @@ def test_figures_are_finite():
         "metrics", {"loss": 1.5, "n": 10**400, "text": "nan", "list": [1.0, 2.0], "b": b""}
     )
     for value in (NAN, INF, [1.0, NAN], -INF):
-        with pytest.raises(PayloadError, match="'metrics' .* as 'loss'"):
+        with pytest.raises(PayloadError, match=r"'metrics' .* as 'loss'"):
             check_figures("metrics", {"ok": 1, "loss": value})
 
 

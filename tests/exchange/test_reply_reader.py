@@ -206,7 +206,7 @@ def test_the_first_weights_bring_their_own_description(pair, helpers):
     with pytest.raises(PayloadError, match="NaN"):
         reader.read_first("parameters", payload_of(diverged, model=pair.spec.to_json()))
     absurd = {**pair.shared, "0.x1": torch.full_like(pair.shared["0.x1"], 1e38)}
-    with pytest.raises(PayloadError, match="'0.weight' are too large"):
+    with pytest.raises(PayloadError, match=r"'0\.weight' are too large"):
         reader.read_first("parameters", payload_of(absurd, model=pair.spec.to_json()))
     short = {**pair.shared, "0.x1": pair.shared["0.x1"][1:]}
     with pytest.raises(PayloadError, match="do not fit their own description"):
@@ -226,5 +226,6 @@ def test_whatever_is_raised_becomes_the_replys_own_reason(error):
     reason = reason_of(error)
     assert isinstance(reason, PayloadError)
     assert type(error).__name__ in str(reason)
-    assert str(reason).isprintable() and len(str(reason)) < 2200
+    assert str(reason).isprintable()
+    assert len(str(reason)) < 500
     assert reason_of(reason) is reason
