@@ -24,11 +24,13 @@ from fedpara_plugins.exchange.dense_round import (
 )
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
 from fedpara_plugins.exchange.incoming import ReceivedRecord
+from fedpara_plugins.exchange.outliers import Outliers
 from fedpara_plugins.exchange.own_models import OwnModel, OwnModels
 from fedpara_plugins.exchange.plain_values import pack_plain, unpack_plain
 from fedpara_plugins.exchange.private_options import has_private_half
 from fedpara_plugins.exchange.records import RecordKind, cast, plain_spec
-from fedpara_plugins.exchange.reply_reader import ReplyReader
+from fedpara_plugins.exchange.reply_figures import check_figures, check_hashes, examples_of
+from fedpara_plugins.exchange.reply_reader import ReadRecord, ReplyReader, reason_of
 from fedpara_plugins.exchange.server_model import server_state, zero_private_factors
 from fedpara_plugins.exchange.settings import ExchangeSettings, codecs_in_words, to_number
 from fedpara_plugins.exchange.sizes import Size
@@ -39,20 +41,26 @@ __all__ = [
     "DenseRound",
     "DownlinkEncoder",
     "ExchangeSettings",
+    "Outliers",
     "OwnModel",
     "OwnModels",
+    "ReadRecord",
     "ReceivedRecord",
     "RecordKind",
     "ReplyReader",
     "RunAccounting",
     "Size",
     "cast",
+    "check_figures",
+    "check_hashes",
     "codecs_in_words",
     "converted_copy",
+    "examples_of",
     "has_private_half",
     "log_idle_options",
     "pack_plain",
     "plain_spec",
+    "reason_of",
     "refuse_in_factor_space",
     "server_state",
     "to_number",

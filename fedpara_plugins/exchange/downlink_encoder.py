@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fedpara_plugins.codecs import Codec, reference_hash
 from fedpara_plugins.exchange.headers import header_extra
+from fedpara_plugins.exchange.outliers import update_norm
 from fedpara_plugins.exchange.records import State
 from fedpara_plugins.exchange.settings import ExchangeSettings
 from fedpara_plugins.exchange.sizes import Size, size_of
@@ -45,6 +46,7 @@ class DownlinkEncoder:
         self._decoders: dict[str, tuple[str, ...]] = {}
         self._announced: set[str] = set()
         self._told: Counter[str] = Counter()
+        self._norms: dict[str, tuple[str, float]] = {}
 
     # Sending
 
@@ -85,6 +87,15 @@ class DownlinkEncoder:
         """Return the names of a record that are sent, in order."""
         known = self._contents[record]
         return tuple(shared_tensors(known.spec, known.full))
+
+    def norm(self, record: str) -> float:
+        """Return the norm of what is sent under a name, computed once for each content."""
+        known = self._contents[record]
+        digest, norm = self._norms.get(record, ("", 0.0))
+        if digest != known.hash:
+            norm = update_norm(shared_tensors(known.spec, known.full))
+            self._norms[record] = known.hash, norm
+        return norm
 
     def encode(self, client: str, record: str) -> bytes:
         """Return the payload of a record for one client.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, TypeAlias
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.models.spec import ModelSpec
 
-__all__ = ["KindOf", "RecordKind", "State", "cast", "check_finite", "plain_spec"]
+__all__ = ["KindOf", "RecordKind", "State", "cast", "check_finite", "in_pieces", "plain_spec"]
 
 State: TypeAlias = dict[str, Tensor]
 """Named tensors."""
@@ -23,6 +23,10 @@ difference already, such as the change of a variate."""
 
 KindOf = Callable[[str], RecordKind]
 """The kind of a record, from its name."""
+
+
+PIECE = 2**18
+"""Values of a tensor that a check takes at a time."""
 
 
 def plain_spec(names: Iterable[str]) -> ModelSpec:
@@ -53,3 +57,14 @@ def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     if not dtype.is_floating_point and value.is_floating_point():
         value = value.round()
     return value.to(dtype)
+
+
+def in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield tensors of one shape flat, some values at a time, so that a check makes no large copy.
+
+    Args:
+        tensors: of one shape, contiguous.
+    """
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    for first in range(0, flat[0].numel(), PIECE):
+        yield tuple(each[first : first + PIECE] for each in flat)

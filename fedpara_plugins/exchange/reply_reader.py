@@ -1,28 +1,56 @@
-"""A client's reply on the server: decoded, checked and completed, record by record.
+"""The gate for clients' replies: each is decoded, checked and completed, or left out.
 
-All checks of a reply happen here, before a strategy or a rule sees it.
+Every reply of every adapter passes here before a strategy, a rule or an average sees it. What can
+be wrong with one reply is that reply's alone: `reason_of` turns whatever was raised while it was
+read into the reason for which it is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from fedpara_plugins.codecs import DecodedPayload, decode_payload
-from fedpara_plugins.errors import MismatchError
+from fedpara_plugins.errors import FedParaError, MismatchError, PayloadError
+from fedpara_plugins.exchange.budget import MessageBudget
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
 from fedpara_plugins.exchange.headers import blind_limit, spec_of
-from fedpara_plugins.exchange.records import KindOf, State, check_finite, plain_spec
+from fedpara_plugins.exchange.outliers import update_norm
+from fedpara_plugins.exchange.records import KindOf, State, plain_spec
+from fedpara_plugins.exchange.reply_checks import (
+    check_composed,
+    check_first,
+    check_own,
+    check_side,
+    in_sent_dtypes,
+)
 from fedpara_plugins.exchange.sizes import Size, size_of, tensor_bytes
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.references import shared_tensors
+from fedpara_plugins.references import same_layout, shared_tensors
+from fedpara_plugins.text import shortened
 
-__all__ = ["ReadRecord", "ReplyReader"]
+__all__ = ["ReadRecord", "ReplyReader", "reason_of"]
 
-SLACK = 1_000_000
-"""Bytes that a reply may have beyond twice the model."""
+MORE_RECORDS = 4
+"""Records that a reply may have beyond as many as the server sends."""
+
+LONGEST_REASON = 300
+"""Characters of an unknown error that are repeated."""
+
+
+def reason_of(error: Exception) -> FedParaError:
+    """Return why one reply is left out, whatever was raised while it was read.
+
+    Args:
+        error: of this project, or one that nobody has thought of.
+    """
+    if isinstance(error, FedParaError):
+        return error
+    text = shortened(str(error), LONGEST_REASON)
+    return PayloadError(f"it cannot be read: {type(error).__name__}: {text}".removesuffix(": "))
 
 
 @dataclass(frozen=True)
@@ -32,21 +60,32 @@ class ReadRecord:
     Attributes:
         shared: what the client has sent.
         state: the same, completed with the server's own private names if it is a whole model.
+        norm: of the update, if the record is a model that was sent; else None.
+        size: norm of what was sent, with the same condition.
     """
 
     shared: State
     state: State
+    norm: float | None = None
+    size: float | None = None
 
 
 class ReplyReader:
     """Reads one client's reply.
 
+    A record of kind ``model`` whose name was sent holds the names that were sent, or some of them
+    unless ``strict``, with their shapes, in dtypes that cast to theirs. Its values are finite where
+    those sent are, after that cast and in every composed weight. A record beside the model has to
+    be asked for, and holds shared names of the model. Any other record is an app's own: it is
+    bounded, finite, and holds nothing private. All records share one budget of bytes.
+
     Args:
         sent: what the server sends; a record is compared with what was sent under its name.
         kind_of: returns the kind of a record, given its name.
         model_of: the model whose dense size the tensors of a side record are compared with.
-        strict: whether a model's record must hold the very names that were sent. Otherwise a
-            record of other names is left as it is.
+        strict: whether a model's record must hold all names that were sent.
+        asked: the records beside the model that the server has asked for.
+        own: whether the reply may hold records of an app's own.
 
     Attributes:
         size: of everything that was decoded, refused records included.
@@ -59,12 +98,37 @@ class ReplyReader:
         kind_of: KindOf,
         model_of: Callable[[Mapping[str, Tensor]], ModelSpec | None],
         strict: bool,
+        asked: Collection[str] = (),
+        own: bool = True,
     ) -> None:
         self.size = Size()
         self._sent = sent
         self._kind_of = kind_of
         self._model_of = model_of
         self._strict = strict
+        self._asked = frozenset(asked)
+        self._own = own
+
+    @cached_property
+    def budget(self) -> MessageBudget:
+        """What all records of the reply may take, together."""
+        sizes = [tensor_bytes(self._sent.content(name)) for name in self._sent.records]
+        return MessageBudget(max(sizes, default=0), parts=max(2, len(sizes)))
+
+    def read_all(self, payloads: Mapping[str, bytes]) -> dict[str, ReadRecord]:
+        """Read the records of a reply.
+
+        Args:
+            payloads: the bytes of each record, by its name.
+
+        Raises:
+            MismatchError: see `read`.
+            PayloadError: see `read`; or too many records.
+        """
+        most = len(self._sent.records) + MORE_RECORDS
+        if len(payloads) > most:
+            raise PayloadError(f"the reply holds {len(payloads)} records, at most {most} are taken")
+        return {name: self.read(name, payload) for name, payload in payloads.items()}
 
     def read(self, record: str, payload: bytes) -> ReadRecord:
         """Read a record that answers what the server has sent.
@@ -74,14 +138,25 @@ class ReplyReader:
             payload: its bytes.
 
         Raises:
-            MismatchError: other names or shapes than those sent.
+            MismatchError: names, shapes or dtypes do not fit those sent, or the record was not
+                asked for.
             PayloadError: damaged, too large, or with NaN or infinity.
         """
-        shared = self._decoded(record, payload, self._limit(record)).tensors
-        return ReadRecord(shared, self.completed(record, shared))
+        kind = self._kind_of(record)
+        if kind != "model" and record not in self._asked:
+            raise MismatchError(f"the client answers with a record {record[:80]!r} unasked")
+        shared = self._decoded(record, payload, self.budget.left).tensors
+        self.budget.spend(tensor_bytes(shared))
+        if kind != "model":
+            return self._read_side(record, shared)
+        if self._sent.has_record(record):
+            return self._read_model(record, shared)
+        return self._read_own(record, shared)
 
     def read_first(self, record: str, payload: bytes) -> tuple[ModelSpec, State]:
         """Read the model that a client starts the run with; the server may have built none.
+
+        Only for an answer that the server asked for: nothing but its own size bounds it.
 
         Returns:
             The model that the client describes, and its shared state.
@@ -91,7 +166,9 @@ class ReplyReader:
         """
         limit = blind_limit(payload)
         decoded = self._decoded(record, payload, limit)
-        return spec_of(decoded.header, decoded.tensors, limit=limit), decoded.tensors
+        spec = spec_of(decoded.header, decoded.tensors, limit=limit)
+        check_first(spec, decoded.tensors)
+        return spec, decoded.tensors
 
     def completed(self, record: str, shared: State) -> State:
         """Return a complete state, with private names filled from the server's own state.
@@ -100,50 +177,76 @@ class ReplyReader:
 
         Args:
             record: its name; what was never sent under that name stays as it is.
-            shared: what a client answers.
-
-        Raises:
-            MismatchError: a tensor has another shape than the one of its name that was sent, or
-                other names came and the reader is strict.
+            shared: what a client answers, after all checks: all shared names, or some of them.
         """
         if not self._sent.has_record(record):
             return shared
-        full = self._sent.content(record)
-        _check_shapes(shared, full)
-        unlike = sorted(set(self._sent.shared_names(record)) ^ shared.keys())
-        if not unlike:
-            return {key: shared.get(key, value) for key, value in full.items()}
-        if self._strict and self._kind_of(record) == "model":
+        if len(shared) < len(self._sent.shared_names(record)):
+            return shared
+        return {key: shared.get(key, value) for key, value in self._sent.content(record).items()}
+
+    def received(self, record: str, reference: str) -> State | None:
+        """Return what a client says it has received of a model; None if no codec lost any of it.
+
+        Args:
+            record: the model's name.
+            reference: the hash that the client names.
+
+        Raises:
+            MismatchError: the hash is that of something else.
+        """
+        found = self._sent.references.get(reference)
+        if found is None or not self._sent.has_record(record):
+            return None
+        content = self._sent.content(record)
+        if not same_layout(found, {key: content[key] for key in self._sent.shared_names(record)}):
+            raise MismatchError(f"the client names a state that is none of the record {record!r}")
+        return found
+
+    # One kind of record
+
+    def _read_model(self, record: str, shared: State) -> ReadRecord:
+        full, names = self._sent.content(record), self._sent.shared_names(record)
+        self._check_names(shared, names, self._sent.spec(record).private_keys)
+        shared = in_sent_dtypes({key: shared[key] for key in names if key in shared}, full)
+        check_composed(self._sent.spec(record), shared, full)
+        sent = {key: full[key] for key in shared}
+        state = self.completed(record, shared)
+        return ReadRecord(shared, state, update_norm(shared, sent), self._sent.norm(record))
+
+    def _check_names(self, shared: State, names: Collection[str], private: Collection[str]) -> None:
+        unlike = sorted({*shared} ^ {*names} if self._strict else {*shared} - {*names})
+        if unlike or not shared:
+            hint = "; private names stay on the client" if {*unlike} & {*private} else ""
             raise MismatchError(
                 f"the client answers with other names than this server sent: {unlike[:5]} "
-                f"({len(unlike)} differ); build the same model on both sides"
+                f"({len(unlike)} differ){hint}; build the same model on both sides"
             )
-        return shared
+
+    def _read_side(self, record: str, shared: State) -> ReadRecord:
+        for name in self._sent.records:
+            if self._kind_of(name) == "model":
+                full, names = self._sent.content(name), self._sent.shared_names(name)
+                check_side(record, shared, full, names)
+                return ReadRecord(shared, shared)
+        raise MismatchError(f"record {record[:80]!r} belongs to a model, and none was sent")
+
+    def _read_own(self, record: str, shared: State) -> ReadRecord:
+        if not self._own:
+            raise MismatchError(f"the client answers with a record {record[:80]!r} unasked")
+        specs = [self._sent.spec(name) for name in self._sent.records]
+        private = {key for spec in specs for key in spec.private_keys}
+        like = max((len(self._sent.content(name)) for name in self._sent.records), default=0)
+        check_own(record, shared, like=like, private=private)
+        return ReadRecord(shared, shared)
 
     def _decoded(self, record: str, payload: bytes, limit: int) -> DecodedPayload:
         decoded = decode_payload(payload, references=self._sent.references, limit=limit)
         self.size += self._size(record, decoded.tensors)
-        check_finite(decoded.tensors)
         return decoded
-
-    def _limit(self, record: str) -> int:
-        """Return the bytes that a record may decode to: those of a model, with some slack."""
-        names = [record] if self._sent.has_record(record) else self._sent.records
-        largest = max((tensor_bytes(self._sent.content(name)) for name in names), default=0)
-        return 2 * largest + SLACK
 
     def _size(self, record: str, tensors: State) -> Size:
         spec = self._sent.spec(record) if self._sent.has_record(record) else plain_spec(tensors)
         if self._kind_of(record) != "model":
             spec = self._model_of(tensors) or spec
         return size_of(shared_tensors(spec, tensors), spec)
-
-
-def _check_shapes(answer: State, sent: State) -> None:
-    """Raise for a tensor of another shape, which no average accepts: the round would end."""
-    for key, value in answer.items():
-        if key in sent and value.shape != sent[key].shape:
-            raise MismatchError(
-                f"the client answers with {key!r} of shape {tuple(value.shape)}, this server sent "
-                f"it with shape {tuple(sent[key].shape)}; build the same model on both sides"
-            )

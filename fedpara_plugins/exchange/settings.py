@@ -16,6 +16,7 @@ __all__ = ["ExchangeSettings", "codecs_in_words", "to_number"]
 
 PATH_OPTIONS = ("ledger", "checkpoint", "client_checkpoints", "state_dir")
 REFERENCES = ("client", "grid")
+OUTLIERS = ("warn", "leave_out", "ignore")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class ExchangeSettings:
         references: what a downlink is coded against: ``client``, what that very client holds, or
             ``grid``, a version that all clients share (`fedpara_plugins.references`).
         reference_memory: MiB of references that the server keeps in memory; the rest is on disk.
+        outliers: what happens to an update that is far outside of what the other clients of its
+            round sent (`exchange.outliers`): ``warn`` names it in the log, ``leave_out`` leaves it
+            out too, ``ignore`` does neither.
     """
 
     config: FedParaConfig
@@ -46,8 +50,13 @@ class ExchangeSettings:
     state_dir: Path | None = None
     references: str = "client"
     reference_memory: float = 256
+    outliers: str = "warn"
 
     def __post_init__(self) -> None:
+        if self.outliers not in OUTLIERS:
+            raise ConfigError(
+                f"option 'outliers': expected one of {', '.join(OUTLIERS)}, got {self.outliers!r}"
+            )
         if self.references not in REFERENCES:
             raise ConfigError(
                 f"option 'references': expected one of {', '.join(REFERENCES)}, got "
@@ -72,6 +81,7 @@ class ExchangeSettings:
         paths = {name: str(section.pop(name, None) or "") for name in PATH_OPTIONS}
         references = str(section.pop("references", "")) or "client"
         memory = to_number("reference_memory", section.pop("reference_memory", ""))
+        outliers = str(section.pop("outliers", "")).replace("-", "_") or "warn"
         config = FedParaConfig.from_mapping(section)
         section.clear()
         method_named(config.method)
@@ -81,6 +91,7 @@ class ExchangeSettings:
             "downlink": _downlink(parse_codec(config.downlink_codec or config.codec)),
             "references": references,
             "reference_memory": 256 if memory is None else memory,
+            "outliers": outliers,
             **{name: _to_path(name, path) for name, path in paths.items()},
         }
 

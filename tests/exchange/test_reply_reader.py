@@ -7,7 +7,7 @@ import torch
 
 from fedpara_plugins import MismatchError, ModelSpec, PayloadError
 from fedpara_plugins.codecs import encode_payload, parse_codec
-from fedpara_plugins.exchange import DownlinkEncoder, plain_spec
+from fedpara_plugins.exchange import DownlinkEncoder, plain_spec, reason_of
 
 NONE = parse_codec("none")
 
@@ -36,7 +36,8 @@ def test_a_reply_is_completed_by_what_the_server_has(pair, helpers):
         (lambda s: {**s, "2.bias": torch.zeros(4)}, r"'2.bias' of shape \(4,\), this server sent"),
         (lambda s: {k: v for k, v in s.items() if k != "2.bias"}, r"other names .*'2.bias'"),
         (lambda s: {**s, "more": torch.zeros(1)}, r"other names .*'more'"),
-        (lambda s: {**s, "0.x2": torch.zeros(40, 9)}, r"'0.x2' of shape"),
+        (lambda s: {**s, "0.x2": torch.zeros(40, 9)}, r"other names .*'0.x2'.* private names stay"),
+        (lambda s: {}, "other names"),
     ],
 )
 def test_names_and_shapes_are_those_that_were_sent(pair, change, words):
@@ -49,12 +50,18 @@ def test_a_private_name_is_no_shared_one(pair):
         pair.reader().read("model", payload_of(pair.state))
 
 
-def test_other_names_can_be_left_to_the_strategy(pair):
-    part = {"2.bias": torch.ones(5), "more": torch.zeros(1)}
+def test_a_part_of_the_names_can_be_left_to_the_strategy(pair):
+    part = {"2.bias": torch.ones(5)}
     read = pair.reader(strict=False).read("model", payload_of(part))
     assert set(read.state) == set(part)
-    with pytest.raises(MismatchError, match=r"shape \(4,\)"):
-        pair.reader(strict=False).read("model", payload_of({"2.bias": torch.ones(4)}))
+    for wrong, words in (
+        ({**part, "more": torch.zeros(1)}, "'more'"),
+        ({"2.bias": torch.ones(4)}, r"shape \(4,\)"),
+        ({**part, "0.x2": pair.state["0.x2"]}, "'0.x2'.* private names stay"),
+        ({}, "other names"),
+    ):
+        with pytest.raises(MismatchError, match=words):
+            pair.reader(strict=False).read("model", payload_of(wrong))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -76,14 +83,25 @@ def test_one_damaged_reply_is_nobody_elses(pair):
     assert pair.reader().read("model", sound).state.keys() == pair.state.keys()
 
 
-def test_a_reply_may_be_as_large_as_the_model_and_no_more(pair):
+def test_a_reply_may_have_two_models_and_four_mib_with_all_its_records(pair):
+    most = 2 * sum(v.numel() * v.element_size() for v in pair.state.values()) + 4 * 2**20
+    with pytest.raises(PayloadError, match="limit"):
+        pair.reader().read("model", payload_of({"2.bias": torch.zeros(most // 4 + 1)}))
+    with pytest.raises(PayloadError, match="limit"):
+        pair.reader().read("unknown", payload_of({"a": torch.zeros(most // 4 + 1)}))
+    half = payload_of({"a": torch.zeros(most // 8)})
     reader = pair.reader()
-    largest = 2 * sum(v.numel() * v.element_size() for v in pair.state.values()) + 1_000_000
+    reader.read_all({"one": half, "two": half})
+    assert reader.budget.left < 4
     with pytest.raises(PayloadError, match="limit"):
-        reader.read("model", payload_of({"2.bias": torch.zeros(largest // 4 + 1)}))
-    with pytest.raises(PayloadError, match="limit"):
-        reader.read("unknown", payload_of({"a": torch.zeros(largest // 4 + 1)}))
-    reader.read("unknown", payload_of({"a": torch.zeros(largest // 4)}))
+        reader.read("three", payload_of({"a": torch.zeros(2)}))
+
+
+def test_a_reply_may_have_four_records_more_than_the_message(pair):
+    small = payload_of({"a": torch.zeros(1)})
+    pair.reader().read_all({f"r{n}": small for n in range(5)})
+    with pytest.raises(PayloadError, match="holds 6 records"):
+        pair.reader().read_all({f"r{n}": small for n in range(6)})
 
 
 def test_a_delta_is_read_against_what_the_client_received(helpers):
@@ -107,30 +125,67 @@ def test_sizes_are_those_of_the_shared_part_and_of_the_dense_model(pair):
     dense = pair.spec.dense_state(pair.state)
     assert (reader.size.tensors, reader.size.raw) == (len(pair.shared), raw)
     assert reader.size.dense == sum(v.numel() * v.element_size() for v in dense.values())
-    before = reader.size
     # An optimizer's tensors stand for as much of the dense model as the factors they belong to.
+    reader = pair.reader(asked={"change"})
     reader.read("change", payload_of({k: pair.shared[k] for k in ("0.x1", "0.y1")}))
-    assert reader.size.dense - before.dense == 4 * 48 * 40
-    plain = pair.reader(model_of=lambda tensors: None)
+    assert reader.size.dense == 4 * 48 * 40
+    plain = pair.reader(model_of=lambda tensors: None, asked={"change"})
     plain.read("change", payload_of({"0.x1": pair.shared["0.x1"]}))
     assert plain.size.dense == plain.size.raw
 
 
 def test_private_values_in_a_reply_are_not_counted(pair):
     reader = pair.reader(strict=False)
-    reader.read("model", payload_of(pair.state))
+    with pytest.raises(MismatchError):
+        reader.read("model", payload_of(pair.state))
     assert reader.size.tensors == len(pair.shared)
 
 
-def test_a_side_record_is_compared_with_what_was_sent_under_its_name_alone(pair):
-    pair.encoder.put("variate", pair.shared, plain_spec(pair.shared))
+def test_a_side_record_has_to_be_asked_for_and_has_names_and_shapes_of_the_model(pair):
     part = {"2.bias": torch.ones(5)}
-    assert set(pair.reader().read("variate", payload_of(part)).state) == {"2.bias"}
-    assert set(pair.reader().read("change", payload_of({"2.bias": torch.ones(9)})).state) == set(
-        part
-    )
-    with pytest.raises(MismatchError, match=r"shape \(9,\)"):
-        pair.reader().read("variate", payload_of({"2.bias": torch.ones(9)}))
+    reader = pair.reader(asked={"change"})
+    assert set(reader.read("change", payload_of(part)).state) == {"2.bias"}
+    for record, tensors, words in (
+        ("variate", part, "record 'variate' unasked"),
+        ("change", {"2.bias": torch.ones(9)}, r"shape \(9,\)"),
+        ("change", {"more": torch.ones(1)}, "'more', which is no shared name"),
+        ("change", {"0.x2": pair.state["0.x2"]}, "'0.x2', which is no shared name"),
+        ("change", {"2.bias": torch.ones(5, dtype=torch.complex64)}, "complex64"),
+        ("change", {"2.bias": torch.ones(5, dtype=torch.int64)}, "int64"),
+        ("change", {"2.bias": torch.full((5,), 1e300, dtype=torch.float64)}, "infinite"),
+        ("change", {"2.bias": torch.full((5,), float("nan"))}, "NaN"),
+    ):
+        with pytest.raises(PayloadError, match=words):
+            reader.read(record, payload_of(tensors))
+
+
+def test_a_record_of_an_apps_own_is_finite_bounded_and_holds_nothing_private(pair):
+    own = {"counts": torch.arange(4), "noise": torch.randn(3, dtype=torch.complex64)}
+    assert set(pair.reader().read("own", payload_of(own)).state) == set(own)
+    for tensors, words in (
+        ({"a": torch.tensor([1.0, float("inf")])}, "NaN or infinite"),
+        ({"a": torch.tensor([complex(0, float("nan"))])}, "NaN or infinite"),
+        ({"a": torch.tensor([float("nan")]).to(torch.float8_e5m2)}, "NaN or infinite"),
+        ({f"t{n}": torch.zeros(1) for n in range(300)}, "holds 300 tensors"),
+        ({"0.x2": pair.state["0.x2"]}, "'0.x2', which is private"),
+    ):
+        with pytest.raises(PayloadError, match=words):
+            pair.reader().read("own", payload_of(tensors))
+    with pytest.raises(MismatchError, match="'own' unasked"):
+        pair.reader(own=False).read("own", payload_of(own))
+
+
+def test_a_client_names_what_it_has_received_by_hash(helpers):
+    pair = helpers.Pair(codec="int8")
+    client_round = pair.received()
+    held = client_round.received_hashes["model"]
+    assert pair.reader().received("model", held).keys() == pair.shared.keys()
+    assert pair.reader().received("model", "0" * 64) is None
+    pair.encoder.put("variate", {"2.bias": torch.ones(5)}, plain_spec(["2.bias"]))
+    pair.encoder.encode("7", "variate")
+    strange = next(h for h in pair.encoder.references if h != held)
+    with pytest.raises(MismatchError, match="none of the record 'model'"):
+        pair.reader().received("model", strange)
 
 
 def test_the_first_weights_bring_their_own_description(pair, helpers):
@@ -150,9 +205,27 @@ def test_the_first_weights_bring_their_own_description(pair, helpers):
     diverged = {**pair.shared, "2.bias": torch.full((5,), float("nan"))}
     with pytest.raises(PayloadError, match="NaN"):
         reader.read_first("parameters", payload_of(diverged, model=pair.spec.to_json()))
+    absurd = {**pair.shared, "0.x1": torch.full_like(pair.shared["0.x1"], 1e38)}
+    with pytest.raises(PayloadError, match=r"'0\.weight' are too large"):
+        reader.read_first("parameters", payload_of(absurd, model=pair.spec.to_json()))
+    short = {**pair.shared, "0.x1": pair.shared["0.x1"][1:]}
+    with pytest.raises(PayloadError, match="do not fit their own description"):
+        reader.read_first("parameters", payload_of(short, model=pair.spec.to_json()))
 
 
 def test_a_model_without_a_private_part_is_itself(helpers):
     pair = helpers.Pair("fedpara")
     assert isinstance(pair.spec, ModelSpec)
     assert tuple(pair.reader().read("model", payload_of(pair.state)).state) == pair.spec.keys
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), MemoryError(), RecursionError("deep"), ValueError("a\nb" * 5000)]
+)
+def test_whatever_is_raised_becomes_the_replys_own_reason(error):
+    reason = reason_of(error)
+    assert isinstance(reason, PayloadError)
+    assert type(error).__name__ in str(reason)
+    assert str(reason).isprintable()
+    assert len(str(reason)) < 500
+    assert reason_of(reason) is reason

@@ -72,6 +72,7 @@ class Run:
         on_evaluated: on a server with a ledger, called with a round and metrics of the model.
         on_start: on a server, hooks around each start of a strategy; see `strategy_hooks`.
         strategy: on a server, the strategy that was started last.
+        left_out: on a server, number of replies left out since the last aggregation.
     """
 
     settings: FlowerSettings
@@ -91,6 +92,7 @@ class Run:
     on_evaluated: Callable[[int, Mapping[str, float]], None] | None = None
     on_start: list[StartHook] = field(default_factory=list)
     strategy: object | None = None
+    left_out: int = 0
 
     @property
     def trains_dense(self) -> bool:

@@ -107,7 +107,7 @@ class Aggregation:
                     f"the aggregator returned {name!r} of shape {tuple(value.shape)}, expected "
                     f"{tuple(x[name].shape)}"
                 )
-            if value.is_floating_point() and not torch.isfinite(value).all():
+            if bool((~torch.isfinite(value) & torch.isfinite(x[name])).any()):
                 log.error(
                     "fedpara: this round's aggregate holds NaN or infinity in %r: the model stays "
                     "as it was", name,

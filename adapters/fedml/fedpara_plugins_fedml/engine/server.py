@@ -8,8 +8,17 @@ from typing import Any
 
 import torch
 
-from fedpara_plugins import MismatchError, ModelSpec, PayloadError
-from fedpara_plugins.exchange import DownlinkEncoder, ReplyReader, RunAccounting, Size, plain_spec
+from fedpara_plugins import FedParaError, MismatchError, ModelSpec, PayloadError
+from fedpara_plugins.exchange import (
+    DownlinkEncoder,
+    ReplyReader,
+    RunAccounting,
+    Size,
+    check_hashes,
+    examples_of,
+    plain_spec,
+    reason_of,
+)
 from fedpara_plugins.models import save_dense
 from fedpara_plugins.optimizers import trained_parameters
 from fedpara_plugins_fedml.engine.aggregation import Aggregation
@@ -71,6 +80,7 @@ class ServerEngine:
         self._aggregation = Aggregation(aggregator, args, self._spec)
         self._encoder = DownlinkEncoder(settings)
         self._replies = Replies(0, ())
+        self._purposes: dict[str, Purpose] = {}
         self._fresh = 0
         self._file = ServerFile(settings.state_dir)
         self._go_on()
@@ -120,6 +130,7 @@ class ServerEngine:
         self.round += 1
         self._args.round_idx = self.round - 1
         self._replies = Replies(self.round, clients)
+        self._purposes = {}
         self._fresh = 0
         self.rule.begin(self.round, self._x, self._replies.asked)
         self._put()
@@ -137,6 +148,7 @@ class ServerEngine:
             purpose: ``train``; ``prepare``, where the rule `prepares`; or ``evaluate``, which
                 hands out the model and asks for no answer.
         """
+        self._purposes[client] = purpose
         records = [MODEL, *self.rule.records()] if purpose == "train" else [MODEL]
         task = dict(self.rule.task(client))
         head = Head(round=self.round, purpose=purpose, task=task)
@@ -148,29 +160,32 @@ class ServerEngine:
         return data
 
     def receive(self, client: str, data: object) -> bool:
-        """Take a client's reply.
+        """Take a client's reply, whose sender is not trusted.
 
         Returns:
             False if the client has lost what the message was coded against, and did nothing: the
             next `message` for it will suit it.
 
         Raises:
-            ConfigError: the client says that the two sides are set up differently, or that an
-                option of its own is wrong: no round can succeed.
-            FedParaError: the reply cannot be used: `exclude` the client.
+            FedParaError: the reply cannot be used, whatever the reason: `exclude` the client. It is
+                a ConfigError if the client says that the two sides are set up differently, or that
+                an option of its own is wrong.
         """
         head, reader = Head(round=self.round), self._reader()
         try:
             envelope = unpack(data)
             head = Head.from_json(envelope.head)
-            if head.round != self.round:
-                raise MismatchError(f"a reply of round {head.round} in round {self.round}")
+            self._check(client, head)
             if head.lost:
                 self._encoder.note_refusal(client, head.has)
                 return False
             head.raise_error(client)
             self._take(client, head, reader, envelope)
             return True
+        except FedParaError:
+            raise
+        except Exception as error:  # whatever it is, it is this reply's alone
+            raise reason_of(error) from error
         finally:
             if isinstance(data, bytes):
                 self.accounting.message(
@@ -183,21 +198,32 @@ class ServerEngine:
             kind_of=lambda record: "model" if record == MODEL else "side",
             model_of=lambda tensors: self._spec,
             strict=True,
+            asked=self.rule.reply_records,
+            own=False,
         )
 
-    def _take(self, client: str, head: Head, reader: ReplyReader, envelope: Envelope) -> None:
+    def _check(self, client: str, head: Head) -> None:
+        """Raise unless a reply answers the message that this client was sent."""
+        if head.round != self.round:
+            raise MismatchError(f"a reply of round {head.round} in round {self.round}")
         self._replies.check_awaited(client)
-        records = {name: reader.read(name, data).state for name, data in envelope.payloads.items()}
-        if not 0 < head.examples < float("inf"):
-            raise PayloadError(f"the reply names {head.examples} training examples")
-        model = records.pop(MODEL, None)
+        asked = self._purposes.get(client)
+        if head.purpose != asked:
+            raise MismatchError(f"it answers to {head.purpose!r}, and was asked to {asked!r}")
+        records = len(self._encoder.records)
+        check_hashes(head.holds, head.has, head.decoders, records=records)
+
+    def _take(self, client: str, head: Head, reader: ReplyReader, envelope: Envelope) -> None:
+        examples = examples_of(head.examples)
+        read = reader.read_all(envelope.payloads)
+        model = read.pop(MODEL, None)
         if head.purpose == "train" and model is None:
             raise PayloadError("the reply holds no model")
-        state = self._x if model is None else model
-        received = self._encoder.references.get(head.holds.get(MODEL, ""))
-        self._replies.take(
-            ClientReply(client, head.examples, state, records, head.report, received)
-        )
+        state = self._x if model is None else model.state
+        records = {name: record.state for name, record in read.items()}
+        received = reader.received(MODEL, head.holds.get(MODEL, ""))
+        reply = ClientReply(client, examples, state, records, head.report, received)
+        self._replies.take(reply, model)
         self._fresh += head.fresh
         self._encoder.acknowledge(client, head.holds, head.decoders)
 
@@ -217,6 +243,7 @@ class ServerEngine:
         Raises:
             FedParaError: fewer usable answers than ``fedpara_min_clients``.
         """
+        self._replies.name_outliers(self.settings.outliers)
         replies = self._replies.enough(self.settings.min_clients)
         if self._fresh and self._spec.private_keys:
             log.info("fedpara: %d clients started from the seeded private factors", self._fresh)

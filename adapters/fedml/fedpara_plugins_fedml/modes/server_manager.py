@@ -180,8 +180,13 @@ class ServerManager:
         while self._waiting:
             event = self._endpoint.next()
             assert event is not None  # without a time limit
-            if event.kind == REPLY and self._waiting.get(event.number("silo")) == event.peer:
-                self._handle_reply(event.number("silo"), event)
+            silo = event.number("silo")
+            if event.kind == REPLY and self._waiting.get(silo) == event.peer:
+                self._handle_reply(silo, event)
+            elif event.kind == REPLY and silo not in silos:
+                self._leave_out(event.peer, f"its reply names the silo {silo}, which is not asked")
+            elif event.kind in FEDML_TYPES and event.peer in self._sessions:
+                self._leave_out(event.peer, f"it sends FedML's own message {event.kind}")
             else:
                 self._handle(event)
         mlops.event("server.wait", event_started=False, event_value=str(number))
@@ -190,6 +195,12 @@ class ServerManager:
         self._evaluation.after(number, silos)
         mlops.event("server.agg_and_eval", event_started=False, event_value=str(number))
         mlops.log_round_info(self._args.comm_round, number)
+
+    def _leave_out(self, peer: int, reason: str) -> None:
+        """Leave out all silos of a process whose message cannot be that of one of them."""
+        for silo in self._awaited_from(peer):
+            del self._waiting[silo]
+            self._engine.exclude(str(silo), reason)
 
     def _send_task(self, silo: int, peer: int) -> None:
         if peer not in self._alive:
@@ -215,8 +226,6 @@ class ServerManager:
                 self._send_task(silo, event.peer)
                 return
             raise FedParaError("it lost the reference of the message, twice")
-        except ConfigError:
-            raise
         except FedParaError as error:
             self._waiting.pop(silo, None)
             self._engine.exclude(name, error)

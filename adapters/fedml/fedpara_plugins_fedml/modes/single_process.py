@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from fedpara_plugins import ConfigError, FedParaError
+from fedpara_plugins import FedParaError
 from fedpara_plugins_fedml.engine.client import ClientEngine
 from fedpara_plugins_fedml.engine.server import ServerEngine
 from fedpara_plugins_fedml.logs import log
@@ -97,8 +97,6 @@ class SingleProcess:
                 if self.server.receive(name, reply):
                     return True
             raise FedParaError("it lost the reference of the message, twice")
-        except ConfigError:
-            raise
         except FedParaError as error:
             self.server.exclude(name, error)
             return False

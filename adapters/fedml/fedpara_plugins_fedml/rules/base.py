@@ -59,12 +59,14 @@ class Rule(ABC):
             (Mime's gradients). Only the single process offers that.
         trained: names of the parameters that are trained and shared, to which the rule applies; the
             engine sets it before the first round. All other names of the state are averaged.
+        reply_records: names of the records beside the model that clients are asked for.
         differs: how FedML's own single process computes otherwise, for the log; "" if it does not.
     """
 
     name: str = ""
     prepares: bool = False
     trained: frozenset[str] = frozenset()
+    reply_records: frozenset[str] = frozenset()
     differs: str = ""
 
     def begin(self, server_round: int, x: State, clients: Sequence[str]) -> None:  # noqa: B027

@@ -161,7 +161,7 @@ class DriftRule(Rule):
             )
         if reply.report["kept"] == 0:
             return "its training gave NaN or infinity"
-        if not finite([*reply.state.values(), *change.values()]):
+        if not finite([*(reply.state[name] for name in self.trained), *change.values()]):
             return "it holds NaN or infinity"
         if self.needs_change and change.keys() != self.trained:
             return "its variate's names are not those of its trained parameters"
@@ -180,6 +180,7 @@ class DriftRule(Rule):
 
 
 def _has_report(reply: ClientReply) -> bool:
-    """Return whether a reply has the report of a client that runs the algorithm."""
-    values = [reply.report.get(key) for key in ("since", "kept")]
-    return all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    """Return whether a reply has the sound report of a client that runs the algorithm."""
+    since, kept = (reply.report.get(key) for key in ("since", "kept"))
+    numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in (since, kept))
+    return numbers and since >= 0 and 0 <= kept <= 1  # type: ignore[operator]

@@ -12,7 +12,6 @@ gradients of 1: tau_i for plain SGD, the sums of the paper for momentum, and for
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +43,11 @@ from fedpara_plugins_fedml.rules.normaliser import Normaliser, check_sgd, counti
 from fedpara_plugins_fedml.rules.own_trainer import OwnTrainer
 
 __all__ = ["FedNova", "LocalFedNova", "SGDTrainer"]
+
+
+MOST_STEPS = 1e9
+"""Largest number of steps, and normaliser, that a client may report; with more, one report would
+make the average infinite."""
 
 
 class FedNova(Rule):
@@ -80,7 +84,9 @@ class FedNova(Rule):
                 step += self.gmf * self._buffer.get(name, torch.zeros_like(step))
             moves[name] = step
             new[name] = (old - step).to(x[name].dtype)
-        if self.gmf and finite(new.values()):  # else the engine keeps x, and the momentum stays
+        if self.gmf and finite(
+            new[name] for name in moves
+        ):  # else the engine keeps x, and the momentum stays
             self._buffer = moves
         return new
 
@@ -179,7 +185,7 @@ class SGDTrainer(OwnTrainer):
 def _report(reply: ClientReply) -> tuple[float, float] | None:
     """Return |a| and the number of steps; log and return None if the client reports neither."""
     found = [reply.report.get(key) for key in ("normaliser", "steps")]
-    values = [float(v) for v in found if isinstance(v, int | float) and math.isfinite(v) and v > 0]
+    values = [float(v) for v in found if isinstance(v, int | float) and 1e-6 <= v <= MOST_STEPS]
     if len(values) == len(found):
         return values[0], values[1]
     log.warning(

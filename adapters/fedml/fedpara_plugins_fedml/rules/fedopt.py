@@ -50,7 +50,7 @@ class FedOpt(Rule):
     def step(self, x: State, replies: Sequence[ClientReply], mean: Mean) -> State:
         """Return x after one step of the server's optimizer."""
         average = mean(replies)
-        if not finite(average.values()):
+        if not finite(average[name] for name in self.trained if name in average):
             return average  # the engine then keeps x; the optimizer's state must not change
         wide = {name: x[name].to(torch.float64) for name in x if name in self.trained}
         gradient = {name: value - average[name].to(torch.float64) for name, value in wide.items()}

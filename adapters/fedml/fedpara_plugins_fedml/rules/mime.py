@@ -49,6 +49,7 @@ class Mime(Rule):
     """
 
     name = "Mime"
+    reply_records = frozenset({GRADIENT})
     differs = "FedML takes the clients' full gradients a round late, summed and clipped"
 
     def __init__(self, base: BaseAlgorithm, *, lite: bool, weighting: str) -> None:

@@ -38,6 +38,7 @@ class Scaffold(DriftRule):
     name = "SCAFFOLD"
     differs = "FedML keeps every client's variate at zero and takes the last client's model alone"
     needs_change = True
+    reply_records = frozenset({CHANGE})
 
     def __init__(self, *, rate: float, option: Literal["I", "II"] = "II", **options: Any) -> None:
         super().__init__(**options)

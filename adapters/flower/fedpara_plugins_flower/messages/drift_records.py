@@ -7,11 +7,13 @@ arrays. None of them contains private names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedpara_plugins import PayloadError
 from fedpara_plugins_flower.messages.records import CHANGE, VARIATE
 
 __all__ = [
@@ -28,6 +30,9 @@ OPTIMIZER = "fedpara.optimizer"
 """Name of the record of the task and of the report."""
 
 UNKNOWN = -1
+
+LONGEST_NAME = 200
+MOST = 2.0**53
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,11 @@ class ClientReport:
 
     @classmethod
     def pop_from(cls, content: RecordDict) -> tuple[ClientReport, ArrayRecord | None] | None:
-        """Remove and return a reply's report and change; None if there is no report."""
+        """Remove and return a reply's report and change; None if there is no report.
+
+        Raises:
+            PayloadError: a value is missing, of another type, or out of range.
+        """
         record = content.get(OPTIMIZER)
         if not isinstance(record, ConfigRecord):
             return None
@@ -118,16 +127,27 @@ class ClientReport:
         change = content.get(CHANGE)
         if isinstance(change, ArrayRecord):
             del content[CHANGE]
-        names = record["names"]
-        report = cls(
-            client=str(record["client"]),
-            since=int(_number(record, "since")),
-            norm=_number(record, "norm"),
-            kept=_number(record, "kept"),
-            steps=int(_number(record, "steps")),
-            names=names if isinstance(names, bytes) else b"",
-        )
+        report = cls._checked(record)
         return report, change if isinstance(change, ArrayRecord) else None
+
+    @classmethod
+    def _checked(cls, record: ConfigRecord) -> ClientReport:
+        client, names = record.get("client"), record.get("names")
+        if not isinstance(client, str) or len(client) > LONGEST_NAME:
+            raise PayloadError(f"its report names the client {repr(client)[:80]}, expected text")
+        if not isinstance(names, bytes):
+            raise PayloadError(f"its report has {repr(names)[:80]} as its names, expected bytes")
+        kept = _reported(record, "kept", 1.0)
+        # A round that gave NaN has no norm.
+        norm = _reported(record, "norm", math.inf) if kept else 0.0
+        return cls(
+            client=client,
+            since=int(_reported(record, "since", MOST)),
+            norm=norm,
+            kept=kept,
+            steps=int(_reported(record, "steps", MOST)),
+            names=names,
+        )
 
 
 def to_bitmap(names: Collection[str], chosen: Collection[str]) -> bytes:
@@ -140,6 +160,16 @@ def from_bitmap(bitmap: bytes, names: Collection[str]) -> frozenset[str]:
     """Return the chosen names; the inverse of `to_bitmap`."""
     bits = int.from_bytes(bitmap, "little")
     return frozenset(name for place, name in enumerate(sorted(names)) if bits >> place & 1)
+
+
+def _reported(record: ConfigRecord, key: str, most: float) -> float:
+    value = record.get(key)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= most:  # type: ignore[operator]
+        raise PayloadError(
+            f"its report states {repr(value)[:80]} as {key!r}, expected a number from 0 to {most:g}"
+        )
+    return float(value)  # type: ignore[arg-type]
 
 
 def _number(record: Mapping[str, object], key: str) -> float:

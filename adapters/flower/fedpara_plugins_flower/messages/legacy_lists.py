@@ -24,6 +24,8 @@ from fedpara_plugins_flower.seams import (
 )
 
 __all__ = [
+    "GET_PARAMETERS",
+    "LEGACY_REPLIES",
     "PARAMETERS",
     "Namer",
     "answers_with_list",

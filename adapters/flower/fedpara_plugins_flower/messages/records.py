@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -35,6 +36,14 @@ the transport about 2.5 kB in each direction."""
 VARIATE = "fedpara.variate"
 CHANGE = "fedpara.update.variate"
 
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00(?P<length>..)"
+    rb"(?P<header>\{'descr': '\|u1', 'fortran_order': (?:False|True), "
+    rb"'shape': \((?P<size>[0-9]{1,15}),\), \} {0,200}\n)",
+    re.DOTALL,
+)
+"""NumPy's format of bytes in one dimension, as ``numpy.save`` writes it."""
+
 
 def is_optimizer_record(name: str) -> bool:
     """Return whether a record holds an optimizer's variates, which the plugin adds to messages.
@@ -55,11 +64,19 @@ def payload_record(payload: bytes) -> ArrayRecord:
 
 
 def carried_payload(record: ArrayRecord) -> bytes | None:
-    """Return the payload in a record; None if it is an ordinary record, or was changed."""
+    """Return the payload in a record; None if it is an ordinary record, or was changed.
+
+    NumPy is not asked: it would take other formats for an array, and allocate what a forged header
+    claims.
+    """
     if list(record) != [PAYLOAD_KEY]:
         return None
-    array = record[PAYLOAD_KEY].numpy()
-    return array.tobytes() if array.dtype == np.uint8 else None
+    array = record[PAYLOAD_KEY]
+    found = _NPY.match(array.data) if array.stype == NUMPY else None
+    if found is None or len(array.data) - found.end() != int(found["size"]):
+        return None
+    size = int.from_bytes(found["length"], "little")
+    return array.data[found.end() :] if len(found["header"]) == size else None
 
 
 def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
@@ -93,15 +110,20 @@ def raw_bytes(record: ArrayRecord) -> int:
     return sum(map(value_bytes, record.values()))
 
 
-def with_content(message: Message, content: RecordDict) -> Message:
-    """Return a new message to the same node with other content.
+def with_content(message: Message, content: RecordDict, *, node: int | None = None) -> Message:
+    """Return a new message with other content.
 
     Strategies may share one message's content between nodes.
+
+    Args:
+        message: to a client.
+        content: of the new message.
+        node: that it goes to; the same one if None.
     """
     metadata = message.metadata
     return Message(
         content,
-        dst_node_id=metadata.dst_node_id,
+        dst_node_id=metadata.dst_node_id if node is None else node,
         message_type=metadata.message_type,
         ttl=metadata.ttl,
         group_id=metadata.group_id,

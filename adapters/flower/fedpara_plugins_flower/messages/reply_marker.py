@@ -7,17 +7,15 @@ from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, RecordDict
 
-__all__ = ["Marker", "has_marker"]
+from fedpara_plugins import PayloadError
+from fedpara_plugins.exchange import check_hashes
+
+__all__ = ["Marker"]
 
 MARKER_KEY = "fedpara"
 HOLDS = "holds."
 HAS = "has."
 DECODERS = "decoders"
-
-
-def has_marker(content: RecordDict) -> bool:
-    """Return whether a reply comes from a client that has the plugin."""
-    return isinstance(content.get(MARKER_KEY), ConfigRecord)
 
 
 @dataclass(frozen=True)
@@ -51,22 +49,47 @@ class Marker:
         return content
 
     @classmethod
-    def taken_from(cls, content: RecordDict) -> Marker | None:
-        """Remove and return the marker; None if there is none: that client lacks the plugin."""
+    def taken_from(cls, content: RecordDict, *, records: int) -> Marker | None:
+        """Remove and return the marker; None if there is none: that client lacks the plugin.
+
+        Args:
+            content: of a reply, which anyone may have sent.
+            records: number of records of arrays that the server sends.
+
+        Raises:
+            PayloadError: a value is of another type, or there are too many.
+        """
         record = content.get(MARKER_KEY)
         if not isinstance(record, ConfigRecord):
             return None
         del content[MARKER_KEY]
-        holds = {k[len(HOLDS) :]: str(v) for k, v in record.items() if k.startswith(HOLDS)}
+        holds = {k[len(HOLDS) :]: _text(v) for k, v in record.items() if k.startswith(HOLDS)}
         has = {k[len(HAS) :]: _texts(v) for k, v in record.items() if k.startswith(HAS)}
+        decoders = _texts(record.get(DECODERS, []))
+        check_hashes(holds, has, decoders, records=records)
         return cls(
             holds=holds,
-            fresh=bool(record.get("fresh")),
-            lost=bool(record.get("lost")),
+            fresh=_flag(record, "fresh"),
+            lost=_flag(record, "lost"),
             has=has,
-            decoders=_texts(record.get(DECODERS)),
+            decoders=decoders,
         )
 
 
+def _flag(record: ConfigRecord, name: str) -> bool:
+    value = record.get(name, False)
+    if not isinstance(value, bool):
+        raise PayloadError(f"the reply states {repr(value)[:80]} as {name!r}, expected a boolean")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise PayloadError(f"the reply states {repr(value)[:80]} in its marker, expected text")
+    return value
+
+
 def _texts(value: object) -> tuple[str, ...]:
-    return tuple(map(str, value)) if isinstance(value, list) else ()
+    if not isinstance(value, list):
+        raise PayloadError(f"the reply states {repr(value)[:80]} in its marker, expected a list")
+    return tuple(map(_text, value))

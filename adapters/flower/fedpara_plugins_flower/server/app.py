@@ -24,6 +24,7 @@ from fedpara_plugins_flower.server.grid import CodecGrid
 from fedpara_plugins_flower.server.observing_grid import ObservingGrid
 from fedpara_plugins_flower.server.paths import log_relative_paths
 from fedpara_plugins_flower.server.resume import ResumableRounds
+from fedpara_plugins_flower.server.round_checks import guarded_aggregation
 from fedpara_plugins_flower.server.strategy_arrays import record_strategy, with_remedy
 from fedpara_plugins_flower.server.strategy_hooks import install_start_hooks
 from fedpara_plugins_flower.settings import FlowerSettings
@@ -100,6 +101,7 @@ def _add_hooks(run: Run, accounting: Accounting) -> None:
     install_start_hooks()
     if settings.active:
         run.on_start.append(record_strategy(run))
+        run.on_start.append(guarded_aggregation(run))
     if settings.ledger is not None:
         run.on_evaluated = accounting.ledger.log
         run.on_start.append(record_evaluations(run.on_evaluated))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from flwr.app import Message
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins_flower.messages.records import carried_payload
-from fedpara_plugins_flower.messages.reply_marker import has_marker
 from fedpara_plugins_flower.messages.snippets import ADD_MOD
-from fedpara_plugins_flower.privacy.secagg import is_secagg
 from fedpara_plugins_flower.seams import ERROR_END, LEGACY_REQUESTS, MOD_FAILED
 
 __all__ = ["FirstContact"]
@@ -34,6 +31,7 @@ class FirstContact:
         self._met = False
         self._failed: dict[int, tuple[int, str]] = {}
         self._left_out: dict[int, str] = {}
+        self._without: list[int] = []
         self._lengths: set[str] = set()
 
     def sent(self, message: Message) -> None:
@@ -42,33 +40,24 @@ class FirstContact:
             payloads = map(carried_payload, message.content.array_records.values())
             self._lengths |= {str(len(payload)) for payload in payloads if payload is not None}
 
-    def replied(self, replies: Sequence[Message]) -> None:
-        """Take in some replies.
-
-        Raises:
-            ConfigError: clients answer without the plugin.
-        """
-        if self._met:
-            return
-        for reply in replies:
-            if reply.has_error():
-                found = reply.error.code, reply.error.reason or ""
-                self._failed[reply.metadata.src_node_id] = found
-        sound = [r for r in replies if not r.has_error() and not is_secagg(r.content)]
-        if sound and not any(has_marker(reply.content) for reply in sound):
-            raise ConfigError(
-                f"fedpara: the client of node {sound[0].metadata.src_node_id} answers without the "
-                f"plugin, and so do all others. Add to the client: {ADD_MOD}. This run's config "
-                f"turns the plugin on"
-            )
+    def failed(self, node: int, code: int, reason: str) -> None:
+        """Note a client's error."""
+        if not self._met:
+            self._failed[node] = code, reason
 
     def used(self) -> None:
         """Note that a reply has been decoded: from now on, failures are one client's own."""
         self._met = True
 
     def left_out(self, node: int, reason: str) -> None:
-        """Note that a reply could not be decoded."""
-        self._left_out[node] = reason.removeprefix(OWN)
+        """Note that a reply could not be used."""
+        if not self._met:
+            self._left_out[node] = reason
+
+    def without_plugin(self, node: int) -> None:
+        """Note that a client answers without the plugin."""
+        if not self._met:
+            self._without.append(node)
 
     def check(self) -> None:
         """Raise if the replies to the first messages show that none can be used.
@@ -81,6 +70,39 @@ class FirstContact:
         """
         if self._met:
             return
+        self.check_plugin()
+        self._check_errors()
+        for node, reason in self._left_out.items():
+            raise FedParaError(
+                f"fedpara: all {len(self._left_out)} replies to the first message had to be left "
+                f"out. Node {node}: {reason}"
+            )
+
+    def check_plugin(self) -> None:
+        """Raise if all clients that have answered lack the plugin.
+
+        Raises:
+            ConfigError: with the line to add.
+        """
+        if self._without and not self._met and not self._left_out:
+            raise ConfigError(
+                f"fedpara: the client of node {self._without[0]} answers without the plugin, and "
+                f"so do all others. Add to the client: {ADD_MOD}. This run's config turns the "
+                f"plugin on"
+            )
+
+    def check_first_weights(self) -> None:
+        """Raise if the clients that were asked for the first weights gave none that can be used.
+
+        Raises:
+            FedParaError: why those of the first one cannot be used.
+        """
+        self.check_plugin()
+        for node, reason in self._left_out.items():
+            raise FedParaError(f"fedpara: the first weights, of node {node}: {reason}")
+
+    def _check_errors(self) -> None:
+        """Raise if the clients' errors speak of the plugin."""
         all_failed = f"all {len(self._failed)} clients failed at the first message"
         for node, (code, reason) in self._failed.items():
             if OWN in reason:
@@ -100,8 +122,3 @@ class FirstContact:
                     f"Change in the client: {ADD_MOD}, before clipping or noise. Node {node} said: "
                     f"{reason}"
                 )
-        for node, reason in self._left_out.items():
-            raise FedParaError(
-                f"fedpara: all {len(self._left_out)} replies to the first message had to be left "
-                f"out. Node {node}: {reason}"
-            )

@@ -19,9 +19,7 @@ from torch import Tensor
 from fedpara_plugins import FedParaError
 from fedpara_plugins.exchange import Size
 from fedpara_plugins_flower.messages import legacy_lists
-from fedpara_plugins_flower.messages.records import is_optimizer_record
-from fedpara_plugins_flower.messages.reply_marker import Marker
-from fedpara_plugins_flower.messages.snippets import ADD_MOD
+from fedpara_plugins_flower.messages.records import is_optimizer_record, with_content
 from fedpara_plugins_flower.privacy import secagg
 from fedpara_plugins_flower.privacy.clipping import check_clipped_message
 from fedpara_plugins_flower.run import Run
@@ -30,11 +28,20 @@ from fedpara_plugins_flower.server.final_state import FinalState
 from fedpara_plugins_flower.server.first_contact import FirstContact
 from fedpara_plugins_flower.server.observing_grid import ForwardingGrid, follow
 from fedpara_plugins_flower.server.outbox import Outbox
-from fedpara_plugins_flower.server.reply_decoder import ReplyDecoder
+from fedpara_plugins_flower.server.reply_decoder import (
+    ReadReply,
+    ReplyDecoder,
+    WithoutPluginError,
+)
+from fedpara_plugins_flower.server.requests import Request, Requests
+from fedpara_plugins_flower.server.round_checks import RoundChecks
 
 __all__ = ["CodecGrid"]
 
 log = logging.getLogger("flwr.fedpara")
+
+STARTERS = 3
+"""Clients that are asked for the first weights, one after the other, until one gives them."""
 
 
 class CodecGrid(ForwardingGrid):
@@ -66,7 +73,9 @@ class CodecGrid(ForwardingGrid):
             run.specs, plain_names=config.method == "none" and not config.private
         )
         self._first = FirstContact()
-        self._replies = ReplyDecoder(run, self._outbox, accounting, self._first)
+        self._requests = Requests()
+        self._replies = ReplyDecoder(run, self._outbox, accounting, self._requests)
+        self._checks = RoundChecks(run)
         self._place: tuple[str, str] | None = None
         self._holds: dict[int, Mapping[str, str]] = {}
         # The legacy strategies send and receive from several threads.
@@ -82,8 +91,12 @@ class CodecGrid(ForwardingGrid):
         try:
             if self.fatal is not None:
                 raise self.fatal
-            self._begin(plain)
-            usable = self._served(self._named(plain), timeout)
+            self._begin(plain, alone=alone)
+            named = self._named(plain)
+            if alone and Request.of(plain[0]).first_weights:
+                usable = self._first_weights(named[0], timeout)
+            else:
+                usable = self._served(named, timeout)
             if not alone:
                 self._first.check()
         except FedParaError as error:
@@ -116,36 +129,62 @@ class CodecGrid(ForwardingGrid):
                 name: torch.from_numpy(np.asarray(value))
                 for name, value in zip(names, shared, strict=True)
             }
-            full = self._outbox.reader().completed(legacy_lists.PARAMETERS, tensors)
+            reader = self._outbox.reader(Request("train", legacy=True, masked=True))
+            full = reader.completed(legacy_lists.PARAMETERS, tensors)
             return [value.numpy() for value in full.values()]
 
-    def _begin(self, messages: Sequence[Message]) -> None:
+    def _begin(self, messages: Sequence[Message], *, alone: bool) -> None:
         """Note the first message of another kind or round: all replies to the first ones are in."""
         for message in messages[:1]:
             place = (message.metadata.message_type, message.metadata.group_id)
             with self._lock:
                 if self._place not in (None, place):
                     self._first.check()
+                if self._place != place or not alone:
+                    self._checks.begin()
                 self._place = place
 
     def _served(self, plain: Sequence[Message], timeout: float | None) -> list[Message]:
         usable, lost = self._exchange(plain, timeout)
         if lost:
             repeated = [message for message in plain if message.metadata.dst_node_id in lost]
-            usable += self._exchange(repeated, timeout)[0]
+            more, lost = self._exchange(repeated, timeout)
+            usable += more
+            self._log_lost(lost)
         with self._lock:
             self._outbox.log_first_contacts()
         return usable
 
+    def _first_weights(self, message: Message, timeout: float | None) -> list[Message]:
+        """Ask a client for the first weights, and others if it gives none that can be used.
+
+        Raises:
+            FedParaError: why the last one's cannot, if the plugin is the reason.
+        """
+        asked = message.metadata.dst_node_id
+        others = [node for node in self._inner.get_node_ids() if node != asked]
+        usable: list[Message] = []
+        for node in [asked, *others][:STARTERS]:
+            usable = self._served([with_content(message, message.content, node=node)], timeout)
+            if any(not reply.has_error() for reply in usable):
+                return usable
+        if not usable:
+            self._first.check_first_weights()
+        return usable
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Encode and push; the legacy strategies' way."""
+        with self._lock:
+            self._checks.begin()
         return self._inner.push_messages([self._sent(m) for m in self._named(messages)])
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pull and decode; the legacy strategies' way."""
         usable, lost = self._received(list(self._inner.pull_messages(message_ids)))
-        for node in lost:
-            log.warning("fedpara: node %d lost its state and sits out this round", node)
+        self._log_lost(lost)
+        with self._lock:
+            if not self._requests.any_left:
+                self._first.check_plugin()
         return usable
 
     def received_by(self, node: int, name: str) -> Mapping[str, Tensor] | None:
@@ -167,11 +206,13 @@ class CodecGrid(ForwardingGrid):
         sent = [self._sent(message) for message in messages]
         replies = list(self._inner.send_and_receive(sent, timeout=timeout))
         answered = {reply.metadata.src_node_id for reply in replies}
-        for message in sent:
-            if message.metadata.dst_node_id not in answered:
-                node = message.metadata.dst_node_id
+        received = self._received(replies)
+        with self._lock:
+            nodes = {message.metadata.dst_node_id for message in sent}
+            self._requests.give_up(nodes)
+            for node in sorted(nodes - answered):
                 log.warning("fedpara: node %d has not answered in time and is left out", node)
-        return self._received(replies)
+        return received
 
     def _named(self, messages: Iterable[Message]) -> list[Message]:
         with self._lock:
@@ -184,6 +225,7 @@ class CodecGrid(ForwardingGrid):
     def _sent(self, message: Message) -> Message:
         with self._lock:
             encoded = self._outbox.encode_message(message)
+            self._requests.note(message)
             self._first.sent(encoded)
             names = list(message.content.array_records)
             models = [name for name in names if not is_optimizer_record(name)]
@@ -198,38 +240,49 @@ class CodecGrid(ForwardingGrid):
     def _received(self, replies: Sequence[Message]) -> tuple[list[Message], set[int]]:
         """Return the usable replies, decoded, and the nodes that lost what they held."""
         with self._lock:
-            self._first.replied(replies)
-            usable: list[Message] = []
-            lost: set[int] = set()
-            fresh = 0
-            for reply in replies:
-                follow(self._final, reply, "up")
-                node = reply.metadata.src_node_id
-                marker = None if reply.has_error() else Marker.taken_from(reply.content)
-                if marker is None:
-                    usable += [reply] if self._passes(reply) else []
-                elif marker.lost:
-                    lost.add(node)
-                    self._outbox.note_reply(node, marker)
-                elif self._replies.decode_in_place(reply):
-                    self._first.used()
-                    self._outbox.note_reply(node, marker)
-                    self._holds[node] = marker.holds
-                    fresh += marker.fresh
-                    self._accounting.evaluated(reply)
-                    usable.append(reply)
+            read = [self._read(reply) for reply in replies]
+            lost = {each.node for each in read if each.marker is not None and each.marker.lost}
+            usable = self._checks.usable([r for r in read if not r.reason and r.node not in lost])
+            self._run.left_out += len(read) - len(lost) - len(usable)
+            fresh = sum(each.marker.fresh for each in usable if each.marker is not None)
             if fresh:
                 log.info("fedpara: %d clients started from the seeded private factors", fresh)
-            return usable, lost
+            for each in usable:
+                if each.marker is not None:
+                    self._accounting.evaluated(each.message)
+            if replies and not usable and not lost:
+                log.error(
+                    "fedpara: none of %d replies can be used: this round changes nothing",
+                    len(replies),
+                )
+            return [each.message for each in usable], lost
 
-    def _passes(self, reply: Message) -> bool:
-        """Return whether a reply that the plugin has not made goes on to the strategy."""
-        if reply.has_error() or secagg.is_secagg(reply.content):
-            return True  # with content, it is a step of the protocol that the app took no part in
-        log.warning(
-            "fedpara: left out node %d: its client answers without the plugin. Add to that client: "
-            "%s",
-            reply.metadata.src_node_id,
-            ADD_MOD,
-        )
-        return False
+    def _read(self, reply: Message) -> ReadReply:
+        """Read a reply, and note what follows from it for the next messages."""
+        read = self._replies.read(reply)
+        if read.reason is not None:
+            self._leave_out(read, read.reason)
+            return read
+        follow(self._final, reply, "up")
+        if reply.has_error():
+            self._first.failed(read.node, reply.error.code, reply.error.reason or "")
+        elif read.marker is not None:
+            if not read.marker.lost:
+                self._first.used()
+                self._holds[read.node] = read.marker.holds
+            self._outbox.note_reply(read.node, read.marker)
+        return read
+
+    def _leave_out(self, read: ReadReply, reason: FedParaError) -> None:
+        text = str(reason).removeprefix("fedpara: ")
+        if isinstance(reason, WithoutPluginError):
+            log.warning("fedpara: left out node %d: %s", read.node, text)
+            self._first.without_plugin(read.node)
+            return
+        log.warning("fedpara: left out the reply of node %d: %s", read.node, text)
+        if read.request is not None:  # else nobody was asked
+            self._first.left_out(read.node, text)
+
+    def _log_lost(self, nodes: Iterable[int]) -> None:
+        for node in nodes:
+            log.warning("fedpara: node %d lost its state and sits out this round", node)

@@ -19,6 +19,7 @@ from fedpara_plugins_flower.messages.records import (
 )
 from fedpara_plugins_flower.messages.reply_marker import Marker
 from fedpara_plugins_flower.run import Run
+from fedpara_plugins_flower.server.requests import Request
 
 __all__ = ["Outbox"]
 
@@ -96,9 +97,20 @@ class Outbox(DownlinkEncoder):
 
     # Receiving
 
-    def reader(self) -> ReplyReader:
-        """Return what reads one reply; a record of other names is the strategy's business."""
-        return ReplyReader(self, kind_of=kind_of, model_of=self._model_of, strict=False)
+    def reader(self, request: Request) -> ReplyReader:
+        """Return what reads one reply to a request.
+
+        A part of a model's names, or a record of the app's own, is the strategy's business; the
+        lists of the legacy API are complete, and hold nothing else.
+        """
+        return ReplyReader(
+            self,
+            kind_of=kind_of,
+            model_of=self._model_of,
+            strict=request.legacy,
+            asked=request.side,
+            own=not request.legacy,
+        )
 
     def note_reply(self, node: int, marker: Marker) -> None:
         """Take in what a client has said: by hash what it holds, and what it can decode."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError, PayloadError
-from fedpara_plugins.exchange import refuse_in_factor_space
+from fedpara_plugins.exchange import reason_of, refuse_in_factor_space
 from fedpara_plugins.optimizers import (
     Contributions,
     Guard,
@@ -164,9 +165,10 @@ class DriftStrategy(FedAvg):
         """
         replies = list(replies)
         failed = [reply for reply in replies if reply.has_error()]
-        found = [(r, ClientReport.pop_from(r.content)) for r in replies if not r.has_error()]
+        found = [part for r in replies if not r.has_error() and (part := self._report_of(r))]
         self._check_first(found, failed)
-        usable = [u for reply, part in found if (u := self._read(reply, part)) is not None]
+        read = [u for reply, part in found if (u := self._read(reply, part)) is not None]
+        usable = self._with_common_names(read)
         valid = checked_replies(self, [*failed, *(reply.message for reply in usable)])
         if not valid:
             return None, None
@@ -197,6 +199,30 @@ class DriftStrategy(FedAvg):
 
     needs_change = False
 
+    def _report_of(self, message: Message) -> tuple[Message, ReportAndChange | None] | None:
+        """Return a reply with its report; None if that cannot be read, and is left out."""
+        try:
+            return message, ClientReport.pop_from(message.content)
+        except PayloadError as error:
+            self._leave_out(message, error)
+            return None
+
+    def _with_common_names(self, replies: Sequence[ClientReply]) -> list[ClientReply]:
+        """Return the replies whose trained parameters are those that most of them have."""
+        counts = Counter(reply.reply.names for reply in replies)
+        common = max(counts, key=lambda names: (counts[names], len(names)), default=None)
+        for reply in replies:
+            if reply.reply.names != common:
+                self._leave_out(
+                    reply.message,
+                    PayloadError("its trained parameters are not those of the others"),
+                )
+        return [reply for reply in replies if reply.reply.names == common]
+
+    def _leave_out(self, message: Message, error: Exception) -> None:
+        node = message.metadata.src_node_id
+        log.warning("fedpara: left out the reply of node %d: %s", node, reason_of(error))
+
     def _read(self, message: Message, found: ReportAndChange | None) -> ClientReply | None:
         try:
             return read_reply(
@@ -204,11 +230,11 @@ class DriftStrategy(FedAvg):
                 found,
                 model=self._x,
                 examples_key=self.weighted_by_key,
+                weighs=self.weighting == "examples",
                 needs_change=self.needs_change,
             )
-        except PayloadError as error:
-            node = message.metadata.src_node_id
-            log.warning("fedpara: left out the reply of node %d: %s", node, error)
+        except Exception as error:  # whatever it is, it is this reply's alone
+            self._leave_out(message, error)
             return None
 
     def received_by(self, node: int) -> Mapping[str, Tensor]:

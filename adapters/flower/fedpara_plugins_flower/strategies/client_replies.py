@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, Message, MetricRecord
 
 from fedpara_plugins import PayloadError
+from fedpara_plugins.exchange import examples_of
 from fedpara_plugins.optimizers import ClientUpdate, State, finite
 from fedpara_plugins_flower.messages.drift_records import ClientReport, from_bitmap
 from fedpara_plugins_flower.messages.records import to_tensors
@@ -47,6 +48,7 @@ def read_reply(
     *,
     model: State,
     examples_key: str,
+    weighs: bool,
     needs_change: bool,
 ) -> ClientReply:
     """Return the usable content of a reply.
@@ -56,6 +58,7 @@ def read_reply(
         found: its report and change; None if it had none.
         model: that was sent.
         examples_key: metric of the number of examples.
+        weighs: whether the reply counts by that number.
         needs_change: whether the algorithm needs the change of a variate.
 
     Raises:
@@ -72,13 +75,14 @@ def read_reply(
         for name, value in to_tensors(part).items()
     }
     change = {} if record is None else to_tensors(record)
+    if len(report.names) > len(arrays) // 8 + 1:
+        raise PayloadError(f"its report names its parameters in {len(report.names)} bytes")
     names = from_bitmap(report.names, arrays)
     _check(report, arrays, change, names, model)
     if needs_change and change.keys() != names:
         raise PayloadError("its variate's names are not those of its trained parameters")
     metrics = next(iter(message.content.metric_records.values()), MetricRecord())
-    count = metrics.get(examples_key, 1.0)
-    examples = float(count) if isinstance(count, int | float) else 1.0
+    examples = examples_of(metrics.get(examples_key, 1.0), name=examples_key, weighs=weighs)
     reply = ClientUpdate(arrays, names, examples)
     return ClientReply(message.metadata.src_node_id, report, reply, change, message)
 
@@ -90,8 +94,8 @@ def _check(
         raise PayloadError("its training gave NaN or infinity")
     if not finite([*arrays.values(), *change.values()]):
         raise PayloadError("it holds NaN or infinity")
-    for name in names:
-        if name not in model or model[name].shape != arrays[name].shape:
+    for name, value in [*((name, arrays[name]) for name in names), *change.items()]:
+        if name not in model or model[name].shape != value.shape:
             raise PayloadError(f"its {name!r} is not what was sent")
     if arrays.keys() != model.keys():
         raise PayloadError(
