@@ -7,17 +7,40 @@ untrusted sources.
 
 from __future__ import annotations
 
-from fedpara_plugins.support.database import open_database
+from fedpara_plugins.support.database import Database, open_database
 from fedpara_plugins.support.findings import Finding, Level, satisfies
-from fedpara_plugins.support.storage import FileStorage, PrefixView, Storage, replace_file
+from fedpara_plugins.support.outages import Outages, cause_of, is_misplaced
+from fedpara_plugins.support.private_files import (
+    check_regular,
+    make_private_folder,
+    replace_file,
+)
+from fedpara_plugins.support.state_dir import StateDirHold, hold_state_dir
+from fedpara_plugins.support.storage import (
+    BackedStorage,
+    FileStorage,
+    MemoryStorage,
+    PrefixView,
+    Storage,
+)
 from fedpara_plugins.text import printable, shortened
 
 __all__ = [
+    "BackedStorage",
+    "Database",
     "FileStorage",
     "Finding",
     "Level",
+    "MemoryStorage",
+    "Outages",
     "PrefixView",
+    "StateDirHold",
     "Storage",
+    "cause_of",
+    "check_regular",
+    "hold_state_dir",
+    "is_misplaced",
+    "make_private_folder",
     "open_database",
     "printable",
     "replace_file",
