@@ -27,6 +27,7 @@ from fedpara_plugins.exchange.incoming import ReceivedRecord
 from fedpara_plugins.exchange.plain_values import pack_plain, unpack_plain
 from fedpara_plugins.exchange.records import RecordKind, cast, plain_spec
 from fedpara_plugins.exchange.reply_reader import ReplyReader
+from fedpara_plugins.exchange.run_checkpoints import own_checkpoint, server_checkpoint
 from fedpara_plugins.exchange.server_model import server_state, zero_private_factors
 from fedpara_plugins.exchange.settings import ExchangeSettings, codecs_in_words, to_number
 from fedpara_plugins.exchange.sizes import Size
@@ -46,9 +47,11 @@ __all__ = [
     "codecs_in_words",
     "converted_copy",
     "log_idle_options",
+    "own_checkpoint",
     "pack_plain",
     "plain_spec",
     "refuse_in_factor_space",
+    "server_checkpoint",
     "server_state",
     "to_number",
     "unpack_plain",

@@ -12,7 +12,9 @@ from fedpara_plugins.support.findings import Finding, Level, satisfies
 from fedpara_plugins.support.outages import Outages, cause_of, is_misplaced
 from fedpara_plugins.support.private_files import (
     check_regular,
+    close_folder_of,
     make_private_folder,
+    remove_leftovers,
     replace_file,
 )
 from fedpara_plugins.support.state_dir import StateDirHold, hold_state_dir
@@ -38,11 +40,13 @@ __all__ = [
     "Storage",
     "cause_of",
     "check_regular",
+    "close_folder_of",
     "hold_state_dir",
     "is_misplaced",
     "make_private_folder",
     "open_database",
     "printable",
+    "remove_leftovers",
     "replace_file",
     "satisfies",
     "shortened",

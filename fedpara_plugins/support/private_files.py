@@ -20,6 +20,7 @@ from fedpara_plugins.support.outages import is_misplaced
 
 __all__ = [
     "check_regular",
+    "close_folder_of",
     "make_private",
     "make_private_folder",
     "new_private_file",
@@ -111,6 +112,28 @@ def make_private(path: Path, found: os.stat_result | None = None, *, say: bool =
             path, was, mode,
         )  # fmt: skip
     return True
+
+
+def close_folder_of(folder: Path, ours: str, *, also: str = "") -> None:
+    """Close the files of a pattern to other users, and the folder if nothing else is in it.
+
+    Args:
+        folder: that exists.
+        ours: pattern of the files' names.
+        also: pattern of names that make the folder no one else's, too.
+
+    Raises:
+        ConfigError: see `make_private`.
+    """
+    others = False
+    for path in folder.iterdir():
+        if path.match(ours):
+            if path.is_file() and not path.is_symlink():
+                make_private(path)
+        else:
+            others = others or not (also and path.match(also))
+    if not others and not folder.stat().st_mode & stat.S_ISVTX:
+        make_private(folder)
 
 
 def _set_mode(path: Path, mode: int) -> None:

@@ -26,8 +26,9 @@ from fedpara_plugins.exchange import (
     plain_spec,
     zero_private_factors,
 )
-from fedpara_plugins.support import Storage
+from fedpara_plugins.support import Outages, Storage
 from fedpara_plugins.training import RoundProgress, round_progress, start_round
+from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.settings import FlowerSettings
 
 __all__ = ["Run", "Start", "StartHook", "active_run", "open_run", "to_dense"]
@@ -69,6 +70,7 @@ class Run:
         on_evaluated: on a server with a ledger, called with a round and metrics of the model.
         on_start: on a server, hooks around each start of a strategy; see `strategy_hooks`.
         strategy: on a server, the strategy that was started last.
+        outages: what this side could not write.
     """
 
     settings: FlowerSettings
@@ -87,6 +89,7 @@ class Run:
     on_evaluated: Callable[[int, Mapping[str, float]], None] | None = None
     on_start: list[StartHook] = field(default_factory=list)
     strategy: object | None = None
+    outages: Outages = field(default_factory=lambda: Outages(log))
 
     @property
     def trains_dense(self) -> bool:
