@@ -85,7 +85,7 @@ def hold_state_dir(
     Args:
         folder: the state-dir, made if it is missing.
         run: the run's id; processes that name the same one share the folder.
-        role: what this process is in the run, where only one may be; "" for any number.
+        role: what this process is in the run, where only one process may be; "" for any number.
         outages: gets what cannot be written; None logs it alone.
 
     Raises:
@@ -177,7 +177,7 @@ def _joined(folder: Path, run: str, role: str) -> _Member:
     key = os.path.realpath(folder)
     member = _members.get(key)
     if member is not None:
-        if member.run != run or (role and role in member.roles):
+        if member.run != run:
             raise _refusal(folder, {"run": member.run, "pid": os.getpid()}, run, role)
         member.add(role)
         return member
