@@ -135,7 +135,8 @@ def test_what_cannot_be_written_is_told_before_the_first_round(
     else:
         in_the_way.mkdir() if key in ("ledger", "checkpoint") else in_the_way.write_text("")
         path = in_the_way
-    with pytest.raises(ConfigError, match=f"fedpara_{key}: nothing can be written to {path} "):
+    said = "" if key == "state_dir" else "nothing can be written to "
+    with pytest.raises(ConfigError, match=f"fedpara_{key}: {said}{path}[: ]"):
         run(**ON, **{f"fedpara_{key}": str(path)})
 
 

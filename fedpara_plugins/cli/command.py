@@ -185,6 +185,7 @@ def _export(parsed: argparse.Namespace) -> int:
         state,
         model="the exported model" if whole else "W1, the shared part (private part zero)",
         method=_method_of(found, config),
+        owner_only=whole and bool(private),
     )
     size = readable_bytes(Path(parsed.output).stat().st_size)
     _print(f"{parsed.output}: dense state of {len(state)} tensors, {size}")

@@ -31,6 +31,7 @@ from fedpara_plugins.exchange.private_options import has_private_half
 from fedpara_plugins.exchange.records import RecordKind, cast, plain_spec
 from fedpara_plugins.exchange.reply_figures import check_figures, check_hashes, examples_of
 from fedpara_plugins.exchange.reply_reader import ReadRecord, ReplyReader, reason_of
+from fedpara_plugins.exchange.run_checkpoints import own_checkpoint, server_checkpoint
 from fedpara_plugins.exchange.server_model import server_state, zero_private_factors
 from fedpara_plugins.exchange.settings import ExchangeSettings, codecs_in_words, to_number
 from fedpara_plugins.exchange.sizes import Size
@@ -58,10 +59,12 @@ __all__ = [
     "examples_of",
     "has_private_half",
     "log_idle_options",
+    "own_checkpoint",
     "pack_plain",
     "plain_spec",
     "reason_of",
     "refuse_in_factor_space",
+    "server_checkpoint",
     "server_state",
     "to_number",
     "unpack_plain",

@@ -11,6 +11,7 @@ from fedpara_plugins._version import __version__
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.exchange.sizes import Size, codec_text
 from fedpara_plugins.ledger import Direction, LayerSize, Ledger, LedgerEntry, RunStart
+from fedpara_plugins.support import Outages
 
 __all__ = ["RunAccounting"]
 
@@ -19,18 +20,28 @@ class RunAccounting:
     """Enters messages into a ledger.
 
     Args:
-        path: of the ledger's file, or None to keep it in memory.
+        path: of the ledger's file; None for its sums alone.
         config: of the run, for the ledger's first line; None leaves that out.
         log: gets the lines about rounds and the run.
+        outages: gets what cannot be written; None for one of its own.
 
     Attributes:
         ledger: of the run.
+        outages: what could not be written.
+
+    Raises:
+        FedParaError: another kind of file is in the ledger's place.
     """
 
     def __init__(
-        self, path: Path | None, config: FedParaConfig | None, log: logging.Logger
+        self,
+        path: Path | None,
+        config: FedParaConfig | None,
+        log: logging.Logger,
+        outages: Outages | None = None,
     ) -> None:
-        self.ledger = Ledger(path)
+        self.outages = outages or Outages(log)
+        self.ledger = Ledger(path, sums_only=True, outages=self.outages)
         self._log = log
         self._described = path is None
         if config is not None:

@@ -16,6 +16,7 @@ from fedpara_plugins.exchange.sizes import Size, size_of
 from fedpara_plugins.ledger import LayerSize, layer_sizes
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references import GridDownlink, PerClientDownlink, shared_tensors
+from fedpara_plugins.support import Outages
 
 __all__ = ["DownlinkEncoder", "downlink_of"]
 
@@ -37,11 +38,12 @@ class DownlinkEncoder:
 
     Args:
         settings: the codecs, and how downlinks are coded.
+        outages: gets what cannot be written; None logs it alone.
     """
 
-    def __init__(self, settings: ExchangeSettings) -> None:
+    def __init__(self, settings: ExchangeSettings, outages: Outages | None = None) -> None:
         self._settings = settings
-        self._downlink = downlink_of(settings)
+        self._downlink = downlink_of(settings, outages)
         self._contents: dict[str, _Content] = {}
         self._decoders: dict[str, tuple[str, ...]] = {}
         self._announced: set[str] = set()
@@ -187,10 +189,17 @@ class DownlinkEncoder:
         self._downlink.close()
 
 
-def downlink_of(settings: ExchangeSettings) -> PerClientDownlink | GridDownlink:
-    """Return the scheme of downlinks that the settings ask for."""
+def downlink_of(
+    settings: ExchangeSettings, outages: Outages | None = None
+) -> PerClientDownlink | GridDownlink:
+    """Return the scheme of downlinks that the settings ask for.
+
+    Args:
+        settings: of the run.
+        outages: gets what cannot be written; None logs it alone.
+    """
     memory = int(settings.reference_memory * 2**20)
     folder = settings.state_dir and settings.state_dir / "server" / "references"
     if settings.references == "grid":
-        return GridDownlink(folder=folder, memory_bytes=memory)
-    return PerClientDownlink(folder=folder, memory_bytes=memory)
+        return GridDownlink(folder=folder, memory_bytes=memory, outages=outages)
+    return PerClientDownlink(folder=folder, memory_bytes=memory, outages=outages)

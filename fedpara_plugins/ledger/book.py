@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fedpara_plugins.ledger.files import (
-    CSV_HEAD,
-    encode,
-    is_csv,
-    prepare_to_append,
-    read_lines,
-)
+from fedpara_plugins.ledger.appended_file import AppendedFile
+from fedpara_plugins.ledger.files import read_lines
 from fedpara_plugins.ledger.records import (
     Direction,
     Evaluation,
@@ -22,9 +18,13 @@ from fedpara_plugins.ledger.records import (
     LedgerLine,
     RunStart,
 )
+from fedpara_plugins.support.outages import Outages
 from fedpara_plugins.support.units import readable_bytes
 
 __all__ = ["Ledger", "LedgerTotals", "RunningTotals"]
+
+ROUNDS_WITH_NAMES = 4
+"""Rounds of which the clients' names are kept, to count each once; of others their number is."""
 
 
 class LedgerTotals(NamedTuple):
@@ -78,42 +78,67 @@ class RunningTotals:
         return total.dense_bytes / total.encoded_bytes
 
 
+class _ClientCounts:
+    """How many clients a round had messages with."""
+
+    def __init__(self) -> None:
+        self._names: OrderedDict[int, set[str]] = OrderedDict()
+        self._counts: dict[int, int] = {}
+
+    def add(self, number: int, client: str) -> None:
+        names = self._names.get(number)
+        if names is None:
+            names = self._names[number] = set()
+            if len(self._names) > ROUNDS_WITH_NAMES:
+                earlier, others = self._names.popitem(last=False)
+                self._counts[earlier] = max(len(others), self._counts.get(earlier, 0))
+        names.add(client)
+
+    def of(self, number: int) -> int:
+        return max(len(self._names.get(number, ())), self._counts.get(number, 0))
+
+
 class Ledger:
     """An append-only record of messages and of the model's metrics; safe for use by threads.
+
+    With a file, memory holds sums alone.
 
     Args:
         path: a file to which every line is appended at once, so that a killed run loses at most the
             line that it was writing; CSV if it ends in ``.csv``, else JSON lines. None keeps the
             entries in memory only. An existing file is continued, after an unfinished last line is
             cut off.
+        sums_only: whether to keep no entries in memory without a file either.
+        outages: what the disk refuses is noted there, and later lines are tried again. None raises
+            the system's error.
 
     Raises:
         FedParaError: the existing file's format is not the one that its suffix asks for.
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path | str | None = None) -> None:
-        self._path = None if path is None else Path(path)
-        self._entries: list[LedgerEntry] = []
-        self._evaluations: list[Evaluation] = []
+    def __init__(
+        self,
+        path: Path | str | None = None,
+        *,
+        sums_only: bool = False,
+        outages: Outages | None = None,
+    ) -> None:
+        self._file = None if path is None else AppendedFile(Path(path), outages)
+        self._lines: list[LedgerLine] | None = None if path is not None or sums_only else []
         self._sums: dict[tuple[int, Direction], RunningTotals] = {}
-        self._clients: dict[int, set[str]] = {}
+        self._clients = _ClientCounts()
         self._lock = threading.Lock()
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            if self._path.exists():
-                prepare_to_append(self._path)
 
     # Writing
 
     def record(self, entry: LedgerEntry) -> None:
         """Add a message; it is in the file when this returns."""
         with self._lock:
-            self._entries.append(entry)
             key = entry.round, entry.direction
             self._sums.setdefault(key, RunningTotals()).add(entry)
-            self._clients.setdefault(entry.round, set()).add(entry.client)
-            self._write(entry)
+            self._clients.add(entry.round, entry.client)
+            self._keep(entry)
 
     def log(
         self,
@@ -135,36 +160,37 @@ class Ledger:
         for name, value in {**(metrics or {}), **more}.items():
             line = Evaluation(round=round, source=source, metric=name, value=float(value))
             with self._lock:
-                self._evaluations.append(line)
-                self._write(line)
+                self._keep(line)
 
     def describe(self, line: RunStart | LayerSize) -> None:
         """Add the run's settings or a layer's size; once a run, before its messages."""
         with self._lock:
-            self._write(line)
+            self._keep(line)
 
-    def _write(self, line: LedgerLine) -> None:
-        if self._path is None:
-            return
-        as_csv = is_csv(self._path)
-        with self._path.open("a", encoding="utf-8", newline="\n") as file:
-            if as_csv and not file.tell():
-                file.write(f"{CSV_HEAD}\n")
-            file.write(encode(line, as_csv=as_csv))
+    def _keep(self, line: LedgerLine) -> None:
+        if self._file is not None:
+            self._file.append(line)
+        elif self._lines is not None:
+            self._lines.append(line)
 
     # Reading
 
     @property
     def entries(self) -> tuple[LedgerEntry, ...]:
-        """Messages that this object recorded, in order; not those that its file held before."""
-        with self._lock:
-            return tuple(self._entries)
+        """Messages that this object recorded, in order; not those that its file held before.
+
+        With a file, they are read from it; with ``sums_only`` and no file there are none.
+        """
+        return tuple(line for line in self._recorded() if isinstance(line, LedgerEntry))
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """Metrics that were logged to this object, in order."""
+        """Metrics that were logged to this object, in order; see `entries`."""
+        return tuple(line for line in self._recorded() if isinstance(line, Evaluation))
+
+    def _recorded(self) -> list[LedgerLine]:
         with self._lock:
-            return tuple(self._evaluations)
+            return list(self._lines or ()) if self._file is None else self._file.appended()
 
     def totals(
         self,
@@ -192,7 +218,7 @@ class Ledger:
                 dense = readable_bytes(found.totals.dense_bytes)
                 part += f" of {dense} dense ({fewer:.1f}x fewer)"
             parts.append(part)
-        count = len(self._clients.get(round, ()))
+        count = self._clients.of(round)
         return f"round {round}: {', '.join(parts)}, {count} client{'' if count == 1 else 's'}"
 
     def run_line(self) -> str | None:

@@ -24,6 +24,7 @@ __all__ = [
     "CSV_HEAD",
     "encode",
     "is_csv",
+    "line_of",
     "numbered_lines",
     "prepare_to_append",
     "read_lines",
@@ -36,6 +37,9 @@ _FIELDS = {word: [field.name for field in fields(kind)] for word, kind in KINDS.
 _KIND_WORDS = {kind: word for word, kind in KINDS.items()}
 COLUMNS = ("line", *dict.fromkeys(name for names in _FIELDS.values() for name in names))
 CSV_HEAD = ",".join(COLUMNS)
+
+FORMULA = ("=", "+", "-", "@")
+"""First characters of a cell that spreadsheets compute; tabs and newlines are escaped anyway."""
 
 _NUMBERS = {f.name for kind in KINDS.values() for f in fields(kind) if f.type == "int"}
 _WHOLE = re.compile(r"-?[0-9]{1,19}")
@@ -72,7 +76,9 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, str):
         # Escaped as in a JSON string, without control characters, quotes and non-ASCII characters.
-        return json.dumps(value)[1:-1]
+        text = json.dumps(value)[1:-1]
+        # A spreadsheet takes these for a formula, whoever wrote them; escaped, they are text.
+        return f"\\u{ord(text[0]):04x}{text[1:]}" if text[:1] in FORMULA else text
     return repr(value)
 
 
@@ -100,7 +106,7 @@ def read_lines(path: Path | str) -> Iterator[LedgerLine]:
                     f"{path}, line 1: expected the columns {CSV_HEAD}, got {text[:200]!r}"
                 )
             continue
-        yield _line(text, path, number, as_csv)
+        yield line_of(text, path, number, as_csv)
     if empty:
         raise FedParaError(f"{path}: holds no whole line; expected a ledger")
 
@@ -115,7 +121,12 @@ def numbered_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
             yield number, text[:-1]
 
 
-def _line(text: bytes, path: Path | str, number: int, as_csv: bool) -> LedgerLine:
+def line_of(text: bytes, path: Path | str, number: int, as_csv: bool) -> LedgerLine:
+    """Return a line from its text without the newline.
+
+    Raises:
+        FedParaError: it is not a ledger's; the message names file and line.
+    """
     word = "message"
     try:
         values = _csv_values(text) if as_csv else json.loads(text)

@@ -8,7 +8,6 @@ files are read with ``weights_only=True``.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.support import make_private_folder, replace_file
 
 __all__ = [
     "METADATA_KEY",
@@ -55,26 +55,36 @@ class Checkpoint:
     config: FedParaConfig | None = None
 
 
-def write_state(path: Path, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+def write_state(
+    path: Path,
+    state: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    *,
+    owner_only: bool = False,
+) -> None:
     """Write a state to a safetensors file; a reader never sees half of it.
 
     Args:
         path: of the file; its folder is created.
         state: tensors by name.
         about: the JSON object of the metadata.
+        owner_only: whether nobody else may read the file, nor a folder that is made for it.
 
     Raises:
+        ConfigError: something else is in the place of a private file's folder.
         PayloadError: safetensors cannot hold a tensor.
+        OSError: the disk refuses; an earlier file is unchanged then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    if not owner_only:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    elif not path.parent.is_dir():
+        make_private_folder(path.parent)
     try:
-        save_file(_unshared(state), partial, metadata={METADATA_KEY: json.dumps(about)})
-        partial.replace(path)
-    except (ValueError, KeyError, TypeError) as error:
+        # Written here and not by safetensors, whose file has a name and a mode of its own making.
+        data = save(_unshared(state), metadata={METADATA_KEY: json.dumps(about)})
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise PayloadError(f"{path}: safetensors cannot hold this state: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, data, private=owner_only)
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

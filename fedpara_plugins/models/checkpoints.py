@@ -17,7 +17,14 @@ from fedpara_plugins.models.spec import ModelSpec
 __all__ = ["check_same_shapes", "load_factors", "save_dense", "save_factors"]
 
 
-def save_dense(path: Path | str, state: Mapping[str, Tensor], *, model: str, method: str) -> None:
+def save_dense(
+    path: Path | str,
+    state: Mapping[str, Tensor],
+    *,
+    model: str,
+    method: str,
+    owner_only: bool = False,
+) -> None:
     """Write a dense state to a safetensors file; a reader never sees half of it.
 
     Args:
@@ -25,12 +32,15 @@ def save_dense(path: Path | str, state: Mapping[str, Tensor], *, model: str, met
         state: the dense model's state.
         model: whose model it is, in words, for the file's metadata.
         method: the method that it was trained with.
+        owner_only: whether nobody else may read the file (mode 0600), nor a folder that is made for
+            it: for a client's own model.
 
     Raises:
         PayloadError: safetensors cannot hold a tensor.
+        OSError: the disk refuses.
     """
     about = {"format": "dense", "model": model, "method": method, "version": __version__}
-    write_state(Path(path), state, about)
+    write_state(Path(path), state, about, owner_only=owner_only)
 
 
 def save_factors(model: nn.Module, path: Path | str, *, private: bool = True) -> None:
@@ -40,10 +50,12 @@ def save_factors(model: nn.Module, path: Path | str, *, private: bool = True) ->
         model: a converted model; a model without factors is written as well.
         path: of the file; its folder is created.
         private: whether to write private tensors, which otherwise never leave a device; without
-            pFedPara's private factors the file is the shared model W1.
+            pFedPara's private factors the file is the shared model W1. A file with private tensors
+            can be read by its owner alone (mode 0600).
 
     Raises:
         PayloadError: safetensors cannot hold a tensor.
+        OSError: the disk refuses.
     """
     spec, config = ModelSpec.of(model), config_of(model)
     state = {k: v for k, v in model.state_dict().items() if private or k not in spec.private_keys}
@@ -55,7 +67,7 @@ def save_factors(model: nn.Module, path: Path | str, *, private: bool = True) ->
         "keys": list(spec.shared_keys),
         "model": spec.to_json(),
     }
-    write_state(Path(path), state, about)
+    write_state(Path(path), state, about, owner_only=bool(spec.private_keys & state.keys()))
 
 
 def load_factors(model: nn.Module, path: Path | str) -> None:

@@ -29,6 +29,7 @@ from fedpara_plugins.references.version_log import Version, VersionLog
 from fedpara_plugins.references.version_zero import SEEDED, ZEROS, DerivedKind
 from fedpara_plugins.stages.grid import GridStage
 from fedpara_plugins.stages.stage import Tensors
+from fedpara_plugins.support.outages import Outages
 
 __all__ = ["GridDownlink"]
 
@@ -63,6 +64,7 @@ class GridDownlink:
             ``quantise:rms=...`` says (2 for the preset ``small``), or 1/20 if it says nothing.
         remember: whether to keep one hash per client, that of its version. If not, nothing at all
             is kept per client, and the caller passes ``holds``, what the client named.
+        outages: gets what cannot be written; None logs it alone.
 
     Attributes:
         counts: messages encoded so far, by kind (see `EncodedDownlink`).
@@ -76,11 +78,14 @@ class GridDownlink:
         versions: int = 32,
         coarseness: float | None = None,
         remember: bool = True,
+        outages: Outages | None = None,
     ) -> None:
         states = None if folder is None else folder / "versions"
-        self._store = ReferenceStore(memory_bytes=memory_bytes, folder=states)
-        self._log = VersionLog(None if folder is None else folder / "grid.sqlite", keep=versions)
-        self._index = ClientIndex(None if folder is None else folder / "grid-clients.sqlite")
+        path = None if folder is None else folder / "grid.sqlite"
+        clients = None if folder is None else folder / "grid-clients.sqlite"
+        self._store = ReferenceStore(memory_bytes=memory_bytes, folder=states, outages=outages)
+        self._log = VersionLog(path, keep=versions, outages=outages)
+        self._index = ClientIndex(clients, outages)
         self._remember = remember
         self._coarseness = coarseness
         self._derived = DerivedReferences()

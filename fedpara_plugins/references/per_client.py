@@ -27,6 +27,7 @@ from fedpara_plugins.references.request import EncodedCache, EncodeRequest, log_
 from fedpara_plugins.references.store import MEMORY_BYTES, ReferenceStore
 from fedpara_plugins.references.version_zero import ZEROS
 from fedpara_plugins.stages.stage import Tensors
+from fedpara_plugins.support.outages import Outages
 
 __all__ = ["PerClientDownlink"]
 
@@ -53,15 +54,22 @@ class PerClientDownlink:
         memory_bytes: size of the states kept in memory. In addition the server holds the two states
             that version 0 takes, one message that is being encoded, and some hundred bytes per
             client.
+        outages: gets what cannot be written; None logs it alone.
 
     Attributes:
         counts: messages encoded so far, by kind (see `EncodedDownlink`).
     """
 
-    def __init__(self, *, folder: Path | None = None, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(
+        self,
+        *,
+        folder: Path | None = None,
+        memory_bytes: int = MEMORY_BYTES,
+        outages: Outages | None = None,
+    ) -> None:
         states = None if folder is None else folder / "states"
-        self._store = ReferenceStore(memory_bytes=memory_bytes, folder=states)
-        self._index = ClientIndex(None if folder is None else folder / "clients.sqlite")
+        self._store = ReferenceStore(memory_bytes=memory_bytes, folder=states, outages=outages)
+        self._index = ClientIndex(None if folder is None else folder / "clients.sqlite", outages)
         self._derived = DerivedReferences()
         self._encoded = EncodedCache(REMEMBERED)
         self._plain: set[str] = set()
@@ -123,8 +131,12 @@ class PerClientDownlink:
             return message
 
     def _held_state(self, held: str | None, shared: Tensors) -> _HeldState:
-        """Return what the client holds, if a message can be coded against it."""
-        state = self._store.get(held) if held else None
+        """Return what the client holds, if a message can be coded against it.
+
+        Messages from version 0 on leave all clients in one state: where no more states can be kept,
+        that is the one.
+        """
+        state = self._store.get(held) if held and not self._store.is_short else None
         if held and state is not None and same_layout(shared, state):
             return _HeldState(held, state)
         return _HeldState(NOTHING if held == NOTHING else None, None)

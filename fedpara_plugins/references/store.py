@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
@@ -15,6 +14,13 @@ from fedpara_plugins.codecs import decode_payload, encode_payload, reference_has
 from fedpara_plugins.codecs.chain import Codec
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.stages.stage import Tensors
+from fedpara_plugins.support.outages import Outages
+from fedpara_plugins.support.private_files import (
+    make_private_folder,
+    remove_leftovers,
+    replace_file,
+    set_aside,
+)
 
 __all__ = ["ReferenceStore"]
 
@@ -22,7 +28,11 @@ log = logging.getLogger("fedpara.references")
 
 MEMORY_BYTES = 256 * 2**20
 SUFFIX = ".safetensors"
-UNFINISHED = ".tmp"
+UNFINISHED = ("*.tmp", "*.partial")
+
+NEWEST = 4
+"""States that stay in memory, above its limit too, if the disk refuses them: answers to the
+messages of this moment are coded against them."""
 
 
 class ReferenceStore(Mapping[str, Tensors]):
@@ -31,14 +41,26 @@ class ReferenceStore(Mapping[str, Tensors]):
     Memory contains the states that were used last. With a folder every state is written there at
     once, so that a server that was killed finds it again. Without a folder, only states that exceed
     the memory go to a temporary one. A file whose content has another hash than its name says
-    counts as missing.
+    counts as missing. What the disk refuses stays in memory; if it is full, the states that were
+    used longest ago are lost.
 
     Args:
         memory_bytes: size of the tensors kept in memory; one more state while it is being read.
-        folder: for the files, created if it is missing; nothing else may write there.
+        folder: for the files, created if it is missing; nothing else may write there. Its owner
+            alone can read it.
+        outages: gets what cannot be written; None logs it alone.
+
+    Raises:
+        ConfigError: something else is in the folder's place.
     """
 
-    def __init__(self, *, memory_bytes: int = MEMORY_BYTES, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        memory_bytes: int = MEMORY_BYTES,
+        folder: Path | None = None,
+        outages: Outages | None = None,
+    ) -> None:
         self._limit = memory_bytes
         self._memory: OrderedDict[str, Tensors] = OrderedDict()
         self._used = 0
@@ -46,11 +68,26 @@ class ReferenceStore(Mapping[str, Tensors]):
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._folder = folder
         self._files: set[str] = set()
+        self._outages = outages or Outages(log)
+        self._refused = False
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in folder.glob(f"*{UNFINISHED}"):
-                unfinished.unlink()
-            self._files = {path.stem for path in folder.glob(f"*{SUFFIX}")}
+            try:
+                make_private_folder(folder)
+            except OSError as error:
+                self._note(error)
+            else:
+                remove_leftovers(folder, UNFINISHED)
+            self._files = set(self._sound_names(folder))
+
+    def _sound_names(self, folder: Path) -> Iterator[str]:
+        for path in list(folder.glob(f"*{SUFFIX}")):
+            if path.is_file() and not path.is_symlink():
+                yield path.stem
+                continue
+            try:
+                set_aside(path, "it is not a file", "it counts as lost")
+            except OSError as error:
+                log.warning("fedpara: %s is no file and is passed over: %s", path, error)
 
     # Reading
 
@@ -75,6 +112,15 @@ class ReferenceStore(Mapping[str, Tensors]):
     def memory_used(self) -> int:
         """Return the size in bytes of the tensors in memory."""
         return self._used
+
+    @property
+    def is_short(self) -> bool:
+        """Return whether the disk refuses states, and memory has no room for two more.
+
+        A state that is added now may cost another one that an answer is coded against.
+        """
+        largest = max(map(_size, self._memory.values()), default=0)
+        return self._refused and self._used + 2 * largest > self._limit
 
     # Writing
 
@@ -103,7 +149,10 @@ class ReferenceStore(Mapping[str, Tensors]):
         self._used -= _size(state or {})
         if digest in self._files:
             self._files.discard(digest)
-            self._path(digest).unlink(missing_ok=True)
+            try:
+                self._path(digest).unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("fedpara: the file of reference %s stays: %s", digest, error)
 
     def retain(self, digests: Collection[str]) -> None:
         """Delete every other state."""
@@ -126,8 +175,10 @@ class ReferenceStore(Mapping[str, Tensors]):
     def _evict(self) -> None:
         while self._used > self._limit and self._memory:
             digest, state = next(iter(self._memory.items()))
-            if digest not in self._files:
-                self._write(digest, state)
+            if digest not in self._files and not self._write(digest, state):
+                if len(self._memory) <= NEWEST:
+                    return
+                log.info("fedpara: reference %s is lost: memory is full, and the disk", digest)
             del self._memory[digest]
             self._used -= _size(state)
 
@@ -137,13 +188,23 @@ class ReferenceStore(Mapping[str, Tensors]):
             self._folder = Path(self._temporary.name)
         return self._folder / f"{digest}{SUFFIX}"
 
-    def _write(self, digest: str, state: Tensors) -> None:
-        path = self._path(digest)
-        unfinished = path.with_suffix(UNFINISHED)
-        unfinished.write_bytes(encode_payload(state, codec=Codec(())))
-        # A reader, or a server that starts again, sees the whole file or none.
-        os.replace(unfinished, path)
+    def _write(self, digest: str, state: Tensors) -> bool:
+        """Write a state's file; return whether the disk took it."""
+        try:
+            # A reader, or a server that starts again, sees the whole file or none.
+            replace_file(self._path(digest), encode_payload(state, codec=Codec(())), private=True)
+        except OSError as error:
+            self._note(error)
+            return False
+        self._refused = False
         self._files.add(digest)
+        return True
+
+    def _note(self, error: OSError) -> None:
+        self._refused = True
+        where = self._folder or tempfile.gettempdir()
+        so = "in memory, and where that is full clients get full coded downlinks"
+        self._outages.note("references", where, error, so)
 
     def _read(self, digest: str) -> Tensors:
         if digest not in self._files:
@@ -153,7 +214,7 @@ class ReferenceStore(Mapping[str, Tensors]):
             state = decode_payload(data, limit=len(data)).tensors
             intact = reference_hash(state) == digest
         except (OSError, PayloadError) as error:
-            log.warning("fedpara: %s", error)
+            log.warning("fedpara: %s: %s", self._path(digest), error)
             intact = False
         if not intact:
             log.warning("fedpara: the file of reference %s is damaged and counts as lost", digest)

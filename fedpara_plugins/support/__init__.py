@@ -7,19 +7,46 @@ untrusted sources.
 
 from __future__ import annotations
 
-from fedpara_plugins.support.database import open_database
+from fedpara_plugins.support.database import Database, open_database
 from fedpara_plugins.support.findings import Finding, Level, satisfies
-from fedpara_plugins.support.storage import FileStorage, PrefixView, Storage, replace_file
+from fedpara_plugins.support.outages import Outages, cause_of, is_misplaced
+from fedpara_plugins.support.private_files import (
+    check_regular,
+    close_folder_of,
+    make_private_folder,
+    remove_leftovers,
+    replace_file,
+)
+from fedpara_plugins.support.state_dir import StateDirHold, hold_state_dir
+from fedpara_plugins.support.storage import (
+    BackedStorage,
+    FileStorage,
+    MemoryStorage,
+    PrefixView,
+    Storage,
+)
 from fedpara_plugins.text import printable, shortened
 
 __all__ = [
+    "BackedStorage",
+    "Database",
     "FileStorage",
     "Finding",
     "Level",
+    "MemoryStorage",
+    "Outages",
     "PrefixView",
+    "StateDirHold",
     "Storage",
+    "cause_of",
+    "check_regular",
+    "close_folder_of",
+    "hold_state_dir",
+    "is_misplaced",
+    "make_private_folder",
     "open_database",
     "printable",
+    "remove_leftovers",
     "replace_file",
     "satisfies",
     "shortened",

@@ -12,15 +12,22 @@ client never holds half of a round. An adapter whose framework keeps the clients
 from __future__ import annotations
 
 import abc
-import os
+import errno
+import sqlite3
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpara_plugins._moved import serve_old_names
-from fedpara_plugins.support.database import open_database
+from fedpara_plugins.support.database import open_database, open_read_only, transaction
+from fedpara_plugins.support.outages import Outages, as_os_error
+from fedpara_plugins.support.private_files import make_private_folder
 
-__all__ = ["FileStorage", "PrefixView", "Storage", "replace_file"]
+__all__ = ["BackedStorage", "FileStorage", "MemoryStorage", "PrefixView", "Storage"]
+
+HELD = "held/"
+GONE = "gone/"
+"""Prefixes of keys in a `BackedStorage`'s memory: values, and what was removed."""
 
 _TABLES = "CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;"
 
@@ -82,17 +89,32 @@ class Storage(MutableMapping[str, bytes]):
 class FileStorage(Storage):
     """A `Storage` in one SQLite file, which stays intact if the process is killed as it writes.
 
-    A damaged file is set aside, with a warning in the log, and replaced by an empty one.
+    Its owner alone can read it. A damaged file is set aside, with a warning in the log, and
+    replaced by an empty one. On a disk that cannot be written, what is there can be read.
 
     Args:
         path: the file; its folder is created if necessary.
+
+    Raises:
+        ConfigError: something else is in the file's place, or others can read it and that cannot be
+            changed.
+        OSError: there is no file, and none can be made.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lost = "this client's state in it is lost, and begins anew"
-        self._database = open_database(path, _TABLES, lost=lost)
+        self._path = path
+        self.refused: OSError | None = None
+        try:
+            if not path.parent.is_dir():  # an existing one may hold other things
+                make_private_folder(path.parent)
+            lost = "this client's state in it is lost, and begins anew"
+            self._database = open_database(path, _TABLES, lost=lost)
+        except OSError as error:
+            found = open_read_only(path) if path.is_file() else None
+            if found is None:
+                raise
+            self._database, self.refused = found, error
 
     def close(self) -> None:
         """Discard all changes since the last `commit`, and close the file."""
@@ -105,26 +127,110 @@ class FileStorage(Storage):
 
     def _read(self, key: str) -> bytes | None:
         row = self._database.execute("SELECT value FROM entries WHERE key = ?", (key,)).fetchone()
-        return None if row is None else bytes(row[0])
+        return row[0] if row is not None and isinstance(row[0], bytes) else None
 
     def _write(self, changes: Mapping[str, bytes | None]) -> None:
+        if self.refused is not None:
+            raise self.refused
         gone = [(key,) for key, value in changes.items() if value is None]
         kept = [(key, value) for key, value in changes.items() if value is not None]
-        self._database.execute("BEGIN IMMEDIATE")
         try:
-            self._database.executemany("DELETE FROM entries WHERE key = ?", gone)
-            self._database.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?)", kept)
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
+            with transaction(self._database):
+                self._database.executemany("DELETE FROM entries WHERE key = ?", gone)
+                self._database.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?)", kept)
+        except sqlite3.OperationalError as error:
+            raise as_os_error(error, self._path) or error from error
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file; if the process is killed, the file has its old content or all of the new."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_bytes(data)
-    os.replace(unfinished, path)
+class MemoryStorage(Storage):
+    """A `Storage` in a dict; it lasts as long as the process.
+
+    Args:
+        entries: the dict.
+    """
+
+    def __init__(self, entries: dict[str, bytes]) -> None:
+        super().__init__()
+        self._entries = entries
+
+    def _stored(self) -> dict[str, None]:
+        return dict.fromkeys(self._entries)
+
+    def _read(self, key: str) -> bytes | None:
+        return self._entries.get(key)
+
+    def _write(self, changes: Mapping[str, bytes | None]) -> None:
+        for key, value in changes.items():
+            if value is None:
+                self._entries.pop(key, None)
+            else:
+                self._entries[key] = value
+
+
+class BackedStorage(Storage):
+    """A `FileStorage` whose changes go to another storage for as long as the disk refuses them.
+
+    Args:
+        path: of the file.
+        memory: lasts at least until the next round. Only what the disk has refused is in it.
+        outages: gets what cannot be written.
+
+    Raises:
+        ConfigError: see `FileStorage`.
+    """
+
+    def __init__(self, path: Path, memory: Storage, outages: Outages) -> None:
+        super().__init__()
+        self._path = path
+        self._memory = memory
+        self._outages = outages
+        self._file: FileStorage | None = None
+        try:
+            self._file = FileStorage(path)
+        except OSError as error:
+            self._note(error)
+
+    def close(self) -> None:
+        """Discard all changes since the last `commit`, and close the file."""
+        super().close()
+        self._memory.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _stored(self) -> dict[str, None]:
+        held, gone = PrefixView(self._memory, HELD), PrefixView(self._memory, GONE)
+        of_file: Mapping[str, None] = {} if self._file is None else self._file._stored()
+        return {key: None for key in {**of_file, **dict.fromkeys(held)} if key not in gone}
+
+    def _read(self, key: str) -> bytes | None:
+        if HELD + key in self._memory:
+            return self._memory[HELD + key]
+        if GONE + key in self._memory or self._file is None:
+            return None
+        return self._file._read(key)
+
+    def _write(self, changes: Mapping[str, bytes | None]) -> None:
+        pending = self._refused_before() | dict(changes)
+        try:
+            if self._file is None:
+                raise OSError(errno.EACCES, "it could not be opened", str(self._path))
+            self._file._write(pending)
+        except OSError as error:
+            self._note(error)
+            for key, value in changes.items():
+                self._memory[(GONE if value is None else HELD) + key] = value or b""
+                self._memory.pop((HELD if value is None else GONE) + key, None)
+        else:
+            self._memory.clear()
+        self._memory.commit()
+
+    def _refused_before(self) -> dict[str, bytes | None]:
+        gone: dict[str, bytes | None] = dict.fromkeys(PrefixView(self._memory, GONE))
+        return {**gone, **PrefixView(self._memory, HELD)}
+
+    def _note(self, error: OSError) -> None:
+        so = "what this client keeps between rounds stays in memory, and ends with this run"
+        self._outages.note("a client's state", self._path, error, so)
 
 
 class PrefixView(MutableMapping[str, bytes]):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from fedpara_plugins.support.storage import FileStorage, PrefixView, replace_file
+from fedpara_plugins.support import FileStorage, PrefixView, replace_file
 
 KILLS = 20
 SIZE = 300_000

@@ -9,6 +9,7 @@ from typing import Any
 import fedml
 
 from fedpara_plugins import ConfigError
+from fedpara_plugins.support import StateDirHold
 from fedpara_plugins_fedml.checks.announcement import log_engine, warn_about_files
 from fedpara_plugins_fedml.checks.arguments import (
     check_args,
@@ -17,6 +18,7 @@ from fedpara_plugins_fedml.checks.arguments import (
     check_tests,
 )
 from fedpara_plugins_fedml.checks.files import check_files
+from fedpara_plugins_fedml.checks.state_dir import hold_for
 from fedpara_plugins_fedml.checks.supported import (
     is_distributed,
     lacks_optimizer,
@@ -69,6 +71,7 @@ class FedMLRunner(fedml.FedMLRunner):  # type: ignore[misc]
         algorithm_flow: Any = None,
     ) -> None:
         show_among_fedml_logs()
+        self._hold: StateDirHold | None = None
         with reporting_errors(args, None) if looks_distributed(args) else nullcontext():
             settings = FedMLSettings.from_args(args)
         given = client_trainer, server_aggregator
@@ -82,6 +85,7 @@ class FedMLRunner(fedml.FedMLRunner):  # type: ignore[misc]
             with reporting_errors(args, settings):
                 check_args(settings, args)
                 check_dataset(dataset)
+                self._hold = hold_for(self, settings, args, alone=False)
                 first = int(args.rank) == 0
                 check_files(settings, server=first, client=not first)
             self.runner: Distributed | SingleProcess = Distributed(
@@ -90,8 +94,21 @@ class FedMLRunner(fedml.FedMLRunner):  # type: ignore[misc]
             return
         check_args(settings, args)
         check_dataset(dataset)
+        self._hold = hold_for(self, settings, args, alone=True)
         check_files(settings, server=True, client=True)
         self.runner = _single_process(settings, args, device, dataset, model, *given)
+
+    def run(self) -> None:
+        """Take part in the run until it ends.
+
+        Raises:
+            FedParaError: it has failed, or is complete and its checkpoint could not be written.
+        """
+        try:
+            super().run()
+        finally:
+            if self._hold is not None:
+                self._hold.release()
 
 
 @contextmanager

@@ -27,8 +27,9 @@ from fedpara_plugins.exchange import (
     plain_spec,
     zero_private_factors,
 )
-from fedpara_plugins.support import Storage
+from fedpara_plugins.support import Outages, Storage
 from fedpara_plugins.training import RoundProgress, round_progress, start_round
+from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.settings import FlowerSettings
 
 __all__ = ["Run", "Start", "StartHook", "active_run", "open_run", "to_dense"]
@@ -73,6 +74,7 @@ class Run:
         on_start: on a server, hooks around each start of a strategy; see `strategy_hooks`.
         strategy: on a server, the strategy that was started last.
         left_out: on a server, number of replies left out since the last aggregation.
+        outages: what this side could not write.
     """
 
     settings: FlowerSettings
@@ -93,6 +95,7 @@ class Run:
     on_start: list[StartHook] = field(default_factory=list)
     strategy: object | None = None
     left_out: int = 0
+    outages: Outages = field(default_factory=lambda: Outages(log))
 
     @property
     def trains_dense(self) -> bool:

@@ -17,8 +17,8 @@ from fedpara_plugins.exchange import (
     OwnModels,
     ReceivedRecord,
     RecordKind,
+    own_checkpoint,
 )
-from fedpara_plugins.models import save_dense
 from fedpara_plugins_fedml.engine.client_storage import ClientStorages
 from fedpara_plugins_fedml.engine.models import dense_of, exchanged, plain_state, spec_for, to_state
 from fedpara_plugins_fedml.messages.envelope import unpack
@@ -115,14 +115,19 @@ class ClientModels:
         folder = self._settings.client_checkpoints
         if folder is not None:
             model, full = self._trainer.model, self._completed(client, state)
-            save_dense(
-                folder / f"client-{client}.safetensors",
+            own_checkpoint(
+                folder,
+                client,
                 {**to_state(model.state_dict()), **self._loadable(full)}
                 if self._settings.trains_dense
                 else dense_of(model, full, private=True),
-                model=f"the own model of client {client}",
                 method=self._settings.config.method,
+                outages=self._storages.outages,
             )
+
+    def log_missing(self) -> None:
+        """Log what this process's clients could not write, as the last line of their run."""
+        self._storages.outages.log_last_line()
 
     def test(self, data: Any) -> Any:
         """Return what the trainer's ``test`` says of the model that was loaded last."""

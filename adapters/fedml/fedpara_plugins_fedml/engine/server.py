@@ -18,8 +18,8 @@ from fedpara_plugins.exchange import (
     examples_of,
     plain_spec,
     reason_of,
+    server_checkpoint,
 )
-from fedpara_plugins.models import save_dense
 from fedpara_plugins.optimizers import trained_parameters
 from fedpara_plugins_fedml.engine.aggregation import Aggregation
 from fedpara_plugins_fedml.engine.models import dense_of, plain_state, spec_for, to_state
@@ -70,6 +70,8 @@ class ServerEngine:
         self.rule = rule
         self.round = 0
         self.accounting = RunAccounting(settings.ledger, settings.config, log)
+        self._outages = self.accounting.outages
+        self._failure: FedParaError | None = None
         self._args = args
         self._device = device
         self._dataset = dataset
@@ -78,11 +80,11 @@ class ServerEngine:
         self._spec = spec_for(aggregator.model, self._x)
         rule.trained = frozenset(trained_parameters(aggregator.model)) & self._x.keys()
         self._aggregation = Aggregation(aggregator, args, self._spec)
-        self._encoder = DownlinkEncoder(settings)
+        self._encoder = DownlinkEncoder(settings, self._outages)
         self._replies = Replies(0, ())
         self._purposes: dict[str, Purpose] = {}
         self._fresh = 0
-        self._file = ServerFile(settings.state_dir)
+        self._file = ServerFile(settings.state_dir, self._outages)
         self._go_on()
 
     def _go_on(self) -> None:
@@ -265,9 +267,10 @@ class ServerEngine:
         self._put()
 
     def close(self) -> None:
-        """End the run: log what it cost."""
+        """End the run: log what it cost, and what could not be written."""
         self.accounting.log_run()
         self._encoder.close()
+        self._outages.log_last_line()
 
     def save_checkpoint(self) -> None:
         """Write the server's dense model, where ``fedpara_checkpoint`` is set."""
@@ -277,6 +280,20 @@ class ServerEngine:
         model = "the server's model"
         if self._spec.private_factors:
             model += ": W1, the shared part (private part zero)"
-        dense = dense_of(self._aggregator.model, self._x, private=False)
-        save_dense(path, dense, model=model, method=self.settings.config.method)
-        log.info("fedpara: dense checkpoint of the server's model written to %s", path)
+        self._failure = server_checkpoint(
+            path,
+            dense_of(self._aggregator.model, self._x, private=False),
+            model=model,
+            method=self.settings.config.method,
+            log=log,
+            outages=self._outages,
+        )
+
+    def raise_failure(self) -> None:
+        """Raise an error if the checkpoint could not be written; when all else is done.
+
+        Raises:
+            FedParaError: it names the place of the model.
+        """
+        if self._failure is not None:
+            raise self._failure

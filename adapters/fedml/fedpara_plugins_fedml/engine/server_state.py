@@ -13,7 +13,7 @@ from torch import Tensor
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
 from fedpara_plugins.exchange import pack_plain, unpack_plain
-from fedpara_plugins.support import replace_file
+from fedpara_plugins.support import Outages, check_regular, make_private_folder, replace_file
 from fedpara_plugins_fedml.rules import State
 
 __all__ = ["CompletedRound", "ServerFile"]
@@ -47,9 +47,11 @@ class ServerFile:
 
     Args:
         state_dir: the option of that name; None keeps nothing.
+        outages: gets what cannot be written.
     """
 
-    def __init__(self, state_dir: Path | None) -> None:
+    def __init__(self, state_dir: Path | None, outages: Outages) -> None:
+        self._outages = outages
         self._path = None if state_dir is None else state_dir / "server" / "round.safetensors"
 
     def write(self, done: CompletedRound) -> None:
@@ -65,11 +67,14 @@ class ServerFile:
         }
         everything = {**{MODEL + name: value for name, value in done.x.items()}, **tensors}
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_private_folder(self._path.parent)
             data = encode_payload(everything, codec=parse_codec("none"), extra=words)
-            replace_file(self._path, data)
-        except (FedParaError, OSError) as error:
+            replace_file(self._path, data, private=True)
+        except FedParaError as error:
             log.error("fedpara: round %d is not kept in %s: %s", done.round, self._path, error)
+        except OSError as error:
+            so = "and a server that is started again begins after the last round that was kept"
+            self._outages.note("completed rounds", self._path, error, so)
 
     def read(self, now: CompletedRound) -> CompletedRound | None:
         """Return what was kept last; None if nothing was.
@@ -80,7 +85,7 @@ class ServerFile:
         Raises:
             ConfigError: the file is damaged, or of another optimizer or model.
         """
-        if self._path is None or not self._path.exists():
+        if self._path is None or not check_regular(self._path):
             return None
         saved = self._decoded(self._path)
         where = f"fedpara: {self._path.parent} holds rounds of"
@@ -110,12 +115,20 @@ class ServerFile:
             words = dict(payload.header.extra or {})
             x = {n[len(MODEL) :]: v for n, v in payload.tensors.items() if n.startswith(MODEL)}
             words["rule"] = unpack_plain(words["rule"], payload.tensors)
-            return CompletedRound(x=x, **words)
-        except (FedParaError, KeyError, TypeError, ValueError) as error:
+            found = CompletedRound(x=x, **words)
+            _check_types(found)
+            return found
+        except (FedParaError, OSError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"fedpara: {path} is damaged ({error}): remove it to begin at round 1 with what "
                 f"clients hold, or choose another fedpara_state_dir"
             ) from error
+
+
+def _check_types(found: CompletedRound) -> None:
+    for name, kind in {"round": int, "rule": dict, "optimizer": str, "model": str}.items():
+        if type(getattr(found, name)) is not kind:
+            raise TypeError(f"{name!r} is no {kind.__name__}")
 
 
 def _shapes(x: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

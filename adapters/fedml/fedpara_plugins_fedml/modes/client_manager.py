@@ -54,8 +54,11 @@ class ClientManager:
         mlops.log_sys_perf(self._args)
         event: Event | None = connect(self._endpoint, self._start_timeout)
         client_status_training()
-        while not self._is_last(event):
-            event = self._endpoint.next()
+        try:
+            while not self._is_last(event):
+                event = self._endpoint.next()
+        finally:
+            self._engine.log_missing()
         mlops.stop_sys_perf()
         mlops.log_training_finished_status()
         leave(self._endpoint)

@@ -72,7 +72,8 @@ class ServerManager:
         """Run all rounds.
 
         Raises:
-            FedParaError: if the run has failed; every client has been sent the reason.
+            FedParaError: if the run has failed; every client has been sent the reason. Or if it is
+                complete, and its checkpoint could not be written.
         """
         try:
             self._gather_clients()
@@ -88,6 +89,7 @@ class ServerManager:
             raise
         finally:
             self._engine.close()
+        self._engine.raise_failure()
 
     # Which clients are there
 

@@ -58,18 +58,25 @@ class SingleProcess:
         (_, _, _, _, self._sizes, self._train, self._test, _) = dataset
 
     def run(self) -> None:
-        """Train for ``comm_round`` rounds, and test as FedML does."""
+        """Train for ``comm_round`` rounds, and test as FedML does.
+
+        Raises:
+            FedParaError: the run has failed, or is complete and its checkpoint could not be
+                written.
+        """
         client_status_training()
         server_status_running()
         mlops.log_round_info(self._args.comm_round, -1)
         try:
             while self.server.round < self._args.comm_round:
                 self._round()
+            self.server.save_checkpoint()
         finally:
+            self.clients.log_missing()
             self.server.close()
-        self.server.save_checkpoint()
         mlops.log_training_finished_status()
         mlops.log_aggregation_finished_status()
+        self.server.raise_failure()
 
     def _round(self) -> None:
         number = self.server.round

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,10 +12,10 @@ from flwr.app import Context, Message, RecordDict
 from fedpara_plugins import ConfigError, FedParaError, PayloadError
 from fedpara_plugins.codecs import decoders
 from fedpara_plugins.exchange import ClientRound, OwnModels, ReceivedRecord
-from fedpara_plugins.models import save_dense
 from fedpara_plugins.references import LostReferenceError
 from fedpara_plugins.support import Storage
 from fedpara_plugins_flower.client.arrival import Arrival
+from fedpara_plugins_flower.client.exports import export
 from fedpara_plugins_flower.client.options import check_plain_message, client_settings
 from fedpara_plugins_flower.client.storage import client_state, client_storage
 from fedpara_plugins_flower.factories import plain_model_hint
@@ -106,7 +105,7 @@ def _begin(
     if None in payloads.values():
         return refuse_plain_message(message)
     show_core_logs()
-    with contextlib.closing(client_storage(context, settings.state_dir)) as storage:
+    with client_storage(context, settings.state_dir) as storage:
         sent = {name: payload for name, payload in payloads.items() if payload is not None}
         return _answer(message, sent, context, call_next, settings, storage)
 
@@ -163,7 +162,7 @@ def _answer(
         lost = Marker(lost=True, has=client_round.known_hashes(), decoders=decoders())
         return Message(lost.attached_to(RecordDict()), reply_to=message)
     _name_arrays(reply, received, run)
-    _export(message, context, settings, client_round)
+    export(message, context, settings, client_round)
     _encode_in_place(reply, client_round, run, masked=secagg.masks_reply(message))
     client_round.keep(steps=max((training.steps for training in run.trainings), default=0))
     # Only now: a round that fails leaves no trace, and one that is killed none or all of it.
@@ -252,20 +251,3 @@ def _encode_in_place(reply: Message, client_round: ClientRound, run: Run, *, mas
         holds=client_round.received_hashes, fresh=client_round.fresh, decoders=decoders()
     )
     reply.content = marker.attached_to(reply.content)
-
-
-def _export(
-    message: Message, context: Context, settings: FlowerSettings, client_round: ClientRound
-) -> None:
-    """Write the client's own dense model, where it lives, each time it has been evaluated."""
-    folder = settings.client_checkpoints
-    if folder is None or not message.metadata.message_type.startswith("evaluate"):
-        return
-    who = context.node_config.get("partition-id", context.node_id)
-    for part in client_round.models[:1]:
-        save_dense(
-            folder / f"client-{who}.safetensors",
-            part.spec.dense_state(part.full),
-            model=f"the own model of client {who}",
-            method=settings.config.method,
-        )

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, RecordDict
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins.exchange import ClientState
-from fedpara_plugins.support import FileStorage, Storage
+from fedpara_plugins.support import BackedStorage, Outages, Storage, hold_state_dir
+from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.messages.records import carried_payload, payload_record
 
-__all__ = ["client_name", "client_state", "client_storage", "lasting_name", "state_file"]
+__all__ = [
+    "OUTAGES",
+    "client_name",
+    "client_state",
+    "client_storage",
+    "lasting_name",
+    "state_file",
+]
+
+OUTAGES = Outages(log)
+"""Of all clients in this process: each file that the disk refuses is logged once."""
 
 PREFIX = "fedpara."
 """Of the names in ``Context.state``, where the app has its own."""
@@ -39,15 +51,27 @@ def client_name(context: Context) -> str:
     return text
 
 
-def client_storage(context: Context, state_dir: Path | None) -> Storage:
+@contextmanager
+def client_storage(context: Context, state_dir: Path | None) -> Iterator[Storage]:
     """Open the storage of this client's lasting state: a file of its own, or ``Context.state``.
 
+    What the disk refuses is kept in ``Context.state`` until it takes it. The state-dir is held for
+    this run as long as the storage is open.
+
     Raises:
-        ConfigError: see `client_name`.
+        ConfigError: see `client_name` and `hold_state_dir`.
     """
+    in_context = _ContextStorage(context.state)
     if state_dir is None:
-        return _ContextStorage(context.state)
-    return FileStorage(state_file(context, state_dir))
+        with closing(in_context):
+            yield in_context
+        return
+    path = state_file(context, state_dir)
+    with (
+        hold_state_dir(state_dir, run=str(context.run_id), outages=OUTAGES),
+        closing(BackedStorage(path, in_context, OUTAGES)) as storage,
+    ):
+        yield storage
 
 
 def client_state(context: Context, state_dir: Path | None, storage: Storage) -> ClientState:

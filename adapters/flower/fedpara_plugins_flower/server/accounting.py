@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, Message
 from fedpara_plugins import FedParaConfig, Ledger
 from fedpara_plugins.exchange import RunAccounting, Size
 from fedpara_plugins.ledger import Direction, LayerSize
+from fedpara_plugins.support import Outages
 from fedpara_plugins_flower.messages.records import array_bytes, raw_bytes, value_bytes
 from fedpara_plugins_flower.privacy.secagg import masked_bytes
 from fedpara_plugins_flower.seams import EVALUATE_METRICS, round_of
@@ -29,12 +30,18 @@ class Accounting:
     headers); names, metrics and the transport's own framing are not counted.
 
     Args:
-        path: of the ledger's file, or None to keep it in memory.
+        path: of the ledger's file; None for its sums alone.
         config: of the run, for the ledger's first line; None leaves that out.
+        outages: gets what cannot be written; None logs it alone.
     """
 
-    def __init__(self, path: Path | None, config: FedParaConfig | None = None) -> None:
-        self._run = RunAccounting(path, config, log)
+    def __init__(
+        self,
+        path: Path | None,
+        config: FedParaConfig | None = None,
+        outages: Outages | None = None,
+    ) -> None:
+        self._run = RunAccounting(path, config, log, outages)
         self._round = 0
         self._evaluated = ClientMetrics()
 

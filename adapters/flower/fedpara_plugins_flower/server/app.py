@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from flwr.app import Context
@@ -10,7 +11,8 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError
-from fedpara_plugins.models import save_dense
+from fedpara_plugins.exchange import server_checkpoint
+from fedpara_plugins.support import hold_state_dir
 from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.logs import log, show_core_logs
 from fedpara_plugins_flower.messages.legacy_lists import named_state
@@ -75,25 +77,44 @@ def _run_app(app: App, grid: Grid, context: Context, settings: FlowerSettings) -
     log_relative_paths(settings)
     final = FinalState()
     run = Run(settings, side="server", on_loaded=final.seen)
-    accounting = Accounting(settings.ledger, settings.config)
+    with _held_state_dir(run, context):
+        _run_held(app, grid, context, run, final)
+
+
+def _held_state_dir(run: Run, context: Context) -> AbstractContextManager[object]:
+    folder = run.settings.state_dir
+    if folder is None:
+        return nullcontext()
+    return hold_state_dir(folder, run=str(context.run_id), role="server", outages=run.outages)
+
+
+def _run_held(app: App, grid: Grid, context: Context, run: Run, final: FinalState) -> None:
+    settings = run.settings
+    accounting = Accounting(settings.ledger, settings.config, run.outages)
     _add_hooks(run, accounting)
     wrapped = (
         CodecGrid(grid, run, accounting, final)  # type: ignore[abstract]
         if settings.active
         else ObservingGrid(grid, accounting, final)  # type: ignore[abstract]
     )
-    with open_run(run):
-        try:
-            _serve(app, wrapped, context, run)
-        except Exception as error:
-            if settings.active and (better := with_remedy(error)) is not error:
-                raise better from error
-            raise
-        finally:
-            accounting.log_run()
-            if isinstance(wrapped, CodecGrid):
-                wrapped.close()
-    _write_checkpoint(run, final)
+    failure = None
+    try:
+        with open_run(run):
+            try:
+                _serve(app, wrapped, context, run)
+            except Exception as error:
+                if settings.active and (better := with_remedy(error)) is not error:
+                    raise better from error
+                raise
+            finally:
+                accounting.log_run()
+                if isinstance(wrapped, CodecGrid):
+                    wrapped.close()
+        failure = _write_checkpoint(run, final)
+    finally:
+        run.outages.log_last_line()
+    if failure is not None:
+        raise failure  # only now: the app has its result, and the log says where the model lies
 
 
 def _add_hooks(run: Run, accounting: Accounting) -> None:
@@ -106,7 +127,8 @@ def _add_hooks(run: Run, accounting: Accounting) -> None:
         run.on_evaluated = accounting.ledger.log
         run.on_start.append(record_evaluations(run.on_evaluated))
     if settings.state_dir is not None:  # last: it counts the rounds for all others
-        run.on_start.append(ResumableRounds(settings.state_dir / "server").around_start)
+        rounds = ResumableRounds(settings.state_dir / "server", run.outages)
+        run.on_start.append(rounds.around_start)
 
 
 def _serve(app: App, grid: CodecGrid | ObservingGrid, context: Context, run: Run) -> None:
@@ -127,10 +149,11 @@ def _serve(app: App, grid: CodecGrid | ObservingGrid, context: Context, run: Run
     grid.finish()
 
 
-def _write_checkpoint(run: Run, final: FinalState) -> None:
+def _write_checkpoint(run: Run, final: FinalState) -> FedParaError | None:
+    """Write the server's dense model; return the error to end with if the disk refuses it."""
     path = run.settings.checkpoint
     if path is None:
-        return
+        return None
     state: dict[str, Tensor] | None = named_state(final.state(), run.specs)
     if state is None:
         log.warning(
@@ -138,18 +161,14 @@ def _write_checkpoint(run: Run, final: FinalState) -> None:
             "neither sent to clients for evaluation nor loaded on the server. Save "
             "fedpara.to_dense(result.arrays) in the app instead."
         )
-        return
+        return None
     spec = run.specs.get(frozenset(state))
-    method = run.settings.config.method
-    private = spec is not None and bool(spec.private_factors)
-    save_dense(
-        path,
-        spec.dense_state({k: v for k, v in state.items() if k not in spec.private_factors})
-        if spec is not None
-        else state,
-        model="the server's model: W1, the shared part (private part zero)"
-        if private
-        else "the server's model",
-        method=method,
+    model = "the server's model"
+    if spec is not None:
+        if spec.private_factors:
+            model += ": W1, the shared part (private part zero)"
+        shared = {k: v for k, v in state.items() if k not in spec.private_factors}
+        state = spec.dense_state(shared)
+    return server_checkpoint(
+        path, state, model=model, method=run.settings.config.method, log=log, outages=run.outages
     )
-    log.info("fedpara: dense checkpoint of the server's model written to %s", path.absolute())

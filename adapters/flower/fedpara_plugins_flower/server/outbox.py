@@ -34,7 +34,7 @@ class Outbox(DownlinkEncoder):
     """
 
     def __init__(self, run: Run) -> None:
-        super().__init__(run.settings)
+        super().__init__(run.settings, run.outages)
         self._run = run
         # Strategies send one record object to many nodes.
         self._records: dict[str, ArrayRecord] = {}

@@ -11,7 +11,8 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from fedpara_plugins import FedParaError
+from fedpara_plugins import ConfigError, FedParaError
+from fedpara_plugins.support import Outages, make_private_folder
 from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.messages.records import to_record, to_tensors
 from fedpara_plugins_flower.run import Start, active_run
@@ -23,18 +24,29 @@ __all__ = ["ResumableRounds"]
 
 Method = Callable[..., Any]
 
+ROUNDS = "completed rounds"
+NOT_KEPT = "and a server that is started again begins after the last round that was kept"
+
 
 class ResumableRounds:
     """Saves each completed round of the strategies that an app starts, and continues from there.
 
     Args:
         folder: receives two files for each ``start`` of the app, numbered in their order.
+        outages: gets what cannot be written.
+
+    Raises:
+        ConfigError: something else is in the folder's place.
     """
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, outages: Outages) -> None:
         self._folder = folder
+        self._outages = outages
         self._started = 0
+        try:
+            make_private_folder(folder)
+        except OSError as error:
+            outages.note(ROUNDS, folder, error, NOT_KEPT)
 
     @contextmanager
     def around_start(self, start: Start) -> Iterator[Callable[[Result], Result]]:
@@ -45,7 +57,7 @@ class ResumableRounds:
         """
         path = self._folder / f"rounds-{self._started}.safetensors"
         self._started += 1
-        run = _StrategyRun(start, path)
+        run = _StrategyRun(start, path, self._outages)
         with replaced_methods(start["self"], run.methods()):
             yield run.completed
 
@@ -53,10 +65,11 @@ class ResumableRounds:
 class _StrategyRun:
     """The rounds of one strategy, those before this process included."""
 
-    def __init__(self, start: Start, path: Path) -> None:
+    def __init__(self, start: Start, path: Path, outages: Outages) -> None:
         self._path = path
+        self._outages = outages
         self._strategy: Strategy = start["self"]
-        self._metrics = MetricsFile(path.with_suffix(".metrics.json"))
+        self._metrics = MetricsFile(path.with_suffix(".metrics.json"), outages)
         self._first, lost = capture(self._strategy, {})
         if lost:
             log.warning(
@@ -76,7 +89,13 @@ class _StrategyRun:
             return
         initial, name = start["initial_arrays"], type(self._strategy).__name__
         saved.check_matches(name, _described(initial), initial, self._path.parent)
-        restore(self._strategy, saved.state, saved.first, saved.tensors)
+        try:
+            restore(self._strategy, saved.state, saved.first, saved.tensors)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"fedpara: {self._path} holds a state that {name} cannot take ({error!r}): remove "
+                f"the file to begin at round 1, or choose another state-dir"
+            ) from error
         self._first, self._before = saved.first, saved.round
         self._metrics.read()
         self._arrays = to_record(saved.arrays)
@@ -147,8 +166,10 @@ class _StrategyRun:
             described = _described(model)
             snapshot = Snapshot(name, number, model, state, self._first, described, tensors)
             snapshot.write(self._path)
-        except (FedParaError, OSError) as error:
+        except FedParaError as error:
             log.error("fedpara: round %d is not kept in %s: %s", number, self._path, error)
+        except OSError as error:
+            self._outages.note(ROUNDS, self._path, error, NOT_KEPT)
 
     # The end
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
-from fedpara_plugins.support import replace_file
+from fedpara_plugins.support import Outages, check_regular, replace_file
 from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.server.strategy_state import pack, unpack
 
@@ -66,28 +65,37 @@ class Snapshot:
             "model": self.model,
         }
         tensors = {**{MODEL + k: v for k, v in self.arrays.items()}, **self.tensors}
-        replace_file(path, encode_payload(tensors, codec=parse_codec("none"), extra=fields))
+        data = encode_payload(tensors, codec=parse_codec("none"), extra=fields)
+        replace_file(path, data, private=True)
 
     @classmethod
     def read(cls, path: Path) -> Snapshot | None:
         """Return the snapshot that was written last; None if there is no file.
 
         Raises:
-            ConfigError: if the file is damaged.
+            ConfigError: if the file is damaged, or is no file.
         """
-        if not path.exists():
+        if not check_regular(path):
             return None
         try:
             data = path.read_bytes()
             payload = decode_payload(data, limit=len(data))
             model = [name for name in payload.tensors if name.startswith(MODEL)]
             arrays = {name[len(MODEL) :]: payload.tensors.pop(name) for name in model}
-            return cls(arrays=arrays, tensors=payload.tensors, **(payload.header.extra or {}))
-        except (FedParaError, TypeError) as error:
+            found = cls(arrays=arrays, tensors=payload.tensors, **(payload.header.extra or {}))
+            found._check_types()
+            return found
+        except (FedParaError, OSError, TypeError) as error:
             raise ConfigError(
                 f"fedpara: {path} is damaged ({error}): remove it to begin at round 1 with what "
                 f"clients hold, or choose another state-dir"
             ) from error
+
+    def _check_types(self) -> None:
+        wanted = {"strategy": str, "round": int, "state": dict, "first": dict, "model": str}
+        for name, kind in wanted.items():
+            if type(getattr(self, name)) is not kind:
+                raise TypeError(f"{name!r} is no {kind.__name__}")
 
     def check_matches(self, strategy: str, model: str, initial: ArrayRecord, where: Path) -> None:
         """Raise unless a run that is started now is of the same strategy and model.
@@ -128,22 +136,26 @@ class MetricsFile:
 
     Args:
         path: of the file.
+        outages: gets what cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, outages: Outages) -> None:
         self._path = path
+        self._outages = outages
         self._metrics: dict[str, dict[str, Any]] = {name: {} for name in METRICS}
 
     def read(self) -> None:
         """Read the metrics of the rounds before this process; log a warning if they are lost."""
         try:
-            found: Mapping[str, Any] = json.loads(self._path.read_bytes())
-        except (OSError, ValueError):
+            found = _by_kind(json.loads(self._path.read_bytes()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             log.warning(
-                "fedpara: the metrics of earlier rounds are lost: %s cannot be read", self._path
+                "fedpara: the metrics of earlier rounds are lost: %s cannot be read: %s",
+                self._path,
+                error,
             )
             return
-        self._metrics |= {name: dict(found.get(name, {})) for name in METRICS}
+        self._metrics |= found
 
     def add(self, kind: str, number: int, metrics: object) -> None:
         """Add a round's metrics and write the file; anything but a MetricRecord is passed over."""
@@ -151,11 +163,28 @@ class MetricsFile:
             return
         self._metrics[kind][str(number)] = pack(dict(metrics), {})
         try:
-            replace_file(self._path, json.dumps(self._metrics).encode())
+            replace_file(self._path, json.dumps(self._metrics).encode(), private=True)
         except OSError as error:
-            log.error("fedpara: metrics are not kept in %s: %s", self._path, error)
+            so = "and a server that is started again returns later ones alone"
+            self._outages.note("metrics of the rounds", self._path, error, so)
 
     def by_round(self, kind: str) -> dict[int, MetricRecord]:
         """Return the records of one of `METRICS`, in the order of rounds."""
         found = {int(k): MetricRecord(unpack(v, {})) for k, v in self._metrics[kind].items()}
         return dict(sorted(found.items()))
+
+
+def _by_kind(found: Any) -> dict[str, dict[str, Any]]:
+    """Return metrics by kind and round, as `MetricsFile` writes them.
+
+    Raises:
+        ValueError, TypeError: they are something else.
+    """
+    if not isinstance(found, dict):
+        raise TypeError("not an object")
+    kinds = {name: dict(found.get(name, {})) for name in METRICS}
+    for rounds in kinds.values():
+        for number, values in rounds.items():
+            int(number)
+            MetricRecord(unpack(values, {}))
+    return kinds
