@@ -148,7 +148,7 @@ def test_what_the_plugin_needs_is_both_lines_of_both_sides() -> None:
     ("theirs", "says"),
     [
         ({"gamma": 0.5}, ["conv2.weight", "rank 8", "rank 7", "same fedpara options"]),
-        ({"method": "lowrank"}, ["conv2.weight", "lowrank", "fedpara rank 7"]),
+        ({"method": "lowrank"}, ["lowrank", "fedpara", "same fedpara options"]),
         ({"exclude": "fc1"}, ["fc1.weight", "dense", "same fedpara options"]),
         ({"codec": "int8"}, ["codec differs", "int8", "has none", "same fedpara option codec"]),
         ({"uplink_codec": "small"}, ["codec differs", "down none", "same fedpara option codec"]),
