@@ -126,7 +126,7 @@ class _Node:
     def __init__(self, partition: int, partitions: int, seed: int) -> None:
         self.id = random.Random(f"{seed}:{partition}").getrandbits(62)
         self.partition = partition
-        self.config = {"partition-id": partition, "num-partitions": partitions}
+        self.config: dict[str, Any] = {"partition-id": partition, "num-partitions": partitions}
         self.state = WireObject.of(RecordDict())
 
 
@@ -146,6 +146,11 @@ class InProcessGrid(Grid):
             messages are kept in ``sent`` anyway.
         late: a reply for which it is true does not come in time: the client has done its work, and
             the server never hears of it.
+        node_config: entries of every node's config besides its number.
+
+    Attributes:
+        run_config: what their ``Context.run_config`` holds from the next message on.
+        sent: all messages so far.
     """
 
     def __init__(
@@ -157,12 +162,15 @@ class InProcessGrid(Grid):
         engine: Engine = "simulation",
         tap: Callable[[Sent, InProcessGrid], None] | None = None,
         late: Callable[[Sent], bool] | None = None,
+        node_config: RunConfig | None = None,
     ) -> None:
         self._late = late
         self._client_app = client_app
         made = sorted((_Node(i, nodes, RUN_ID) for i in range(nodes)), key=lambda node: node.id)
+        for node in made:
+            node.config |= node_config or {}
         self._nodes = {node.id: node for node in made}
-        self._run_config = dict(run_config or {})
+        self.run_config = dict(run_config or {})
         self._engine = engine
         self._tap = tap
         self._waiting: dict[str, WireObject] = {}
@@ -195,6 +203,13 @@ class InProcessGrid(Grid):
         )
         with _identity(SUPERLINK_NODE_ID):
             app(grid=self, context=context)
+
+    def ask(self, partition: int, content: RecordDict, kind: str) -> Message:
+        """Send one client a message of any content, and return its reply."""
+        with _identity(SUPERLINK_NODE_ID):
+            message = Message(content, self.node_id(partition), kind)
+            (reply,) = self.send_and_receive([message])
+        return reply
 
     # Flower's interface
 
@@ -268,7 +283,7 @@ class InProcessGrid(Grid):
             node_id=node.id,
             node_config=dict(node.config),
             state=node.state.rebuilt(),
-            run_config=dict(self._run_config),
+            run_config=dict(self.run_config),
         )
         try:
             with _identity(node.id):
