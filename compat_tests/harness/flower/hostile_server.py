@@ -8,33 +8,32 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-import fedpara_plugins as core
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec, reference_hash
 from harness.flower.inprocess_grid import InProcessGrid
 
 __all__ = [
+    "Described",
     "Device",
     "Net",
     "Reply",
-    "State",
-    "describe",
     "described",
-    "listed",
     "planted",
     "private_names",
     "value_of",
 ]
+
+PAYLOAD = "fedpara.payload"
 
 State = dict[str, Tensor]
 Factory = Callable[[], nn.Module]
@@ -160,9 +159,9 @@ class Device:
         if run_config is not None:
             self.grid.run_config = dict(run_config)
         for record in content.values():
-            if isinstance(record, _Described):
+            if isinstance(record, Described):
                 self.held[reference_hash(record.tensors)] = record.tensors
-        plain = {k: r.record if isinstance(r, _Described) else r for k, r in content.items()}
+        plain = {k: r.record if isinstance(r, Described) else r for k, r in content.items()}
         before, first = self._runs, len(self.grid.sent)
         reply = self.grid.ask(0, RecordDict(plain), kind)
         data = b"".join(sent.data for sent in self.grid.sent[first:] if sent.direction == "up")
@@ -177,17 +176,12 @@ class Device:
     def _decoded(self, reply: Message) -> dict[str, State]:
         found: dict[str, State] = {}
         for name, record in reply.content.array_records.items():
-            if list(record) == ["fedpara.payload"]:
-                payload = record["fedpara.payload"].numpy().tobytes()
-                found[name] = decode_payload(payload, references=self.held, limit=10**8).tensors
-            else:
-                found[name] = {
-                    key: torch.from_numpy(np.array(array.numpy()))
-                    for key, array in record.items()
-                    if array.stype == "numpy.ndarray"
-                    and array.data[:1] == b"\x93"
-                    and b"fedpara:" not in array.data
-                }
+            read = {key: _read(array) for key, array in record.items()}
+            tensors = {key: value for key, value in read.items() if value is not None}
+            if list(tensors) == [PAYLOAD]:
+                payload = tensors[PAYLOAD].numpy().tobytes()
+                tensors = decode_payload(payload, references=self.held, limit=10**8).tensors
+            found[name] = tensors
         return found
 
     # The user's code
@@ -257,6 +251,14 @@ class Device:
         return ClientApp(client_fn=lambda context: Client().to_client(), mods=list(self.mods))
 
 
+def _read(array: Array) -> Tensor | None:
+    """Return an array as a tensor; None for a refusal, which is no array."""
+    try:
+        return torch.from_numpy(np.array(array.numpy()))
+    except (TypeError, ValueError):
+        return None
+
+
 def _arrays(state: Mapping[str, Tensor]) -> list[Any]:
     return [value.numpy() for value in state.values()]
 
@@ -265,9 +267,18 @@ def _arrays(state: Mapping[str, Tensor]) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class _Described:
+class Described:
+    """A record with a payload.
+
+    Attributes:
+        record: as it is sent.
+        tensors: in it.
+        model: their description.
+    """
+
     record: ArrayRecord
     tensors: State
+    model: Mapping[str, Any] | None
 
 
 def described(
@@ -276,7 +287,7 @@ def described(
     *,
     extra: Mapping[str, Any] | None = None,
     codec: str = "none",
-) -> Any:
+) -> Described:
     """Return a record with a payload.
 
     Args:
@@ -289,14 +300,4 @@ def described(
         tensors, codec=parse_codec(codec).first_contact(), model=model, extra=extra
     )
     array = Array(np.frombuffer(payload, dtype=np.uint8))
-    return _Described(ArrayRecord({"fedpara.payload": array}), dict(tensors))
-
-
-def describe(model: nn.Module, **changes: Any) -> core.ModelSpec:
-    """Return the description of a model, with changes of its fields."""
-    return replace(core.ModelSpec.of(model), **changes)
-
-
-def listed(name: str, **entries: Any) -> dict[str, ConfigRecord]:
-    """Return a config record, such as the legacy API's or SecAgg's."""
-    return {name: ConfigRecord(entries)}
+    return Described(ArrayRecord({PAYLOAD: array}), dict(tensors), model)
