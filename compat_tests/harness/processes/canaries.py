@@ -82,7 +82,95 @@ class Canaries:
                 found.append(name)
         return found
 
-    def _correlates(values: NDArray[np.float32], suspect: NDArray[np.float32]) -> bool:
+    def _shares(self, suspect: NDArray[np.float32]) -> bool:
+        """Return whether more values occur than by chance, in any order."""
+        owners = self._owners[np.isin(self._values, suspect)]
+        counts = np.bincount(owners, minlength=len(self._limits))
+        return bool((counts > self._limits).any())
+
+    def _is_close(self, suspect: NDArray[np.float32]) -> bool:
+        return any(_correlates(own, suspect) for own in self._tensors)
+
+
+_NONE: Words = np.empty(0, np.uint64)
+
+
+def _floats(value: Tensor) -> NDArray[np.float32]:
+    if not value.is_floating_point():
+        return np.empty(0, np.float32)
+    found: NDArray[np.float32] = value.detach().to("cpu", torch.float32).numpy().ravel()
+    return found[np.isfinite(found)]
+
+
+class _Runs:
+    """Runs of neighbouring values, as the words that they are in memory."""
+
+    def __init__(self, values: NDArray[np.float32], public: NDArray[np.float32]) -> None:
+        self._values = values
+        self._secret = ~np.isin(values, public)
+
+    def short(self) -> Words:
+        """Return runs of 8 bytes."""
+        pairs = _windows(self._values, 2, self._secret)
+        return np.concatenate([_words(pairs), _words(pairs.byteswap())])
+
+    def long(self) -> Words:
+        """Return runs of 16 bytes, each as one word."""
+        eights = _windows(self._values, 8, self._secret)
+        with np.errstate(over="ignore"):
+            forms: list[NDArray[Any]] = [
+                _windows(self._values, 2, self._secret).astype(np.float64),
+                eights.astype(np.float16),
+                torch.from_numpy(eights).to(torch.bfloat16).view(torch.int16).numpy(),
+            ]
+        words = [_words(each).reshape(-1, 2) for form in forms for each in (form, form.byteswap())]
+        return np.concatenate([row[:, 0] * MIX + row[:, 1] for row in words])
+
+
+def _windows(
+    values: NDArray[np.float32], length: int, secret: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """Return all runs of secret values that are not all alike."""
+    if len(values) < length:
+        return np.empty((0, length), np.float32)
+    runs = np.lib.stride_tricks.sliding_window_view(values, length)
+    whole = np.lib.stride_tricks.sliding_window_view(secret, length).all(axis=1)
+    varied = (runs != runs[:, :1]).any(axis=1)
+    return np.ascontiguousarray(runs[whole & varied])
+
+
+def _words(rows: NDArray[Any]) -> Words:
+    return np.ascontiguousarray(rows).view(np.uint64).ravel()
+
+
+def _joined(words: Words) -> Words:
+    """Return one word for each two neighbours."""
+    return words[:-1] * MIX + words[1:]
+
+
+def _view(data: bytes, offset: int) -> Words:
+    return np.frombuffer(data, np.uint64, max(len(data) - offset, 0) // 8, offset if data else 0)
+
+
+class _Index:
+    """A set of words with a fast search."""
+
+    def __init__(self, words: Words) -> None:
+        self.words = np.unique(words)
+        self._table = np.zeros(1 << TABLE, np.bool_)
+        self._table[_hashed(self.words)] = True
+
+    def count(self, views: Iterable[Words]) -> int:
+        """Count the words of the set that occur."""
+        hits = [view[self._table[_hashed(view)]] for view in views]
+        return int(np.isin(self.words, np.concatenate(hits), assume_unique=False).sum())
+
+
+def _hashed(words: Words) -> NDArray[np.int64]:
+    return (words * MIX >> np.uint64(64 - TABLE)).astype(np.int64)
+
+
+def _correlates(values: NDArray[np.float32], suspect: NDArray[np.float32]) -> bool:
     """Return whether a stretch of the longer is near to the shorter, up to offset and scale."""
     short, long = sorted((values, suspect), key=len)
     n = len(short)
