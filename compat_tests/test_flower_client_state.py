@@ -24,11 +24,6 @@ TASK = TrainingTask(rounds=2, epochs=1)
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "gamma": ({"gamma": 0.6}, r"'conv2.x2' is of shape \(32, \d+\) there and of shape"),
     "tanh": ({"tanh": True}, "names and shapes are those of this run"),
-    "exclude": ({"exclude": "fc1"}, "'fc1.x2' is of shape .* there and not private in this run"),
-    "FedPer": (
-        {"method": "none", "private": "fc2.*"},
-        r"'fc2.weight' is not private there and of shape \(10, 64\) in this run",
-    ),
 }
 """Options of a second run, and what its clients say of what the first one left."""
 
@@ -73,12 +68,11 @@ def test_what_another_run_left_is_said_and_kept(tmp_path: Path, other: str) -> N
     first, _, left = _run(tmp_path)
     assert not _told(first)
     second, _, own = _run(tmp_path, **options)
-    method = options.get("method", "pfedpara")
     for client in range(TASK.clients):
         lines = [line for line in _told(second) if f"client {client}: " in line]
         assert len(lines) == 1  # at the first message; then the client has a state of its own
         assert f"clients/{client}.sqlite holds private state" in lines[0]
-        assert f"this run's method is {method}" in lines[0]
+        assert "this run's method is pfedpara" in lines[0]
         assert "set the earlier options" in lines[0]
         assert "choose another state-dir" in lines[0]
         assert re.search(words, lines[0])
@@ -92,8 +86,24 @@ def test_what_another_run_left_is_said_and_kept(tmp_path: Path, other: str) -> N
     _check_goes_on(again, own)
 
 
-def test_a_method_that_keeps_nothing_private_leaves_it_alone(tmp_path: Path) -> None:
+LOOSER: dict[str, dict[str, Any]] = {
+    "fedpara": {"method": "fedpara"},
+    "FedPer": {"method": "none", "private": "fc2.*"},
+    "exclude": {"exclude": "fc1"},
+    "overrides": {"overrides": "fc1: method=fedpara"},
+}
+"""Options of a second run that would share what the first one has kept."""
+
+
+@pytest.mark.in_turn(every=2)
+@pytest.mark.parametrize("other", LOOSER)
+def test_what_another_run_kept_private_is_never_shared(tmp_path: Path, other: str) -> None:
     _, _, left = _run(tmp_path)
-    _run(tmp_path, method="fedpara")
+    with pytest.raises(fedpara.FedParaError) as caught:
+        _run(tmp_path, **LOOSER[other])
+    method = LOOSER[other].get("method", "pfedpara")
+    assert "holds private state of this model" in str(caught.value)
+    assert f"this run (method {method}" in str(caught.value) or other == "overrides"
+    assert "choose another state-dir" in str(caught.value)
     _, again, _ = _run(tmp_path)
     _check_goes_on(again, left)

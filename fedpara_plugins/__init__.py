@@ -30,6 +30,7 @@ from fedpara_plugins.errors import (
     MismatchError,
     PayloadError,
     PluginError,
+    TooLargeError,
 )
 from fedpara_plugins.layers import composed_once
 from fedpara_plugins.ledger import Ledger, LedgerEntry
@@ -60,6 +61,7 @@ __all__ = [
     "PluginError",
     "Report",
     "Split",
+    "TooLargeError",
     "__version__",
     "check_optimizer",
     "composed_once",

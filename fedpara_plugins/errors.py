@@ -4,7 +4,8 @@ FedParaError
 ├── ConfigError        an option has an unknown name or a value out of range
 ├── ConversionError    a model or layer cannot be converted
 ├── PayloadError       received bytes, or tensors to be sent, are refused
-│   └── MismatchError  two valid sides disagree (model, reference, version)
+│   ├── MismatchError  two valid sides disagree (model, reference, version)
+│   └── TooLargeError  more bytes than the receiver's own model allows
 └── PluginError        a plugin is missing, misspelt, duplicated or unsuitable
 """
 
@@ -20,6 +21,7 @@ __all__ = [
     "MismatchError",
     "PayloadError",
     "PluginError",
+    "TooLargeError",
 ]
 
 
@@ -52,6 +54,10 @@ class PayloadError(FedParaError, ValueError):
 
 class MismatchError(PayloadError):
     """Two sides disagree about model, reference or version; the message names both values."""
+
+
+class TooLargeError(PayloadError):
+    """Received bytes stand for more than the receiver's own model allows; nothing was decoded."""
 
 
 class PluginError(FedParaError):

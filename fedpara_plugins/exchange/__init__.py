@@ -1,8 +1,8 @@
 """The steps that every adapter takes with a message, on either side, whatever the framework.
 
 - On a client, `ClientRound` decodes a message, returns the tensors for the user's code, decides
-  which tensors of the reply may leave the device (in `outgoing.py` alone), encodes these, and
-  keeps the others in `ClientState`.
+  which tensors of the reply may leave the device (in `outgoing.py` alone, by `OwnModels`), encodes
+  these, and keeps the others in `ClientState`.
 - On a server, `DownlinkEncoder` encodes messages for each client, `ReplyReader` decodes, checks
   and completes replies, and `RunAccounting` counts both.
 
@@ -24,7 +24,9 @@ from fedpara_plugins.exchange.dense_round import (
 )
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
 from fedpara_plugins.exchange.incoming import ReceivedRecord
+from fedpara_plugins.exchange.own_models import OwnModel, OwnModels
 from fedpara_plugins.exchange.plain_values import pack_plain, unpack_plain
+from fedpara_plugins.exchange.private_options import has_private_half
 from fedpara_plugins.exchange.records import RecordKind, cast, plain_spec
 from fedpara_plugins.exchange.reply_reader import ReplyReader
 from fedpara_plugins.exchange.server_model import server_state, zero_private_factors
@@ -37,6 +39,8 @@ __all__ = [
     "DenseRound",
     "DownlinkEncoder",
     "ExchangeSettings",
+    "OwnModel",
+    "OwnModels",
     "ReceivedRecord",
     "RecordKind",
     "ReplyReader",
@@ -45,6 +49,7 @@ __all__ = [
     "cast",
     "codecs_in_words",
     "converted_copy",
+    "has_private_half",
     "log_idle_options",
     "pack_plain",
     "plain_spec",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.errors import TooLargeError
 
 __all__ = ["MessageBudget"]
 
@@ -34,14 +34,14 @@ class MessageBudget:
         return max(self._limit - self._spent, 0)
 
     def spend(self, size: int) -> None:
-        """Take the bytes of a decoded record off.
+        """Take the bytes of a decoded record off; nothing is given back.
 
         Raises:
-            PayloadError: more than were left.
+            TooLargeError: more than were left.
         """
-        self._spent += size
+        self._spent += max(size, 0)
         if self._spent > self._limit:
-            raise PayloadError(
+            raise TooLargeError(
                 f"fedpara: the message holds tensors of {self._spent} bytes and more, and this "
                 f"side's own model allows {self._limit}"
             )

@@ -1,6 +1,6 @@
 """One round of one client: decode the message, run the user's code, encode the reply.
 
-    client_round = ClientRound(settings, state, kind_of=kind_of)
+    client_round = ClientRound(settings, state, own=own, kind_of=kind_of)
     received = client_round.receive(payloads)             # LostReferenceError: see `known_hashes`
     answered = ...(received["model"].user_tensors)        # the user's code
     leaving = client_round.prepare_reply({"model": answered})    # what may leave the device
@@ -16,15 +16,18 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.exchange.budget import MessageBudget
 from fedpara_plugins.exchange.client_state import ClientState, PrivateParts
 from fedpara_plugins.exchange.coding import CodedRecord, encode_record, update_codec
 from fedpara_plugins.exchange.dense_round import DenseRound
 from fedpara_plugins.exchange.headers import blind_limit, check_codecs, decoders_of
 from fedpara_plugins.exchange.incoming import ReceivedRecord, read_model, read_side
-from fedpara_plugins.exchange.outgoing import Outgoing, select_outgoing, spec_among
+from fedpara_plugins.exchange.outgoing import Outgoing, select_outgoing
+from fedpara_plugins.exchange.own_models import OwnModels
 from fedpara_plugins.exchange.records import KindOf, State, check_finite
 from fedpara_plugins.exchange.settings import ExchangeSettings
-from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.exchange.sizes import tensor_bytes
 from fedpara_plugins.references import DecodedDownlink
 
 __all__ = ["ClientRound", "OnEncoded"]
@@ -35,6 +38,9 @@ will decode."""
 
 REMEDY = "Set the same fedpara option codec on both sides"
 
+MOST_RECORDS = 64
+"""Records of arrays in one message; apps have a handful."""
+
 
 class ClientRound:
     """The processing of one message on a client, and of the reply to it.
@@ -42,9 +48,9 @@ class ClientRound:
     Args:
         settings: of the run.
         state: what the client keeps; changed by `keep` alone.
+        own: the client's own models, as far as they are known.
         kind_of: returns the kind of a record, given its name.
-        own: the client's model, if it is known before the message is read. Otherwise the model
-            that the message describes is used.
+        parts: states of the model's size that a message may hold (`MessageBudget`).
         remedy: the sentence that says where a user sets the codec.
 
     Attributes:
@@ -56,8 +62,9 @@ class ClientRound:
         settings: ExchangeSettings,
         state: ClientState,
         *,
+        own: OwnModels,
         kind_of: KindOf,
-        own: ModelSpec | None = None,
+        parts: int = 2,
         remedy: str = REMEDY,
     ) -> None:
         self.received: Mapping[str, ReceivedRecord] = {}
@@ -65,6 +72,7 @@ class ClientRound:
         self._state = state
         self._kind_of = kind_of
         self._own = own
+        self._parts = parts
         self._remedy = remedy
         self._asked: tuple[str, ...] = ()
         self._private = PrivateParts()
@@ -72,35 +80,49 @@ class ClientRound:
 
     # In
 
-    def receive(self, payloads: Mapping[str, bytes]) -> Mapping[str, ReceivedRecord]:
+    def receive(
+        self, payloads: Mapping[str, bytes], *, unbounded: bool = False
+    ) -> Mapping[str, ReceivedRecord]:
         """Decode a message with what the client keeps.
+
+        Its tensors may take what the client's own models allow, and 4 MiB as long as none is known.
 
         Args:
             payloads: by name of the record.
+            unbounded: whether the app reads the message before it builds a model, so that nothing
+                of its own says how large the message may be.
 
         Raises:
             LostReferenceError: the client does not hold what the message was coded against.
             ConfigError: the server has other codecs.
-            MismatchError: the server's model differs from this client's.
+            MismatchError: the server's model differs from this client's, or from its options.
+            TooLargeError: the message is larger than this client's models allow.
             PayloadError: a payload is damaged.
         """
         self._asked = tuple(payloads)
-        held = {name: self._decoded(name, payload) for name, payload in payloads.items()}
-        self.received = {
-            name: self._read(name, part, blind_limit(payloads[name])) for name, part in held.items()
-        }
+        if len(payloads) > MOST_RECORDS:
+            raise PayloadError(
+                f"fedpara: the message has {len(payloads)} records of arrays, expected at most "
+                f"{MOST_RECORDS}"
+            )
+        budget = MessageBudget(self._own.nbytes, parts=self._parts)
+        if unbounded:
+            budget = MessageBudget(sum(map(blind_limit, payloads.values())), parts=1)
+        held = {name: self._decoded(name, data, budget) for name, data in payloads.items()}
+        self.received = {name: self._read(name, part, budget) for name, part in held.items()}
         return self.received
 
-    def _decoded(self, name: str, payload: bytes) -> DecodedDownlink:
-        held = self._state.references.receive(name, payload, limit=blind_limit(payload))
+    def _decoded(self, name: str, payload: bytes, budget: MessageBudget) -> DecodedDownlink:
+        held = self._state.references.receive(name, payload, limit=budget.left)
+        budget.spend(tensor_bytes(held.tensors))
         check_codecs(held.header, self._settings.codec_names, remedy=self._remedy)
         return held
 
-    def _read(self, name: str, held: DecodedDownlink, limit: int) -> ReceivedRecord:
+    def _read(self, name: str, held: DecodedDownlink, budget: MessageBudget) -> ReceivedRecord:
         if self._kind_of(name) != "model":
             return read_side(held)
         return read_model(
-            held, state=self._state, settings=self._settings, own=self._own, limit=limit
+            held, state=self._state, settings=self._settings, own=self._own, budget=budget
         )
 
     @property
@@ -135,44 +157,38 @@ class ClientRound:
         self,
         records: Mapping[str, Mapping[str, Tensor]],
         *,
-        built: Mapping[frozenset[str], ModelSpec] = {},
         start: DenseRound | None = None,
     ) -> dict[str, Outgoing]:
         """Check the tensors that the user's code returns, and take out what stays on the device.
 
         Args:
             records: the tensors by name of the record.
-            built: the models that the client's own code has built, by their set of names, for a
-                reply to a message without a model.
-            start: the dense round of such a reply.
+            start: the dense round of a reply to a message without a model.
 
         Raises:
             PayloadError: NaN or infinity, a private tensor in a side record, or two private states
                 of one model.
-            MismatchError: names or shapes that the model does not have.
+            MismatchError: names or shapes that the model does not have, or the model that was
+                received is none of this client's.
+            ConfigError: the client's code has built no model, and there may be private values.
         """
-        return {
-            name: self._leaving(name, tensors, built, start) for name, tensors in records.items()
-        }
+        return {name: self._leaving(name, tensors, start) for name, tensors in records.items()}
 
     def _leaving(
-        self,
-        name: str,
-        tensors: Mapping[str, Tensor],
-        built: Mapping[frozenset[str], ModelSpec],
-        start: DenseRound | None,
+        self, name: str, tensors: Mapping[str, Tensor], start: DenseRound | None
     ) -> Outgoing:
         check_finite(tensors)
         kind = self._kind_of(name)
         if kind != "model":
-            return select_outgoing(name, tensors, [part.spec for part in self.models], kind=kind)
+            return select_outgoing(name, tensors, self._own, kind=kind)
         part = self._counterpart(name)
         tensors = _projected(tensors, start if part is None else part.dense)
-        # This model alone decides which tensors are private.
-        spec = spec_among(built, tensors) if part is None else part.spec
-        leaving = select_outgoing(name, tensors, [spec], others=name not in self.received)
-        if name in self.received:
-            self._private.add(name, spec, tensors)
+        answered = self.received.get(name)
+        leaving = select_outgoing(
+            name, tensors, self._own, received=None if answered is None else answered.spec
+        )
+        if answered is not None:
+            self._private.add(name, leaving.spec, tensors)
         return leaving
 
     def encode(
@@ -222,6 +238,7 @@ class ClientRound:
             steps: optimizer steps of the round; 0 if nothing was trained.
         """
         self._private.keep(self._state)
+        self._state.remember(self._own.built, self._settings.config)
         for name, residual in self._residuals.items():
             self._state.keep_residual(name, residual)
         if self._settings.downlink.needs_reference:

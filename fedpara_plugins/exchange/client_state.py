@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
-from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.config import FedParaConfig
+from fedpara_plugins.errors import ConfigError, PayloadError
+from fedpara_plugins.exchange.own_models import MOST_REMEMBERED, OwnModel, shared_by
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references import ClientReferences
 from fedpara_plugins.support.storage import PrefixView
@@ -23,6 +25,9 @@ log = logging.getLogger("fedpara")
 PRIVATE = "private/"
 """Prefix of private state. Each model has an entry of its own, and so has each way of converting
 one: no state is ever written over by another model's."""
+
+OWN = "own/"
+"""Prefix of the models that this client's own code has built."""
 
 STEPS = "steps"
 REFERENCE = "reference/"
@@ -73,6 +78,53 @@ class ClientState:
         """Replace the private tensors of this model."""
         if tensors:
             self._save(private_key(spec), tensors)
+
+    def check_still_private(self, spec: ModelSpec) -> None:
+        """Raise if a model shares what this client keeps private state of.
+
+        Private values trained with one set of options would leave with another.
+
+        Args:
+            spec: of the model.
+
+        Raises:
+            ConfigError: names the tensor, and what to do.
+        """
+        for key in self._storage:
+            if not key.startswith(PRIVATE) or key == private_key(spec):
+                continue
+            name = shared_by(spec, self._load(key) or {})
+            if name is not None:
+                methods = ", ".join(sorted({p.method.name for p in spec.weights.values()}))
+                raise ConfigError(
+                    f"fedpara: client {self._client} holds private state of this model ({name!r}, "
+                    f"in {self._place}), and this run (method {methods or 'none'}) would share "
+                    f"that part of it. Set the options of the run that made it, or let go of the "
+                    f"private state: choose another state-dir, or remove that one"
+                )
+
+    def own_models(self, config: FedParaConfig) -> list[OwnModel]:
+        """Return the models that this client's own code has built with these options."""
+        keys = [key for key in self._storage if key.startswith(OWN)]
+        found = (OwnModel.from_bytes(self._storage[key], config) for key in keys)
+        return [model for model in found if model is not None]
+
+    def remember(self, models: Sequence[OwnModel], config: FedParaConfig) -> None:
+        """Remember models besides those that are known, the last ones of them all.
+
+        Args:
+            models: that this client's own code has built.
+            config: with which they were converted.
+        """
+        new = {OWN + model.spec.fingerprint: model.to_bytes(config) for model in models}
+        if all(self._storage.get(key) == value for key, value in new.items()):
+            return
+        kept = {OWN + m.spec.fingerprint: m.to_bytes(config) for m in self.own_models(config)}
+        last = dict(list({**kept, **new}.items())[-MOST_REMEMBERED:])
+        for key in [key for key in self._storage if key.startswith(OWN) and key not in last]:
+            del self._storage[key]
+        for key, value in last.items():
+            self._storage[key] = value
 
     def _warn_of_other_states(self, spec: ModelSpec, first: Mapping[str, Tensor]) -> None:
         for key in self._storage:

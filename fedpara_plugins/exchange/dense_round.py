@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ from fedpara_plugins.models.spec import ModelSpec
 
 __all__ = [
     "DenseRound",
-    "check_agreement",
     "converted_copy",
     "log_idle_options",
     "refuse_in_factor_space",
@@ -110,34 +108,6 @@ def converted_copy(model: nn.Module, config: FedParaConfig) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         return convert(copy.deepcopy(model), config)
-
-
-def check_agreement(spec: ModelSpec, config: FedParaConfig) -> None:
-    """Raise unless a message's model keeps the same state private as this client's options.
-
-    Without the client's model at hand, only names and methods can be compared.
-
-    Raises:
-        MismatchError: the server has other options.
-    """
-    methods = {plan.method.name for plan in spec.weights.values()}
-    own = {config.method, *(dict(options).get("method") for _, options in config.overrides)}
-    if not methods or not methods <= own:
-        raise MismatchError(
-            f"the server's model has method {', '.join(sorted(methods)) or 'none'}, this client "
-            f"has {config.method}. Set the same fedpara options on both sides"
-        )
-    factors = set(spec.shared_shapes())
-    sent = [
-        key
-        for key in spec.shared_keys
-        if key not in factors and any(fnmatchcase(key, pattern) for pattern in config.private)
-    ]
-    if sent:
-        raise MismatchError(
-            f"the option private differs: this client keeps {sent[0]!r}, for the server it is "
-            f"shared. Set the same fedpara option private on both sides"
-        )
 
 
 def refuse_in_factor_space(algorithm: str, config: FedParaConfig) -> None:

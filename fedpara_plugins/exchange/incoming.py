@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedpara_plugins.exchange.budget import MessageBudget
 from fedpara_plugins.exchange.client_state import ClientState
-from fedpara_plugins.exchange.dense_round import DenseRound, check_agreement, log_idle_options
+from fedpara_plugins.exchange.dense_round import DenseRound, log_idle_options
 from fedpara_plugins.exchange.headers import spec_of
+from fedpara_plugins.exchange.own_models import OwnModels
 from fedpara_plugins.exchange.records import State, plain_spec
 from fedpara_plugins.exchange.settings import ExchangeSettings
+from fedpara_plugins.exchange.sizes import tensor_bytes
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.state_split import merge
 from fedpara_plugins.references import DecodedDownlink
@@ -50,8 +53,8 @@ def read_model(
     *,
     state: ClientState,
     settings: ExchangeSettings,
-    own: ModelSpec | None,
-    limit: int,
+    own: OwnModels,
+    budget: MessageBudget,
 ) -> ReceivedRecord:
     """Return a model's record, completed with the client's private tensors.
 
@@ -59,29 +62,23 @@ def read_model(
         held: as it was received.
         state: what the client keeps.
         settings: of the run.
-        own: the client's model, if it is known.
-        limit: bytes that the private tensors may have.
+        own: the client's models, as far as they are known.
+        budget: of the message; what the private tensors take is spent.
 
     Raises:
-        MismatchError: the server's model differs from this client's.
+        MismatchError: the server's model differs from this client's, or from its options.
+        ConfigError: the client holds private state of what the run would share.
+        TooLargeError: private or composed tensors would be larger than the budget.
         PayloadError: the message describes no model, or not that of its tensors.
     """
-    spec = _agreed(held, settings, own, limit)
+    spec = own.agreed(spec_of(held.header, held.tensors, limit=budget.left))
+    state.check_still_private(spec)
+    budget.spend(spec.private_bytes)
     private, first = state.private(spec, held.tensors)
     full = merge(spec, held.tensors, private)
-    dense = DenseRound(spec, full) if settings.trains_dense else None
-    return ReceivedRecord(spec, held, full, first and bool(private), dense)
-
-
-def _agreed(
-    held: DecodedDownlink, settings: ExchangeSettings, own: ModelSpec | None, limit: int
-) -> ModelSpec:
-    """Return the model that both sides agree on: the client's own if it is known."""
-    theirs = spec_of(held.header, held.tensors, limit=limit)
-    if own is not None:
-        own.check_equal(theirs, here="this client", there="the server")
-        return own
+    dense = None
     if settings.trains_dense:
-        check_agreement(theirs, settings.config)
         log_idle_options(settings.config)
-    return theirs
+        budget.spend(spec.dense_bytes(full) - tensor_bytes(full))
+        dense = DenseRound(spec, full)
+    return ReceivedRecord(spec, held, full, first and bool(private), dense)

@@ -1,22 +1,22 @@
 """The decision which tensors may leave a client, for every record of every adapter.
 
-`outgoing` decides, and no other function does. It uses the models that the caller names as the
-client's own, and nothing that came with a message. A client encodes nothing but `Outgoing`.
+`select_outgoing` decides, and no other function does. It takes what the client's own models say,
+and nothing that came with a message. A client encodes nothing but `Outgoing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fedpara_plugins.errors import MismatchError, PayloadError
+from fedpara_plugins.exchange.own_models import OwnModels
 from fedpara_plugins.exchange.records import RecordKind, State, plain_spec
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.references import shared_tensors
 
-__all__ = ["Outgoing", "check_names", "select_outgoing", "spec_among"]
+__all__ = ["Outgoing", "check_names", "select_outgoing"]
 
 
 @dataclass(frozen=True)
@@ -35,34 +35,41 @@ class Outgoing:
 def select_outgoing(
     record: str,
     tensors: Mapping[str, Tensor],
-    models: Sequence[ModelSpec],
+    own: OwnModels,
     *,
     kind: RecordKind = "model",
-    others: bool = False,
+    received: ModelSpec | None = None,
 ) -> Outgoing:
     """Return the part of a record that may leave the device.
 
     Args:
         record: its name.
         tensors: by name; a model's private tensors are left out.
-        models: the client's own. A record of kind ``model`` belongs to the first one, and a side
-            record may hold private tensors of none of them.
+        own: the client's own models. A side record may hold private tensors of none of them.
         kind: of the record.
-        others: allow tensors that have nothing to do with the model.
+        received: the model of the record that this one answers; it counts if it is an own one. A
+            record that answers none may hold tensors that have nothing to do with any model.
 
     Raises:
         PayloadError: a side record holds a private tensor.
-        MismatchError: names are those of a wrapped model, or unknown (see `check_names`).
+        MismatchError: names are those of a wrapped model, or unknown (see `check_names`), or the
+            model received is not an own one.
+        ConfigError: no own model is known, and there may be private values.
     """
+    for spec in own.specs:
+        check_names(spec, tensors, others=True)
     if kind == "model":
-        spec = models[0]
-        check_names(spec, tensors, others=others)
-        return Outgoing(spec, shared_tensors(spec, tensors))
+        spec = own.spec_for(tensors, received)
+        if received is not None:
+            check_names(spec, tensors)
+        hidden = own.hidden_names(tensors, spec)
+        return Outgoing(spec, {k: value for k, value in tensors.items() if k not in hidden})
+    own.check_known()
     # Such a record is sent whole, so it must hold nothing private.
-    private = [key for key in tensors for spec in models if key in spec.private_keys]
+    private = own.hidden_names(tensors, plain_spec(()))
     if private:
         raise PayloadError(
-            f"fedpara: record {record!r} of the reply holds {private[0]!r}, which stays on the "
+            f"fedpara: record {record!r} of the reply holds {min(private)!r}, which stays on the "
             f"device: leave private names out of it"
         )
     return Outgoing(plain_spec(tensors), dict(tensors))
@@ -80,10 +87,16 @@ def check_names(spec: ModelSpec, tensors: Mapping[str, Tensor], *, others: bool 
         others: allow tensors that have nothing to do with the model.
 
     Raises:
-        MismatchError: names the first one.
+        MismatchError: names the first one; or there are composed weights, and private values.
     """
     known = {*spec.keys, *spec.weights}
     for name in tensors:
+        if name in spec.weights and spec.private_keys:
+            raise MismatchError(
+                f"fedpara: the answer holds the composed weight {name!r}, and this client's "
+                f"private values are part of such weights: nothing of it is sent. Answer with the "
+                f"state of the converted model, model.state_dict()"
+            )
         if name in known:
             continue
         prefix, rest = _without_wrappers(name, known)
@@ -108,26 +121,3 @@ def _without_wrappers(name: str, known: set[str]) -> tuple[str, str]:
         more, _, rest = rest.partition(".")
         prefix = f"{prefix}.{more}"
     return prefix, rest
-
-
-def spec_among(
-    built: Mapping[frozenset[str], ModelSpec], tensors: Mapping[str, Tensor]
-) -> ModelSpec:
-    """Return the one of a client's own models that a state belongs to.
-
-    Args:
-        built: the models that the client has built, by their set of names.
-        tensors: a state of one of them, or part of one.
-
-    Returns:
-        A spec without private names if the state has nothing to do with any of them.
-
-    Raises:
-        MismatchError: names are those of a wrapped model.
-    """
-    for spec in (built.get(frozenset(tensors)), *built.values()):
-        if spec is not None and set(tensors) <= set(spec.keys):
-            return spec
-    for spec in built.values():
-        check_names(spec, tensors, others=True)
-    return plain_spec(tensors)

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from fedpara_plugins.errors import ConfigError, PayloadError
+from fedpara_plugins.errors import ConfigError, PayloadError, TooLargeError
 from fedpara_plugins.stages.dtypes import (
     DTYPES,
     REAL_DTYPES,
@@ -135,10 +135,10 @@ def check_limit(size: int, limit: int, what: str) -> None:
     """Raise if an output of ``size`` bytes exceeds ``limit``.
 
     Raises:
-        PayloadError: it does.
+        TooLargeError: it does.
     """
     if size > limit:
-        raise PayloadError(
+        raise TooLargeError(
             f"{what} would take {size} bytes, more than the limit of {limit} bytes that this "
             "side's own model sets: the payload is of another model, or forged"
         )

@@ -16,6 +16,8 @@ from fedpara_plugins.exchange import (
     ClientState,
     DownlinkEncoder,
     ExchangeSettings,
+    OwnModel,
+    OwnModels,
     ReplyReader,
     zero_private_factors,
 )
@@ -74,7 +76,14 @@ class Pair:
 
     def round(self, **options):
         state = ClientState(self.storage, "7")
-        return ClientRound(self.settings, state, **{"kind_of": kind_of, **options})
+        return ClientRound(
+            self.settings, state, **{"own": self.own(), "kind_of": kind_of, **options}
+        )
+
+    def own(self, spec=None, **options):
+        """The client's own model, known before the message comes."""
+        model = OwnModel(spec or self.spec, sum(value.nbytes for value in self.state.values()))
+        return OwnModels(self.settings.config, [model], **{"complete": True, **options})
 
     def received(self, **options):
         """A round of the client, its message received."""

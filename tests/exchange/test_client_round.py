@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedpara_plugins import ConfigError, MismatchError, ModelSpec, PayloadError
+from fedpara_plugins import ConfigError, MismatchError, ModelSpec, PayloadError, TooLargeError
 from fedpara_plugins.codecs import decode_payload, peek_header
-from fedpara_plugins.exchange import ClientState
+from fedpara_plugins.exchange import ClientState, OwnModels
 from fedpara_plugins.exchange.outgoing import Outgoing
+from fedpara_plugins.exchange.records import plain_spec
 from fedpara_plugins.references import LostReferenceError
 
 
@@ -116,15 +117,15 @@ def test_another_model_than_the_clients_own_is_refused(helpers):
     pair = helpers.Pair()
     other = ModelSpec.of(helpers.converted("fedpara"))
     with pytest.raises(MismatchError, match="this client"):
-        pair.received(own=other)
-    assert pair.received(own=pair.spec).received["model"].spec is pair.spec
+        pair.received(own=pair.own(other))
+    assert pair.received().received["model"].spec is pair.spec
 
 
-def test_without_the_clients_model_dense_training_compares_the_options(helpers):
+def test_without_the_clients_model_the_options_are_compared(helpers):
     pair = helpers.Pair("fedpara", local="dense")
     pair.settings = helpers.settings_of(method="lowrank", local="dense")
     with pytest.raises(MismatchError, match="the server's model has method fedpara"):
-        pair.received()
+        pair.received(own=OwnModels(pair.settings.config))
 
 
 def test_dense_training_is_projected_and_checked(helpers):
@@ -273,8 +274,7 @@ def test_an_answer_to_no_model_is_split_by_what_the_client_has_built(helpers):
     pair = helpers.Pair(private="3.*")
     client_round = pair.round()
     client_round.receive({})
-    built = {frozenset(pair.spec.keys): pair.spec}
-    leaving = client_round.prepare_reply({"parameters": pair.state}, built=built)["parameters"]
+    leaving = client_round.prepare_reply({"parameters": pair.state})["parameters"]
     assert set(leaving.shared) == set(pair.spec.shared_keys)
     payload = client_round.encode({"parameters": leaving})["parameters"]
     spec, shared = pair.reader().read_first("parameters", payload)
@@ -282,6 +282,73 @@ def test_an_answer_to_no_model_is_split_by_what_the_client_has_built(helpers):
     assert set(shared) == set(pair.spec.shared_keys)
     client_round.keep()
     assert pair.storage == {}
+
+
+def test_models_that_the_clients_code_built_are_remembered_with_their_options(helpers):
+    pair = helpers.Pair()
+    own = OwnModels(pair.settings.config)
+    first = pair.round(own=own)
+    first.receive(pair.payloads())
+    own.add(pair.spec, 5000)  # the app builds its model after the message was decoded
+    answered(first, helpers)
+    first.keep()
+    state = ClientState(pair.storage, "7")
+    (model,) = state.own_models(pair.settings.config)
+    assert model.spec.fingerprint == pair.spec.fingerprint
+    assert model.nbytes == 5000
+    assert state.own_models(helpers.settings_of(method="pfedpara", gamma=0.5).config) == []
+    pair.storage["own/" + pair.spec.fingerprint] = b"{}"
+    assert state.own_models(pair.settings.config) == []
+
+
+def test_a_message_that_describes_another_split_is_refused_from_the_second_round_on(helpers):
+    pair = helpers.Pair(private="3.*")
+    own = OwnModels(pair.settings.config)
+    first = pair.round(own=own)
+    first.receive(pair.payloads())
+    own.add(pair.spec, 5000)
+    answered(first, helpers)
+    first.keep()
+    plain = plain_spec(pair.state)
+    pair.encoder.put("second", pair.state, plain)
+    known = OwnModels(pair.settings.config, ClientState(pair.storage).own_models(own._config))
+    for records in (("model", "second"), ("second",)):
+        with pytest.raises(MismatchError):
+            pair.round(own=known).receive(pair.payloads(*records))
+
+
+@pytest.mark.parametrize("options", [{"method": "fedpara"}, {"method": "none"}])
+def test_private_state_is_never_shared_by_other_options(helpers, options):
+    pair = helpers.Pair()
+    first = pair.received()
+    answered(first, helpers)
+    first.keep()
+    model = helpers.converted(**{"method": "pfedpara", **options})
+    pair.settings = helpers.settings_of(**{"method": "pfedpara", "gamma": 0.3, **options})
+    pair.spec, pair.state = ModelSpec.of(model), model.state_dict()
+    pair.encoder.put("model", pair.state, pair.spec)
+    with pytest.raises(ConfigError, match=r"holds private state of this model \('0\.x2', in"):
+        pair.received()
+    # It may be split otherwise, as long as the layer keeps a private half.
+    model = helpers.converted(tanh=True)
+    pair.settings = helpers.settings_of(method="pfedpara", gamma=0.3, tanh=True)
+    pair.spec, pair.state = ModelSpec.of(model), model.state_dict()
+    pair.encoder.put("model", pair.state, pair.spec)
+    assert pair.received().fresh
+
+
+def test_a_message_of_more_bytes_than_the_clients_model_allows(helpers):
+    pair = helpers.Pair("fedpara")
+    many = {name: torch.zeros(2**19) for name in "abc"}  # 6 MiB
+    pair.encoder.put("extra", many, plain_spec(many))
+    for name in "cd":
+        pair.encoder.put(name, {"a": torch.zeros(2**19)}, plain_spec("a"))  # 2 MiB each
+    with pytest.raises(TooLargeError):
+        pair.round().receive(pair.payloads("model", "extra"))
+    with pytest.raises(TooLargeError):
+        pair.round().receive(pair.payloads("extra", "c", "d"))
+    with pytest.raises(PayloadError, match="65 records of arrays, expected at most 64"):
+        pair.round().receive(dict.fromkeys(map(str, range(65)), b""))
 
 
 def test_the_uplink_uses_the_coders_that_the_server_has(helpers, monkeypatch):

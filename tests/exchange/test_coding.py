@@ -6,13 +6,13 @@ import torch
 
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec, peek_header
 from fedpara_plugins.exchange.coding import encode_record, update_codec
-from fedpara_plugins.exchange.outgoing import select_outgoing
+from fedpara_plugins.exchange.outgoing import Outgoing
 from fedpara_plugins.exchange.records import plain_spec
 from fedpara_plugins.references import ClientReferences
 
 CODEC = parse_codec("delta+feedback+int8")
 TENSORS = {"a": torch.linspace(0, 1, 7), "b": torch.linspace(2, 3, 5)}
-RECORD = select_outgoing("model", TENSORS, [plain_spec(TENSORS)])
+RECORD = Outgoing(plain_spec(TENSORS), TENSORS)
 
 
 def received(tensors):

@@ -13,7 +13,6 @@ from fedpara_plugins import ConfigError, FedParaConfig, MismatchError, ModelSpec
 from fedpara_plugins.exchange import dense_round
 from fedpara_plugins.exchange.dense_round import (
     DenseRound,
-    check_agreement,
     converted_copy,
     log_idle_options,
     refuse_in_factor_space,
@@ -166,18 +165,6 @@ def test_conversion_takes_no_notice():
     other = convert(nn.Linear(64, 64), method="fedpara")
     assert ModelSpec.of(one).fingerprint == ModelSpec.of(other).fingerprint
     assert torch.equal(one.x1, other.x1)
-
-
-def test_agreement_without_a_model_at_hand():
-    _, spec, _, _ = _begun("pfedpara", private="head.*")
-    check_agreement(spec, FedParaConfig(method="pfedpara", private="head.*"))
-    check_agreement(spec, FedParaConfig(method="fedpara", overrides="*: method=pfedpara"))
-    with pytest.raises(MismatchError, match="has method pfedpara, this client has fedpara"):
-        check_agreement(spec, FedParaConfig(method="fedpara"))
-    with pytest.raises(MismatchError, match=r"keeps 'norm\.weight'"):
-        check_agreement(spec, FedParaConfig(method="pfedpara", private="norm.*"))
-    with pytest.raises(MismatchError, match="has method none, this client has fedpara"):
-        check_agreement(ModelSpec({}, ("a",), seed=0), FedParaConfig(method="fedpara"))
 
 
 def test_optimizers_that_correct_by_sums_over_factors():

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fedpara_plugins as fedpara
-from fedpara_plugins import MismatchError, ModelSpec, PayloadError
-from fedpara_plugins.exchange.outgoing import check_names, select_outgoing, spec_among
+from fedpara_plugins import ConfigError, MismatchError, ModelSpec, PayloadError
+from fedpara_plugins.config import FedParaConfig
+from fedpara_plugins.exchange import OwnModel, OwnModels
+from fedpara_plugins.exchange.outgoing import check_names, select_outgoing
 from fedpara_plugins.exchange.records import plain_spec
 
 
@@ -22,6 +24,11 @@ def small():
 
 MODEL = small()
 SPEC, STATE = ModelSpec.of(MODEL), MODEL.state_dict()
+CONFIG = FedParaConfig(method="pfedpara", gamma=0.2, private="2.*", min_size=256)
+
+
+def owning(*specs, config=CONFIG):
+    return OwnModels(config, [OwnModel(spec, 1000) for spec in specs])
 
 
 @given(st.sets(st.sampled_from([*STATE, "note", "0.x2x", "other.0.x1"])), st.booleans())
@@ -29,7 +36,7 @@ def test_private_names_never_leave_whatever_else_is_there(names, side):
     tensors = {name: STATE.get(name, torch.ones(2)) for name in names}
     try:
         found = select_outgoing(
-            "any", tensors, [SPEC], kind="side" if side else "model", others=True
+            "any", tensors, owning(SPEC), kind="side" if side else "model"
         ).shared
     except PayloadError:
         return
@@ -39,7 +46,8 @@ def test_private_names_never_leave_whatever_else_is_there(names, side):
 
 
 def test_a_part_of_a_state_may_leave():
-    found = select_outgoing("model", {"2.bias": STATE["2.bias"], "1.bias": STATE["1.bias"]}, [SPEC])
+    part = {"2.bias": STATE["2.bias"], "1.bias": STATE["1.bias"]}
+    found = select_outgoing("model", part, owning(SPEC), received=SPEC)
     assert set(found.shared) == {"1.bias"}
     assert found.spec is SPEC
 
@@ -48,21 +56,21 @@ def test_a_part_of_a_state_may_leave():
 def test_a_side_record_is_compared_with_all_models(kind):
     other = plain_spec(["a"])
     with pytest.raises(PayloadError, match=r"record 'c'.*'2.weight', which stays on the device"):
-        select_outgoing("c", {"2.weight": torch.ones(1)}, [other, SPEC], kind=kind)
-    found = select_outgoing("c", {"1.weight": torch.ones(1)}, [other, SPEC], kind=kind)
+        select_outgoing("c", {"2.weight": torch.ones(1)}, owning(other, SPEC), kind=kind)
+    found = select_outgoing("c", {"1.weight": torch.ones(1)}, owning(other, SPEC), kind=kind)
     assert found.spec.keys == ("1.weight",)
     assert not found.spec.private_keys
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod", "module", "module._orig_mod"])
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("others", [False, True])
-def test_names_of_a_wrapped_model_are_refused_before_anything_is_sent(prefix, dense, others):
+@pytest.mark.parametrize("received", [None, SPEC])
+def test_names_of_a_wrapped_model_are_refused_before_anything_is_sent(prefix, dense, received):
     """What is private is known by its name, and would leave the device under another."""
     state = SPEC.dense_state(STATE) if dense else STATE
     wrapped = {f"{prefix}.{name}": value for name, value in state.items()}
     with pytest.raises(MismatchError, match=f"Answer with the state.*model.{prefix}.state_dict"):
-        select_outgoing("model", wrapped, [SPEC], others=others)
+        select_outgoing("model", wrapped, owning(SPEC), received=received)
 
 
 def test_tensors_that_the_model_does_not_have():
@@ -73,14 +81,70 @@ def test_tensors_that_the_model_does_not_have():
 
 
 def test_the_model_that_a_state_belongs_to_is_one_that_the_client_has_built():
-    other = plain_spec(["0.weight", "0.bias"])
-    built = {frozenset(spec.keys): spec for spec in (other, SPEC)}
-    assert spec_among(built, STATE) is SPEC
-    assert spec_among(built, {"2.weight": STATE["2.weight"]}) is SPEC
-    part = plain_spec(["2.bias", "1.bias"])
-    more = {**built, frozenset(part.keys): part}
-    assert spec_among(more, dict.fromkeys(part.keys, torch.ones(1))) is part
-    assert spec_among(built, dict.fromkeys(other.keys, torch.ones(1))) is other
-    assert not spec_among(built, {"x": torch.ones(1)}).private_keys
-    with pytest.raises(MismatchError, match="wrapped"):
-        spec_among(built, {f"module.{name}": value for name, value in STATE.items()})
+    other, part = plain_spec(["0.weight", "0.bias"]), plain_spec(["2.bias", "1.bias"])
+
+    def found(tensors, *specs):
+        return select_outgoing("any", tensors, owning(*specs)).spec
+
+    assert found(STATE, other, SPEC) is SPEC
+    assert found({"2.bias": STATE["2.bias"]}, other, SPEC) is SPEC
+    assert found(dict.fromkeys(part.keys, torch.ones(1)), other, SPEC, part) is part
+    assert not found({"x": torch.ones(1)}, other, SPEC).private_keys
+
+
+def test_composed_weights_hold_private_values_and_do_not_leave():
+    """An app that answers with the dense state would send W2 within W."""
+    dense = SPEC.dense_state(STATE)
+    for received in (SPEC, None):
+        with pytest.raises(MismatchError, match=r"composed weight '0\.weight'"):
+            select_outgoing("model", dense, owning(SPEC), received=received)
+    with pytest.raises(MismatchError, match=r"composed weight '0\.weight'"):
+        select_outgoing("side", {"0.weight": dense["0.weight"]}, owning(SPEC), kind="side")
+
+
+LIES = {
+    "nothing private": plain_spec(STATE),
+    "names removed": ModelSpec(
+        SPEC.weights, tuple(k for k in SPEC.keys if k not in SPEC.own), SPEC.seed
+    ),
+    "own made shared": ModelSpec(SPEC.weights, SPEC.keys, SPEC.seed),
+    "a plain model of the dense names": plain_spec(SPEC.dense_state(STATE)),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_a_message_says_does_not_count(lie):
+    """The received description is not the client's own: nothing leaves by it."""
+    with pytest.raises(MismatchError):
+        select_outgoing("model", STATE, owning(SPEC), received=LIES[lie])
+    with pytest.raises(MismatchError):
+        owning(SPEC).agreed(LIES[lie])
+    if lie != "names removed":  # which options alone do not tell
+        with pytest.raises(MismatchError):
+            owning().agreed(LIES[lie])
+
+
+def test_without_an_own_model_nothing_leaves_that_may_be_private():
+    for received in (SPEC, plain_spec(STATE), None):
+        for kind in ("model", "side"):
+            with pytest.raises(ConfigError, match=r"Net = fedpara\.factorised\(Net\)"):
+                select_outgoing("model", STATE, owning(), received=received, kind=kind)
+
+
+@pytest.mark.parametrize("described", ["private", "shared", None])
+def test_patterns_hold_without_a_model(described):
+    config = FedParaConfig(private="2.*")
+    names = ("1.weight", "2.weight")
+    row = {"2.weight": SPEC.own["2.weight"]} if described == "private" else {}
+    received = None if described is None else ModelSpec({}, names, 0, own=row)
+    tensors = dict.fromkeys(names, torch.ones(1))
+    found = select_outgoing("model", tensors, owning(config=config), received=received)
+    assert set(found.shared) == {"1.weight"}
+
+
+def test_a_list_is_named_by_an_own_model_alone():
+    owning(SPEC).check_order_known(SPEC)
+    for own in (owning(), owning(plain_spec("ab")), owning(config=FedParaConfig(private="a"))):
+        with pytest.raises(ConfigError, match="which of the arrays are private"):
+            own.check_order_known(SPEC)
+    owning(config=FedParaConfig(method="fedpara")).check_order_known(SPEC)

@@ -98,7 +98,7 @@ def plain_model_hint(error: Exception, run: Run) -> str | None:
         run: the run that was active.
     """
     text = str(error)
-    specs = [*run.specs.values(), *([run.expected] if run.expected else [])]
+    specs = [*run.specs.values(), *run.expected]
     # A converted model has factors instead of these names, so its error would not list them.
     if (
         run.trains_dense

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fedpara_plugins import ConfigError, FedParaConfig, ModelSpec, convert
 from fedpara_plugins.exchange import (
     DenseRound,
+    OwnModels,
     converted_copy,
     plain_spec,
     zero_private_factors,
@@ -50,7 +51,9 @@ class Run:
     Attributes:
         settings: the run's options.
         side: ``"client"`` or ``"server"``.
-        expected: on a client, the model that the server's message describes.
+        own: on a client, the models of its own code, from earlier messages and from this one.
+        expected: on a client, the models that the server's message describes, as far as it has been
+            read.
         specs: the models that `factorised` built here, each under the set of names of its state,
             and under that of its ``parameters()`` where the model has buffers too.
         previous_steps: on a client, optimizer steps of its previous training round, if known.
@@ -73,7 +76,8 @@ class Run:
 
     settings: FlowerSettings
     side: str
-    expected: ModelSpec | None = None
+    own: OwnModels | None = None
+    expected: list[ModelSpec] = field(default_factory=list)
     specs: dict[frozenset[str], ModelSpec] = field(default_factory=dict)
     previous_steps: int | None = None
     plain: dict[frozenset[str], ModelSpec] = field(default_factory=dict)
@@ -114,19 +118,33 @@ class Run:
             model.register_load_state_dict_post_hook(_report_loaded)  # type: ignore[no-untyped-call]
         return model
 
-    def _register(self, model: nn.Module) -> ModelSpec:
+    def _register(self, model: nn.Module, *, plain_bytes: int = 0) -> ModelSpec:
         spec = ModelSpec.of(model)
-        specs = {frozenset(s.keys): s for s in (spec, _of_parameters(spec, model))}
-        if self.expected is not None:
-            mine = specs.get(frozenset(self.expected.keys), spec)
-            mine.check_equal(self.expected, here="this client", there="the server")
+        alike = _of_parameters(spec, model)
+        specs = {frozenset(s.keys): s for s in (alike, spec)}
+        self._check_expected(spec, specs)
         self.specs |= specs
+        if self.own is not None:
+            size = plain_bytes + sum(value.nbytes for value in model.state_dict().values())
+            for known in specs.values():
+                self.own.add(known, size if known is spec else 0)
         return spec
+
+    def _check_expected(self, spec: ModelSpec, specs: Mapping[frozenset[str], ModelSpec]) -> None:
+        """Raise if a model that was built is none of those that the message describes."""
+        for expected in self.expected:
+            if (mine := specs.get(frozenset(expected.keys))) is not None:
+                mine.check_equal(expected, here="this client", there="the server")
+                return
+        met = any(frozenset(expected.keys) in self.specs for expected in self.expected)
+        if self.expected and not met:
+            spec.check_equal(self.expected[0], here="this client", there="the server")
 
     def _compared(self, model: M) -> M:
         first = self.starts and not self.specs
         factors = converted_copy(model, self._config())
-        spec = self._register(factors)
+        size = sum(value.nbytes for value in model.state_dict().values())
+        spec = self._register(factors, plain_bytes=size)
         if first:
             self.start = DenseRound(spec, factors.state_dict())
             model.load_state_dict(self.start.dense)

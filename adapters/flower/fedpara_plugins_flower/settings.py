@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedpara_plugins.exchange import ExchangeSettings
+from fedpara_plugins.exchange import ExchangeSettings, has_private_half
+from fedpara_plugins_flower.pins import node_pins, tightened
 
 __all__ = ["PREFIX", "FlowerSettings"]
 
@@ -34,12 +35,48 @@ class FlowerSettings(ExchangeSettings):
         Raises:
             ConfigError: if an option, method or codec is unknown, or a value is out of range.
         """
-        section = {key.replace("-", "_"): value for key, value in (options or {}).items()}
-        section |= {
-            key[len(PREFIX) :].replace("-", "_"): value
-            for key, value in run_config.items()
-            if key.startswith(PREFIX)
-        }
-        for name in ENTRY_OPTIONS:
-            section.pop(name, None)
+        return cls(**cls.read(_section(run_config, options or {})))
+
+    @classmethod
+    def of_client(
+        cls,
+        run_config: Mapping[str, Any],
+        options: Mapping[str, Any],
+        kept: Mapping[str, Mapping[str, Any]],
+        node_config: Mapping[str, Any],
+    ) -> FlowerSettings:
+        """Read the section on a client, which may keep more private than the message says.
+
+        Args:
+            run_config: as for `from_run_config`.
+            options: likewise; those about privacy hold whatever the run says (`pins.tightened`).
+            kept: further options that do, by where they come from, in words.
+            node_config: of the node.
+
+        Raises:
+            ConfigError: as for `from_run_config`, or the run would share what is kept private.
+        """
+        section = _section(run_config, options)
+        own = {key.replace("-", "_"): value for key, value in options.items()}
+        pins = {"options of client_mod_with": own, **kept, "node config": node_pins(node_config)}
+        for where, pinned in pins.items():
+            section = tightened(section, pinned, where=where)
         return cls(**cls.read(section))
+
+    @property
+    def hides(self) -> bool:
+        """Whether anything stays on the device with these options."""
+        config = self.config
+        return bool(config.private) or has_private_half(config.method) or bool(config.overrides)
+
+
+def _section(run_config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    section = {key.replace("-", "_"): value for key, value in options.items()}
+    section |= {
+        key[len(PREFIX) :].replace("-", "_"): value
+        for key, value in run_config.items()
+        if key.startswith(PREFIX)
+    }
+    for name in ENTRY_OPTIONS:
+        section.pop(name, None)
+    return section

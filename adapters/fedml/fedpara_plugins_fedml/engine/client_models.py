@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins import MismatchError, merge
-from fedpara_plugins.exchange import ClientRound, ClientState, ReceivedRecord, RecordKind
+from fedpara_plugins.exchange import (
+    ClientRound,
+    ClientState,
+    OwnModel,
+    OwnModels,
+    ReceivedRecord,
+    RecordKind,
+)
 from fedpara_plugins.models import save_dense
 from fedpara_plugins_fedml.engine.client_storage import ClientStorages
 from fedpara_plugins_fedml.engine.models import dense_of, exchanged, plain_state, spec_for, to_state
@@ -57,6 +64,12 @@ class ClientModels:
             self._spec = spec_for(trainer.model, names)
         else:
             self._spec = exchanged(factors, names)
+        nbytes = sum(value.nbytes for value in names.values())
+        if settings.trains_dense:
+            nbytes += sum(
+                value.nbytes for value in (factors or trainer.model).state_dict().values()
+            )
+        self._own = OwnModels(settings.config, [OwnModel(self._spec, nbytes)], complete=True)
         self._storages = ClientStorages(settings.state_dir)
         self._updates = updates
 
@@ -115,7 +128,7 @@ class ClientModels:
     def _round_of(self, state: ClientState) -> ClientRound:
         """Return the round of a message to the client that has this state."""
         return ClientRound(
-            self._settings, state, kind_of=self._kind_of, own=self._spec, remedy=REMEDY
+            self._settings, state, own=self._own, kind_of=self._kind_of, remedy=REMEDY
         )
 
     def _kind_of(self, record: str) -> RecordKind:

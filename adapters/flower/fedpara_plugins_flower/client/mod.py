@@ -12,10 +12,12 @@ from flwr.app import Context, Message, RecordDict
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.codecs import decoders
-from fedpara_plugins.exchange import ClientRound
+from fedpara_plugins.exchange import ClientRound, OwnModels, ReceivedRecord
 from fedpara_plugins.models import save_dense
 from fedpara_plugins.references import LostReferenceError
 from fedpara_plugins.support import Storage
+from fedpara_plugins_flower.client.arrival import Arrival
+from fedpara_plugins_flower.client.options import check_plain_message, client_settings
 from fedpara_plugins_flower.client.storage import client_state, client_storage
 from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.logs import show_core_logs
@@ -24,7 +26,6 @@ from fedpara_plugins_flower.messages.records import (
     carried_payload,
     kind_of,
     payload_record,
-    to_record,
     to_tensors,
 )
 from fedpara_plugins_flower.messages.refusal import refuse_plain_message
@@ -61,7 +62,10 @@ def client_mod(message: Message, context: Context, call_next: App) -> Message:
 def client_mod_with(**options: Any) -> Mod:
     """Return `client_mod` with options set in Python, for ``run_simulation`` without a config.
 
-    Where the run's config has the same option, that one wins. Give the server the same ones:
+    Where the run's config has the same option, that one wins, but for what keeps values on the
+    device: the run can add to ``private`` and take nothing away, a method without a private half
+    is refused where this one has one, and ``state_dir`` and ``client_checkpoints`` stay as they
+    are here. Give the server the same options:
     ``fedpara.server_app(app, method="fedpara", gamma=0.1)``.
 
     Args:
@@ -85,13 +89,14 @@ def _run(message: Message, context: Context, call_next: App, options: Mapping[st
 def _begin(
     message: Message, context: Context, call_next: App, options: Mapping[str, Any]
 ) -> Message:
-    settings = FlowerSettings.from_run_config(context.run_config, options)
+    settings = client_settings(context, options)
     if not settings.active and _carries_payload(message):
         raise ConfigError(
             "the server has a method or codec on, and this client has method and codec none. Give "
             "both sides the same fedpara options"
         )
     if not settings.active or not message.has_content():
+        check_plain_message(message, context, settings.state_dir)
         with open_run(Run(settings, side="client")):
             return call_next(message, context)
     secagg.check_settings(message, settings)
@@ -119,24 +124,29 @@ def _answer(
     storage: Storage,
 ) -> Message:
     state = client_state(context, settings.state_dir, storage)
-    client_round = ClientRound(settings, state, kind_of=kind_of)
+    own = OwnModels(settings.config, state.own_models(settings.config))
+    client_round = ClientRound(settings, state, own=own, kind_of=kind_of)
+    run = Run(
+        settings,
+        side="client",
+        own=own,
+        previous_steps=client_round.previous_steps,
+        storage=storage,
+        starts=legacy_lists.asks_for_parameters(message),
+    )
+    check = partial(_check_received, message, call_next, settings)
+    arrival = Arrival(message, payloads, client_round, run, check)
     try:
-        received = client_round.receive(payloads)
+        arrival.place()
+        reply = _call_app(message, context, call_next, run)
+        if reply.has_error() or secagg.is_step_without_arrays(message, reply):
+            return reply
+        received = arrival.received()
     except LostReferenceError as error:
         log.warning("fedpara: the server is asked to send again: %s", error)
         lost = Marker(lost=True, has=client_round.known_hashes(), decoders=decoders())
         return Message(lost.attached_to(RecordDict()), reply_to=message)
-    for name, part in received.items():
-        check_clipping_mods(call_next, settings, part.user_tensors)
-        message.content[name] = to_record(part.user_tensors)
-    legacy_lists.unname_request(message)
-    run = _run_of(message, client_round, settings, storage)
-    reply = _call_app(message, context, call_next, run)
-    if reply.has_error() or secagg.is_step_without_app(message):
-        return reply
-    named = received.get(legacy_lists.PARAMETERS)
-    names = tuple(named.user_tensors) if named else None
-    legacy_lists.name_reply(reply, names, run.plain or run.specs)
+    _name_arrays(reply, received, run)
     _export(message, context, settings, client_round)
     _encode_in_place(reply, client_round, run, masked=secagg.masks_reply(message))
     client_round.keep(steps=max((training.steps for training in run.trainings), default=0))
@@ -145,27 +155,37 @@ def _answer(
     return reply
 
 
-def _run_of(
+def _check_received(
     message: Message,
-    client_round: ClientRound,
+    call_next: App,
     settings: FlowerSettings,
-    storage: Storage,
-) -> Run:
-    """Return the run around the app.
+    received: Mapping[str, ReceivedRecord],
+) -> None:
+    """Raise for mods that do not go with what a message holds.
 
     Raises:
-        ConfigError: private values would be masked and sent.
+        ConfigError: private values would be masked and sent, or clipping would not hold.
     """
-    expected = client_round.models[0].spec if client_round.models else None
-    secagg.check_order(message, private=expected is not None and bool(expected.private_keys))
-    return Run(
-        settings,
-        side="client",
-        expected=expected,
-        previous_steps=client_round.previous_steps,
-        storage=storage,
-        starts=legacy_lists.asks_for_parameters(message),
-    )
+    hidden = any(part.spec.private_keys for part in received.values())
+    secagg.check_order(message, private=hidden)
+    for part in received.values():
+        check_clipping_mods(call_next, settings, part.user_tensors)
+
+
+def _name_arrays(reply: Message, received: Mapping[str, ReceivedRecord], run: Run) -> None:
+    """Name the arrays of a legacy app's reply, as the client's own model has them.
+
+    Raises:
+        ConfigError: no own model is known, and some of the arrays may be private.
+        PayloadError: see `legacy_lists.name_reply`.
+    """
+    if not legacy_lists.answers_with_list(reply):
+        return
+    named = received.get(legacy_lists.PARAMETERS)
+    if named is not None and run.own is not None:
+        run.own.check_order_known(named.spec)
+    names = tuple(named.user_tensors) if named else None
+    legacy_lists.name_reply(reply, names, run.plain or run.specs)
 
 
 def _call_app(message: Message, context: Context, call_next: App, run: Run) -> Message:
@@ -176,7 +196,7 @@ def _call_app(message: Message, context: Context, call_next: App, run: Run) -> M
             raise
         except Exception as error:
             built = run.specs or run.trains_dense
-            if run.expected is not None and run.expected.weights and not built:
+            if not built and any(spec.weights for spec in run.expected):
                 raise ConfigError(
                     f"fedpara: the app failed ({error}) and built no converted model, while the "
                     f"server sends one. Add to the client: Net = fedpara.factorised(Net)"
@@ -203,7 +223,7 @@ def _encode_in_place(reply: Message, client_round: ClientRound, run: Run, *, mas
         for name, record in reply.content.array_records.items()
         if not legacy_lists.carries_nothing(record)
     }
-    leaving = client_round.prepare_reply(records, built=run.specs, start=run.start)
+    leaving = client_round.prepare_reply(records, start=run.start)
     if masked:
         for name, part in leaving.items():
             secagg.take_shared(reply.content, name, part.shared)

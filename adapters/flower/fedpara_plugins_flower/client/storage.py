@@ -12,7 +12,7 @@ from fedpara_plugins.exchange import ClientState
 from fedpara_plugins.support import FileStorage, Storage
 from fedpara_plugins_flower.messages.records import carried_payload, payload_record
 
-__all__ = ["client_name", "client_state", "client_storage", "lasting_name"]
+__all__ = ["client_name", "client_state", "client_storage", "lasting_name", "state_file"]
 
 PREFIX = "fedpara."
 """Of the names in ``Context.state``, where the app has its own."""
@@ -47,17 +47,22 @@ def client_storage(context: Context, state_dir: Path | None) -> Storage:
     """
     if state_dir is None:
         return _ContextStorage(context.state)
-    return FileStorage(_file(context, state_dir))
+    return FileStorage(state_file(context, state_dir))
 
 
 def client_state(context: Context, state_dir: Path | None, storage: Storage) -> ClientState:
     """Return a client's state, with the client's name and storage as the log states them."""
     if state_dir is None:
         return ClientState(storage, lasting_name(context) or context.node_id, "its Context.state")
-    return ClientState(storage, client_name(context), _file(context, state_dir))
+    return ClientState(storage, client_name(context), state_file(context, state_dir))
 
 
-def _file(context: Context, state_dir: Path) -> Path:
+def state_file(context: Context, state_dir: Path) -> Path:
+    """Return the file of this client's lasting state.
+
+    Raises:
+        ConfigError: see `client_name`.
+    """
     return state_dir / "clients" / f"{client_name(context)}.sqlite"
 
 

@@ -26,13 +26,15 @@ from fedpara_plugins_flower.seams import (
 __all__ = [
     "PARAMETERS",
     "Namer",
+    "answers_with_list",
     "asks_for_parameters",
     "carries_nothing",
     "is_legacy",
     "name_reply",
     "named_state",
+    "request_name",
     "unname_reply",
-    "unname_request",
+    "without_names",
 ]
 
 PARAMETERS = "parameters"
@@ -115,13 +117,15 @@ class Namer:
         return _with_names(record, names or list(record))
 
 
-def unname_request(message: Message) -> None:
-    """Replace the named record by the one that the app expects; called on a client."""
-    record = message.content.array_records.get(PARAMETERS)
-    name = LEGACY_REQUESTS.get(message.metadata.message_type)
-    if record is not None and name is not None:
-        del message.content[PARAMETERS]
-        message.content[name] = _without_names(record)
+def request_name(message: Message, record: str) -> str:
+    """Return the name under which an app expects a record of a message; called on a client."""
+    legacy = LEGACY_REQUESTS.get(message.metadata.message_type)
+    return legacy if record == PARAMETERS and legacy is not None else record
+
+
+def answers_with_list(reply: Message) -> bool:
+    """Return whether a reply of an app holds a list of arrays; called on a client."""
+    return LEGACY_REPLIES.get(reply.metadata.message_type) in reply.content.array_records
 
 
 def name_reply(
@@ -168,7 +172,7 @@ def unname_reply(content: RecordDict, kind: str) -> None:
     record = content.array_records.get(PARAMETERS)
     if record is not None and kind in LEGACY_REPLIES:
         del content[PARAMETERS]
-        content[LEGACY_REPLIES[kind]] = _without_names(record)
+        content[LEGACY_REPLIES[kind]] = without_names(record)
 
 
 def named_state(
@@ -200,7 +204,8 @@ def _with_names(record: ArrayRecord, names: Sequence[str]) -> ArrayRecord:
     return ArrayRecord(dict(zip(names, record.values(), strict=True)))
 
 
-def _without_names(record: ArrayRecord) -> ArrayRecord:
+def without_names(record: ArrayRecord) -> ArrayRecord:
+    """Return a record with places in the place of names, as the legacy API has them."""
     return ArrayRecord({str(place): array for place, array in enumerate(record.values())})
 
 

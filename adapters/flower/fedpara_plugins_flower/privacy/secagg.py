@@ -35,7 +35,7 @@ __all__ = [
     "check_settings",
     "complete_sums",
     "is_secagg",
-    "is_step_without_app",
+    "is_step_without_arrays",
     "masked_bytes",
     "masks_reply",
     "take_shared",
@@ -79,9 +79,9 @@ def masked_bytes(content: RecordDict) -> int:
     return sum(map(len, masked)) if isinstance(masked, list) else 0
 
 
-def is_step_without_app(message: Message) -> bool:
-    """Return whether a message to a client is a step of the protocol that the app does not see."""
-    return is_secagg(message.content) and not message.content.array_records
+def is_step_without_arrays(message: Message, reply: Message) -> bool:
+    """Return whether a reply belongs to a step of the protocol that exchanges no arrays."""
+    return is_secagg(message.content) and not reply.content.array_records
 
 
 def check_order(message: Message, *, private: bool) -> None:
