@@ -14,6 +14,9 @@ from harness.processes.canaries import Canaries
 EACH_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 EACH_LIE = pytest.mark.parametrize("lie", LIES)
 KINDS = ["evaluate", "query", "train.special", "query.special"]
+UNRELATED = ("wrapped", "positions")
+"""No name of the client's model is in them: as far as the client knows, they are no model, so its
+code may see them; its reply is refused where it holds private values."""
 
 
 def _is_true(record: Described, case: Case) -> bool:
@@ -37,12 +40,6 @@ def test_the_search_finds_what_is_shared(case: Case) -> None:
     control = Canaries(shared.values())
     assert control.found_in(reply.data) == len(control) > 50
     assert control.found_among(reply.tensors["arrays"]) == list(shared)
-    kept = b"".join(
-        bytes(array.data)
-        for record in case.device().grid.client_state(0).array_records.values()
-        for array in record.values()
-    )
-    assert kept == b""
 
 
 @EACH_CASE
@@ -66,7 +63,7 @@ def test_a_lie_after_an_honest_message_is_refused(case: Case, lie: str) -> None:
     second, again = (device.send({"arrays": each}) for each in (record, case.honest()))
     check_nothing_left(case, first, second, again)
     if case.knows_model and not _is_true(record, case):
-        check_refused(second)
+        check_refused(second, before=lie not in UNRELATED)
         assert again.error == ""
 
 
@@ -98,7 +95,7 @@ def test_a_lie_beside_an_honest_record(case: Case, lie: str, order: str) -> None
     check_nothing_left(case, *replies)
     if case.knows_model and not _is_true(record, case):
         check_refused(replies[0], before=False)
-        check_refused(replies[2])
+        check_refused(replies[2], before=lie not in UNRELATED)
 
 
 @pytest.mark.in_turn

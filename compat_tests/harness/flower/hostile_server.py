@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
@@ -147,23 +147,21 @@ class Device:
         )
 
     def send(
-        self, content: Content, kind: str = "train", run_config: Content | None = None
+        self, content: Content | Error, kind: str = "train", run_config: Content | None = None
     ) -> Reply:
         """Send a message and return what comes back.
 
         Args:
-            content: records by name; arrays that `described` made are remembered as references.
+            content: records by name, of which those that `described` made are remembered as
+                references; or an error.
             kind: the message's type.
             run_config: replaces the run's config from now on.
         """
         if run_config is not None:
             self.grid.run_config = dict(run_config)
-        for record in content.values():
-            if isinstance(record, Described):
-                self.held[reference_hash(record.tensors)] = record.tensors
-        plain = {k: r.record if isinstance(r, Described) else r for k, r in content.items()}
+        plain = content if isinstance(content, Error) else self._records(content)
         before, first = self._runs, len(self.grid.sent)
-        reply = self.grid.ask(0, RecordDict(plain), kind)
+        reply = self.grid.ask(0, plain, kind)
         data = b"".join(sent.data for sent in self.grid.sent[first:] if sent.direction == "up")
         return Reply(
             data=data,
@@ -171,6 +169,14 @@ class Device:
             content=reply.content if reply.has_content() else RecordDict(),
             ran=self._runs > before,
             tensors=self._decoded(reply) if reply.has_content() else {},
+        )
+
+    def _records(self, content: Content) -> RecordDict:
+        for record in content.values():
+            if isinstance(record, Described):
+                self.held[reference_hash(record.tensors)] = record.tensors
+        return RecordDict(
+            {k: r.record if isinstance(r, Described) else r for k, r in content.items()}
         )
 
     def _decoded(self, reply: Message) -> dict[str, State]:

@@ -204,10 +204,24 @@ class InProcessGrid(Grid):
         with _identity(SUPERLINK_NODE_ID):
             app(grid=self, context=context)
 
-    def ask(self, partition: int, content: RecordDict, kind: str) -> Message:
-        """Send one client a message of any content, and return its reply."""
+    def replace_app(self, client_app: Callable[[], ClientApp]) -> None:
+        """Run another ClientApp from the next message on; nodes keep their state."""
+        self._client_app = client_app
+
+    def ask(self, partition: int, content: RecordDict | Error, kind: str) -> Message:
+        """Send one client a message of any content, and return its reply.
+
+        Args:
+            partition: the client's number.
+            content: records, or an error: then the message has no content.
+            kind: the message's type.
+        """
         with _identity(SUPERLINK_NODE_ID):
-            message = Message(content, self.node_id(partition), kind)
+            records = content if isinstance(content, RecordDict) else RecordDict()
+            message = Message(records, self.node_id(partition), kind)
+            if isinstance(content, Error):
+                # No constructor makes such a message to a client; the wire can carry it.
+                message.__dict__.update(_content=None, _error=content)
             (reply,) = self.send_and_receive([message])
         return reply
 
@@ -322,6 +336,8 @@ class InProcessGrid(Grid):
 
 
 def _round_of(message: Message) -> int:
+    if not message.has_content():
+        return 0
     for record in message.content.config_records.values():
         if "server-round" in record:
             return int(str(record["server-round"]))
