@@ -211,6 +211,10 @@ def test_options_in_python_are_those_of_the_section(method: str, codec: str) -> 
     theirs = federate(plugin_apps(experiment), _section(method, codec))
     assert [s.content.object_id for s in mine.sent] == [s.content.object_id for s in theirs.sent]
     assert any(sent.array_bytes for sent in mine.sent)
+    if method == "pfedpara":  # which the config may not undo
+        with pytest.raises(core.FedParaError, match="this device keeps method 'pfedpara'"):
+            federate(in_python, _section("fedpara", codec))
+        return
     # What the config says wins.
     off = federate(in_python, _section("none"))
     plain = federate(plugin_apps(experiment), {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,9 @@ from flwr.app import ArrayRecord, Context, Message
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-import fedpara_plugins.references.downlink as downlink
 from fedpara_plugins import FedParaError
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
-from fedpara_plugins.exchange import client_round
-from fedpara_plugins.exchange.outgoing import Outgoing
+from fedpara_plugins.exchange import OwnModels
 from fedpara_plugins.references.version_zero import reference_from_header
 from harness.cells.flower import CODECS, GAMMA
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plain_apps, plugin_apps
@@ -106,14 +104,7 @@ def test_no_byte_of_a_private_factor_is_on_the_wire() -> None:
 def test_the_search_finds_private_factors_when_the_split_is_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    outgoing: Callable[..., Outgoing] = vars(client_round)["select_outgoing"]
-
-    def everything(*args: Any, **kwargs: Any) -> Outgoing:
-        with monkeypatch.context() as patch:
-            patch.setattr(downlink, "shared_names", lambda spec: spec.keys)
-            return outgoing(*args, **kwargs)
-
-    monkeypatch.setattr(client_round, "select_outgoing", everything)
+    monkeypatch.setattr(OwnModels, "hidden_names", lambda *given: set())
     diary = Diary()
     outcome = _federate(diary.hooks)
     replies = [sent for sent in outcome.sent if (sent.direction, sent.kind) == ("up", "train")]

@@ -11,6 +11,12 @@ from fedpara_plugins.plugins import method_named
 __all__ = ["check_options", "has_private_half", "hides_values", "may_hide_halves", "option_names"]
 
 
+WRAPPERS = frozenset(
+    {"_orig_mod", "module", "_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+)
+"""Names under which torch's and Opacus's wrappers hold the model inside of them."""
+
+
 def has_private_half(method: str) -> bool:
     """Return whether weights of a method have operands that stay on the device.
 
@@ -38,8 +44,14 @@ def may_hide_halves(config: FedParaConfig) -> bool:
 
 
 def hides_values(name: str, config: FedParaConfig) -> bool:
-    """Return whether the option ``private`` names a tensor."""
-    return matches(name, config.private)
+    """Return whether the option ``private`` names a tensor, as it is or inside of a wrapper."""
+    while name:
+        if matches(name, config.private):
+            return True
+        wrapper, _, name = name.partition(".")
+        if wrapper not in WRAPPERS:
+            return False
+    return False
 
 
 def option_names(config: FedParaConfig) -> str:

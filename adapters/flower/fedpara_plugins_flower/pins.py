@@ -69,7 +69,7 @@ def tightened(section: dict[str, Any], pins: Mapping[str, Any], *, where: str) -
         result["private"] = list(dict.fromkeys((*pinned, *theirs)))
     if has_private_half(str(pins.get("method") or "none")):
         _check_methods(section, pins, where)
-    return result | {name: pins[name] for name in PATHS if pins.get(name)}
+    return result | {name: pins[name] for name in PATHS if name in pins}
 
 
 def _check_methods(section: Mapping[str, Any], pins: Mapping[str, Any], where: str) -> None:

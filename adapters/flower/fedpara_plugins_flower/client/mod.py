@@ -10,7 +10,7 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
-from fedpara_plugins import ConfigError, FedParaError
+from fedpara_plugins import ConfigError, FedParaError, PayloadError
 from fedpara_plugins.codecs import decoders
 from fedpara_plugins.exchange import ClientRound, OwnModels, ReceivedRecord
 from fedpara_plugins.models import save_dense
@@ -95,7 +95,9 @@ def _begin(
             "the server has a method or codec on, and this client has method and codec none. Give "
             "both sides the same fedpara options"
         )
-    if not settings.active or not message.has_content():
+    if not message.has_content():
+        return _answer_error(message, context, call_next, settings)
+    if not settings.active:
         check_plain_message(message, context, settings.state_dir)
         with open_run(Run(settings, side="client")):
             return call_next(message, context)
@@ -107,6 +109,20 @@ def _begin(
     with contextlib.closing(client_storage(context, settings.state_dir)) as storage:
         sent = {name: payload for name, payload in payloads.items() if payload is not None}
         return _answer(message, sent, context, call_next, settings, storage)
+
+
+def _answer_error(
+    message: Message, context: Context, call_next: App, settings: FlowerSettings
+) -> Message:
+    """Let the app answer a message that carries an error, with anything but arrays."""
+    with open_run(Run(settings, side="client")):
+        reply = call_next(message, context)
+    if settings.active and reply.has_content() and reply.content.array_records:
+        raise PayloadError(
+            "the message carries an error, and the app answers it with arrays, of which nothing "
+            "says what is private: answer without arrays"
+        )
+    return reply
 
 
 def _carries_payload(message: Message) -> bool:
@@ -182,10 +198,12 @@ def _name_arrays(reply: Message, received: Mapping[str, ReceivedRecord], run: Ru
     if not legacy_lists.answers_with_list(reply):
         return
     named = received.get(legacy_lists.PARAMETERS)
-    if named is not None and run.own is not None:
-        run.own.check_order_known(named.spec)
+    own = run.own or OwnModels(run.settings.config)
+    if named is not None or not own:
+        own.check_order_known(named.spec if named else None)
     names = tuple(named.user_tensors) if named else None
-    legacy_lists.name_reply(reply, names, run.plain or run.specs)
+    specs = run.plain or {frozenset(spec.keys): spec for spec in own.specs}
+    legacy_lists.name_reply(reply, names, specs)
 
 
 def _call_app(message: Message, context: Context, call_next: App, run: Run) -> Message:
