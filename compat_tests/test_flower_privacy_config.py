@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord
 import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
 from fedpara_plugins.models import ModelSpec
-from harness.flower.hostile_cases import CASES, Case, check_nothing_left, section
+from harness.flower.hostile_cases import CASES, OPTIONS, Case, check_nothing_left, section
 from harness.flower.hostile_server import Net, Reply, described
 
 QUERY = {"config": ConfigRecord({"a": 1})}
@@ -88,8 +88,14 @@ PINNED = {
     "private norm": (CASES["private norm and factors"], {"fedpara-private": "norm.*"}),
     "method": (CASES["pfedpara"], {"fedpara-method": "pfedpara"}),
     "method, cached": (CASES["pfedpara"], {"fedpara-method": "pfedpara"}),
-    "both": (CASES["all"], {"fedpara-method": "pfedpara", "fedpara-private": "norm.*,head.bias"}),
-    "dotted": (CASES["all"], {"fedpara.method": "pfedpara", "fedpara.private": "norm.*,head.bias"}),
+    "method, names": (
+        CASES["all"],
+        {"fedpara-method": "pfedpara", "fedpara-private": "norm.*,head.bias"},
+    ),
+    "method, names, dotted": (
+        CASES["all"],
+        {"fedpara.method": "pfedpara", "fedpara.private": "norm.*,head.bias"},
+    ),
     "method, dense": (CASES["dense"], {"fedpara-method": "pfedpara"}),
 }
 
@@ -103,11 +109,12 @@ def test_a_client_with_a_pin(pin: str, looser: str, where: str) -> None:
     case, node_config = PINNED[pin]
     given: dict[str, Any] = {"node_config": node_config}
     if where == "code":
-        options = {key[len("fedpara-") :]: value for key, value in node_config.items()}
+        pins = {key[len("fedpara-") :]: value for key, value in node_config.items()}
+        options = {**OPTIONS, **pins}
         given = {"mods": [fedpara.client_mod_with(**options)]}
     device = case.device(cached="cached" in pin, **given)
     replies = _sent(device, _config(case, looser))
-    if "method" in node_config and looser in ("exclude", "include"):
+    if "method" in pin and looser in ("exclude", "include"):
         return  # a layer less is converted; the others still have a private half
     check_nothing_left(case, *replies)
     if looser in ("method none", "fedpara", "lowrank", "no section") and "method" in pin:

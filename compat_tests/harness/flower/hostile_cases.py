@@ -23,7 +23,15 @@ from harness.flower.hostile_server import (
 )
 from harness.processes.canaries import Canaries
 
-__all__ = ["CASES", "LIES", "Case", "check_nothing_left", "check_refused"]
+__all__ = [
+    "CASES",
+    "LIES",
+    "OPTIONS",
+    "Case",
+    "check_nothing_left",
+    "check_refused",
+    "section",
+]
 
 OPTIONS = {"gamma": 0.3, "min_size": 1}
 TYPED = ("MismatchError", "ConfigError", "PayloadError", "fedpara: ")
