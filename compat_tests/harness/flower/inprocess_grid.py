@@ -41,6 +41,9 @@ RunConfig = Mapping[str, bool | float | int | str]
 
 RUN_ID = 1234567890123
 
+PAYLOAD = "fedpara.payload"
+"""Name of the array that holds a payload."""
+
 
 @dataclass(frozen=True)
 class WireObject:
@@ -110,6 +113,16 @@ class Sent:
     def arrays(self) -> dict[str, ArrayRecord]:
         """Return its records of arrays by name."""
         return dict(self.content.array_records)
+
+    @property
+    def payloads(self) -> dict[str, bytes]:
+        """Return the plugin's payloads by record."""
+        found = {}
+        for name, record in self.arrays.items():
+            if list(record) == [PAYLOAD]:
+                with contextlib.suppress(TypeError, ValueError):  # a refusal, which is no array
+                    found[name] = record[PAYLOAD].numpy().tobytes()
+        return found
 
     @property
     def data(self) -> bytes:
