@@ -44,18 +44,26 @@ class Canaries:
     Args:
         values: tensors, for example of what a client keeps.
         known: tensors whose values are no secret, such as seeded first values.
+        most: the number of places of each tensor that are searched for, evenly spread; a larger
+            part of the tensor than one place in so many is found. None searches for all.
     """
 
-    def __init__(self, values: Iterable[Tensor], *, known: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        values: Iterable[Tensor],
+        *,
+        known: Iterable[Tensor] = (),
+        most: int | None = None,
+    ) -> None:
         public = np.unique(np.concatenate([np.zeros(1, np.float32), *map(_floats, known)]))
         tensors = [_floats(value) for value in values]
         secret = [t[~np.isin(t, public)] for t in tensors]
         self._tensors = [t for t in secret if len(np.unique(t)) >= FEW]
-        distinct = [np.unique(t) for t in self._tensors]
+        distinct = [np.unique(_spread(t, most)) for t in self._tensors]
         self._values = np.concatenate([np.empty(0, np.float32), *distinct])
         self._owners = np.repeat(np.arange(len(distinct)), [len(t) for t in distinct])
         self._limits = np.array([FEW + SHARE * len(t) for t in distinct])
-        runs = [_Runs(t, public) for t in tensors]
+        runs = [_Runs(t, public, most) for t in tensors]
         self._short = _Index(np.concatenate([_NONE, *(run.short() for run in runs)]))
         self._long = _Index(np.concatenate([_NONE, *(run.long() for run in runs)]))
 
@@ -105,38 +113,52 @@ def _floats(value: Tensor) -> NDArray[np.float32]:
 class _Runs:
     """Runs of neighbouring values, as the words that they are in memory."""
 
-    def __init__(self, values: NDArray[np.float32], public: NDArray[np.float32]) -> None:
+    def __init__(
+        self, values: NDArray[np.float32], public: NDArray[np.float32], most: int | None
+    ) -> None:
         self._values = values
         self._secret = ~np.isin(values, public)
+        self._most = most
 
     def short(self) -> Words:
         """Return runs of 8 bytes."""
-        pairs = _windows(self._values, 2, self._secret)
+        pairs = self._windows(2)
         return np.concatenate([_words(pairs), _words(pairs.byteswap())])
 
     def long(self) -> Words:
         """Return runs of 16 bytes, each as one word."""
-        eights = _windows(self._values, 8, self._secret)
+        eights = self._windows(8)
         with np.errstate(over="ignore"):
             forms: list[NDArray[Any]] = [
-                _windows(self._values, 2, self._secret).astype(np.float64),
-                eights.astype(np.float16),
-                torch.from_numpy(eights).to(torch.bfloat16).view(torch.int16).numpy(),
+                self._windows(2).astype(np.float64),
+                _varied(eights.astype(np.float16)),
+                _varied(torch.from_numpy(eights).to(torch.bfloat16).view(torch.int16).numpy()),
             ]
         words = [_words(each).reshape(-1, 2) for form in forms for each in (form, form.byteswap())]
         return np.concatenate([row[:, 0] * MIX + row[:, 1] for row in words])
 
+    def _windows(self, length: int) -> NDArray[np.float32]:
+        """Return runs of secret values that are not all alike."""
+        if len(self._values) < length:
+            return np.empty((0, length), np.float32)
+        runs = np.lib.stride_tricks.sliding_window_view(self._values, length)
+        whole = np.lib.stride_tricks.sliding_window_view(self._secret, length).all(axis=1)
+        varied = (runs != runs[:, :1]).any(axis=1)
+        return np.ascontiguousarray(_spread(runs[whole & varied], self._most))
 
-def _windows(
-    values: NDArray[np.float32], length: int, secret: NDArray[np.bool_]
-) -> NDArray[np.float32]:
-    """Return all runs of secret values that are not all alike."""
-    if len(values) < length:
-        return np.empty((0, length), np.float32)
-    runs = np.lib.stride_tricks.sliding_window_view(values, length)
-    whole = np.lib.stride_tricks.sliding_window_view(secret, length).all(axis=1)
-    varied = (runs != runs[:, :1]).any(axis=1)
-    return np.ascontiguousarray(runs[whole & varied])
+
+def _spread(values: NDArray[Any], most: int | None) -> NDArray[Any]:
+    """Return so many entries, evenly spread, or all."""
+    if most is None or len(values) <= most:
+        return values
+    return values[np.linspace(0, len(values) - 1, most).astype(np.int64)]
+
+
+def _varied(rows: NDArray[Any]) -> NDArray[Any]:
+    """Return the rows that still have different values in half of their places."""
+    ordered = np.sort(rows, axis=1)
+    distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1) + 1
+    return rows[2 * distinct >= rows.shape[1]]
 
 
 def _words(rows: NDArray[Any]) -> Words:

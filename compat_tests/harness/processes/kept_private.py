@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
@@ -27,6 +26,10 @@ __all__ = ["KeptPrivate", "Traffic", "decoded", "kept_private"]
 State = dict[str, Tensor]
 
 LARGEST = 10**9
+MOST = 256
+"""Places of each tensor that are searched for: a leak of a hundredth of it is found."""
+SOME = 12
+"""Tensors that are searched for by correlation, which costs a transform for each pair."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,6 @@ class KeptPrivate:
             shared = set(spec.shared_keys) & answer.keys()
             self.shared.append({name: answer[name] for name in shared})
 
-    @property
-    def canaries(self) -> Canaries:
-        """The private values, to search for."""
-        return Canaries(_distinct(self.private), known=_distinct(self.seeded))
-
     def check(self, traffic: Sequence[Traffic]) -> None:
         """Assert that no byte that left a client, and nothing decoded of it, is private.
 
@@ -94,12 +92,19 @@ class KeptPrivate:
         """
         if not self.private:
             return
-        canaries = self.canaries
-        up = [each for each in traffic if each.direction == "up"]
-        assert canaries.found_in(b"".join(each.data for each in up)) == 0
-        for tensors in decoded(traffic, "up"):
-            assert canaries.found_among(tensors) == []
+        private, seeded = _distinct(self.private), _distinct(self.seeded)
+        canaries = Canaries(private, known=seeded, most=MOST)
+        data = b"".join(each.data for each in traffic if each.direction == "up")
+        assert canaries.found_in(data) == 0
+        answers = decoded(traffic, "up")
+        for tensors in answers:
+            assert canaries.found_among(tensors, close=False) == []
             assert not self.names & tensors.keys()
+        # The same tensor is alike in all rounds, and all answers come about alike: some of each
+        # show what a lossy codec has changed.
+        some = Canaries(private[:: len(private) // SOME + 1], known=seeded, most=MOST)
+        for tensors in answers[:1] + answers[1:][-1:]:
+            assert some.found_among(tensors) == []
 
     def check_control(self, traffic: Sequence[Traffic], *, raw: bool) -> None:
         """Assert that the same search finds what was shared, in the same traffic.
@@ -177,8 +182,8 @@ def kept_private() -> Iterator[KeptPrivate]:
 
 def _distinct(values: Iterable[Tensor]) -> list[Tensor]:
     """Leave out tensors that occur again, such as those of a client that did not train."""
-    found: list[Tensor] = []
+    found = {}
     for value in values:
-        if not any(value.shape == known.shape and torch.equal(value, known) for known in found):
-            found.append(value)
-    return found
+        if value.is_floating_point():
+            found[value.float().numpy().tobytes()] = value
+    return list(found.values())
