@@ -9,6 +9,7 @@ its correlation with the values, at any offset.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,13 +64,19 @@ class Canaries:
         self._values = np.concatenate([np.empty(0, np.float32), *distinct])
         self._owners = np.repeat(np.arange(len(distinct)), [len(t) for t in distinct])
         self._limits = np.array([FEW + SHARE * len(t) for t in distinct])
-        runs = [_Runs(t, public, most) for t in tensors]
-        self._short = _Index(np.concatenate([_NONE, *(run.short() for run in runs)]))
-        self._long = _Index(np.concatenate([_NONE, *(run.long() for run in runs)]))
+        self._runs = [_Runs(t, public, most) for t in tensors]
 
     def __len__(self) -> int:
         """Return the number of pairs of float32, in one byte order, that are searched for."""
         return len(self._short.words) // 2
+
+    @cached_property
+    def _short(self) -> _Index:
+        return _Index(np.concatenate([_NONE, *(run.short() for run in self._runs)]))
+
+    @cached_property
+    def _long(self) -> _Index:
+        return _Index(np.concatenate([_NONE, *(run.long() for run in self._runs)]))
 
     def found_in(self, data: bytes) -> int:
         """Count what occurs raw in the bytes; neighbouring values in any width."""
@@ -141,10 +148,10 @@ class _Runs:
         """Return runs of secret values that are not all alike."""
         if len(self._values) < length:
             return np.empty((0, length), np.float32)
-        runs = np.lib.stride_tricks.sliding_window_view(self._values, length)
         whole = np.lib.stride_tricks.sliding_window_view(self._secret, length).all(axis=1)
-        varied = (runs != runs[:, :1]).any(axis=1)
-        return np.ascontiguousarray(_spread(runs[whole & varied], self._most))
+        starts = _spread(np.flatnonzero(whole), self._most)
+        runs = np.lib.stride_tricks.sliding_window_view(self._values, length)[starts]
+        return np.ascontiguousarray(runs[(runs != runs[:, :1]).any(axis=1)])
 
 
 def _spread(values: NDArray[Any], most: int | None) -> NDArray[Any]:
