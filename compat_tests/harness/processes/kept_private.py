@@ -95,16 +95,19 @@ class KeptPrivate:
         private, seeded = _distinct(self.private), _distinct(self.seeded)
         canaries = Canaries(private, known=seeded, most=MOST)
         data = b"".join(each.data for each in traffic if each.direction == "up")
-        assert canaries.found_in(data) == 0
+        found = canaries.found_in(data)
+        assert not found, f"{found} runs of private values left a client"
         answers = decoded(traffic, "up")
         for tensors in answers:
-            assert canaries.found_among(tensors, close=False) == []
-            assert not self.names & tensors.keys()
+            names = canaries.found_among(tensors, close=False)
+            names += sorted(self.names & tensors.keys())
+            assert not names, f"private values left a client as {names}"
         # The same tensor is alike in all rounds, and all answers come about alike: some of each
         # show what a lossy codec has changed.
         some = Canaries(private[:: len(private) // SOME + 1], known=seeded, most=MOST)
         for tensors in answers[:1] + answers[1:][-1:]:
-            assert some.found_among(tensors) == []
+            names = some.found_among(tensors)
+            assert not names, f"values near to private ones left a client as {names}"
 
     def check_control(self, traffic: Sequence[Traffic], *, raw: bool) -> None:
         """Assert that the same search finds what was shared, in the same traffic.
