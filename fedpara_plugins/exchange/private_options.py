@@ -23,7 +23,8 @@ def has_private_half(method: str) -> bool:
     Raises:
         ConfigError: there is no such method.
     """
-    return method != "none" and bool(method_named(method).private)
+    found = method_named(method)
+    return found is not None and bool(found.private)
 
 
 def own_methods(config: FedParaConfig) -> set[str]:

@@ -64,7 +64,10 @@ class ClientEngine(ClientModels):
         local_rule: LocalRule,
         factors: nn.Module | None = None,
     ) -> None:
-        super().__init__(settings, args, device, trainer, factors, updates=local_rule.updates)
+        super().__init__(
+            settings, args, device, trainer, factors,
+            updates=local_rule.updates, parts=local_rule.parts,
+        )  # fmt: skip
         self._rule = local_rule
 
     def train(

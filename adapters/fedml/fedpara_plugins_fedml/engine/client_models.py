@@ -42,6 +42,7 @@ class ClientModels:
             clients train dense.
         factors: the same model, converted; None for the trainer's own.
         updates: names of the optimizer's records that are differences already.
+        parts: states of the model's size in a message.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class ClientModels:
         factors: nn.Module | None = None,
         *,
         updates: Collection[str] = (),
+        parts: int = 2,
     ) -> None:
         self._settings = settings
         self._args = args
@@ -72,6 +74,7 @@ class ClientModels:
         self._own = OwnModels(settings.config, [OwnModel(self._spec, nbytes)], complete=True)
         self._storages = ClientStorages(settings.state_dir)
         self._updates = updates
+        self._parts = parts
 
     def take_final(self, client: str, data: object) -> State:
         """Give the trainer's model the state of a message, with this client's private part.
@@ -128,7 +131,12 @@ class ClientModels:
     def _round_of(self, state: ClientState) -> ClientRound:
         """Return the round of a message to the client that has this state."""
         return ClientRound(
-            self._settings, state, own=self._own, kind_of=self._kind_of, remedy=REMEDY
+            self._settings,
+            state,
+            own=self._own,
+            kind_of=self._kind_of,
+            parts=self._parts,
+            remedy=REMEDY,
         )
 
     def _kind_of(self, record: str) -> RecordKind:

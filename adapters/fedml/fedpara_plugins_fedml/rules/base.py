@@ -165,9 +165,11 @@ class LocalRule:
     Attributes:
         updates: names of `ReplyExtras.records` that are updates already, such as a variate's
             change: the codec encodes no difference of them, and feeds no error back.
+        parts: states of the model's size in a message to this client; what is larger is refused.
     """
 
     updates: frozenset[str] = frozenset()
+    parts: int = 2
 
     def trainer(self, model: nn.Module, args: Any) -> Any | None:
         """Return the rule's ClientTrainer if the user gives none; None for FedML's default."""

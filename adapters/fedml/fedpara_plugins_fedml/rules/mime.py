@@ -123,6 +123,7 @@ class LocalMime(LocalRule):
     """
 
     updates = frozenset({GRADIENT})
+    parts = 4  # the model, two statistics of Adam, and c
 
     def __init__(self, base: BaseAlgorithm, *, lite: bool) -> None:
         self.base, self.lite = base, lite

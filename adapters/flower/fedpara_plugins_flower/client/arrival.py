@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from flwr.app import Array, Message
+from flwr.app import Array, ArrayRecord, Message
 
 from fedpara_plugins import TooLargeError
 from fedpara_plugins.exchange import ClientRound, ReceivedRecord
@@ -60,6 +60,7 @@ class Arrival:
             self._waits = True
         for name in self._payloads:
             expected = legacy_lists.request_name(self._message, name)
+            record: ArrayRecord
             if self._waits:
                 record = DeferredRecord(lambda name=name: self._arrays(name))  # type: ignore[misc]
             else:

@@ -81,6 +81,7 @@ class DeferredRecord(ArrayRecord):
         self._fill()
         return super().items()
 
-    def copy(self) -> ArrayRecord:
-        """Return an ordinary record of the same arrays."""
-        return ArrayRecord(dict(self.items()))
+    def copy(self) -> DeferredRecord:
+        """Return a record of the same arrays."""
+        self._fill()
+        return super().copy()
