@@ -65,6 +65,25 @@ class KeptPrivate:
         self.shared: list[State] = []
         self._answered: list[State] = []
 
+    @classmethod
+    def of(
+        cls, states: Iterable[Mapping[str, Tensor]], names: set[str], seeded: Mapping[str, Tensor]
+    ) -> KeptPrivate:
+        """Return what clients of other processes kept.
+
+        Args:
+            states: of their models, after each training.
+            names: of what is private.
+            seeded: the state that all models start from.
+        """
+        found = cls()
+        found.names = names
+        found.seeded = [seeded[name] for name in names]
+        for state in states:
+            found.private += [state[name] for name in names]
+            found.shared.append({k: v for k, v in state.items() if k not in names})
+        return found
+
     def answer(self, records: Iterable[Mapping[str, Tensor]]) -> None:
         """Note what a user's code has answered, before anything is taken out of it."""
         self._answered = [{k: v.detach().clone() for k, v in each.items()} for each in records]
