@@ -58,6 +58,7 @@ def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
         ratio_to_dense=sum(entry.dense_bytes for entry in entries) / encoded,
     )
     _check_bytes(cell, outcome, entries)
+    _check_private(cell, outcome)
     _check_weights(cell, outcome, wanted)
     figures = result.figures
     assert figures["accuracy"] >= figures["reference_accuracy"] - ACCURACY
@@ -173,6 +174,14 @@ def _check_bytes(cell: Cell, outcome: Outcome, entries: list[LedgerEntry]) -> No
         booked[entry.direction, entry.round, entry.client] += entry.encoded_bytes
     assert booked == counted
     assert len(counted) == 2 * task_of(cell).rounds * task_of(cell).clients
+
+
+def _check_private(cell: Cell, outcome: Outcome) -> None:
+    """Assert that clients kept what is private; `run` has searched what left them for it."""
+    expected = set(split(built(cell)).private)
+    assert outcome.kept_private.names == expected
+    if expected:
+        outcome.kept_private.check_control(outcome.traffic, raw=cell.codec == "none")
 
 
 def _check_refused(cell: Cell, result: CellResult) -> None:

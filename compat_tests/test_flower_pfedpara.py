@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Message
@@ -21,7 +20,7 @@ from harness.cells.flower import CODECS, GAMMA
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plain_apps, plugin_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
 from harness.oracles.task import TrainingTask
-from harness.processes.wire_search import count_pieces, pieces_of
+from harness.processes.canaries import Canaries
 
 State = dict[str, Tensor]
 
@@ -32,9 +31,9 @@ def _section(codec: str = "none", method: str = "pfedpara") -> dict[str, Any]:
     return {"fedpara.method": method, "fedpara.gamma": GAMMA, "fedpara.codec": codec}
 
 
-def _federate(hooks: Hooks, codec: str = "none", **options: Any) -> Outcome:
+def _federate(hooks: Hooks, codec: str = "none", *, search: bool = True, **options: Any) -> Outcome:
     apps = plugin_apps(Experiment(TASK, "fedavg", options, hooks))
-    return federate(apps, _section(codec))
+    return federate(apps, _section(codec), search=search)
 
 
 def _copy(state: State) -> State:
@@ -77,11 +76,10 @@ def _found_privately(diary: Diary, sent: Iterable[Sent]) -> int:
 
     The seeded first values are no secret: every client and the server compute them alike.
     """
-    seeded = pieces_of(fedpara.split(_converted()).private.values())
-    pieces = pieces_of(value for state in diary.private for value in state.values())
-    pieces = np.setdiff1d(pieces, seeded)
-    assert len(pieces) > 10_000
-    return sum(count_pieces(pieces, message.data) for message in sent)
+    values = [value for state in diary.private for value in state.values()]
+    canaries = Canaries(values, known=fedpara.split(_converted()).private.values())
+    assert len(canaries) > 10_000
+    return sum(canaries.found_in(message.data) for message in sent)
 
 
 def _converted() -> nn.Module:
@@ -97,8 +95,8 @@ def test_no_byte_of_a_private_factor_is_on_the_wire() -> None:
     for sent in outcome.sent:
         if (sent.direction, sent.kind) == ("up", "train"):
             for key, value in diary.shared[sent.partition, sent.round].items():
-                pieces = pieces_of([value])
-                assert count_pieces(pieces, sent.data) == len(pieces), key
+                control = Canaries([value])
+                assert control.found_in(sent.data) == len(control), key
 
 
 def test_the_search_finds_private_factors_when_the_split_is_off(
@@ -106,7 +104,7 @@ def test_the_search_finds_private_factors_when_the_split_is_off(
 ) -> None:
     monkeypatch.setattr(OwnModels, "hidden_names", lambda *given: set())
     diary = Diary()
-    outcome = _federate(diary.hooks)
+    outcome = _federate(diary.hooks, search=False)
     replies = [sent for sent in outcome.sent if (sent.direction, sent.kind) == ("up", "train")]
     assert all(_found_privately(diary, [sent]) > 1000 for sent in replies)
 
@@ -283,17 +281,17 @@ def test_private_factors_lie_in_the_clients_state_and_nowhere_else() -> None:
     hooks, _, after = _watched()
     outcome = _federate(hooks)
     for partition in range(TASK.clients):
-        pieces = pieces_of(after[partition, TASK.rounds].values())
+        own = after[partition, TASK.rounds].values()
         kept = b"".join(
             bytes(array.data)
             for record in outcome.grid.client_state(partition).array_records.values()
             for array in record.values()
         )
-        assert count_pieces(pieces, kept) == len(pieces)
+        assert Canaries(own).found_in(kept) == len(Canaries(own))
         others = [p for p in range(TASK.clients) if p != partition]
         for other in others:
-            trained = pieces_of(after[other, TASK.rounds].values())
-            assert count_pieces(np.setdiff1d(trained, pieces), kept) == 0
+            trained = Canaries(after[other, TASK.rounds].values(), known=own)
+            assert trained.found_in(kept) == 0
 
 
 def test_a_client_without_state_starts_from_the_seeded_private_factors() -> None:

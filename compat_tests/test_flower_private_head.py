@@ -16,13 +16,12 @@ from fedpara_plugins.references.version_zero import reference_from_header
 from harness.cells.flower import CODECS
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.oracles.task import TrainingTask
+from harness.processes.canaries import Canaries
 
 State = dict[str, Tensor]
 
 TASK = TrainingTask(rounds=3, epochs=1)
 ADDED = ("fc2.correction", "fc2.label_prior")
-PIECE = 8
-"""Bytes that count as a find: two neighbouring float32."""
 MIN_SIZES = pytest.mark.parametrize("min_size", [1024, 256], ids=["dense", "factorised"])
 
 
@@ -83,32 +82,26 @@ def _federate(diary: Diary, codec: str = "none", min_size: int = 1024, **paths: 
     return federate(plugin_apps(Experiment(TASK, hooks=hooks)), section)
 
 
-def _pieces(value: Tensor) -> set[bytes]:
-    data = value.numpy().tobytes()
-    found = {data[i : i + PIECE] for i in range(0, len(data) - PIECE + 1, 4)}
-    # Equal neighbours (zeros, classes that a client never saw) say nothing.
-    return {piece for piece in found if piece[:4] != piece[4:]}
-
-
 @MIN_SIZES
 def test_no_byte_of_the_private_parts_is_on_the_wire(min_size: int) -> None:
     diary = Diary()
     outcome = _federate(diary, min_size=min_size)
-    pieces = {piece for state in diary.after.values() for k in ADDED for piece in _pieces(state[k])}
-    assert len(pieces) > 5000
+    added = Canaries(state[key] for state in diary.after.values() for key in ADDED)
+    assert len(added) > 5000
     everything = b"|".join(sent.data for sent in outcome.sent)
-    assert not [piece for piece in pieces if piece in everything]
+    assert added.found_in(everything) == 0
     # The positive controls: the same search finds the shared bias there, and them at the clients.
     for state in diary.after.values():
-        assert all(piece in everything for piece in _pieces(state["fc2.bias"]))
+        control = Canaries([state["fc2.bias"]])
+        assert control.found_in(everything) == len(control)
     for client in range(TASK.clients):
         kept = b"".join(
             bytes(array.data)
             for record in outcome.grid.client_state(client).array_records.values()
             for array in record.values()
         )
-        last = diary.after[client, TASK.rounds]
-        assert all(piece in kept for key in ADDED for piece in _pieces(last[key]))
+        last = Canaries(diary.after[client, TASK.rounds][key] for key in ADDED)
+        assert last.found_in(kept) == len(last)
 
 
 @pytest.mark.in_turn(every=2)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from torch import Tensor
 
 import fedpara_plugins as fedpara
 from harness.fedml.deployment import FedMLDeployment, Net, missing_for
-from harness.processes.wire_search import count_pieces, pieces_of
+from harness.processes.canaries import Canaries
 
 PLUGIN = {"method": "pfedpara", "gamma": 0.3}
 ROUNDS, CLIENTS = 2, 2
@@ -42,12 +41,12 @@ def test_private_bytes_on_the_wire(tmp_path: Path, backend: str, leaks: bool) ->
         for number in range(1, ROUNDS + 1)
     ]
     parts = fedpara.split(fedpara.convert(Net(), **PLUGIN))
-    seeded = pieces_of(parts.private.values())  # no secret: both sides compute them alike
-    private = np.setdiff1d(pieces_of(chosen(states, parts.private)), seeded)
-    shared = pieces_of(chosen(states, parts.shared))
+    # The first values are no secret: both sides compute them alike.
+    private = Canaries(chosen(states, parts.private), known=parts.private.values())
+    shared = Canaries(chosen(states, parts.shared))
     assert len(private) > 10_000
-    assert count_pieces(shared, wire) > (1 - CUT) * len(shared)
-    found = count_pieces(private, wire)
+    assert shared.found_in(wire) > (1 - CUT) * len(shared)
+    found = private.found_in(wire)
     assert found > (1 - CUT) * len(private) if leaks else found == 0
 
 

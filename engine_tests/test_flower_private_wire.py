@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from torch import Tensor
 
 import fedpara_plugins as fedpara
 from harness.flower.deployment import deployment
 from harness.flower.engine_app import EngineApp
-from harness.processes.wire_search import count_pieces, pieces_of
+from harness.processes.canaries import Canaries
 
 State = dict[str, Tensor]
 
@@ -35,19 +34,19 @@ def test_private_bytes_on_the_wire(tmp_path: Path, split: str) -> None:
         streams = {way: engine.tap.streams(way) for way in ("up", "down")}
     on_wire = {way: b"\n".join(found) for way, found in streams.items()}
     private, shared = _trained(app)
-    found = {way: count_pieces(private, data) for way, data in on_wire.items()}
+    found = {way: private.found_in(data) for way, data in on_wire.items()}
     assert len(private) > 10_000
     # Nothing cuts a payload of this size: all of each shared factor is there in one piece.
-    assert count_pieces(shared, on_wire["up"]) == len(shared)
+    assert shared.found_in(on_wire["up"]) == len(shared)
     if split == "on":
-        assert count_pieces(pieces_of(_part(app, app.final, "shared")), on_wire["down"]) > 0
+        assert Canaries(_part(app, app.final, "shared")).found_in(on_wire["down"]) > 0
         assert found == {"up": 0, "down": 0}
     else:
         assert found["up"] == len(private)
 
 
-def _trained(app: EngineApp) -> tuple[np.ndarray, np.ndarray]:
-    """Return pieces of all clients' private and shared state after each training.
+def _trained(app: EngineApp) -> tuple[Canaries, Canaries]:
+    """Return all clients' private and shared state after each training.
 
     The seeded first private values are no secret: both sides compute them alike.
     """
@@ -59,11 +58,10 @@ def _trained(app: EngineApp) -> tuple[np.ndarray, np.ndarray]:
                 states.append(state)
     assert states
     private, shared = (
-        pieces_of(value for state in states for value in _part(app, state, part))
+        [value for state in states for value in _part(app, state, part)]
         for part in ("private", "shared")
     )
-    seeded = pieces_of(fedpara.split(app.build()).private.values())
-    return np.setdiff1d(private, seeded), shared
+    return Canaries(private, known=fedpara.split(app.build()).private.values()), Canaries(shared)
 
 
 def _part(app: EngineApp, state: State, part: str) -> list[Tensor]:

@@ -26,6 +26,7 @@ def test_a_masked_run_comes_to_what_the_plain_loop_does(tmp_path: Path, method: 
     )
     finished = simulated(tmp_path / "run", app.path, app.config, nodes=CLIENTS).check()
     assert "left out" not in finished.log
+    app.check_nothing_private_left(control=False)  # what is shared is masked
     app.check_close(within=0.01)
     plain = app.reference()
     assert app.figures["losses"] == pytest.approx(plain.losses, abs=2e-3)

@@ -38,6 +38,7 @@ def test_a_supernode_killed_while_its_client_trains(tmp_path: Path, kept: str) -
         engine.nodes[1].kill()
         engine.start_node(1)
         finished = engine.finish(run).check()
+    app.check_nothing_private_left()
     rounds = _trained(finished.log)
     assert [number for number, _, _ in rounds] == list(range(1, ROUNDS + 1))
     # The round completes with the other one, and nobody else is lost.

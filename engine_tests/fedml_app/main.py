@@ -1,7 +1,8 @@
 """A FedML project whose processes fail on demand, and note what they hold.
 
 ``FEDPARA_TROUBLE`` says who fails, when and how, such as ``client 2 round 1 raises``; several are
-joined by ``;``. ``FEDPARA_NOTES`` is a folder for states before and after each training.
+joined by ``;``. ``FEDPARA_NOTES`` is a folder for states before and after each training;
+clients' messages go to ``messages`` beside it.
 ``FEDPARA_PLUGIN=off`` takes FedML's own runner. ``FEDPARA_LEAK=1`` sends private factors too.
 ``FEDPARA_RECORD`` is a folder for all that goes to torch's RPC.
 ``FEDPARA_ASSESS=1`` gives the aggregator an assessment of its own.
@@ -169,6 +170,31 @@ def record() -> None:
     _InternalRPCPickler.serialize = recording  # type: ignore[method-assign]
 
 
+def note_messages() -> None:
+    """Note, on clients, what comes to the engine and what leaves it and the process."""
+    from fedpara_plugins_fedml.engine.client import ClientEngine
+    from fedpara_plugins_fedml.transport.peers import Endpoint
+
+    train, send = ClientEngine.train, Endpoint.send
+
+    def write(direction: str, kind: str, data: bytes) -> None:
+        (Path(NOTES).parent / "messages" / f"{time.time_ns()}.{direction}.{kind}").write_bytes(data)
+
+    def noted(self: Any, client: str, data: bytes, *args: Any, **options: Any) -> bytes:
+        write("down", "message", data)
+        reply = train(self, client, data, *args, **options)
+        write("up", "message", reply)
+        return reply
+
+    def noted_send(self: Any, peer: int, kind: int, data: Any = None, **fields: Any) -> None:
+        if self.own != 0:
+            write("up", "bytes", bytes(data or b"") + repr(fields).encode())
+        send(self, peer, kind, data, **fields)
+
+    ClientEngine.train = noted  # type: ignore[method-assign]
+    Endpoint.send = noted_send  # type: ignore[method-assign]
+
+
 def be_late() -> None:
     """Delay FedML's own server before it is ready, in round 1 or never."""
     from fedml.cross_silo.server.fedml_server_manager import FedMLServerManager
@@ -195,6 +221,8 @@ def main() -> None:
     else:
         from fedpara_plugins_fedml import FedMLRunner as runner  # noqa: N813
 
+        if NOTES:
+            note_messages()
         send_garbage()
         die_writing()
         if os.environ.get("FEDPARA_LEAK"):

@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,8 +16,10 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedpara_plugins import FedParaConfig, ModelSpec, convert, split
 from harness.cells.transports import BACKENDS
 from harness.fedml.requirements import missing_for
+from harness.processes.kept_private import KeptPrivate, Traffic
 from harness.processes.supervisor import Processes, Program, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,6 +75,7 @@ class FedMLDeployment:
         self.clients = clients
         self.folder = folder
         self.notes = folder / "notes"
+        self._messages = folder / "messages"
         self.checkpoint = folder / "final.safetensors"
         self.ledger = folder / "ledger.jsonl"
         self.wire: TransportTaps | None = None
@@ -88,6 +92,7 @@ class FedMLDeployment:
 
     def __enter__(self) -> FedMLDeployment:
         self.notes.mkdir(parents=True)
+        self._messages.mkdir()
         home = self.folder / "home"
         home.mkdir()
         env = {
@@ -186,7 +191,7 @@ class FedMLDeployment:
         return self.wait()
 
     def finished(self) -> FedMLDeployment:
-        """Run all processes to a good end.
+        """Run all processes to a good end, and assert that nothing private left a client.
 
         Raises:
             RuntimeError: a process ended with another code than 0.
@@ -194,7 +199,39 @@ class FedMLDeployment:
         for name, code in self.run().items():
             if code:
                 raise RuntimeError(f"{name} ended with {code}:\n{self.programs[name].tail()}")
+        if not self.processes.env.get("FEDPARA_LEAK"):
+            self.check_nothing_private_left()
         return self
+
+    def check_nothing_private_left(self) -> None:
+        """Assert that no message of a client holds what it keeps; with a control."""
+        plugin = dict(self._plugin or {})
+        if plugin.get("method", "none") == "none" and not plugin.get("private"):
+            return
+        known = {field.name for field in fields(FedParaConfig)}
+        options = {key: value for key, value in plugin.items() if key in known}
+        model = convert(Net(), FedParaConfig.from_mapping(options))
+        names = set(split(model).private)
+        if not names:
+            return
+        states = [torch.load(path, weights_only=True) for path in self.notes.glob("*-after.pt")]
+        seeded = ModelSpec.of(model).initial_private()
+        found = KeptPrivate.of(states, names, seeded=seeded)
+        traffic = self.traffic
+        found.check(traffic)
+        found.check_control(traffic, raw=str(plugin.get("codec", "none")) == "none")
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        """What came to clients' engines, and what left them and their processes."""
+        from fedpara_plugins_fedml.messages.envelope import unpack
+
+        found = []
+        for path in sorted(self._messages.iterdir()):
+            data = path.read_bytes()
+            payloads = unpack(data).payloads if path.suffix == ".message" else {}
+            found.append(Traffic(path.name.split(".")[1], data, payloads))
+        return found
 
     # What came of it
 

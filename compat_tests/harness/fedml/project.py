@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,20 @@ import torch
 from fedml.arguments import Arguments
 from torch import Tensor, nn
 
-__all__ = ["DEFAULTS", "Outcome", "Sent", "arguments", "dataset", "forget_security", "model", "run"]
+from fedpara_plugins import FedParaError
+from harness.processes.kept_private import KeptPrivate, Traffic, kept_private
+
+__all__ = [
+    "DEFAULTS",
+    "Outcome",
+    "Sent",
+    "arguments",
+    "dataset",
+    "forget_security",
+    "model",
+    "run",
+    "traffic",
+]
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -118,11 +131,18 @@ class Outcome:
         runner: the FedMLRunner.
         state: the server's model at the end.
         sent: all messages, in order; none with FedML's own runner.
+        kept_private: what clients kept private; `run` has searched all that left them for it.
     """
 
     runner: Any
     state: dict[str, Tensor]
     sent: list[Sent] = field(default_factory=list)
+    kept_private: KeptPrivate = field(default_factory=KeptPrivate)
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        """All messages, for `KeptPrivate`."""
+        return traffic(self.sent)
 
     def kept(self, client: int) -> dict[str, Tensor]:
         """Return a client's own model at the end: the server's shared part and its private one."""
@@ -142,7 +162,7 @@ def run(
     tap: Tap | None = None,
     **keys: Any,
 ) -> Outcome:
-    """Run a project in this process.
+    """Run a project in this process, and assert that nothing private left a client.
 
     Args:
         net: the model; `model` by default.
@@ -166,8 +186,26 @@ def run(
         runner.run()
         return Outcome(runner, copy.deepcopy(inner.fl_trainer.model_trainer.get_model_params()))
     sent = _watched(inner, tap or (lambda message: message.data))
-    runner.run()
-    return Outcome(runner, {k: v.clone() for k, v in inner.server.state.items()}, sent)
+    with kept_private() as kept:
+        try:
+            runner.run()
+        finally:
+            kept.check(traffic(sent))
+    return Outcome(runner, {k: v.clone() for k, v in inner.server.state.items()}, sent, kept)
+
+
+def traffic(sent: Iterable[Sent]) -> list[Traffic]:
+    """Return messages for `KeptPrivate`."""
+    from fedpara_plugins_fedml.messages.envelope import unpack
+
+    found = []
+    for each in sent:
+        try:
+            payloads = unpack(each.data).payloads
+        except FedParaError:  # one that a test has damaged
+            payloads = {}
+        found.append(Traffic(each.direction, each.data, payloads))
+    return found
 
 
 def _watched(inner: Any, tap: Tap) -> list[Sent]:

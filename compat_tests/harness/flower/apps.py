@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from harness.cells.strategies import STRATEGIES
 from harness.flower.inprocess_grid import Engine, InProcessGrid, RunConfig, Sent
 from harness.oracles.task import TrainingTask, evaluate, train
+from harness.processes.kept_private import KeptPrivate, Traffic, kept_private
 
 __all__ = [
     "Apps",
@@ -90,6 +91,7 @@ class Outcome:
         sent: every message.
         log: Flower's and the plugin's log lines.
         grid: that was used.
+        kept: what clients kept private; `federate` has searched all that left them for it.
     """
 
     grid: InProcessGrid
@@ -100,6 +102,12 @@ class Outcome:
     sent: list[Sent] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     error: Exception | None = None
+    kept: KeptPrivate = field(default_factory=KeptPrivate)
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        """All messages, for `KeptPrivate`."""
+        return [Traffic(each.direction, each.data, each.payloads) for each in self.sent]
 
 
 @dataclass(frozen=True)
@@ -172,8 +180,9 @@ def federate(
     tap: Callable[[Sent, InProcessGrid], None] | None = None,
     late: Callable[[Sent], bool] | None = None,
     raises: bool = True,
+    search: bool = True,
 ) -> Outcome:
-    """Run an app to its end.
+    """Run an app to its end, and assert that nothing left a client that it keeps private.
 
     Args:
         apps: both sides.
@@ -183,19 +192,22 @@ def federate(
         tap: see `InProcessGrid`.
         late: see `InProcessGrid`.
         raises: whether an error of the ServerApp is raised; else it is in the outcome.
+        search: whether to search what left clients for what they keep private.
     """
     config = client_config if client_config is not None else run_config
     grid = InProcessGrid(
         apps.client, nodes=apps.clients, run_config=config, engine=engine, tap=tap, late=late
     )
     outcome = Outcome(grid, sent=grid.sent)
-    with _captured_log() as outcome.log:
+    with _captured_log() as outcome.log, kept_private() as outcome.kept:
         try:
             grid.serve(apps.server(outcome), run_config)
         except Exception as error:
             outcome.error = error
-            if raises:
-                raise
+    if search:
+        outcome.kept.check(outcome.traffic)
+    if raises and outcome.error is not None:
+        raise outcome.error
     return outcome
 
 

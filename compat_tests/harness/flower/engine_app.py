@@ -17,6 +17,7 @@ from harness.cells.flower import GAMMA
 from harness.flower.deployment import app_copy
 from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
 from harness.oracles.task import TrainingTask
+from harness.processes.kept_private import KeptPrivate, Traffic
 
 __all__ = ["EngineApp"]
 
@@ -143,8 +144,45 @@ class EngineApp:
             "ratio_to_dense": sum(entry.dense_bytes for entry in entries) / encoded,
         }
 
+    def check_nothing_private_left(self, *, control: bool = True) -> None:
+        """Assert that nothing that left a client holds what it keeps private.
+
+        Args:
+            control: whether what it shares must be found by the same search.
+        """
+        names = set(fedpara.split(self.build()).private)
+        found = KeptPrivate.of(self._states(), names, seeded=self.build().state_dict())
+        traffic = self.traffic
+        assert any(each.direction == "up" for each in traffic)
+        found.check(traffic)
+        if control and names:
+            found.check_control(traffic, raw=self.codec == "none")
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        """What came to clients and left them, outside of all mods."""
+        found = []
+        for path in sorted(self._diary.iterdir()):
+            _, _, rest = path.name.partition(".")
+            direction, _, kind = rest.partition(".")
+            data = path.read_bytes()
+            if kind == "bytes":
+                found.append(Traffic(direction, data, {}))
+            elif kind == "payload":
+                found.append(Traffic(direction, b"", {"": data}))
+        return found
+
+    def _states(self) -> list[State]:
+        clients, rounds = range(self.task.clients), range(1, self.task.rounds + 1)
+        found = (self.noted(client, number, "after") for client in clients for number in rounds)
+        return [state for state in found if state is not None]
+
     def check_outcome(self) -> None:
-        """Assert that the run equals the plain loop, or is near to it with a lossy codec."""
+        """Assert that the run equals the plain loop, or is near to it with a lossy codec.
+
+        And that nothing private left a client.
+        """
+        self.check_nothing_private_left()
         if self.codec == "none":
             self.check_equal()
         else:

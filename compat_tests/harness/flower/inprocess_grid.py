@@ -41,6 +41,9 @@ RunConfig = Mapping[str, bool | float | int | str]
 
 RUN_ID = 1234567890123
 
+PAYLOAD = "fedpara.payload"
+"""Name of the array that holds a payload."""
+
 
 @dataclass(frozen=True)
 class WireObject:
@@ -112,6 +115,16 @@ class Sent:
         return dict(self.content.array_records)
 
     @property
+    def payloads(self) -> dict[str, bytes]:
+        """Return the plugin's payloads by record."""
+        found = {}
+        for name, record in self.arrays.items():
+            if list(record) == [PAYLOAD]:
+                with contextlib.suppress(TypeError, ValueError):  # a refusal, which is no array
+                    found[name] = record[PAYLOAD].numpy().tobytes()
+        return found
+
+    @property
     def data(self) -> bytes:
         """Return everything that travels for this message, end to end."""
         return b"".join(self.wire.contents())
@@ -126,7 +139,7 @@ class _Node:
     def __init__(self, partition: int, partitions: int, seed: int) -> None:
         self.id = random.Random(f"{seed}:{partition}").getrandbits(62)
         self.partition = partition
-        self.config = {"partition-id": partition, "num-partitions": partitions}
+        self.config: dict[str, Any] = {"partition-id": partition, "num-partitions": partitions}
         self.state = WireObject.of(RecordDict())
 
 
@@ -146,6 +159,11 @@ class InProcessGrid(Grid):
             messages are kept in ``sent`` anyway.
         late: a reply for which it is true does not come in time: the client has done its work, and
             the server never hears of it.
+        node_config: entries of every node's config besides its number.
+
+    Attributes:
+        run_config: what their ``Context.run_config`` holds from the next message on.
+        sent: all messages so far.
     """
 
     def __init__(
@@ -157,12 +175,15 @@ class InProcessGrid(Grid):
         engine: Engine = "simulation",
         tap: Callable[[Sent, InProcessGrid], None] | None = None,
         late: Callable[[Sent], bool] | None = None,
+        node_config: RunConfig | None = None,
     ) -> None:
         self._late = late
         self._client_app = client_app
         made = sorted((_Node(i, nodes, RUN_ID) for i in range(nodes)), key=lambda node: node.id)
+        for node in made:
+            node.config |= node_config or {}
         self._nodes = {node.id: node for node in made}
-        self._run_config = dict(run_config or {})
+        self.run_config = dict(run_config or {})
         self._engine = engine
         self._tap = tap
         self._waiting: dict[str, WireObject] = {}
@@ -195,6 +216,27 @@ class InProcessGrid(Grid):
         )
         with _identity(SUPERLINK_NODE_ID):
             app(grid=self, context=context)
+
+    def replace_app(self, client_app: Callable[[], ClientApp]) -> None:
+        """Run another ClientApp from the next message on; nodes keep their state."""
+        self._client_app = client_app
+
+    def ask(self, partition: int, content: RecordDict | Error, kind: str) -> Message:
+        """Send one client a message of any content, and return its reply.
+
+        Args:
+            partition: the client's number.
+            content: records, or an error: then the message has no content.
+            kind: the message's type.
+        """
+        with _identity(SUPERLINK_NODE_ID):
+            records = content if isinstance(content, RecordDict) else RecordDict()
+            message = Message(records, self.node_id(partition), kind)
+            if isinstance(content, Error):
+                # No constructor makes such a message to a client; the wire can carry it.
+                message.__dict__.update(_content=None, _error=content)
+            (reply,) = self.send_and_receive([message])
+        return reply
 
     # Flower's interface
 
@@ -268,7 +310,7 @@ class InProcessGrid(Grid):
             node_id=node.id,
             node_config=dict(node.config),
             state=node.state.rebuilt(),
-            run_config=dict(self._run_config),
+            run_config=dict(self.run_config),
         )
         try:
             with _identity(node.id):
@@ -307,6 +349,8 @@ class InProcessGrid(Grid):
 
 
 def _round_of(message: Message) -> int:
+    if not message.has_content():
+        return 0
     for record in message.content.config_records.values():
         if "server-round" in record:
             return int(str(record["server-round"]))

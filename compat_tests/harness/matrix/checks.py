@@ -24,6 +24,7 @@ __all__ = [
     "check_close",
     "check_every_client_took_part",
     "check_learned",
+    "check_private",
     "check_refused",
     "check_same_weights",
     "check_sizes",
@@ -52,6 +53,7 @@ def check_cell(
     check_every_client_took_part(outcome, cell)
     check_bytes_reconcile(outcome, entries, cell)
     check_sizes(outcome, entries, cell)
+    check_private(outcome, cell)
     if cell.exact:
         check_same_weights(outcome, plain, cell)
     else:
@@ -103,6 +105,18 @@ def _check_dense_bytes(entries: Sequence[LedgerEntry], cell: Cell) -> None:
         assert {entry.dense_bytes for entry in later} == {8 * numbers}
     else:
         assert {entry.dense_bytes for entry in entries} == {dense}
+
+
+def check_private(outcome: Outcome, cell: Cell) -> None:
+    """Assert that clients kept what the cell keeps private.
+
+    `federate` has searched what left them for it; the control is that the same search finds what
+    they shared.
+    """
+    expected = private_names(cell)
+    assert outcome.kept.names == expected
+    if any(not name.endswith(COUNTERS) for name in expected):
+        outcome.kept.check_control(outcome.traffic, raw=cell.codec == "none")
 
 
 def check_same_weights(outcome: Outcome, plain: PlainResult, cell: Cell) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
 from torch import nn
 
 import fedpara_plugins_flower as fedpara
+from engine_app.noted_app import NotedClientApp
 from engine_app.task import Net, TrainingTask, evaluate, train
 
 Net = fedpara.factorised(Net)
-app = ClientApp(mods=[fedpara.client_mod])
+app = NotedClientApp(mods=[fedpara.client_mod])
 
 
 @app.train()

@@ -10,10 +10,10 @@ import torch
 from flwr.app import Context
 from flwr.client import Client, NumPyClient
 from flwr.client.mod import secaggplus_mod
-from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 import fedpara_plugins_flower as fedpara
+from engine_app.noted_app import NotedClientApp
 from engine_app.task import Net, TrainingTask, evaluate, train
 
 Net = fedpara.factorised(Net)
@@ -64,4 +64,4 @@ def client_fn(context: Context) -> Client:
     return DigitsClient(context).to_client()
 
 
-app = ClientApp(client_fn=client_fn, mods=[secaggplus_mod, fedpara.client_mod])
+app = NotedClientApp(client_fn=client_fn, mods=[secaggplus_mod, fedpara.client_mod])
