@@ -178,7 +178,7 @@ def _pieces(
     For groups, the steps are a column of the given dtype.
     """
     size, steps = groups.size, groups.steps
-    whole = count // size if 0 < size < CHUNK else 0
+    whole = count // size if 0 < size < CHUNK and len(steps) > 1 else 0
     for first in range(0, whole, max(1, CHUNK // max(size, 1))):
         last = min(first + CHUNK // size, whole)
         column = torch.as_tensor(steps[first:last], dtype=wide).unsqueeze(1)

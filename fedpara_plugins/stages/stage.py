@@ -22,7 +22,6 @@ from fedpara_plugins.stages.dtypes import (
     dtype_name,
     pack_dtypes,
     tensor_bytes,
-    tensor_from_bytes,
     unpack_dtypes,
 )
 
@@ -42,7 +41,6 @@ __all__ = [
     "dtype_name",
     "pack_dtypes",
     "tensor_bytes",
-    "tensor_from_bytes",
     "unpack_dtypes",
 ]
 
