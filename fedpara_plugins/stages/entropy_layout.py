@@ -144,8 +144,12 @@ def read_tensors(source: ByteSource, layout: Layout) -> Tensors:
     """
     decoded: Tensors = {}
     for name, dtype, shape in layout:
-        tensor = decoded[name] = empty_tensor(name, dtype, shape)
-        if tensor.numel():
-            source.read_into(tensor_bytes(tensor))
-            check_booleans(name, tensor)
+        size = byte_size(dtype, shape)
+        if size:
+            data = bytearray(size)
+            source.read_into(memoryview(data))
+            decoded[name] = torch.frombuffer(data, dtype=dtype).reshape(shape)
+            check_booleans(name, decoded[name])
+        else:
+            decoded[name] = empty_tensor(name, dtype, shape)
     return decoded

@@ -21,6 +21,8 @@ __all__ = [
     "working_limit",
 ]
 
+SMALL = 2**16
+"""Bytes below which memory is rather allocated than written over: the look-up would cost more."""
 CHUNK = 2**18
 """Values that are computed at a time where the arithmetic is wider than the result."""
 
@@ -57,6 +59,10 @@ class HandedOver(dict[str, torch.Tensor]):
         """Return whether others use the tensor's memory."""
         return tensor.untyped_storage().data_ptr() in self.lent
 
+    def fits(self, size: int) -> bool:
+        """Return whether these tensors and ``size`` bytes more may be in memory together."""
+        return size + sum(tensor.nbytes for tensor in self.values()) <= self.working
+
     def check_peak(self, sizes: Sequence[int], what: str, *, held: int = 0) -> None:
         """Raise if decoding one tensor after the other takes too much at any time.
 
@@ -91,7 +97,10 @@ def take(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 def may_overwrite(tensors: Mapping[str, torch.Tensor], tensor: torch.Tensor) -> bool:
     """Return whether a stage may write its result into a tensor's memory."""
     return (
-        isinstance(tensors, HandedOver) and tensor.is_contiguous() and not tensors.is_lent(tensor)
+        tensor.nbytes >= SMALL
+        and isinstance(tensors, HandedOver)
+        and tensor.is_contiguous()
+        and not tensors.is_lent(tensor)
     )
 
 
@@ -118,8 +127,9 @@ def check_decoded(
         PayloadError: they do.
     """
     pairs = list(zip(tensors.values(), dtypes, strict=True))
-    check_limit(sum(byte_size(to or x.dtype, x.shape) for x, to in pairs), limit, what)
-    if isinstance(tensors, HandedOver):
+    size = sum(byte_size(to or x.dtype, x.shape) for x, to in pairs)
+    check_limit(size, limit, what)
+    if isinstance(tensors, HandedOver) and not tensors.fits(size + held):
         sizes = [0 if to is None or in_place(x, to) else byte_size(to, x.shape) for x, to in pairs]
         tensors.check_peak(sizes, what, held=held)
 
@@ -145,4 +155,6 @@ def decode_each(
 
 def in_chunks(*flat: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield the same part of each of several tensors of one dimension and equal length."""
+    if len(flat[0]) <= CHUNK:
+        return iter([flat])
     return zip(*(torch.split(tensor, CHUNK) for tensor in flat), strict=True)

@@ -150,10 +150,12 @@ def dequantise(symbols: torch.Tensor, groups: SymbolGroups, *, out: torch.Tensor
         groups: their steps.
         out: contiguous, of the same shape; may have the memory of the symbols.
     """
-    near, flat = symbols.reshape(-1), out.view(-1)
     wide = arithmetic_dtype(out.dtype)
     direct = wide == out.dtype and out.data_ptr() != symbols.data_ptr()
-    used = 0
+    if direct and len(groups.steps) == 1 and not len(groups.far):
+        out.copy_(symbols).mul_(float(groups.steps[0]))
+        return
+    near, flat, used = symbols.reshape(-1), out.view(-1), 0
     for start, stop, step in _pieces(len(near), groups, wide):
         part, into = near[start:stop], flat[start:stop]
         exact = into.copy_(part) if direct else part.to(wide)
@@ -217,12 +219,14 @@ def _group_size(symbols: torch.Tensor, scope: str, block: int) -> int:
     return symbols.numel() // max(symbols.shape[0], 1) if scope == PER_ROW else symbols.numel()
 
 
+def _count_escapes(near: torch.Tensor) -> int:
+    parts = in_chunks(near.reshape(-1))
+    return sum(int(np.count_nonzero(escape_mask(part))) for (part,) in parts)
+
+
 def _split_escaped(near: Sequence[torch.Tensor], far: torch.Tensor) -> Sequence[torch.Tensor]:
     """Return the escaped values of each tensor of symbols."""
-    counts = [
-        sum(int(np.count_nonzero(escape_mask(part))) for (part,) in in_chunks(tensor.reshape(-1)))
-        for tensor in near
-    ]
+    counts = [_count_escapes(tensor) if tensor.dtype == torch.int8 else 0 for tensor in near]
     if sum(counts) != len(far):
         raise _malformed(f"{len(far)} values for {sum(counts)} symbols that escape")
     return torch.split(far, counts)

@@ -119,10 +119,9 @@ class TopkStage(Stage):
         shapes = _read_shapes(notes["shapes"], kept)
         pairs = list(zip(kept.values(), shapes, strict=True))
         what = "the tensors that values were selected from"
-        check_limit(
-            sum(byte_size(x.dtype, x.shape if to is None else to) for x, to in pairs), limit, what
-        )
-        if isinstance(kept, HandedOver):
+        size = sum(byte_size(x.dtype, x.shape if to is None else to) for x, to in pairs)
+        check_limit(size, limit, what)
+        if isinstance(kept, HandedOver) and not kept.fits(size + gaps.nbytes):
             sizes = [0 if to is None else byte_size(x.dtype, to) for x, to in pairs]
             kept.check_peak(sizes, what, held=gaps.nbytes)
         chosen = [(x.numel(), math.prod(to)) for x, to in pairs if to is not None]
