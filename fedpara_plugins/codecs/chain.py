@@ -213,6 +213,7 @@ class Codec:
         if not isinstance(tensors, HandedOver):
             tensors = HandedOver(tensors, lent=_places(tensors), working=working_limit(limit))
         lent, working = tensors.lent, tensors.working
+        limit = min(limit, working)
         for stage, note in zip(reversed(self.stages), reversed(notes), strict=True):
             try:
                 decoded = stage.decode(tensors, note, reference=reference, limit=limit)

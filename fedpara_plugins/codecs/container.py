@@ -19,7 +19,7 @@ from fedpara_plugins.codecs.json_reader import json_cost, strict_json
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.stages.checks import check_dimensions, is_shape
 from fedpara_plugins.stages.dtypes import DTYPES, byte_size, check_booleans, empty_tensor
-from fedpara_plugins.stages.handed_over import HandedOver
+from fedpara_plugins.stages.handed_over import HandedOver, working_limit
 from fedpara_plugins.stages.stage import Tensors, check_count, check_limit
 
 __all__ = ["CHECKSUM_BLANK", "Container", "load_tensors", "open_container", "write_container"]
@@ -120,7 +120,7 @@ def _checked_cost(text: str, limit: int | None) -> int:
     """Return the memory that the text's objects take; raise if that is too much for the limit."""
     cost = json_cost(text)
     if limit is not None:
-        check_limit(cost, 6 * 2**20 + limit // 8, "the objects of the payload's header")
+        check_limit(cost, working_limit(limit), "the objects of the payload's header")
     return cost
 
 

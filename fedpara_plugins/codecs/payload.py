@@ -22,6 +22,7 @@ from fedpara_plugins.codecs.agreement import (
 from fedpara_plugins.codecs.chain import Codec
 from fedpara_plugins.codecs.container import (
     CHECKSUM_BLANK,
+    Container,
     load_tensors,
     open_container,
     write_container,
@@ -51,6 +52,9 @@ __all__ = [
     "peek_header",
     "write_payload",
 ]
+
+_ADDED = 3
+"""Tensors that stages may add to those of the sender."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,7 @@ def decode_payload(
     stages: Mapping[str, Stage] | None = None,
     expect: ModelSpec | None = None,
     like: Mapping[str, torch.Tensor] | None = None,
+    most_tensors: int | None = None,
 ) -> DecodedPayload:
     """Decode bytes that anyone may have sent.
 
@@ -193,6 +198,8 @@ def decode_payload(
             any tensor is decoded, and hold its shared tensors and no others.
         like: this side's tensors; the decoded ones must have the same names in the same order, and
             the same shapes and dtypes.
+        most_tensors: number of tensors that there may be. Each takes some 0.1 ms, however small it
+            is, so set it where this side knows how many to expect.
 
     Raises:
         MismatchError: the payload is sound, but of another format version, another model, a stage
@@ -201,6 +208,8 @@ def decode_payload(
     """
     container = open_container(data, limit)
     header = parse_header(container.header)
+    if most_tensors is not None:
+        _check_tensor_count(container, header, most_tensors)
     if expect is not None:
         check_model(header, expect)
     codec = codec_from_header(header, stages)
@@ -218,6 +227,18 @@ def decode_payload(
     check_limit(size, limit, "the tensors")
     check_tensors(decoded, expect, like)
     return DecodedPayload(_own(decoded), header)
+
+
+def _check_tensor_count(container: Container, header: PayloadHeader, most: int) -> None:
+    layouts = [note.get("names") for note in header.notes]
+    counts = [len(names) for names in layouts if isinstance(names, list)]
+    found = max([len(container.table), *counts])
+    # Stages add tensors of steps, escaped values and gaps.
+    if found > most + _ADDED:
+        raise PayloadError(
+            f"the payload holds {found} tensors, this side expects at most {most}: it is of "
+            "another model, or forged"
+        )
 
 
 def _own(tensors: Tensors) -> Tensors:

@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 STREAM = "stream"
+_SMALL = 2**16
+"""Bytes from which on torch allocates a tensor, which does not touch its memory, but takes longer."""
 _SPARE = 2**16
 """Bytes that a stream may have beyond a 65th more than what it stands for: tables, checksums."""
 
@@ -145,11 +147,14 @@ def read_tensors(source: ByteSource, layout: Layout) -> Tensors:
     decoded: Tensors = {}
     for name, dtype, shape in layout:
         size = byte_size(dtype, shape)
-        if size:
+        if 0 < size < _SMALL:
             data = bytearray(size)
             source.read_into(memoryview(data))
-            decoded[name] = torch.frombuffer(data, dtype=dtype).reshape(shape)
-            check_booleans(name, decoded[name])
+            tensor = torch.frombuffer(data, dtype=dtype).reshape(shape)
         else:
-            decoded[name] = empty_tensor(name, dtype, shape)
+            tensor = empty_tensor(name, dtype, shape)
+            if size:
+                source.read_into(tensor_bytes(tensor))
+        check_booleans(name, tensor)
+        decoded[name] = tensor
     return decoded

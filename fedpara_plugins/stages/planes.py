@@ -18,7 +18,7 @@ from fedpara_plugins.stages.dtypes import (
     tensor_bytes,
     unpack_dtypes,
 )
-from fedpara_plugins.stages.handed_over import decode_each, may_overwrite
+from fedpara_plugins.stages.handed_over import HandedOver, decode_each, may_overwrite
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit, check_notes
 
 __all__ = ["PlanesStage"]
@@ -67,7 +67,19 @@ class PlanesStage(Stage):
         check_notes(self.name, notes, {"dtypes": list, "each": str})
         dtypes = unpack_dtypes(notes, len(tensors))
         size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in tensors.values())
-        check_limit(size, limit, "the tensors behind their planes")
+        what = "the tensors behind their planes"
+        check_limit(size, limit, what)
+        if isinstance(tensors, HandedOver) and not tensors.fits(size):
+            joined = [tensor for tensor, dtype in zip(tensors.values(), dtypes, strict=True) if dtype]
+            owned = [tensor.nbytes // 2 for tensor in joined if may_overwrite(tensors, tensor)]
+            tensors.check_peak(
+                [
+                    0 if dtype is None or may_overwrite(tensors, tensor) else tensor.nbytes
+                    for tensor, dtype in zip(tensors.values(), dtypes, strict=True)
+                ],
+                what,
+                held=max(owned, default=0),
+            )
 
         def decode(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             _check_planes(name, tensor, dtype)
