@@ -45,10 +45,12 @@ from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit
 __all__ = [
     "ChosenCodec",
     "DecodedPayload",
+    "OpenedPayload",
     "PayloadHeader",
     "choose_codec",
     "decode_payload",
     "encode_payload",
+    "open_payload",
     "peek_header",
     "write_payload",
 ]
@@ -206,27 +208,78 @@ def decode_payload(
             that is not installed here, or a reference that this side does not hold.
         PayloadError: anything else is wrong; no other error passes.
     """
+    opened = open_payload(data, limit=limit, most_tensors=most_tensors)
+    return opened.decode(
+        reference=reference, references=references, stages=stages, expect=expect, like=like
+    )
+
+
+@dataclass(frozen=True)
+class OpenedPayload:
+    """A payload whose header is read and whose tensors are not.
+
+    Attributes:
+        header: of the payload.
+        container: the file.
+        limit: bytes that the tensors may have.
+    """
+
+    header: PayloadHeader
+    container: Container
+    limit: int
+
+    def decode(
+        self,
+        *,
+        reference: Mapping[str, torch.Tensor] | None = None,
+        references: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+        stages: Mapping[str, Stage] | None = None,
+        expect: ModelSpec | None = None,
+        like: Mapping[str, torch.Tensor] | None = None,
+    ) -> DecodedPayload:
+        """Return what `decode_payload` returns for the same arguments.
+
+        Raises:
+            MismatchError: as there.
+            PayloadError: as there.
+        """
+        header, limit = self.header, self.limit
+        if expect is not None:
+            check_model(header, expect)
+        codec = codec_from_header(header, stages)
+        against = held_reference(header, codec, reference, references)
+        working = working_limit(limit) - self.container.cost
+        coded = load_tensors(self.container, header.order, working=working)
+        try:
+            decoded = codec.decode(coded, header.notes, reference=against, limit=limit)
+        except PayloadError as error:
+            hint = version_hint(header.plugin_version)
+            if type(error) is not PayloadError or not hint:
+                raise
+            raise PayloadError(f"{error}{hint}") from error
+        size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in decoded.values())
+        check_limit(size, limit, "the tensors")
+        check_tensors(decoded, expect, like)
+        return DecodedPayload(_own(decoded), header)
+
+
+def open_payload(data: bytes, *, limit: int, most_tensors: int | None = None) -> OpenedPayload:
+    """Check a payload as a whole, and read its header, for a caller that needs it first.
+
+    Args:
+        data: as for `decode_payload`.
+        limit: as for `decode_payload`.
+        most_tensors: as for `decode_payload`.
+
+    Raises:
+        MismatchError: another format version.
+        PayloadError: not a payload, a damaged one, or one that exceeds a limit.
+    """
     container = open_container(data, limit)
     header = parse_header(container.header)
     if most_tensors is not None:
         _check_tensor_count(container, header, most_tensors)
-    if expect is not None:
-        check_model(header, expect)
-    codec = codec_from_header(header, stages)
-    against = held_reference(header, codec, reference, references)
-    working = working_limit(limit) - container.cost
-    coded = load_tensors(container, header.order, working=working)
-    try:
-        decoded = codec.decode(coded, header.notes, reference=against, limit=limit)
-    except PayloadError as error:
-        hint = version_hint(header.plugin_version)
-        if type(error) is not PayloadError or not hint:
-            raise
-        raise PayloadError(f"{error}{hint}") from error
-    size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in decoded.values())
-    check_limit(size, limit, "the tensors")
-    check_tensors(decoded, expect, like)
-    return DecodedPayload(_own(decoded), header)
+    return OpenedPayload(header, container, limit)
 
 
 def _check_tensor_count(container: Container, header: PayloadHeader, most: int) -> None:
