@@ -11,18 +11,26 @@ from torch import Tensor
 
 from fedpara_plugins.codecs import Notes, Stage, Tensors, decode_payload, peek_header
 from fedpara_plugins.errors import FedParaError, PayloadError
-from fedpara_plugins.ledger import CSV_HEAD, Direction, Ledger, LedgerEntry
+from fedpara_plugins.ledger import CSV_HEAD, Direction, LedgerTotals
+from fedpara_plugins.ledger.page import DIRECTIONS, read_run
 from fedpara_plugins.models.checkpoint_files import METADATA_KEY, read_about
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.plugins import stages
 from fedpara_plugins.stages.dtypes import DTYPES, byte_size, dtype_name
+from fedpara_plugins.support.regular_files import check_regular
 from fedpara_plugins.support.units import readable_bytes
-from fedpara_plugins.text import printable
+from fedpara_plugins.text import printable, shortened
 
 __all__ = ["inspect_file"]
 
 EXPANSION = 64
 """A payload may decode to this many times its size; real ones stay well below."""
+
+MOST_DECODED = 2**30
+"""Bytes to which a small payload may decode."""
+
+LONGEST_TEXT = 400
+"""Most characters of a stranger's text on a line."""
 
 TensorRow = tuple[str, str, str, str]
 """Name, dtype, shape and bytes."""
@@ -37,6 +45,7 @@ def inspect_file(path: Path | str) -> str:
         OSError: the file cannot be read.
     """
     path = Path(path)
+    check_regular(path)
     with path.open("rb") as file:
         start = file.read(9)
     try:
@@ -76,26 +85,26 @@ def _safetensors_lines(path: Path) -> Iterator[str]:
     kind = {"factors": "factor checkpoint", "dense": "dense checkpoint"}.get(
         str(about.get("format")), f"safetensors file without a {METADATA_KEY} description"
     )
-    rows = _stored_rows(path)
+    keys_held, rows = _stored_rows(path)
     yield f"{printable(path.name)}: {kind}, {readable_bytes(path.stat().st_size)}"
     for key in ("model", "method", "version", "config"):
         if isinstance(value := about.get(key), str | dict) and (key, kind[0]) != ("model", "f"):
-            yield f"  {key}: {printable(str(value))}"
+            yield f"  {key}: {_short(str(value))}"
     if about.get("format") == "factors":
         keys = tuple(map(str, about["keys"]))
         spec = ModelSpec.from_json(about["model"], keys)
         yield from _model_lines(spec)
-        held = {row[0] for row in rows}
         if spec.private_keys:
-            both = held & set(map(printable, spec.private_keys))
+            both = keys_held & spec.private_keys
             yield f"  private factors: {len(both)} of {len(spec.private_keys)} in the file"
     yield from _table(rows)
 
 
-def _stored_rows(path: Path) -> list[TensorRow]:
+def _stored_rows(path: Path) -> tuple[set[str], list[TensorRow]]:
+    """Return the names of a file's tensors, and a row for each."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return [
+        return set(slices), [
             _row(name, part.get_dtype(), tuple(part.get_shape()), _stored_size(part))
             for name, part in slices.items()
         ]
@@ -109,18 +118,17 @@ def _stored_size(part: Any) -> int | None:
 def _payload_lines(path: Path) -> Iterator[str]:
     data = path.read_bytes()
     header = peek_header(data)
-    payload = decode_payload(
-        data, limit=EXPANSION * len(data) + 2**20, stages=_without_references(stages())
-    )
+    limit = min(EXPANSION * len(data) + 2**20, max(2 * len(data), MOST_DECODED))
+    payload = decode_payload(data, limit=limit, stages=_without_references(stages()))
     tensors = payload.tensors
     size = sum(byte_size(t.dtype, t.shape) for t in tensors.values())
     version = f"payload of format version {header.version}"
     yield f"{printable(path.name)}: {version}, {len(data):,} bytes"
-    yield f"  sender: fedpara-plugins {printable(header.plugin_version)}"
-    yield f"  codec: {printable(header.codec)}, for tensors of {size:,} bytes"
-    yield f"  reference: {printable(header.reference or 'none')}"
+    yield f"  sender: fedpara-plugins {_short(header.plugin_version)}"
+    yield f"  codec: {_short(header.codec)}, for tensors of {size:,} bytes"
+    yield f"  reference: {_short(header.reference or 'none')}"
     if header.extra is not None:
-        yield f"  extra: {printable(str(dict(header.extra)))}"
+        yield f"  extra: {_short(str(dict(header.extra)))}"
     if header.model is not None:
         yield from _model_lines(ModelSpec.from_json(header.model, tuple(tensors)))
     else:
@@ -168,7 +176,7 @@ def _model_lines(spec: ModelSpec) -> Iterator[str]:
     for weight, plan in spec.weights.items():
         shape = "x".join(map(str, plan.shape))
         text = f"{plan.method.name} rank {plan.rank}" + (", tanh" if plan.tanh else "")
-        yield f"    {printable(weight)}: {shape}, {text}, scale {plan.scale:.6g}"
+        yield f"    {_short(weight)}: {shape}, {text}, scale {plan.scale:.6g}"
 
 
 def _row_of(name: str, tensor: Tensor) -> TensorRow:
@@ -178,7 +186,11 @@ def _row_of(name: str, tensor: Tensor) -> TensorRow:
 
 def _row(name: str, dtype: str, shape: tuple[int, ...], size: int | None) -> TensorRow:
     counted = "?" if size is None else f"{size:,}"
-    return (printable(name), dtype, "x".join(map(str, shape)) or "scalar", counted)
+    return (_short(name), dtype, "x".join(map(str, shape)) or "scalar", counted)
+
+
+def _short(text: str) -> str:
+    return printable(shortened(text, LONGEST_TEXT))
 
 
 def _table(rows: Iterable[TensorRow]) -> Iterator[str]:
@@ -196,31 +208,26 @@ def _table(rows: Iterable[TensorRow]) -> Iterator[str]:
 
 
 def _ledger_lines(path: Path) -> Iterator[str]:
-    entries = Ledger.read(path)
-    rounds: dict[int, list[LedgerEntry]] = {}
-    for entry in entries:
-        rounds.setdefault(entry.round, []).append(entry)
-    clients = len({entry.client for entry in entries})
+    run = read_run("", path)
+    numbers = sorted({number for number, _ in run.rounds})
     yield (
-        f"{printable(path.name)}: ledger of {len(entries):,} messages, {len(rounds):,} rounds, "
-        f"{clients:,} clients"
+        f"{printable(path.name)}: ledger of {run.totals().totals.messages:,} messages, "
+        f"{len(numbers):,} rounds, {len(run.client_names):,} clients"
     )
     yield "  round  direction  messages       bytes  uncoded bytes  dense bytes"
-    groups = [(str(number), chosen) for number, chosen in sorted(rounds.items())]
-    for label, chosen in [*groups, ("all", entries)]:
-        yield from _ledger_row(label, "down", chosen)
-        yield from _ledger_row(label, "up", chosen)
+    for number in numbers:
+        for direction in DIRECTIONS:
+            if (found := run.rounds.get((number, direction))) is not None:
+                yield _ledger_row(str(number), direction, found.totals)
+    for direction in DIRECTIONS:
+        if (totals := run.totals(direction).totals).messages:
+            yield _ledger_row("all", direction, totals)
 
 
-def _ledger_row(label: str, direction: Direction, entries: list[LedgerEntry]) -> Iterator[str]:
-    chosen = [entry for entry in entries if entry.direction == direction]
-    if not chosen:
-        return
-    sent = sum(entry.encoded_bytes for entry in chosen)
-    raw = sum(entry.raw_bytes for entry in chosen)
-    dense = sum(entry.dense_bytes for entry in chosen)
+def _ledger_row(label: str, direction: Direction, totals: LedgerTotals) -> str:
+    messages, _, raw, sent, dense = totals
     fewer = f"  ({dense / sent:.1f} times fewer than dense)" if sent and dense else ""
-    yield (
-        f"  {label:>5}  {direction:<9}  {len(chosen):>8,}  {sent:>10,}  {raw:>13,}  {dense:>11,}"
+    return (
+        f"  {label:>5}  {direction:<9}  {messages:>8,}  {sent:>10,}  {raw:>13,}  {dense:>11,}"
         f"{fewer}"
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.stages.checks import check_dimensions
 from fedpara_plugins.stages.entropy_decoders import decoders
+from fedpara_plugins.stages.handed_over import HandedOver, working_limit
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, byte_size, check_limit
 
 __all__ = ["FEEDBACK", "NONE", "Codec", "EntropyChoice", "codec_from_names"]
@@ -194,7 +195,8 @@ class Codec:
         """Undo the stages, the last one first.
 
         Args:
-            tensors: the encoded tensors, as received.
+            tensors: the encoded tensors, as received. `HandedOver` tensors are used up, others
+                stay as they are.
             notes: the notes of each stage, as received.
             reference: the tensors that the sender encoded against.
             limit: bytes that the tensors may have after any stage.
@@ -208,19 +210,36 @@ class Codec:
                 f"codec {self.name!r}: expected notes of {len(self.stages)} stages, "
                 f"got {len(notes)}"
             )
+        if not isinstance(tensors, HandedOver):
+            tensors = HandedOver(tensors, lent=_places(tensors), working=working_limit(limit))
+        lent, working = tensors.lent, tensors.working
+        limit = min(limit, working)
         for stage, note in zip(reversed(self.stages), reversed(notes), strict=True):
             try:
-                tensors = stage.decode(tensors, note, reference=reference, limit=limit)
+                decoded = stage.decode(tensors, note, reference=reference, limit=limit)
             except PayloadError:
                 raise
             except Exception as error:
                 # A third party's stage may miss a hostile case; the caller still gets one type.
                 raise PayloadError(f"stage {stage.name!r} failed to decode: {error!r}") from error
-            for name, tensor in tensors.items():
-                check_dimensions(name, tensor.ndim)
-            size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in tensors.values())
-            check_limit(size, limit, f"the output of stage {stage.name!r}")
+            _check_output(stage, decoded, limit)
+            if not stage.owns_output:
+                lent |= _places(decoded)
+            tensors = HandedOver(decoded, lent=lent, working=working)
+            del decoded  # would keep alive what the next stage has used up
         return tensors
+
+
+def _check_output(stage: Stage, tensors: Tensors, limit: int) -> None:
+    for name, tensor in tensors.items():
+        check_dimensions(name, tensor.ndim)
+    size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in tensors.values())
+    check_limit(size, limit, f"the output of stage {stage.name!r}")
+
+
+def _places(tensors: Tensors) -> frozenset[int]:
+    """Return the addresses of the tensors' memory."""
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
 
 
 def codec_from_names(names: Iterable[str], stages: Mapping[str, Stage]) -> Codec:

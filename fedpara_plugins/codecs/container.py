@@ -5,20 +5,24 @@ Nothing is ever unpickled, and every size is checked before memory of that size 
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors.torch
+import torch
 
-from fedpara_plugins.codecs.json_reader import strict_json
+from fedpara_plugins.codecs.json_reader import json_cost, strict_json
 from fedpara_plugins.errors import PayloadError
-from fedpara_plugins.stages.checks import check_dimensions
-from fedpara_plugins.stages.dtypes import DTYPES, check_booleans
+from fedpara_plugins.stages.checks import check_dimensions, is_shape
+from fedpara_plugins.stages.dtypes import DTYPES, byte_size, check_booleans, empty_tensor
+from fedpara_plugins.stages.handed_over import HandedOver, working_limit
 from fedpara_plugins.stages.stage import Tensors, check_count, check_limit
 
-__all__ = ["CHECKSUM_BLANK", "load_tensors", "open_container", "write_container"]
+__all__ = ["CHECKSUM_BLANK", "Container", "load_tensors", "open_container", "write_container"]
 
 MAX_HEADER = 4 * 2**20
 """Most bytes of safetensors' header with the names of all tensors: enough for 20,000 tensors."""
@@ -59,8 +63,24 @@ def write_container(tensors: Tensors, header: str) -> bytes:
     return b"".join((data[:place], digits, data[place + len(digits) :]))
 
 
-def open_container(data: bytes, limit: int | None) -> tuple[str, bytes]:
-    """Check the container as a whole, and return the header's text and the file's bytes.
+class Container(NamedTuple):
+    """A checked file.
+
+    Attributes:
+        header: the header's text.
+        table: by tensor's name, what safetensors' header says of it.
+        body: the tensors' bytes.
+        cost: bytes of memory that the descriptions take, at most.
+    """
+
+    header: str
+    table: Mapping[str, Any]
+    body: memoryview
+    cost: int
+
+
+def open_container(data: bytes, limit: int | None) -> Container:
+    """Check the container as a whole.
 
     Args:
         data: what may be a payload.
@@ -82,24 +102,26 @@ def open_container(data: bytes, limit: int | None) -> tuple[str, bytes]:
             f"damaged payload: checksum {expected.decode()}, header says {found!r}; send it again"
         )
     try:
-        outer = strict_json(bytes(view[8 : 8 + size]).decode("utf-8"))
+        text = bytes(view[8 : 8 + size]).decode("utf-8")
     except UnicodeDecodeError as error:
         raise PayloadError(f"the container's header is not UTF-8: {error}") from error
-    metadata = outer.get("__metadata__") if isinstance(outer, dict) else None
-    _check_table(outer if isinstance(outer, dict) else {})
-    text = metadata.get(_KEY) if isinstance(metadata, dict) else None
-    if not isinstance(text, str):
+    cost = _checked_cost(text, limit)
+    outer = strict_json(text)
+    metadata = outer.pop("__metadata__", None) if isinstance(outer, dict) else None
+    header = metadata.get(_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(header, str):
         raise PayloadError(f"the container has no metadata {_KEY!r}: not a payload")
-    return text, data if isinstance(data, bytes) else bytes(view)
+    check_count(len(outer), "the container's table")
+    # Escapes may hide from the first look what the text holds.
+    return Container(header, outer, view[8 + size :], max(cost, _checked_cost(header, limit)))
 
 
-def _check_table(table: Mapping[str, Any]) -> None:
-    """Bound the numbers of tensors and dimensions; safetensors itself checks the rest."""
-    check_count(len(table) - 1, "the container's table")
-    for name, entry in table.items():
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        if isinstance(shape, list):
-            check_dimensions(name, len(shape))
+def _checked_cost(text: str, limit: int | None) -> int:
+    """Return the memory that the text's objects take; raise if that is too much for the limit."""
+    cost = json_cost(text)
+    if limit is not None:
+        check_limit(cost, working_limit(limit), "the objects of the payload's header")
+    return cost
 
 
 def _header_size(data: memoryview) -> int:
@@ -131,26 +153,114 @@ def _container_limit(limit: int) -> int:
     return limit + limit // 64 + 1024
 
 
-def load_tensors(data: bytes, order: Sequence[int] | None) -> Tensors:
-    """Return the tensors of a file that `open_container` has checked, in the header's order.
+def load_tensors(container: Container, order: Sequence[int] | None, *, working: int) -> HandedOver:
+    """Return the tensors of a file, in the header's order.
+
+    They lie in the file's own memory, which must not be written to, except for those at addresses
+    where their dtype cannot be read.
 
     Args:
-        data: the file's bytes.
+        container: the file.
         order: for each tensor, its place among the sorted names; None for the sorted order.
+        working: bytes that decoding may take.
 
     Raises:
         PayloadError: the table does not fit the body, or the order does not fit the table.
     """
-    try:
-        # safetensors checks offsets, overlaps, gaps and sizes, and copies each tensor once.
-        loaded = safetensors.torch.load(data)
-    except Exception as error:
-        raise PayloadError(f"damaged container: {error!r}") from error
-    for name, tensor in loaded.items():
-        check_booleans(name, tensor)
-    names = sorted(loaded)
+    names = sorted(container.table)
     if order is None:
         order = range(len(names))
     if sorted(order) != list(range(len(names))):
         raise PayloadError(f"the header's order is not one of {len(names)} tensors")
-    return {names[place]: loaded[names[place]] for place in order}
+    places = _checked_places(container)
+    loaded: Tensors = {}
+    lent = set()
+    body = _Borrowed(container.body)
+    for place in order:
+        name = names[place]
+        tensor, borrowed = body.tensor(name, places[name])
+        check_booleans(name, tensor)
+        loaded[name] = tensor
+        if borrowed:
+            lent.add(tensor.untyped_storage().data_ptr())
+    return HandedOver(loaded, lent=frozenset(lent), working=working)
+
+
+class _Place(NamedTuple):
+    """Where a tensor stands in the body."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    start: int
+    end: int
+
+
+def _checked_places(container: Container) -> dict[str, _Place]:
+    """Return the place of each tensor.
+
+    Raises:
+        PayloadError: an entry is malformed, or entries overlap, leave gaps or lie outside.
+    """
+    places = {name: _place(name, entry) for name, entry in container.table.items()}
+    end = 0
+    for name, place in sorted(places.items(), key=lambda item: item[1][2:]):
+        if place.start != end:
+            raise PayloadError(
+                f"damaged container: tensor {name!r} begins at byte {place.start}, the one before "
+                f"ends at {end}"
+            )
+        end = place.end
+    if end != len(container.body):
+        raise PayloadError(
+            f"damaged container: {len(container.body)} bytes of tensors, the table has {end}"
+        )
+    return places
+
+
+def _place(name: str, entry: object) -> _Place:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise PayloadError(f"damaged container: tensor {name!r} has no dtype, shape and offsets")
+    dtype, shape, ends = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if isinstance(shape, list):
+        check_dimensions(name, len(shape))
+    sound = is_shape(shape) and is_shape(ends) and len(ends) == 2 and isinstance(dtype, str)
+    if not sound or dtype not in DTYPES:
+        raise PayloadError(
+            f"damaged container: tensor {name!r} has dtype {str(dtype)[:20]!r}, shape "
+            f"{str(shape)[:60]} and offsets {str(ends)[:60]}"
+        )
+    place = _Place(DTYPES[dtype], shape, *ends)
+    if place.end - place.start != byte_size(place.dtype, shape):
+        raise PayloadError(
+            f"damaged container: tensor {name!r} of {byte_size(place.dtype, shape)} bytes has "
+            f"offsets {ends[0]} and {ends[1]}"
+        )
+    return place
+
+
+class _Borrowed:
+    """Bytes that torch may read where they lie.
+
+    Args:
+        data: stays alive as long as any of the tensors.
+    """
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        if data.nbytes:
+            self._address = np.frombuffer(data, np.uint8).ctypes.data
+            # torch warns of memory that is not writable, which bytes are; nobody writes here.
+            self._buffer = (ctypes.c_ubyte * data.nbytes).from_address(self._address)
+            self._buffer.owner = data  # type: ignore[attr-defined]
+
+    def tensor(self, name: str, place: _Place) -> tuple[torch.Tensor, bool]:
+        """Return a tensor, and whether it lies in these bytes."""
+        dtype, shape, start, end = place
+        if start == end:
+            return empty_tensor(name, dtype, shape), False
+        if (self._address + start) % dtype.itemsize:
+            own = bytearray(self._data[start:end])
+            return torch.frombuffer(own, dtype=dtype).reshape(shape), False
+        count = (end - start) // dtype.itemsize
+        flat = torch.frombuffer(self._buffer, dtype=dtype, count=count, offset=start)
+        return flat.reshape(shape), True

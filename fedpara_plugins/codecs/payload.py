@@ -22,6 +22,7 @@ from fedpara_plugins.codecs.agreement import (
 from fedpara_plugins.codecs.chain import Codec
 from fedpara_plugins.codecs.container import (
     CHECKSUM_BLANK,
+    Container,
     load_tensors,
     open_container,
     write_container,
@@ -38,18 +39,24 @@ from fedpara_plugins.codecs.reference import digest_of
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.stages.dtypes import byte_size
+from fedpara_plugins.stages.handed_over import HandedOver, working_limit
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit
 
 __all__ = [
     "ChosenCodec",
     "DecodedPayload",
+    "OpenedPayload",
     "PayloadHeader",
     "choose_codec",
     "decode_payload",
     "encode_payload",
+    "open_payload",
     "peek_header",
     "write_payload",
 ]
+
+_ADDED = 3
+"""Tensors that stages may add to those of the sender."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,7 @@ def decode_payload(
     stages: Mapping[str, Stage] | None = None,
     expect: ModelSpec | None = None,
     like: Mapping[str, torch.Tensor] | None = None,
+    most_tensors: int | None = None,
 ) -> DecodedPayload:
     """Decode bytes that anyone may have sent.
 
@@ -185,47 +193,130 @@ def decode_payload(
         reference: tensors that this side holds; their hash is computed if it is needed.
         references: tensors by their hash, if this side holds several states.
         limit: bytes that the tensors may have, in the container and after each stage; set it to the
-            bytes of this side's own model. Decoding uses less than five times as much memory, plus
-            what parsing the header takes.
+            bytes of this side's own model. Everything that decoding allocates, the tensors
+            included, takes at most one and a half times as much, and 10 MiB.
         stages: known stages by name; all registered ones if None.
         expect: this side's model. The payload must describe the same model, which is checked before
             any tensor is decoded, and hold its shared tensors and no others.
         like: this side's tensors; the decoded ones must have the same names in the same order, and
             the same shapes and dtypes.
+        most_tensors: number of tensors that there may be. Each takes some 0.1 ms, however small it
+            is, so set it where this side knows how many to expect.
 
     Raises:
         MismatchError: the payload is sound, but of another format version, another model, a stage
             that is not installed here, or a reference that this side does not hold.
         PayloadError: anything else is wrong; no other error passes.
     """
-    text, raw = open_container(data, limit)
-    header = parse_header(text)
-    if expect is not None:
-        check_model(header, expect)
-    codec = codec_from_header(header, stages)
-    against = held_reference(header, codec, reference, references)
-    coded = load_tensors(raw, header.order)
-    try:
-        decoded = codec.decode(coded, header.notes, reference=against, limit=limit)
-    except PayloadError as error:
-        hint = version_hint(header.plugin_version)
-        if type(error) is not PayloadError or not hint:
-            raise
-        raise PayloadError(f"{error}{hint}") from error
-    size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in decoded.values())
-    check_limit(size, limit, "the tensors")
-    check_tensors(decoded, expect, like)
-    return DecodedPayload(decoded, header)
+    opened = open_payload(data, limit=limit, most_tensors=most_tensors)
+    return opened.decode(
+        reference=reference, references=references, stages=stages, expect=expect, like=like
+    )
 
 
-def peek_header(data: bytes) -> PayloadHeader:
+@dataclass(frozen=True)
+class OpenedPayload:
+    """A payload whose header is read and whose tensors are not.
+
+    Attributes:
+        header: of the payload.
+        container: the file.
+        limit: bytes that the tensors may have.
+    """
+
+    header: PayloadHeader
+    container: Container
+    limit: int
+
+    def decode(
+        self,
+        *,
+        reference: Mapping[str, torch.Tensor] | None = None,
+        references: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+        stages: Mapping[str, Stage] | None = None,
+        expect: ModelSpec | None = None,
+        like: Mapping[str, torch.Tensor] | None = None,
+    ) -> DecodedPayload:
+        """Return what `decode_payload` returns for the same arguments.
+
+        Raises:
+            MismatchError: as there.
+            PayloadError: as there.
+        """
+        header, limit = self.header, self.limit
+        if expect is not None:
+            check_model(header, expect)
+        codec = codec_from_header(header, stages)
+        against = held_reference(header, codec, reference, references)
+        working = working_limit(limit) - self.container.cost
+        coded = load_tensors(self.container, header.order, working=working)
+        try:
+            decoded = codec.decode(coded, header.notes, reference=against, limit=limit)
+        except PayloadError as error:
+            hint = version_hint(header.plugin_version)
+            if type(error) is not PayloadError or not hint:
+                raise
+            raise PayloadError(f"{error}{hint}") from error
+        size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in decoded.values())
+        check_limit(size, limit, "the tensors")
+        check_tensors(decoded, expect, like)
+        return DecodedPayload(_own(decoded), header)
+
+
+def open_payload(data: bytes, *, limit: int, most_tensors: int | None = None) -> OpenedPayload:
+    """Check a payload as a whole, and read its header, for a caller that needs it first.
+
+    Args:
+        data: as for `decode_payload`.
+        limit: as for `decode_payload`.
+        most_tensors: as for `decode_payload`.
+
+    Raises:
+        MismatchError: another format version.
+        PayloadError: not a payload, a damaged one, or one that exceeds a limit.
+    """
+    container = open_container(data, limit)
+    header = parse_header(container.header)
+    if most_tensors is not None:
+        _check_tensor_count(container, header, most_tensors)
+    return OpenedPayload(header, container, limit)
+
+
+def _check_tensor_count(container: Container, header: PayloadHeader, most: int) -> None:
+    layouts = [note.get("names") for note in header.notes]
+    counts = [len(names) for names in layouts if isinstance(names, list)]
+    found = max([len(container.table), *counts])
+    # Stages add tensors of steps, escaped values and gaps.
+    if found > most + _ADDED:
+        raise PayloadError(
+            f"the payload holds {found} tensors, this side expects at most {most}: it is of "
+            "another model, or forged"
+        )
+
+
+def _own(tensors: Tensors) -> Tensors:
+    """Return the tensors, with copies in place of those that lie in the payload's bytes."""
+    if not isinstance(tensors, HandedOver):
+        return tensors
+    return {
+        name: tensor.clone() if tensors.is_lent(tensor) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def peek_header(data: bytes, *, limit: int | None = None) -> PayloadHeader:
     """Return the header of a payload, after verifying the checksum, without decoding a tensor.
+
+    Args:
+        data: what `encode_payload` returned.
+        limit: bytes that the tensors may have, as for `decode_payload`, which bounds the header
+            too. None allows any header of 4 MiB.
 
     Raises:
         MismatchError: another format version.
         PayloadError: not a payload, or a damaged one.
     """
-    return parse_header(open_container(data, None)[0])
+    return parse_header(open_container(data, limit).header)
 
 
 def _order(tensors: Tensors) -> list[int] | None:

@@ -14,9 +14,14 @@ headers, counters and an app's own values that are larger than themselves."""
 class MessageBudget:
     """What the tensors of one message may take, all records together.
 
-    The tensors may have ``parts`` times the model's bytes, and 4 MiB. Decoding needs as much again
-    as the largest record, so that a message takes at most three times the receiver's own model and
-    16 MiB with the default.
+    The tensors may have ``parts`` times the model's bytes, and 4 MiB. All that `decode_payload`
+    allocates, tensors included, stays within one and a half times its limit and 10 MiB. So a
+    message takes at most three times the receiver's own model and 16 MiB with the default:
+
+        budget = MessageBudget(model_bytes)
+        for payload in payloads:
+            tensors = decode_payload(payload, limit=budget.left, most_tensors=count).tensors
+            budget.spend(sum(tensor.nbytes for tensor in tensors.values()))
 
     Args:
         model_bytes: of the receiver's own model, or of what the receiver has sent.

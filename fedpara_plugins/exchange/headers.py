@@ -9,18 +9,21 @@ from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.exchange.settings import codecs_in_words
 from fedpara_plugins.models.spec import ModelSpec
 
-__all__ = ["blind_limit", "check_codecs", "decoders_of", "header_extra", "spec_of"]
+__all__ = [
+    "blind_limit",
+    "check_codecs",
+    "decoders_of",
+    "first_model_limit",
+    "header_extra",
+    "spec_of",
+]
 
 DECODERS = "decoders"
 CODECS = "codecs"
 
-DEFLATE_BOUND = 1100
-"""zlib cannot expand by more."""
-
-SMALLEST_BOUND = 2**30
-"""Bytes that a message may decode to in any case. A receiver without a model at hand has nothing
-that bounds it better, and a message that says "no change" may be smaller than any coder's rate
-suggests."""
+FIRST_EXPANSION, FIRST_LEAST = 64, 2**28
+"""A first model may take this many times its payload, and this many bytes in any case: whole weights
+are hardly compressible, but parts of them may all be equal."""
 
 
 def header_extra(codecs: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -76,9 +79,20 @@ def spec_of(header: PayloadHeader, names: Iterable[str], *, limit: int) -> Model
     return ModelSpec.from_json(header.model, tuple(names), limit=limit)
 
 
-def blind_limit(payload: bytes) -> int:
-    """Return the bytes that a payload may decode to, if no model gives a closer bound."""
-    return max(DEFLATE_BOUND * len(payload), SMALLEST_BOUND)
+def first_model_limit(payload: bytes) -> int:
+    """Return the bytes that the model in a reply may take, where the server has built none.
+
+    This is for the one reply that a server itself asks one client for, to learn its model
+    (`ReplyReader.read_first`). Nothing else gives a bound there. Wherever this side has a model or
+    has sent one, `MessageBudget` does: a client always has its own.
+
+    Args:
+        payload: of the reply.
+    """
+    return max(FIRST_EXPANSION * len(payload), FIRST_LEAST)
+
+
+blind_limit = first_model_limit
 
 
 def _texts(header: PayloadHeader, name: str) -> tuple[str, ...]:

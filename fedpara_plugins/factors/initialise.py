@@ -33,7 +33,7 @@ GAIN_BITS = 20
 """Bits to which the rescaling of seeded factors is rounded. The number of threads decides the order
 of summation; the rounding removes its effect."""
 
-BLOCK_ENTRIES = 2**20
+BLOCK_ENTRIES = 2**18
 """Entries of a composed weight that are computed at a time, unless a single row has more."""
 
 
@@ -113,16 +113,22 @@ def seeded_shared(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]
         for name in plan.factor_names
         if name not in plan.private_names
     }
-    private = initial_private(plan, seed=seed, key=key)
+    # A private operand is zero at first, whatever its other factor: none has to be drawn.
+    nothing = torch.zeros((), dtype=torch.float64, device="cpu")
+    private = {name: nothing.expand(plan.factor_shape(name)) for name in plan.private_names}
     for _ in range(TANH_PASSES if plan.tanh else 1):
-        factors = {**drawn, **{name: value.double() for name, value in private.items()}}
-        variance = _variance(plan, factors)
+        variance = _variance(plan, {**drawn, **private})
         gain = (plan.variance / variance) ** (0.5 / len(drawn)) if variance > 0 else 1.0
         gain = round(gain * 2**GAIN_BITS) / 2**GAIN_BITS
-        drawn = {name: value * gain for name, value in drawn.items()}
+        for value in drawn.values():
+            value.mul_(gain)
     step = 2.0 ** math.floor(math.log2(plan.factor_std) - SEEDED_BITS)
-    # Rounding makes negative zeros; adding 0.0 turns them into positive ones.
-    return {name: ((value / step).round() * step + 0.0).float() for name, value in drawn.items()}
+    # Rounding makes negative zeros; adding 0.0 turns them into positive ones. Each float64 factor
+    # is dropped as soon as it is rounded.
+    return {
+        name: drawn.pop(name).div_(step).round_().mul_(step).add_(0.0).float()
+        for name in list(drawn)
+    }
 
 
 def _variance(plan: WeightPlan, factors: Mapping[str, Tensor]) -> float:
@@ -140,7 +146,7 @@ def _variance(plan: WeightPlan, factors: Mapping[str, Tensor]) -> float:
 def seeded_normal(shape: tuple[int, ...], *, std: float, seed: int, key: str) -> Tensor:
     """Draw normal values, float32, on the CPU; one seed and key give the same values everywhere."""
     generator = torch.Generator("cpu").manual_seed(_seed_of(seed, key))
-    return torch.randn(shape, generator=generator, **PLAIN) * std
+    return torch.randn(shape, generator=generator, **PLAIN).mul_(std)
 
 
 def _seed_of(seed: int, key: str) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 from fedpara_plugins.errors import FedParaError
 from fedpara_plugins.ledger.records import KINDS, LedgerEntry, LedgerLine
+from fedpara_plugins.support.regular_files import check_regular
 from fedpara_plugins.text import printable, shortened
 
 __all__ = [
@@ -40,6 +41,8 @@ CSV_HEAD = ",".join(COLUMNS)
 
 FORMULA = ("=", "+", "-", "@")
 """First characters of a cell that spreadsheets compute; tabs and newlines are escaped anyway."""
+LONGEST_LINE = 2**20
+"""Most bytes of a line that are read, its newline included."""
 
 _NUMBERS = {f.name for kind in KINDS.values() for f in fields(kind) if f.type == "int"}
 _WHOLE = re.compile(r"-?[0-9]{1,19}")
@@ -112,9 +115,21 @@ def read_lines(path: Path | str) -> Iterator[LedgerLine]:
 
 
 def numbered_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
-    """Yield the finished lines of a file, without newlines, numbered from 1."""
+    """Yield the finished lines of a file, without newlines, numbered from 1.
+
+    Raises:
+        ConfigError: the path leads to no regular file.
+        FedParaError: a line is longer than `LONGEST_LINE`.
+        OSError: the file cannot be read.
+    """
+    check_regular(Path(path))
     with Path(path).open("rb") as file:
-        for number, text in enumerate(file, start=1):
+        for number, text in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+            if len(text) > LONGEST_LINE:
+                raise FedParaError(
+                    f"{path}, line {number}: expected at most {LONGEST_LINE} bytes, as every "
+                    "ledger's line has; is it a ledger?"
+                )
             if not text.endswith(b"\n"):
                 logger.warning("%s: the last line is torn and was ignored", path)
                 return

@@ -23,6 +23,7 @@ from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.support import make_private_folder, replace_file
+from fedpara_plugins.support.regular_files import check_regular
 
 __all__ = [
     "METADATA_KEY",
@@ -36,6 +37,8 @@ __all__ = [
 METADATA_KEY = "fedpara"
 MAX_ABOUT = 16 * 2**20
 """Most characters of the JSON object in a file's metadata."""
+MAX_PARTS = 2**18
+"""Most lists and objects in it: each takes some 100 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         OSError: the file cannot be read.
     """
     path = Path(path)
+    check_regular(path)
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:9] != b"{":
@@ -138,7 +142,8 @@ def read_about(path: Path | str) -> dict[str, Any]:
     except Exception as error:
         raise PayloadError(f"{path}: damaged safetensors file: {_first_line(error)}") from error
     try:
-        about = json.loads(text) if len(text) <= MAX_ABOUT else None
+        parts = text.count("[") + text.count("{")
+        about = json.loads(text) if len(text) <= MAX_ABOUT and parts <= MAX_PARTS else None
     except (ValueError, RecursionError) as error:
         raise PayloadError(f"{path}: its metadata {METADATA_KEY!r} is not JSON: {error}") from error
     if not isinstance(about, dict):

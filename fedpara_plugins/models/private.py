@@ -22,6 +22,7 @@ from fedpara_plugins.factors.initialise import seeded_normal
 from fedpara_plugins.factors.planning import portable
 from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.plugins import layers
+from fedpara_plugins.stages.dtypes import STREAM_DTYPES
 from fedpara_plugins.support.torch_seams import own_buffers, own_parameters
 
 __all__ = ["PrivateTensor", "matches", "private_tensors"]
@@ -52,12 +53,24 @@ class PrivateTensor:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return prod(self.shape) * dtype.itemsize
 
+    @property
+    def drawn_bytes(self) -> int:
+        """Size in bytes of what `initial_value` needs besides the result."""
+        narrow = self.std and self.dtype != "float32"
+        return 4 * prod(self.shape) if narrow else 0
+
     def initial_value(self, *, seed: int, key: str) -> Tensor:
         """Return the initial value: the same on every device with this seed and full name."""
         dtype = getattr(torch, self.dtype)
         if self.std:
             return seeded_normal(self.shape, std=self.std, seed=seed, key=key).to(dtype)
-        return torch.full(self.shape, self.fill).to(dtype)
+        # One value is converted, and then copied: a float32 tensor may take more than the result.
+        return (
+            torch.full((), self.fill)
+            .to(dtype)
+            .expand(self.shape)
+            .clone(memory_format=torch.contiguous_format)
+        )
 
     def to_row(self) -> list[Any]:
         """Return plain values for JSON."""
@@ -73,7 +86,7 @@ class PrivateTensor:
         """
         shape, dtype, fill, std, *rest = row
         (onto,) = rest or ("",)
-        if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        if getattr(torch, str(dtype), None) not in STREAM_DTYPES.values():
             raise ValueError(f"unknown dtype {str(dtype)[:40]!r}")
         if not all(type(size) is int and 0 <= size < 2**40 for size in shape):
             raise ValueError(f"no tensor can have shape {str(shape)[:60]}")

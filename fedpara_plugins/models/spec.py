@@ -286,8 +286,8 @@ class ModelSpec:
         Args:
             data: anything that claims to be a description.
             shared_keys: the shared names, in order.
-            limit: most bytes of the private tensors, which this side creates and no payload
-                bounds; None for any number.
+            limit: most bytes that `initial_private` may take, since this side creates the private
+                tensors and no payload bounds them; None for any number.
 
         Raises:
             PayloadError: the data are malformed, a method is not installed here, or the private
@@ -309,7 +309,8 @@ class ModelSpec:
                 f"version of fedpara-plugins"
             )
         if limit is not None:
-            check_limit(spec.private_bytes, limit, "the private tensors")
+            drawn = max((own.drawn_bytes for own in spec.own.values()), default=0)
+            check_limit(spec.private_bytes + drawn, limit, "the private tensors")
         return spec
 
 

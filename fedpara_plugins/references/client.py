@@ -9,11 +9,11 @@ from fedpara_plugins.codecs import (
     PayloadHeader,
     decode_payload,
     encode_payload,
-    peek_header,
     reference_hash,
 )
 from fedpara_plugins.codecs.agreement import check_model
 from fedpara_plugins.codecs.chain import Codec
+from fedpara_plugins.codecs.payload import open_payload
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references.version_zero import reference_from_header
@@ -68,10 +68,17 @@ class ClientReferences:
 
     def holds(self, record: str) -> tuple[str, ...]:
         """Return the hashes of the states that are held of a record, the last one first."""
-        return tuple(self._held(record))
+        hashes = (self._hash(key) for key in self._keys(record))
+        return tuple(dict.fromkeys(found for found in hashes if found is not None))
 
     def receive(
-        self, record: str, payload: bytes, *, limit: int, expect: ModelSpec | None = None
+        self,
+        record: str,
+        payload: bytes,
+        *,
+        limit: int,
+        expect: ModelSpec | None = None,
+        most_tensors: int | None = None,
     ) -> DecodedDownlink:
         """Decode a downlink message.
 
@@ -81,6 +88,7 @@ class ClientReferences:
             limit: largest size of the state in bytes.
             expect: this side's model, if it is known; a message that describes another model is
                 refused before anything is derived or decoded.
+            most_tensors: number of tensors that there may be, as for `decode_payload`.
 
         Raises:
             MismatchError: the message is of another model than expected.
@@ -88,24 +96,41 @@ class ClientReferences:
                 ``holds``, so that the server sends the message again.
             PayloadError: the payload is damaged or exceeds the limit.
         """
-        header = peek_header(payload)
+        opened = open_payload(payload, limit=limit, most_tensors=most_tensors)
+        header = opened.header
         if expect is not None:
             check_model(header, expect)
-        wanted = header.reference
         references: dict[str, Tensors] = {}
-        if wanted is not None:
-            derived = reference_from_header(header.extra, header.model, limit=limit, expect=expect)
-            references = {derived.reference: derived.tensors} if derived else self._held(record)
-            if wanted not in references:
-                what = "version 0" if derived else "a reference"
-                raise LostReferenceError(
-                    f"record {record!r} is coded against {what} {wanted[:16]}, this client holds "
-                    f"{', '.join(name[:16] for name in references) or 'none'}; the server must "
-                    "send it again, coded against a state that the client holds",
-                    self.holds(record),
-                )
-        tensors = decode_payload(payload, references=references, limit=limit).tensors
+        if header.reference is not None:
+            references = self._wanted(record, header, header.reference, limit, expect)
+        tensors = opened.decode(references=references).tensors
         return DecodedDownlink(tensors, reference_hash(tensors), header)
+
+    def _wanted(
+        self, record: str, header: PayloadHeader, wanted: str, limit: int, expect: ModelSpec | None
+    ) -> dict[str, Tensors]:
+        """Return the state that a message is coded against, by its hash."""
+        derived = reference_from_header(header.extra, header.model, limit=limit, expect=expect)
+        if derived is not None:
+            what, known = "version 0", [derived.reference]
+            if derived.reference == wanted:
+                return {wanted: derived.tensors}
+        else:
+            what, known = "a reference", []
+            for key in self._keys(record):  # one state in memory at a time
+                state = self._state(key)
+                if state is None:
+                    continue
+                known.append(reference_hash(state))
+                if known[-1] == wanted:
+                    return {wanted: state}
+                del state
+        raise LostReferenceError(
+            f"record {record!r} is coded against {what} {wanted[:16]}, this client holds "
+            f"{', '.join(name[:16] for name in known) or 'none'}; the server must send it again, "
+            "coded against a state that the client holds",
+            self.holds(record),
+        )
 
     def keep(self, record: str, received: DecodedDownlink) -> None:
         """Hold the received state, and the one it was coded against if that was held."""
@@ -127,10 +152,6 @@ class ClientReferences:
 
     def _keys(self, record: str) -> list[str]:
         return [key for part in (LAST, BEFORE) if (key := f"{record}/{part}") in self._storage]
-
-    def _held(self, record: str) -> dict[str, Tensors]:
-        states = (self._state(key) for key in self._keys(record))
-        return {reference_hash(state): state for state in states if state is not None}
 
     def _hash(self, key: str) -> str | None:
         state = self._state(key)

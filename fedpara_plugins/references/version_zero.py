@@ -21,12 +21,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedpara_plugins.codecs.json_reader import strict_json
+from fedpara_plugins.codecs.json_reader import json_cost, strict_json
 from fedpara_plugins.codecs.reference import reference_hash
 from fedpara_plugins.errors import PayloadError
-from fedpara_plugins.factors.initialise import BLOCK_ENTRIES, seeded_shared
+from fedpara_plugins.factors.initialise import seeded_shared
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.spec_rows import plan_from_row
+from fedpara_plugins.stages.handed_over import working_limit
 from fedpara_plugins.stages.stage import (
     DTYPES,
     REAL_DTYPES,
@@ -55,6 +56,9 @@ LONGEST_LAYOUT = 4 * 2**20
 """Largest size in bytes of the layout's JSON, unpacked; a payload's whole table has the same."""
 DENSE_FACTOR = 64
 """Deriving factors composes their weights once: entries allowed for each byte of the state."""
+ROW_ENTRIES, KERNEL_ENTRIES = 2**18, 2**21
+"""Entries of one composed row, and of a kernel's core times one side, that are allowed however
+small the state is: they are computed at a time, as float64."""
 DENSE_ENTRIES = 2**26
 """Entries of composed weights that are allowed however small the state is."""
 
@@ -156,7 +160,9 @@ def _layout(text: str, limit: int) -> _Layout:
     plain = unpacker.decompress(base64.b64decode(text, validate=True), LONGEST_LAYOUT + 1)
     if len(plain) > LONGEST_LAYOUT:
         raise ValueError("the layout is too long")
-    rows = strict_json(plain.decode("utf-8"))
+    layout = plain.decode("utf-8")
+    check_limit(json_cost(layout), working_limit(limit), "the layout of version 0")
+    rows = strict_json(layout)
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         raise ValueError("the layout is not a list of tensors")
     check_count(len(rows), "the layout of version 0")
@@ -216,11 +222,13 @@ def _check_spec(spec: ModelSpec, like: _Layout) -> None:
                 f"{weight[:200]!r}: no factors can have shape {plan.shape}, rank {plan.rank} and "
                 f"the numbers {numbers}"
             )
-        row, most = prod(plan.shape[1:]), max(BLOCK_ENTRIES, _size(like))
+        row, most = prod(plan.shape[1:]), max(ROW_ENTRIES, _size(like) // 8)
+        if plan.kernel:
+            row, most = plan.rank * row, max(KERNEL_ENTRIES, _size(like))
         if row > most:
             raise PayloadError(
-                f"{weight[:200]!r}: a row of the composed weight has {row} entries; at most {most} "
-                f"are computed"
+                f"{weight[:200]!r}: a row of the composed weight takes {row} entries; at most "
+                f"{most} are computed"
             )
     entries = sum(prod(plan.shape) for plan in plans.values())
     allowed = max(DENSE_ENTRIES, DENSE_FACTOR * _size(like))

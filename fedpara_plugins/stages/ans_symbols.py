@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from fedpara_plugins.stages.rans import PRECISION, frequency_table, lanes_for, p
 __all__ = [
     "EMPTY_HEADER",
     "Counts",
+    "DecodedSymbols",
     "Integers",
     "StreamHeader",
     "count_symbols",
@@ -54,7 +56,12 @@ class StreamHeader(NamedTuple):
     @property
     def end_of_words(self) -> int:
         """Position in the stream after the words."""
-        return _LAYOUT.size + 2 * self.words
+        return self.start_of_words + 2 * self.words
+
+    @property
+    def start_of_words(self) -> int:
+        """Position in the stream before the words."""
+        return _LAYOUT.size
 
 
 _LAYOUT = struct.Struct("<iIII")
@@ -142,31 +149,36 @@ def read_header(stream: memoryview, count: int) -> StreamHeader:
     return header
 
 
+class DecodedSymbols(NamedTuple):
+    """Symbols in parts, and the number among them that stands for an escaped value, if any."""
+
+    parts: Iterator[Integers]
+    escape: int | None
+
+
 def decode_symbols(
-    stream: memoryview, states: memoryview, table: memoryview, count: int
-) -> tuple[Integers, int | None]:
+    header: StreamHeader, words: memoryview, states: bytearray, table: bytearray, count: int
+) -> DecodedSymbols:
     """Undo `encode_symbols`, but for the escaped values.
 
     Args:
-        stream: header and words.
+        header: from `read_header`.
+        words: bytes of the words.
         states: bytes of the states.
         table: bytes of the frequencies.
         count: number of symbols.
 
-    Returns:
-        The symbols; and the number among them that stands for an escaped value, None if none can
-        occur.
-
     Raises:
-        PayloadError: the header, the table or a state is invalid, or the words do not fit.
+        PayloadError: the table or a state is invalid, or the words do not fit; while the parts are
+            read.
     """
-    header = read_header(stream, count)
     frequencies = np.frombuffer(table, "<u2").astype(np.int64)
-    words = np.frombuffer(stream, "<u2", header.words, _LAYOUT.size)
     # The last place stands for an escape: it gets a number that no other place stands for.
     escape = header.lowest + header.places
     narrow = header.lowest >= -128 and escape <= 127
     meanings: Integers = np.arange(header.lowest, escape + 1, dtype=np.int16)
     meanings = meanings.astype(np.int8) if narrow else meanings
-    symbols = unpack(np.frombuffer(states, "<u4"), words, frequencies, meanings, count)
-    return symbols, escape if header.escapes or frequencies[-1] else None
+    parts = unpack(
+        np.frombuffer(states, "<u4"), np.frombuffer(words, "<u2"), frequencies, meanings, count
+    )
+    return DecodedSymbols(parts, escape if header.escapes or frequencies[-1] else None)

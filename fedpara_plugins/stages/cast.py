@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from fedpara_plugins.errors import PayloadError
-from fedpara_plugins.stages.dtypes import byte_size, dtype_name, pack_dtypes, unpack_dtypes
+from fedpara_plugins.stages.dtypes import dtype_name, pack_dtypes, unpack_dtypes
+from fedpara_plugins.stages.handed_over import check_decoded, decode_each
 from fedpara_plugins.stages.options import check_option_names, read_choice
-from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit, check_notes
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_notes
 
 __all__ = ["CastStage"]
 
@@ -35,6 +36,7 @@ class CastStage(Stage):
     name = "cast"
     lossless = False
     shortens = True
+    owns_output = True
 
     to: str = "bf16"
 
@@ -72,20 +74,15 @@ class CastStage(Stage):
         """
         check_notes(self.name, notes, {"dtypes": list, "each": str})
         dtypes = unpack_dtypes(notes, len(tensors))
-        pairs = list(zip(tensors.values(), dtypes, strict=True))
-        size = sum(byte_size(dtype or tensor.dtype, tensor.shape) for tensor, dtype in pairs)
-        check_limit(size, limit, "the values behind the cast")
-        for name, (tensor, dtype) in zip(tensors, pairs, strict=True):
+        check_decoded(tensors, dtypes, limit, "the values behind the cast")
+        for (name, tensor), dtype in zip(tensors.items(), dtypes, strict=True):
             narrow = tensor.dtype in KINDS.values() and tensor.ndim > 0
             if dtype is not None and not (narrow and dtype in _WIDE):
                 raise PayloadError(
                     f"tensor {name!r}: expected F16 or BF16 for F32 or F64, got "
                     f"{tuple(tensor.shape)} {tensor.dtype} for {dtype_name(dtype)}"
                 )
-        return {
-            name: tensor if dtype is None else tensor.to(dtype)
-            for name, (tensor, dtype) in zip(tensors, pairs, strict=True)
-        }
+        return decode_each(tensors, dtypes, lambda name, x, dtype: x.to(dtype))
 
     def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         narrow = tensor.detach().to(KINDS[self.to])

@@ -7,6 +7,7 @@ import torch
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.stages.checks import all_finite
 from fedpara_plugins.stages.dtypes import REAL_DTYPES, byte_size, tensor_bytes
+from fedpara_plugins.stages.handed_over import may_overwrite, take
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit, check_notes
 
 __all__ = ["DeltaStage", "reference_tensor"]
@@ -26,6 +27,7 @@ class DeltaStage(Stage):
     name = "delta"
     lossless = False
     needs_reference = True
+    owns_output = True
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
         """Subtract the reference.
@@ -69,12 +71,15 @@ class DeltaStage(Stage):
         size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in tensors.values())
         check_limit(size, limit, "the sum of reference and delta")
         exact = set(whole)
-        return {
-            name: tensor
-            if tensor.dtype not in REAL_DTYPES or place in exact
-            else reference_tensor(name, tensor, reference) + tensor
-            for place, (name, tensor) in enumerate(tensors.items())
-        }
+        decoded: Tensors = {}
+        for place, name in enumerate(list(tensors)):
+            tensor = take(tensors, name)
+            if tensor.dtype in REAL_DTYPES and place not in exact:
+                other = reference_tensor(name, tensor, reference)
+                own = may_overwrite(tensors, tensor)
+                tensor = torch.add(other, tensor, out=tensor) if own else other + tensor
+            decoded[name] = tensor
+        return decoded
 
 
 def reference_tensor(name: str, tensor: torch.Tensor, reference: Tensors | None) -> torch.Tensor:

@@ -19,9 +19,9 @@ __all__ = [
     "byte_size",
     "check_booleans",
     "dtype_name",
+    "empty_tensor",
     "pack_dtypes",
     "tensor_bytes",
-    "tensor_from_bytes",
     "unpack_dtypes",
 ]
 
@@ -127,22 +127,16 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def tensor_from_bytes(
-    data: memoryview, dtype: torch.dtype, shape: Sequence[int], *, name: str
-) -> torch.Tensor:
-    """Return a tensor with memory of its own from ``byte_size(dtype, shape)`` bytes.
+def empty_tensor(name: str, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """Return a tensor with any content.
 
     Raises:
-        PayloadError: torch cannot make that shape, or a boolean byte is neither 0 nor 1.
+        PayloadError: torch cannot make that shape.
     """
     try:
-        if not data:
-            return torch.empty(tuple(shape), dtype=dtype)
-        tensor = torch.frombuffer(bytearray(data), dtype=dtype).reshape(tuple(shape))
+        return torch.empty(tuple(shape), dtype=dtype)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise PayloadError(f"tensor {name!r}: no tensor can have this shape: {error}") from error
-    check_booleans(name, tensor)
-    return tensor
 
 
 def check_booleans(name: str, tensor: torch.Tensor) -> None:

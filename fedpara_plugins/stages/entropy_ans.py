@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import numpy as np
 import torch
 
@@ -11,30 +9,28 @@ from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.stages.ans_symbols import (
     EMPTY_HEADER,
     Counts,
+    DecodedSymbols,
     Integers,
     count_symbols,
     decode_symbols,
     encode_symbols,
     read_header,
 )
-from fedpara_plugins.stages.dtypes import SYMBOL_DTYPES, byte_size, tensor_bytes
+from fedpara_plugins.stages.dtypes import SYMBOL_DTYPES, byte_size, empty_tensor, tensor_bytes
 from fedpara_plugins.stages.entropy_layout import (
     Layout,
     layout_notes,
     layout_size,
     read_layout,
     read_stream,
-    split_bytes,
+    read_tensors,
     stream_tensor,
 )
-from fedpara_plugins.stages.entropy_zlib import deflate, inflate
+from fedpara_plugins.stages.entropy_zlib import Inflater, deflate
 from fedpara_plugins.stages.rans import lanes_for
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit
 
 __all__ = ["AnsStage"]
-
-_CHUNK = 2**18
-"""Symbols that are processed together."""
 
 
 class AnsStage(Stage):
@@ -49,6 +45,7 @@ class AnsStage(Stage):
     name = "ans"
     lossless = True
     entropy = True
+    owns_output = True
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
         """Compress all tensors into one stream."""
@@ -71,9 +68,10 @@ class AnsStage(Stage):
                 shorter or longer than declared.
         """
         layout = read_layout(self.name, notes, {"coded": str})
-        check_limit(layout_size(layout), limit, "the decompressed tensors")
+        size = layout_size(layout)
+        check_limit(size, limit, "the decompressed tensors")
         coded, others = _partition(layout, notes["coded"])
-        decoded = _decode(read_stream(self.name, tensors), coded, others, limit)
+        decoded = _decode(read_stream(self.name, tensors, size), coded, others, limit)
         return {name: decoded[name] for name, _, _ in layout}
 
 
@@ -106,21 +104,24 @@ def _decode(stream: memoryview, coded: Layout, others: Layout, limit: int) -> Te
     count = sum(_count(entry) for entry in coded)
     header = read_header(stream, count)
     sizes = [0, 0, 0]
+    widest = max((dtype.itemsize for _, dtype, _ in coded), default=1)
     if count:
-        widest = max(dtype.itemsize for _, dtype, _ in coded)
         sizes = [4 * lanes_for(count), 2 * (header.places + 1), widest * header.escapes]
     left = layout_size(others)
     # Escaped values have the widest type, which may be wider than most of their tensors.
     check_limit(sizes[2] + left, limit + limit // 16, "escaped values and plain bytes")
-    plain = memoryview(inflate("ans", stream[header.end_of_words :], sum(sizes) + left))
-    ends = list(accumulate(sizes))
-    decoded = split_bytes(plain[ends[-1] :], others)
-    if not count:
-        return {**decoded, **split_bytes(memoryview(b""), coded)}
-    states, table = plain[: ends[0]], plain[ends[0] : ends[1]]
-    symbols, escape = decode_symbols(stream, states, table, count)
-    escaped = np.frombuffer(plain[ends[1] : ends[2]], f"<i{widest}")
-    return {**decoded, **_split_symbols(symbols, coded, escaped, escape)}
+    source = Inflater("ans", stream[header.end_of_words :], sum(sizes) + left)
+    words = stream[header.start_of_words : header.end_of_words]
+    states, table = source.read(sizes[0]), source.read(sizes[1])
+    found = DecodedSymbols(iter(()), None)
+    if count:
+        found = decode_symbols(header, words, states, table, count)
+    symbols = _SymbolReader(found, source, header.escapes, widest)
+    decoded = {entry[0]: symbols.tensor(entry) for entry in coded}
+    symbols.finish()
+    decoded |= read_tensors(source, others)
+    source.finish()
+    return decoded
 
 
 def _count(entry: tuple[str, torch.dtype, list[int]]) -> int:
@@ -140,56 +141,76 @@ def _partition(layout: Layout, coded: str) -> tuple[Layout, Layout]:
     return parts["s"], parts["-"]
 
 
-def _split_symbols(
-    symbols: Integers, layout: Layout, escaped: Integers, escape: int | None
-) -> Tensors:
-    """Return the tensors, with the escaped values in place of the number ``escape``, if any."""
-    decoded: Tensors = {}
-    start = used = 0
-    for entry in layout:
+class _SymbolReader:
+    """Symbols as tensors, with escaped values in their places.
+
+    Args:
+        symbols: of all tensors, in parts.
+        source: its next bytes are the escaped values.
+        escapes: number of escaped values.
+        width: bytes of each of them.
+    """
+
+    def __init__(self, symbols: DecodedSymbols, source: Inflater, escapes: int, width: int) -> None:
+        self._parts, self._escape = symbols
+        self._left: Integers = np.empty(0, np.int8)
+        self._source = source
+        self._escapes = escapes
+        self._width = width
+        self._used = 0
+
+    def tensor(self, entry: tuple[str, torch.dtype, list[int]]) -> torch.Tensor:
+        """Return the next tensor.
+
+        Raises:
+            PayloadError: torch cannot make the shape, a symbol does not fit the dtype, or the
+                stream is damaged.
+        """
         name, dtype, shape = entry
-        part = symbols[start : start + _count(entry)]
-        start += len(part)
-        values = np.empty(len(part), f"<i{dtype.itemsize}")
-        used += _fill(name, values, part, escaped[used:], escape)
-        try:
-            decoded[name] = torch.from_numpy(values).reshape(shape)
-        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-            raise PayloadError(f"tensor {name!r}: cannot have this shape: {error}") from error
-    if used != len(escaped):
-        raise PayloadError(
-            f"stage 'ans': {used} symbols escape, and {len(escaped)} values are there"
-        )
-    return decoded
+        tensor = empty_tensor(name, dtype, shape)
+        values, done = tensor.view(-1).numpy(), 0
+        while done < len(values):
+            if not len(self._left):
+                self._left = next(self._parts)
+            part = self._left[: len(values) - done]
+            self._left = self._left[len(part) :]
+            self._write(name, part, values[done : done + len(part)])
+            done += len(part)
+        return tensor
 
+    def finish(self) -> None:
+        """Check that no symbols and no escaped values are left.
 
-def _fill(
-    name: str, values: Integers, symbols: Integers, escaped: Integers, escape: int | None
-) -> int:
-    """Write one tensor's symbols and escaped values into ``values``; return how many escape."""
-    if escape is None:
-        _check_fits(name, symbols, values.dtype)
-        values[:] = symbols
-        return 0
-    used = 0
-    for start in range(0, len(values), _CHUNK):  # in chunks: masks and indices take memory
-        chunk = symbols[start : start + _CHUNK]
-        into = values[start : start + _CHUNK]
-        outside = np.flatnonzero(chunk == escape)
-        far = escaped[used : used + len(outside)]
-        used += len(outside)
-        if len(far) < len(outside):
+        Raises:
+            PayloadError: some are.
+        """
+        for _ in self._parts:  # the words are checked behind the last symbol
+            raise PayloadError("stage 'ans': symbols are left")
+        if self._used != self._escapes:
             raise PayloadError(
-                f"stage 'ans': at least {used} symbols of tensor {name!r} escape, and "
-                f"{len(escaped)} values are left"
+                f"stage 'ans': {self._used} symbols escape, and {self._escapes} values are there"
             )
-        if chunk.dtype.itemsize > into.dtype.itemsize:
-            near = np.delete(chunk, outside) if len(outside) else chunk
+
+    def _write(self, name: str, symbols: Integers, into: Integers) -> None:
+        if self._escape is None:
+            _check_fits(name, symbols, into.dtype)
+            into[:] = symbols
+            return
+        outside = np.flatnonzero(symbols == self._escape)
+        left = self._escapes - self._used
+        if left < len(outside):
+            raise PayloadError(
+                f"stage 'ans': at least {len(outside)} symbols of tensor {name!r} escape, and "
+                f"{left} values are left"
+            )
+        self._used += len(outside)
+        far = np.frombuffer(self._source.read(self._width * len(outside)), f"<i{self._width}")
+        if symbols.dtype.itemsize > into.dtype.itemsize:
+            near = np.delete(symbols, outside) if len(outside) else symbols
             _check_fits(name, near, into.dtype)
         _check_fits(name, far, into.dtype)
-        into[:] = chunk
+        into[:] = symbols
         into[outside] = far
-    return used
 
 
 def _check_fits(name: str, values: Integers, kind: np.dtype[np.integer]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -11,25 +11,31 @@ from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.stages.checks import is_shape
 from fedpara_plugins.stages.dtypes import (
     byte_size,
+    check_booleans,
+    empty_tensor,
     pack_dtypes,
     tensor_bytes,
-    tensor_from_bytes,
     unpack_dtypes,
 )
 from fedpara_plugins.stages.stage import Notes, Tensors, check_count, check_notes
 
 __all__ = [
     "STREAM",
+    "ByteSource",
     "Layout",
     "layout_notes",
     "layout_size",
     "read_layout",
     "read_stream",
-    "split_bytes",
+    "read_tensors",
     "stream_tensor",
 ]
 
 STREAM = "stream"
+_SMALL = 2**16
+"""Bytes from which on torch allocates a tensor, which does not touch its memory, but takes longer."""
+_SPARE = 2**16
+"""Bytes that a stream may have beyond a 65th more than what it stands for: tables, checksums."""
 
 Layout: TypeAlias = list[tuple[str, torch.dtype, list[int]]]
 """Name, dtype and shape of each tensor, in order."""
@@ -81,11 +87,17 @@ def stream_tensor(parts: Sequence[bytes]) -> Tensors:
     return {STREAM: flat}
 
 
-def read_stream(stage: str, tensors: Tensors) -> memoryview:
+def read_stream(stage: str, tensors: Tensors, size: int) -> memoryview:
     """Return the bytes of the one tensor `STREAM`.
 
+    Args:
+        stage: the stage's name, for messages.
+        tensors: as received.
+        size: bytes that the layout declares.
+
     Raises:
-        PayloadError: there are other tensors, or it is not uint8 of one dimension.
+        PayloadError: there are other tensors, it is not uint8 of one dimension, or it is much
+            longer than what it stands for.
     """
     stream = tensors.get(STREAM)
     if stream is None or len(tensors) != 1 or stream.dtype != torch.uint8 or stream.ndim != 1:
@@ -93,23 +105,56 @@ def read_stream(stage: str, tensors: Tensors) -> memoryview:
             f"stage {stage!r}: expected one uint8 tensor {STREAM!r} of one dimension, got "
             f"{[(name, tuple(t.shape), str(t.dtype)) for name, t in list(tensors.items())[:3]]}"
         )
+    # Without this bound, reading a stream that yields nothing would take as long as it likes.
+    most = size + size // 64 + _SPARE
+    if len(stream) > most:
+        raise PayloadError(
+            f"stage {stage!r}: a stream of {len(stream)} bytes for tensors of {size}, at most "
+            f"{most} are read"
+        )
     return tensor_bytes(stream)
 
 
-def split_bytes(plain: memoryview, layout: Layout) -> Tensors:
-    """Return the tensors of a layout from their adjacent bytes.
+class ByteSource(Protocol):
+    """What a stream holds, read from its start to its end."""
+
+    def read_into(self, out: memoryview) -> None:
+        """Fill ``out`` with the next bytes.
+
+        Raises:
+            PayloadError: the stream is damaged, or ends before.
+        """
+
+    def finish(self) -> None:
+        """Check that nothing is left.
+
+        Raises:
+            PayloadError: something is.
+        """
+
+
+def read_tensors(source: ByteSource, layout: Layout) -> Tensors:
+    """Return the tensors of a layout from their adjacent bytes, each with memory of its own.
 
     Args:
-        plain: at least ``layout_size(layout)`` bytes.
+        source: of the bytes.
         layout: of the tensors.
 
     Raises:
-        PayloadError: torch cannot make a shape, or a boolean byte is neither 0 nor 1.
+        PayloadError: torch cannot make a shape, a boolean byte is neither 0 nor 1, or the source
+            is damaged.
     """
     decoded: Tensors = {}
-    start = 0
     for name, dtype, shape in layout:
         size = byte_size(dtype, shape)
-        decoded[name] = tensor_from_bytes(plain[start : start + size], dtype, shape, name=name)
-        start += size
+        if 0 < size < _SMALL:
+            data = bytearray(size)
+            source.read_into(memoryview(data))
+            tensor = torch.frombuffer(data, dtype=dtype).reshape(shape)
+        else:
+            tensor = empty_tensor(name, dtype, shape)
+            if size:
+                source.read_into(tensor_bytes(tensor))
+        check_booleans(name, tensor)
+        decoded[name] = tensor
     return decoded

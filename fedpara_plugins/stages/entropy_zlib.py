@@ -14,12 +14,12 @@ from fedpara_plugins.stages.entropy_layout import (
     layout_size,
     read_layout,
     read_stream,
-    split_bytes,
+    read_tensors,
     stream_tensor,
 )
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit
 
-__all__ = ["ZlibStage", "deflate", "inflate"]
+__all__ = ["Inflater", "ZlibStage", "deflate"]
 
 # Measured on 1.5 M normal values as int8, one scale for each of 30 tensors (entropy 1.296 MB), zlib
 # 1.2.13, one core: level 1 gives 1.318 MB at 47 MB/s, level 6 gives 1.310 MB at 44 MB/s, and Z_RLE
@@ -41,6 +41,8 @@ _SAMPLED = 17
 _NOISE = 1.2
 """Noise has at most this many times the equal pairs of a uniform distribution. At that bound, a
 code would save 1 %."""
+_PIECE, _PLAIN = 2**16, 2**18
+"""Bytes that a decompressor gets and returns at a time, at most."""
 
 
 class ZlibStage(Stage):
@@ -52,6 +54,7 @@ class ZlibStage(Stage):
     name = "zlib"
     lossless = True
     entropy = True
+    owns_output = True
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
         """Compress all tensors into one stream."""
@@ -70,8 +73,10 @@ class ZlibStage(Stage):
         layout = read_layout(self.name, notes)
         size = layout_size(layout)
         check_limit(size, limit, "the decompressed tensors")
-        plain = inflate(self.name, read_stream(self.name, tensors), size)
-        return split_bytes(memoryview(plain), layout)
+        source = Inflater(self.name, read_stream(self.name, tensors, size), size)
+        decoded = read_tensors(source, layout)
+        source.finish()
+        return decoded
 
 
 def deflate(chunks: Iterable[memoryview | bytes]) -> list[bytes]:
@@ -108,22 +113,84 @@ def _is_noise(block: memoryview | bytes) -> bool:
     return int(counts @ counts) < _NOISE * uniform
 
 
-def inflate(stage: str, stream: memoryview, size: int) -> bytes:
-    """Return the ``size`` bytes of a zlib stream.
+class Inflater:
+    """Reads a zlib stream from its start to its end, in pieces.
 
-    Raises:
-        PayloadError: the stream is damaged, holds more or fewer bytes, or something follows it.
+    Args:
+        stage: name of the stage, for messages.
+        stream: the bytes.
+        size: how many bytes it should hold.
     """
-    decompressor = zlib.decompressobj()
-    try:
-        # One byte more than declared shows an excess without ever producing it.
-        plain = decompressor.decompress(stream, size + 1)
-    except zlib.error as error:
-        raise PayloadError(f"stage {stage!r}: damaged stream: {error}") from error
-    if len(plain) != size or not decompressor.eof or decompressor.unused_data:
-        raise PayloadError(
-            f"stage {stage!r}: expected a stream that ends after {size} bytes, got "
-            f"{'more' if len(plain) > size else len(plain)}"
-            f"{', bytes after its end' if decompressor.unused_data else ''}"
+
+    def __init__(self, stage: str, stream: memoryview, size: int) -> None:
+        self._stage = stage
+        self._stream = stream
+        self._size = size
+        self._done = 0
+        self._given = 0
+        self._ready = memoryview(b"")
+        self._decompressor = zlib.decompressobj()
+
+    def read(self, size: int) -> bytearray:
+        """Return the next ``size`` bytes.
+
+        Raises:
+            PayloadError: the stream is damaged, or ends before.
+        """
+        out = bytearray(size)
+        self.read_into(memoryview(out))
+        return out
+
+    def read_into(self, out: memoryview) -> None:
+        """Fill ``out`` with the next bytes.
+
+        Raises:
+            PayloadError: the stream is damaged, or ends before.
+        """
+        filled = 0
+        while filled < len(out):
+            part = self._ready[: len(out) - filled] or self._more()[: len(out) - filled]
+            if not part:
+                raise self._wrong(str(self._done + filled))
+            out[filled : filled + len(part)] = part
+            self._ready = self._ready[len(part) :]
+            filled += len(part)
+        self._done += filled
+
+    def finish(self) -> None:
+        """Check that the stream ends here, and nothing follows it.
+
+        Raises:
+            PayloadError: something does, or the stream is damaged.
+        """
+        if self._ready or self._more():
+            raise self._wrong("more")
+        # What was given in one piece with the end is known to follow it.
+        if not self._decompressor.eof or self._decompressor.unused_data or self._left:
+            after = ", bytes after its end" if self._decompressor.eof else ""
+            raise self._wrong(f"{self._done}{after}")
+
+    @property
+    def _left(self) -> memoryview:
+        return self._stream[self._given : self._given + 1]
+
+    def _more(self) -> memoryview:
+        """Decompress a piece, and return it; it is empty at the end of the stream."""
+        while not self._ready and not self._decompressor.eof:
+            piece: bytes | memoryview = self._decompressor.unconsumed_tail
+            if not piece:
+                piece = self._stream[self._given : self._given + _PIECE]
+                self._given += len(piece)
+            try:
+                found = self._decompressor.decompress(piece, _PLAIN)
+            except zlib.error as error:
+                raise PayloadError(f"stage {self._stage!r}: damaged stream: {error}") from error
+            if not found and not piece:
+                break
+            self._ready = memoryview(found)
+        return self._ready
+
+    def _wrong(self, got: str) -> PayloadError:
+        return PayloadError(
+            f"stage {self._stage!r}: expected a stream that ends after {self._size} bytes, got {got}"
         )
-    return plain

@@ -13,7 +13,7 @@ from fedpara_plugins.stages.entropy_layout import (
     layout_size,
     read_layout,
     read_stream,
-    split_bytes,
+    read_tensors,
     stream_tensor,
 )
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit
@@ -41,6 +41,7 @@ class ZstdStage(Stage):
     name = "zstd"
     lossless = True
     entropy = True
+    owns_output = True
 
     def with_options(self, options: Mapping[str, str]) -> Stage:
         """Return this stage, which has no options; called if a user chooses the stage by name.
@@ -77,8 +78,10 @@ class ZstdStage(Stage):
         layout = read_layout(self.name, notes)
         size = layout_size(layout)
         check_limit(size, limit, "the decompressed tensors")
-        plain = _decompress(read_stream(self.name, tensors), size)
-        return split_bytes(memoryview(plain), layout)
+        source = _Frame(read_stream(self.name, tensors, size), size)
+        decoded = read_tensors(source, layout)
+        source.finish()
+        return decoded
 
 
 def zstd_available() -> bool:
@@ -97,14 +100,33 @@ def _library() -> Any:
         raise MismatchError(f"{_MISSING}, or choose zlib or ans on the other side") from error
 
 
-def _decompress(stream: memoryview, size: int) -> bytes:
-    library = _library()
-    if not size:
-        if len(stream):
-            raise PayloadError(f"stage 'zstd': expected no bytes, got a stream of {len(stream)}")
-        return b""
-    try:
-        frame = library.get_frame_parameters(stream)
+class _Frame:
+    """Reads the content of a frame from its start to its end.
+
+    Args:
+        stream: the frame; empty if there is no content.
+        size: how many bytes it should hold.
+
+    Raises:
+        PayloadError: the frame declares another size, a dictionary or too much history, or its
+            blocks do not end with the stream.
+    """
+
+    def __init__(self, stream: memoryview, size: int) -> None:
+        self._library = _library()
+        self._size = size
+        self._reader: Any = None
+        if not size:
+            if len(stream):
+                raise PayloadError(
+                    f"stage 'zstd': expected no bytes, got a stream of {len(stream)}"
+                )
+            return
+        try:
+            frame = self._library.get_frame_parameters(stream)
+            start = self._library.frame_header_size(stream)
+        except self._library.ZstdError as error:
+            raise _damaged(error) from error
         # These determine what the library allocates, so they are checked before it does.
         if (frame.content_size, frame.dict_id) != (size, 0) or frame.window_size > MAX_WINDOW:
             raise PayloadError(
@@ -116,12 +138,62 @@ def _decompress(stream: memoryview, size: int) -> bytes:
             raise PayloadError(
                 f"stage 'zstd': no frame of {len(stream)} bytes can hold the declared {size}"
             )
-        decompressor = library.ZstdDecompressor(max_window_size=MAX_WINDOW)
-        plain: bytes = decompressor.decompress(
-            stream, max_output_size=size, read_across_frames=False, allow_extra_data=False
-        )
-    except library.ZstdError as error:
-        raise PayloadError(f"stage 'zstd': damaged stream: {error}") from error
-    if len(plain) != size:
-        raise PayloadError(f"stage 'zstd': expected {size} bytes, got {len(plain)}")
-    return plain
+        # The library's reader tells neither a frame that is cut off nor what follows it.
+        end = _end_of_blocks(stream, start) + 4 * frame.has_checksum
+        if end != len(stream):
+            raise PayloadError(
+                f"stage 'zstd': damaged stream: its frame has {end} bytes, got {len(stream)}"
+            )
+        decompressor = self._library.ZstdDecompressor(max_window_size=MAX_WINDOW)
+        self._reader = decompressor.stream_reader(stream, read_across_frames=False)
+
+    def read_into(self, out: memoryview) -> None:
+        """Fill ``out`` with the next bytes.
+
+        Raises:
+            PayloadError: the frame is damaged, or ends before.
+        """
+        filled = 0
+        while filled < len(out):
+            try:
+                count = self._reader.readinto(out[filled:])
+            except self._library.ZstdError as error:
+                raise _damaged(error) from error
+            if not count:
+                raise PayloadError(f"stage 'zstd': expected {self._size} bytes, got fewer")
+            filled += count
+
+    def finish(self) -> None:
+        """Check that the frame ends here.
+
+        Raises:
+            PayloadError: it does not, or its checksum is wrong.
+        """
+        if self._reader is None:
+            return
+        try:
+            more = self._reader.read(1)
+        except self._library.ZstdError as error:
+            raise _damaged(error) from error
+        if more:
+            raise PayloadError(f"stage 'zstd': expected {self._size} bytes, got more")
+
+
+def _damaged(error: Exception) -> PayloadError:
+    return PayloadError(f"stage 'zstd': damaged stream: {error}")
+
+
+def _end_of_blocks(stream: memoryview, start: int) -> int:
+    """Return the position after a frame's last block (RFC 8878, 3.1.1.2).
+
+    Raises:
+        PayloadError: the stream ends before.
+    """
+    place = start
+    while place + 3 <= len(stream):
+        header = int.from_bytes(stream[place : place + 3], "little")
+        repeated = header >> 1 & 3 == 1
+        place += 3 + (1 if repeated else header >> 3)
+        if header & 1:
+            return place
+    raise PayloadError("stage 'zstd': damaged stream: it ends before its last block")

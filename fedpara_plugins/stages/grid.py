@@ -13,13 +13,13 @@ from fedpara_plugins.stages.delta import reference_tensor
 from fedpara_plugins.stages.dtypes import (
     REAL_DTYPES,
     SYMBOL_DTYPES,
-    byte_size,
     dtype_name,
     pack_dtypes,
     tensor_bytes,
     unpack_dtypes,
 )
-from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit, check_notes
+from fedpara_plugins.stages.handed_over import check_decoded, decode_each, may_overwrite
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_notes
 
 __all__ = ["GridStage"]
 
@@ -47,6 +47,7 @@ class GridStage(Stage):
     name = "grid"
     lossless = True
     needs_reference = True
+    owns_output = True
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
         """Subtract the reference and divide by the step.
@@ -79,19 +80,23 @@ class GridStage(Stage):
         check_notes(self.name, notes, {"dtypes": list, "each": str, "exponents": list})
         dtypes = unpack_dtypes(notes, len(tensors))
         exponents = _checked_exponents(notes["exponents"], sum(d is not None for d in dtypes))
-        pairs = list(zip(tensors.values(), dtypes, strict=True))
-        size = sum(byte_size(dtype or tensor.dtype, tensor.shape) for tensor, dtype in pairs)
-        check_limit(size, limit, "the values behind the grid's symbols")
-        decoded: Tensors = {}
-        for name, (tensor, dtype) in zip(tensors, pairs, strict=True):
-            decoded[name] = tensor
-            if dtype is not None:
-                _check_symbols(name, tensor, dtype)
-                like = torch.empty(tensor.shape, dtype=dtype, device="meta")
-                other = reference_tensor(name, like, reference)
-                decoded[name] = _add_steps(other, tensor, next(exponents))
-                _check_finite(name, decoded[name])
-        return decoded
+
+        def in_place(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+            return tensor.itemsize == dtype.itemsize and may_overwrite(tensors, tensor)
+
+        def decode(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            _check_symbols(name, tensor, dtype)
+            like = torch.empty(tensor.shape, dtype=dtype, device="meta")
+            other = reference_tensor(name, like, reference)
+            own = in_place(tensor, dtype)
+            out = tensor.view(dtype) if own else torch.empty(tensor.shape, dtype=dtype)
+            _add_steps(other, tensor, next(exponents), out=out)
+            _check_finite(name, out)
+            return out
+
+        what = "the values behind the grid's symbols"
+        check_decoded(tensors, dtypes, limit, what, in_place=in_place)
+        return decode_each(tensors, dtypes, decode)
 
 
 def _to_symbols(tensor: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, int] | None:
@@ -109,7 +114,9 @@ def _to_symbols(tensor: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor
     if symbols is None or symbols.itemsize > tensor.itemsize:
         return None
     # The subtraction may have been rounded, and a negative zero has no symbol.
-    same = tensor_bytes(_add_steps(other, symbols, exponent)) == tensor_bytes(tensor)
+    moved = torch.empty(other.shape, dtype=other.dtype)
+    _add_steps(other, symbols, exponent, out=moved)
+    same = tensor_bytes(moved) == tensor_bytes(tensor)
     return (symbols, exponent) if same else None
 
 
@@ -125,18 +132,24 @@ def _common_exponent(values: torch.Tensor) -> int:
     return int((torch.frexp(lowest.double())[1] - 1 + exponents - 53).min())
 
 
-def _add_steps(other: torch.Tensor, symbols: torch.Tensor, exponent: int) -> torch.Tensor:
-    """Return the reference's tensor plus ``symbols`` steps of 2^exponent."""
+def _add_steps(
+    other: torch.Tensor, symbols: torch.Tensor, exponent: int, *, out: torch.Tensor
+) -> None:
+    """Write the reference's tensor plus ``symbols`` steps of 2^exponent.
+
+    Args:
+        other: the reference's tensor.
+        symbols: of the same shape.
+        exponent: of the step.
+        out: contiguous; may have the memory of the symbols.
+    """
     step = math.ldexp(1.0, exponent)
-    moved = other.detach().clone(memory_format=torch.contiguous_format)
+    flat = (other.detach().reshape(-1), symbols.reshape(-1), out.view(-1))
     # In chunks: float64 takes up to eight times the memory of the symbols.
-    for values, counts in zip(
-        torch.split(moved.view(-1), _CHUNK), torch.split(symbols.reshape(-1), _CHUNK), strict=True
-    ):
+    for values, counts, chunk in zip(*(torch.split(x, _CHUNK) for x in flat), strict=True):
         sums = counts.double().mul_(step).add_(values.double()).to(other.dtype)
         # A value with symbol 0 keeps its bits: a negative zero plus zero would lose its sign.
-        values.copy_(torch.where(counts == 0, values, sums))
-    return moved
+        chunk.copy_(torch.where(counts == 0, values, sums))
 
 
 def _narrowest(symbols: torch.Tensor) -> torch.Tensor | None:

@@ -14,12 +14,12 @@ from fedpara_plugins.stages.checks import not_finite
 from fedpara_plugins.stages.dtypes import (
     REAL_DTYPES,
     arithmetic_dtype,
-    byte_size,
     dtype_name,
     pack_dtypes,
     unpack_dtypes,
 )
-from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit, check_notes
+from fedpara_plugins.stages.handed_over import check_decoded, decode_each, in_chunks
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_notes
 
 __all__ = ["Int8Stage"]
 
@@ -41,6 +41,7 @@ class Int8Stage(Stage):
     name = "int8"
     lossless = False
     shortens = True
+    owns_output = True
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
         """Quantise.
@@ -73,14 +74,11 @@ class Int8Stage(Stage):
         """
         check_notes(self.name, notes, {"dtypes": list, "each": str, "scales": str})
         dtypes = unpack_dtypes(notes, len(tensors))
-        pairs = list(zip(tensors.values(), dtypes, strict=True))
-        size = sum(byte_size(dtype or tensor.dtype, tensor.shape) for tensor, dtype in pairs)
-        check_limit(size, limit, "the values behind the int8 symbols")
+        check_decoded(tensors, dtypes, limit, "the values behind the int8 symbols")
         scales = iter(_unpack_scales(notes["scales"], sum(d is not None for d in dtypes)))
-        return {
-            name: tensor if dtype is None else _dequantise(name, tensor, next(scales), dtype)
-            for name, (tensor, dtype) in zip(tensors, pairs, strict=True)
-        }
+        return decode_each(
+            tensors, dtypes, lambda name, x, dtype: _dequantise(name, x, next(scales), dtype)
+        )
 
 
 def _scale(name: str, tensor: torch.Tensor) -> float:
@@ -126,4 +124,9 @@ def _dequantise(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtyp
         raise PayloadError(f"tensor {name!r}: the int8 scale {scale} does not fit {dtype}")
     if tensor.numel() and int(tensor.min()) < -LARGEST_SYMBOL:
         raise PayloadError(f"tensor {name!r}: int8 symbols go from -127 to 127, got -128")
-    return tensor.to(wide).mul_(scale).to(dtype)
+    if wide == dtype:
+        return tensor.to(wide).mul_(scale)
+    values = torch.empty(tensor.shape, dtype=dtype)
+    for symbols, chunk in in_chunks(tensor.reshape(-1), values.view(-1)):
+        chunk.copy_(symbols.to(wide).mul_(scale))
+    return values

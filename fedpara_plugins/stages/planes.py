@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.stages.dtypes import (
@@ -17,11 +18,17 @@ from fedpara_plugins.stages.dtypes import (
     tensor_bytes,
     unpack_dtypes,
 )
+from fedpara_plugins.stages.handed_over import HandedOver, decode_each, may_overwrite
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit, check_notes
 
 __all__ = ["PlanesStage"]
 
 _SIGNED = frozenset({torch.int64, torch.int32, torch.int16})
+_LARGE = 2**20
+"""Bytes from which on planes are joined in their own memory, which takes longer."""
+_CHUNK = 2**15
+"""Words that are joined at a time."""
+_Bytes = NDArray[np.uint8]
 _WORDS: Mapping[int, np.dtype[Any]] = {size: np.dtype(f"<u{size}") for size in (2, 4, 8)}
 
 
@@ -41,6 +48,7 @@ class PlanesStage(Stage):
     name = "planes"
     lossless = True
     sorts = True
+    owns_output = True
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
         """Split tensors into byte planes."""
@@ -59,11 +67,29 @@ class PlanesStage(Stage):
         check_notes(self.name, notes, {"dtypes": list, "each": str})
         dtypes = unpack_dtypes(notes, len(tensors))
         size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in tensors.values())
-        check_limit(size, limit, "the tensors behind their planes")
-        return {
-            name: tensor if dtype is None else _from_planes(name, tensor, dtype)
-            for (name, tensor), dtype in zip(tensors.items(), dtypes, strict=True)
-        }
+        what = "the tensors behind their planes"
+        check_limit(size, limit, what)
+        if isinstance(tensors, HandedOver) and not tensors.fits(size):
+            joined = [
+                tensor for tensor, dtype in zip(tensors.values(), dtypes, strict=True) if dtype
+            ]
+            owned = [tensor.nbytes // 2 for tensor in joined if may_overwrite(tensors, tensor)]
+            tensors.check_peak(
+                [
+                    0 if dtype is None or may_overwrite(tensors, tensor) else tensor.nbytes
+                    for tensor, dtype in zip(tensors.values(), dtypes, strict=True)
+                ],
+                what,
+                held=max(owned, default=0),
+            )
+
+        def decode(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            _check_planes(name, tensor, dtype)
+            if tensor.nbytes >= _LARGE and may_overwrite(tensors, tensor):
+                return _from_planes_in_place(tensor, dtype)
+            return _from_planes(tensor, dtype)
+
+        return decode_each(tensors, dtypes, decode)
 
 
 def _to_planes(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,7 +105,7 @@ def _to_planes(tensor: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(planes).reshape(width, *tensor.shape)
 
 
-def _from_planes(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _check_planes(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     width = dtype.itemsize
     fits = tensor.dtype == torch.uint8 and tensor.ndim > 1 and tensor.shape[0] == width
     if not fits or dtype not in REAL_DTYPES | _SIGNED:
@@ -87,12 +113,42 @@ def _from_planes(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.T
             f"tensor {name!r}: expected {width} planes of uint8 for {dtype_name(dtype)}, got "
             f"{tuple(tensor.shape)} {tensor.dtype}"
         )
-    planes = np.asarray(tensor_bytes(tensor)).reshape(width, tensor[0].numel())
-    moved = planes[0].astype(_WORDS[width])
-    for place in range(1, width):
-        moved |= planes[place].astype(_WORDS[width]) << (8 * place)
-    if dtype in REAL_DTYPES:
-        words = (moved >> 1) | (moved << (8 * width - 1))
-    else:
-        words = (moved >> 1) ^ np.negative(moved & 1)
-    return torch.from_numpy(words.view(np.uint8)).view(dtype).reshape(tensor.shape[1:])
+
+
+def _from_planes(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    values = torch.empty(tensor.shape[1:], dtype=dtype)
+    if values.numel():
+        planes = list(np.asarray(tensor_bytes(tensor)).reshape(dtype.itemsize, -1))
+        _join(planes, dtype, out=np.asarray(tensor_bytes(values)))
+    return values
+
+
+def _from_planes_in_place(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Join planes in their own memory and half as much again."""
+    width, count = dtype.itemsize, tensor[0].numel()
+    both = np.asarray(tensor_bytes(tensor))
+    low, high = both.reshape(width, count)[: width // 2], both.reshape(width, count)[width // 2 :]
+    spare = low.copy()
+    half = (count + 1) // 2
+    # The words of the first half fill the memory of the low planes, which `spare` still holds.
+    _join([*spare[:, :half], *high[:, :half]], dtype, out=both[: width * half])
+    # Those of the other half take that of the high planes, which move to what `spare` has done.
+    spare[:, : count - half] = high[:, half:]
+    rest = [*spare[:, half:], *spare[:, : count - half]]
+    _join(rest, dtype, out=both[width * half :])
+    return tensor.reshape(-1).view(dtype).reshape(tensor.shape[1:])
+
+
+def _join(planes: Sequence[_Bytes], dtype: torch.dtype, *, out: _Bytes) -> None:
+    """Write the words of planes, lowest bytes first, as bytes."""
+    width = len(planes)
+    words = out.view(_WORDS[width])
+    for start in range(0, len(words), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        moved = planes[0][part].astype(_WORDS[width])
+        for place in range(1, width):
+            moved |= planes[place][part].astype(_WORDS[width]) << (8 * place)
+        if dtype in REAL_DTYPES:
+            words[part] = (moved >> 1) | (moved << (8 * width - 1))
+        else:
+            words[part] = (moved >> 1) ^ np.negative(moved & 1)

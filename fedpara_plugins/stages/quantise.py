@@ -11,7 +11,13 @@ import torch
 
 from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.stages.checks import all_finite
-from fedpara_plugins.stages.dtypes import REAL_DTYPES, arithmetic_dtype, byte_size, dtype_name
+from fedpara_plugins.stages.dtypes import REAL_DTYPES, arithmetic_dtype, dtype_name
+from fedpara_plugins.stages.handed_over import (
+    HandedOver,
+    check_decoded,
+    decode_each,
+    may_overwrite,
+)
 from fedpara_plugins.stages.options import (
     check_option_names,
     number_text,
@@ -28,7 +34,7 @@ from fedpara_plugins.stages.quantise_notes import (
 )
 from fedpara_plugins.stages.quantise_steps import PER_TENSOR, QuantiserStep, Rows, StepRule, group
 from fedpara_plugins.stages.quantise_symbols import narrowest_symbols
-from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors
 
 __all__ = ["QuantiseStage", "fresh_generator"]
 
@@ -70,6 +76,7 @@ class QuantiseStage(Stage):
     name = "quantise"
     lossless = False
     shortens = True
+    owns_output = True
 
     bits: int | None = 8
     rms: float | None = None
@@ -138,18 +145,29 @@ class QuantiseStage(Stage):
         Raises:
             PayloadError: the notes do not fit the tensors, or the values exceed the limit.
         """
-        found, block = read_quantised(tensors, notes)
-        size = sum(
-            byte_size(one.dtype, one.symbols.near.shape)
-            if isinstance(one, QuantisedTensor)
-            else byte_size(one.dtype, one.shape)
-            for one in found.values()
+        tensors = tensors if isinstance(tensors, HandedOver) else dict(tensors)
+        found = read_quantised(tensors, notes)
+        groups = iter(found.groups)
+
+        def in_place(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+            return tensor.itemsize == dtype.itemsize and may_overwrite(tensors, tensor)
+
+        def decode(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            own = in_place(tensor, dtype)
+            out = tensor.view(dtype) if own else torch.empty(tensor.shape, dtype=dtype)
+            dequantise(tensor, next(groups), out=out)
+            _check_finite(name, out)
+            return out
+
+        check_decoded(
+            tensors,
+            found.dtypes,
+            limit,
+            "the values behind the symbols",
+            in_place=in_place,
+            held=found.held,
         )
-        check_limit(size, limit, "the values behind the symbols")
-        return {
-            name: _values(name, one, block) if isinstance(one, QuantisedTensor) else one
-            for name, one in found.items()
-        }
+        return decode_each(tensors, found.dtypes, decode)
 
     def _quantise(
         self,
@@ -211,11 +229,9 @@ def _round_to_steps(
     return np.clip(out, -most, most, out=out)
 
 
-def _values(name: str, quantised: QuantisedTensor, block: int) -> torch.Tensor:
-    values = dequantise(quantised, block).to(quantised.dtype)
+def _check_finite(name: str, values: torch.Tensor) -> None:
     if not all_finite(values):
         raise PayloadError(
-            f"tensor {name!r}: a symbol times its step exceeds {dtype_name(quantised.dtype)}; the "
+            f"tensor {name!r}: a symbol times its step exceeds {dtype_name(values.dtype)}; the "
             "payload is forged"
         )
-    return values

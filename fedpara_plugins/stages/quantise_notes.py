@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +21,20 @@ from fedpara_plugins.stages.dtypes import (
     pack_dtypes,
     unpack_dtypes,
 )
+from fedpara_plugins.stages.handed_over import CHUNK, in_chunks
 from fedpara_plugins.stages.quantise_steps import PER_BLOCK, PER_ROW, PER_TENSOR
 from fedpara_plugins.stages.quantise_symbols import Symbols, escape_mask, far_dtype
 from fedpara_plugins.stages.stage import Notes, Tensors, check_notes
 
-__all__ = ["MAX_BLOCK", "QuantisedTensor", "dequantise", "read_quantised", "write_quantised"]
+__all__ = [
+    "MAX_BLOCK",
+    "QuantisedTensor",
+    "ReadNotes",
+    "SymbolGroups",
+    "dequantise",
+    "read_quantised",
+    "write_quantised",
+]
 
 MAX_BLOCK = 2**20
 
@@ -77,14 +86,34 @@ def write_quantised(
     return written, notes
 
 
-def read_quantised(
-    tensors: Tensors, notes: Notes
-) -> tuple[dict[str, QuantisedTensor | torch.Tensor], int]:
-    """Undo `write_quantised`.
+class SymbolGroups(NamedTuple):
+    """The groups of one tensor's symbols: values of a group, a step for each, escaped values."""
 
-    Returns:
-        By name, how each tensor was quantised, or the tensor itself if it was not; and the number
-        of values of a block.
+    size: int
+    steps: Sequence[float] | torch.Tensor
+    far: torch.Tensor
+
+
+class ReadNotes(NamedTuple):
+    """What the notes say.
+
+    Attributes:
+        dtypes: for each tensor its dtype; None if it was not quantised.
+        groups: of each tensor that was quantised, in order.
+        held: bytes of the steps and escaped values.
+    """
+
+    dtypes: list[torch.dtype | None]
+    groups: list[SymbolGroups]
+    held: int
+
+
+def read_quantised(coded: Tensors, notes: Notes) -> ReadNotes:
+    """Undo `write_quantised`, but for the products.
+
+    Args:
+        coded: the tensors; steps and escaped values are taken out of it.
+        notes: as received.
 
     Raises:
         PayloadError: the notes are malformed, or do not fit the tensors.
@@ -95,7 +124,6 @@ def read_quantised(
     letters = {PER_TENSOR, PER_ROW, PER_BLOCK}
     if not set(scopes) <= letters or (PER_BLOCK in scopes) != (0 < block <= MAX_BLOCK):
         raise _malformed(f"scopes {scopes[:20]!r} with blocks of {block}")
-    coded = dict(tensors)
     far = _pop_last(coded, notes["far"] != 0, (torch.int16, torch.int32))
     many = _pop_last(coded, bool(set(scopes) - {PER_TENSOR}), (torch.float32, torch.float64))
     dtypes = unpack_dtypes(notes, len(coded))
@@ -107,33 +135,60 @@ def read_quantised(
             raise _malformed(f"{tuple(tensor.shape)} {tensor.dtype} for {dtype_name(dtype)}")
     kinds = [(dtype, letter) for (_, dtype), letter in zip(used, scopes, strict=True)]
     counts = [_group_count(x, letter, block) for (x, _), letter in zip(used, scopes, strict=True)]
+    sizes = [_group_size(x, letter, block) for (x, _), letter in zip(used, scopes, strict=True)]
     steps = _read_steps(notes["steps"], many, kinds, counts)
-    symbols = _read_symbols([tensor for tensor, _ in used], far)
-    found = map(QuantisedTensor, *zip(*kinds, strict=True), steps, symbols) if kinds else iter(())
-    quantised = {
-        name: x if dtype is None else next(found)
-        for (name, x), dtype in zip(coded.items(), dtypes, strict=True)
-    }
-    return quantised, block
+    escaped = _split_escaped([tensor for tensor, _ in used], far)
+    groups = list(map(SymbolGroups, sizes, steps, escaped))
+    return ReadNotes(dtypes, groups, many.nbytes + far.nbytes)
 
 
-def dequantise(quantised: QuantisedTensor, block: int) -> torch.Tensor:
-    """Return the products of symbols and steps, as float32 (float64 for float64 tensors)."""
-    wide = arithmetic_dtype(quantised.dtype)
-    near, far = quantised.symbols
-    exact = near.contiguous().to(wide, copy=True)
-    if len(far):
-        exact.view(-1).numpy()[escape_mask(near)] = far.numpy()
-    if quantised.scope == PER_TENSOR:
-        return exact.mul_(float(quantised.steps[0]))
-    steps = torch.as_tensor(quantised.steps, dtype=wide)
-    if quantised.scope == PER_ROW:
-        return exact.mul_(steps.reshape(-1, *[1] * (exact.ndim - 1)))
-    flat = exact.view(-1)
-    whole = len(flat) // block
-    flat[: whole * block].view(whole, block).mul_(steps[:whole].unsqueeze(1))
-    flat[whole * block :].mul_(steps[-1] if len(steps) > whole else 1)
-    return exact
+def dequantise(symbols: torch.Tensor, groups: SymbolGroups, *, out: torch.Tensor) -> None:
+    """Write the products of symbols and steps, computed in float32 (float64 for float64 tensors).
+
+    Args:
+        symbols: contiguous.
+        groups: their steps.
+        out: contiguous, of the same shape; may have the memory of the symbols.
+    """
+    wide = arithmetic_dtype(out.dtype)
+    direct = wide == out.dtype and out.data_ptr() != symbols.data_ptr()
+    if direct and len(groups.steps) == 1 and not len(groups.far):
+        out.copy_(symbols).mul_(float(groups.steps[0]))
+        return
+    near, flat, used = symbols.reshape(-1), out.view(-1), 0
+    for start, stop, step in _pieces(len(near), groups, wide):
+        part, into = near[start:stop], flat[start:stop]
+        exact = into.copy_(part) if direct else part.to(wide)
+        if len(groups.far):
+            mask = escape_mask(part)
+            far = groups.far[used : used + int(np.count_nonzero(mask))]
+            exact.numpy()[mask] = far.numpy()
+            used += len(far)
+        if isinstance(step, float):
+            exact.mul_(step)
+        else:
+            exact.view(len(step), -1).mul_(step)
+        if not direct:
+            into.copy_(exact)
+
+
+def _pieces(
+    count: int, groups: SymbolGroups, wide: torch.dtype
+) -> Iterator[tuple[int, int, float | torch.Tensor]]:
+    """Yield ranges of values that lie in one group, with its step, or that are whole groups.
+
+    For groups, the steps are a column of the given dtype.
+    """
+    size, steps = groups.size, groups.steps
+    whole = count // size if 0 < size < CHUNK and len(steps) > 1 else 0
+    for first in range(0, whole, max(1, CHUNK // max(size, 1))):
+        last = min(first + CHUNK // size, whole)
+        column = torch.as_tensor(steps[first:last], dtype=wide).unsqueeze(1)
+        yield first * size, last * size, column
+    for start in range(whole * size, count, max(size, 1)):
+        end, step = min(start + size, count), float(steps[start // size])
+        for piece in range(start, end, CHUNK):
+            yield piece, min(piece + CHUNK, end), step
 
 
 def _pop_last(coded: Tensors, present: bool, kinds: Sequence[torch.dtype]) -> torch.Tensor:
@@ -158,11 +213,23 @@ def _group_count(symbols: torch.Tensor, scope: str, block: int) -> int:
     return symbols.shape[0] if scope == PER_ROW else 1
 
 
-def _read_symbols(near: Sequence[torch.Tensor], far: torch.Tensor) -> list[Symbols]:
-    counts = [int(np.count_nonzero(escape_mask(tensor))) for tensor in near]
+def _group_size(symbols: torch.Tensor, scope: str, block: int) -> int:
+    if scope == PER_BLOCK:
+        return block
+    return symbols.numel() // max(symbols.shape[0], 1) if scope == PER_ROW else symbols.numel()
+
+
+def _count_escapes(near: torch.Tensor) -> int:
+    parts = in_chunks(near.reshape(-1))
+    return sum(int(np.count_nonzero(escape_mask(part))) for (part,) in parts)
+
+
+def _split_escaped(near: Sequence[torch.Tensor], far: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the escaped values of each tensor of symbols."""
+    counts = [_count_escapes(tensor) if tensor.dtype == torch.int8 else 0 for tensor in near]
     if sum(counts) != len(far):
         raise _malformed(f"{len(far)} values for {sum(counts)} symbols that escape")
-    return [Symbols(*pair) for pair in zip(near, torch.split(far, counts), strict=True)]
+    return torch.split(far, counts)
 
 
 def _read_steps(
@@ -170,7 +237,7 @@ def _read_steps(
     many: torch.Tensor,
     kinds: Sequence[tuple[torch.dtype, str]],
     counts: Sequence[int],
-) -> list[torch.Tensor]:
+) -> list[Sequence[float] | torch.Tensor]:
     """Return the steps of each quantised tensor.
 
     Args:
@@ -189,27 +256,33 @@ def _read_steps(
     if len(raw) != struct.calcsize(form) or len(many) != total:
         raise _malformed(f"another number of steps than {len(single)} and {total}")
     ones, start = iter(struct.unpack(form, raw)), 0
-    found: list[torch.Tensor] = []
+    found: list[Sequence[float] | torch.Tensor] = []
     for (dtype, letter), count in zip(kinds, counts, strict=True):
+        wide = arithmetic_dtype(dtype)
         if letter == PER_TENSOR:
-            steps = torch.tensor([next(ones)], dtype=torch.float64)
-        else:
-            steps = many[start : start + count]
-            start += count
-        found.append(_checked(steps, arithmetic_dtype(dtype)))
+            step = next(ones)
+            if not torch.finfo(wide).tiny <= step <= torch.finfo(wide).max:
+                raise _abnormal(wide)
+            found.append([step])
+            continue
+        found.append(many[start : start + count])
+        _check_steps(many[start : start + count], wide)
+        start += count
     return found
 
 
-def _checked(steps: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    """Return the same steps in the type in which the products are computed."""
-    exact = steps.to(wide)
+def _check_steps(steps: torch.Tensor, wide: torch.dtype) -> None:
+    """Raise unless all steps are normal numbers of the type in which the products are computed."""
     kind = torch.finfo(wide)
-    if not steps.numel():
-        return exact
-    low, high = map(float, torch.aminmax(exact))
-    if not kind.tiny <= low <= high <= kind.max or not torch.equal(exact.to(steps.dtype), steps):
-        raise _malformed(f"a step that is no normal number of {wide}")
-    return exact
+    for (part,) in in_chunks(steps):
+        exact = part.to(wide)
+        low, high = map(float, torch.aminmax(exact)) if len(exact) else (1.0, 1.0)
+        if not kind.tiny <= low <= high <= kind.max or not torch.equal(exact.to(part.dtype), part):
+            raise _abnormal(wide)
+
+
+def _abnormal(wide: torch.dtype) -> PayloadError:
+    return _malformed(f"a step that is no normal number of {wide}")
 
 
 def _malformed(what: str) -> PayloadError:

@@ -8,6 +8,8 @@ platform: no probability is ever a float.
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +20,8 @@ __all__ = ["MAX_LANES", "PRECISION", "frequency_table", "lanes_for", "pack", "un
 PRECISION = 14
 """The frequencies in a table sum to two to the power of this."""
 MAX_LANES = 4096
+PART = 2**18
+"""Most values that `unpack` returns at a time."""
 _TOTAL = 1 << PRECISION
 _LEAST = 1 << 16  # states are from this to 2**32 - 1; 16 bits move to or from the words at a time
 _WORD = 16
@@ -91,8 +95,8 @@ def pack(
 
 def unpack(
     states: States, words: Words, table: Table, symbols: NDArray[np.integer], count: int
-) -> NDArray[np.integer]:
-    """Undo `pack`: decode exactly ``count`` values, whatever the words are.
+) -> Iterator[NDArray[np.integer]]:
+    """Undo `pack`: yield exactly ``count`` values in parts, whatever the words are.
 
     Args:
         states: one for each lane.
@@ -101,27 +105,51 @@ def unpack(
         symbols: by place in the table, the value to return for it.
         count: number of values.
 
-    Returns:
-        ``count`` entries of ``symbols``.
+    Yields:
+        Entries of ``symbols``, in memory that the next part overwrites.
 
     Raises:
         PayloadError: the table is invalid, a state is out of range, or the words are not what
-            `pack` makes of that many values.
+            `pack` makes of that many values; the last after all parts, if all others are sound.
     """
     if table.min(initial=0) < 0 or int(table.sum()) != _TOTAL:
         raise PayloadError(f"a table's frequencies sum to {int(table.sum())}, not {_TOTAL}")
     if not 0 < len(states) <= MAX_LANES or int(states.min()) < _LEAST:
         raise PayloadError(f"expected 1 to {MAX_LANES} states of at least {_LEAST}")
-    lanes = len(states)
+    state = states.astype(np.int64)
+    if int(table.max()) == _TOTAL:
+        # The only symbol leaves every state as it is, so that there is nothing to compute.
+        yield from _same(symbols[int(table.argmax())], count)
+        taken = 0
+    else:
+        taken = yield from _rows(state, words, table, symbols, count)
+    if taken != len(words) or not bool((state == _LEAST).all()):
+        raise PayloadError(f"{len(words)} words do not end where {count} values do: damaged")
+
+
+def _same(symbol: np.integer, count: int) -> Iterator[NDArray[np.integer]]:
+    part = np.full(min(count, PART), symbol)
+    for start in range(0, count, PART):
+        yield part[: count - start]
+
+
+def _rows(
+    state: NDArray[np.int64],
+    words: Words,
+    table: Table,
+    symbols: NDArray[np.integer],
+    count: int,
+) -> Generator[NDArray[np.integer], None, int]:
+    """Decode rows of one value for each lane, and return the number of words that they took."""
+    lanes = len(state)
     # One look-up gives a slot's frequency (high bits) and its offset in the symbol (low bits).
     slots = np.arange(_TOTAL) - np.repeat(np.cumsum(table) - table, table)
     slots |= np.repeat(table, table) << _WORD
     values = np.repeat(symbols, table)
-    found = np.empty(count, dtype=symbols.dtype)
-    state = states.astype(np.int64)
-    taken = 0
+    found = np.empty(min(count, max(PART // lanes, 1) * lanes), dtype=symbols.dtype)
+    taken = filled = 0
     for start in range(0, count, lanes):
-        row = found[start : start + lanes]
+        row = found[filled : filled + min(lanes, count - start)]
         part = state[: len(row)]
         slot = part & (_TOTAL - 1)
         values.take(slot, out=row, mode="clip")
@@ -136,6 +164,8 @@ def unpack(
                 raise PayloadError(f"the {len(words)} words end before {count} values do")
             part[empty] = part[empty] << _WORD | more
             taken += len(empty)
-    if taken != len(words) or not bool((state == _LEAST).all()):
-        raise PayloadError(f"{len(words)} words do not end where {count} values do: damaged")
-    return found
+        filled += len(row)
+        if filled == len(found) or start + lanes >= count:
+            yield found[:filled]
+            filled = 0
+    return taken

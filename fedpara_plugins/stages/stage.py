@@ -22,7 +22,6 @@ from fedpara_plugins.stages.dtypes import (
     dtype_name,
     pack_dtypes,
     tensor_bytes,
-    tensor_from_bytes,
     unpack_dtypes,
 )
 
@@ -42,7 +41,6 @@ __all__ = [
     "dtype_name",
     "pack_dtypes",
     "tensor_bytes",
-    "tensor_from_bytes",
     "unpack_dtypes",
 ]
 
@@ -67,6 +65,8 @@ class Stage(abc.ABC):
         shortens: whether it writes each value with fewer bits; a chain has at most one such stage.
         sorts: whether it reorders the bytes of values, which helps an entropy coder only.
         entropy: whether its output is one opaque stream, so that no other stage can follow.
+        owns_output: whether each tensor that `decode` returns is one of those it was given, or the
+            only user of its memory. The next stage may then write over it; this saves memory.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Stage(abc.ABC):
     shortens: bool = False
     sorts: bool = False
     entropy: bool = False
+    owns_output: bool = False
 
     @property
     def options(self) -> Mapping[str, str]:

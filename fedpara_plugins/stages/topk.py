@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,7 @@ import torch
 from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.stages.checks import all_finite, is_shape, not_finite, unused_name
 from fedpara_plugins.stages.dtypes import REAL_DTYPES, byte_size
+from fedpara_plugins.stages.handed_over import HandedOver, take
 from fedpara_plugins.stages.options import (
     check_option_names,
     number_text,
@@ -52,6 +52,7 @@ class TopkStage(Stage):
     name = "topk"
     lossless = False
     selects = True
+    owns_output = True
 
     share: float | None = 0.01
     count: int | None = None
@@ -113,19 +114,24 @@ class TopkStage(Stage):
         check_notes(self.name, notes, {"shapes": list})
         if not tensors:
             raise PayloadError("stage 'topk': the tensor of gaps is missing")
-        kept = dict(tensors)
+        kept = tensors if isinstance(tensors, HandedOver) else dict(tensors)
         gaps = kept.pop(next(reversed(kept)))
         shapes = _read_shapes(notes["shapes"], kept)
         pairs = list(zip(kept.values(), shapes, strict=True))
+        what = "the tensors that values were selected from"
         size = sum(byte_size(x.dtype, x.shape if to is None else to) for x, to in pairs)
-        check_limit(size, limit, "the tensors that values were selected from")
-        counts = [x.numel() for x, shape in pairs if shape is not None]
-        sizes = [math.prod(shape) for shape in shapes if shape is not None]
-        positions = _read_positions(gaps, counts, sizes)
-        return {
-            name: tensor if shape is None else _scatter(tensor, shape, next(positions))
-            for name, (tensor, shape) in zip(kept, pairs, strict=True)
-        }
+        check_limit(size, limit, what)
+        if isinstance(kept, HandedOver) and not kept.fits(size + gaps.nbytes):
+            sizes = [0 if to is None else byte_size(x.dtype, to) for x, to in pairs]
+            kept.check_peak(sizes, what, held=gaps.nbytes)
+        chosen = [(x.numel(), math.prod(to)) for x, to in pairs if to is not None]
+        positions = _Positions(gaps, chosen)
+        del pairs  # would keep alive what is used up
+        decoded: Tensors = {}
+        for name, shape in zip(list(kept), shapes, strict=True):
+            tensor = take(kept, name)
+            decoded[name] = tensor if shape is None else _scatter(tensor, shape, positions)
+        return decoded
 
     def _number_kept(self, tensor: torch.Tensor) -> int | None:
         """Return how many values to keep; None if that saves nothing."""
@@ -160,41 +166,56 @@ def _read_shapes(shapes: list[object], kept: Tensors) -> list[list[int] | None]:
     return shapes  # type: ignore[return-value]  # checked just now
 
 
-def _read_positions(
-    gaps: torch.Tensor, counts: Sequence[int], sizes: Sequence[int]
-) -> Iterator[torch.Tensor]:
-    """Return the positions of each tensor's values; all are checked before the first is returned.
+class _Positions:
+    """The positions of kept values, tensor after tensor, read from their gaps.
 
     Args:
         gaps: as in the payload.
-        counts: number of kept values of each tensor that values were selected from.
-        sizes: number of all values of each such tensor.
+        chosen: for each tensor that values were selected from, how many, and of how many.
+
+    Raises:
+        PayloadError: as many gaps as values are not there, or they lead beyond the last tensor.
     """
-    if gaps.dtype != torch.uint8 or gaps.ndim != 1:
-        raise PayloadError(f"stage 'topk': gaps as {tuple(gaps.shape)} {gaps.dtype}")
-    coded = gaps.numpy()
-    kept, total = _measure(coded)
-    if kept != sum(counts) or (len(coded) and coded[-1] == CONTINUED):
-        raise PayloadError(
-            f"stage 'topk': {kept} positions in {len(coded)} bytes, {sum(counts)} values"
-        )
-    if total > sum(sizes):
-        raise PayloadError(f"stage 'topk': positions up to {total} among {sum(sizes)} values")
-    ends = _ends(coded, kept, np.int64 if total >= 2**31 else np.int32)
-    found, start, base = [], 0, 0
-    for count, size in zip(counts, sizes, strict=True):
-        positions = ends[start : start + count]
-        start += count
-        if count:
-            end = int(positions[-1])
-            positions -= base + 1
-            base = end
-            if positions[-1] >= size:
+
+    def __init__(self, gaps: torch.Tensor, chosen: Sequence[tuple[int, int]]) -> None:
+        if gaps.dtype != torch.uint8 or gaps.ndim != 1:
+            raise PayloadError(f"stage 'topk': gaps as {tuple(gaps.shape)} {gaps.dtype}")
+        coded = gaps.numpy()
+        kept, total = _measure(coded)
+        count, size = sum(kept for kept, _ in chosen), sum(size for _, size in chosen)
+        if kept != count or (len(coded) and coded[-1] == CONTINUED):
+            raise PayloadError(
+                f"stage 'topk': {kept} positions in {len(coded)} bytes, {count} values"
+            )
+        if total > size:
+            raise PayloadError(f"stage 'topk': positions up to {total} among {size} values")
+        self._ends = _ends(coded)
+        self._left = np.empty(0, np.int64)
+        self._base = 0
+
+    def take(self, count: int, size: int) -> Iterator[npt.NDArray[np.int64]]:
+        """Yield the positions of a tensor's values, in parts.
+
+        Args:
+            count: number of kept values.
+            size: number of all values.
+
+        Raises:
+            PayloadError: a position is not in the tensor.
+        """
+        base = self._base
+        while count:
+            if not len(self._left):
+                self._left = next(self._ends)
+                continue
+            part, self._left = self._left[:count], self._left[count:]
+            count -= len(part)
+            self._base = int(part[-1])
+            if self._base - base > size:
                 raise PayloadError(
-                    f"stage 'topk': position {positions[-1]} in a tensor of {size} values"
+                    f"stage 'topk': position {self._base - base - 1} in a tensor of {size} values"
                 )
-        found.append(torch.from_numpy(positions))
-    return iter(found)
+            yield part - (base + 1)
 
 
 def _measure(coded: npt.NDArray[np.uint8]) -> tuple[int, int]:
@@ -204,26 +225,25 @@ def _measure(coded: npt.NDArray[np.uint8]) -> tuple[int, int]:
     return kept, kept + sum(int(chunk.sum(dtype=np.int64)) for chunk in chunks)
 
 
-def _ends(
-    coded: npt.NDArray[np.uint8], kept: int, kind: type[np.signedinteger[Any]]
-) -> npt.NDArray[np.signedinteger[Any]]:
-    """Return the position after each kept value, as if every tensor began after a kept value."""
-    ends = np.empty(kept, dtype=kind)
+def _ends(coded: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the position after each kept value, as if every tensor began after a kept value."""
     done = total = 0
-    # In chunks: sums over a hostile row of gaps would take many times the memory of the row.
+    # In chunks: sums over all gaps would take many times the memory of the gaps.
     for start in range(0, len(coded), _CHUNK):
         chunk = coded[start : start + _CHUNK]
-        sums = np.cumsum(chunk, dtype=np.int64)[chunk != CONTINUED]
-        ends[done : done + len(sums)] = sums + np.arange(done + 1, done + len(sums) + 1) + total
-        done += len(sums)
-        total += int(chunk.sum(dtype=np.int64))
-    return ends
+        sums = np.cumsum(chunk, dtype=np.int64)
+        ends = sums[chunk != CONTINUED]
+        ends += np.arange(done + 1 + total, done + 1 + total + len(ends))
+        done += len(ends)
+        total += int(sums[-1])
+        yield ends
 
 
-def _scatter(values: torch.Tensor, shape: Sequence[int], positions: torch.Tensor) -> torch.Tensor:
+def _scatter(values: torch.Tensor, shape: Sequence[int], positions: _Positions) -> torch.Tensor:
+    """Return zeros with the values at the next positions."""
     whole = torch.zeros(math.prod(shape), dtype=values.dtype)
-    for places, chunk in zip(
-        torch.split(positions, _CHUNK), torch.split(values.reshape(-1), _CHUNK), strict=True
-    ):
-        whole[places.long()] = chunk
+    flat, done = values.reshape(-1), 0
+    for places in positions.take(len(flat), len(whole)):
+        whole[torch.from_numpy(places)] = flat[done : done + len(places)]
+        done += len(places)
     return whole.reshape(tuple(shape))

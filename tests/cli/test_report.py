@@ -30,7 +30,7 @@ def test_a_missing_file(refused):
     ledger("a.jsonl")
     refused("report", "a.jsonl", "no.jsonl", "-o", "report.html")
     assert not Path("report.html").exists()
-    assert "Is a directory" in refused("report", ".", "-o", "report.html")
+    assert "expected a file, this is a folder" in refused("report", ".", "-o", "report.html")
     assert "no/report.html: No such file" in refused("report", "a.jsonl", "-o", "no/report.html")
 
 

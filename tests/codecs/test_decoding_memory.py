@@ -1,4 +1,4 @@
-"""Decoding takes at most five times the limit, whatever a stage is told to decode."""
+"""Decoding takes one and a half times the limit at most, whatever a stage is told to decode."""
 
 import json
 import os
@@ -17,17 +17,20 @@ from fedpara_plugins.stages.rans import lanes_for
 from fedpara_plugins.testing.hostile import pack
 
 COUNT = 4 * 2**20
+SLACK = 10 * 2**20
 HALVES = torch.randn(2, COUNT // 2, generator=torch.Generator().manual_seed(0)).half()
 REFERENCE = {"w": (torch.arange(COUNT).reshape(2, -1) % 64 / 64).half()}
 
 
-def forged(codec, note, tensors):
-    """A signed payload of one stage, its tensors as (name, dtype, shape, bytes)."""
+def forged(codec, note, tensors, more=""):
+    """A signed payload with a note or several, its tensors as (name, dtype, shape, bytes)."""
     fields = {"plugin": "x", "codec": codec, "reference": None, "model": None, "extra": None}
     order = sorted(range(len(tensors)), key=lambda i: tensors[i][0])
     places = [order.index(i) for i in range(len(tensors))]
-    header = {"crc32": "0" * 8, "version": 1, **fields, "order": places, "notes": [note]}
+    notes = note if isinstance(note, list) else [note]
+    header = {"crc32": "0" * 8, "version": 1, **fields, "order": places, "notes": notes}
     text = json.dumps(header, separators=(",", ":"))
+    text = text.replace('"extra":null', f'"extra":{{"x":[{more}0]}}')
     table, body = {"__metadata__": {"fedpara": text}}, b""
     for name, dtype, shape, octets in tensors:
         ends = [len(body), len(body) + len(octets)]
@@ -64,6 +67,30 @@ def all_symbols_escape(n, wide):
     return forged("ans", note, [("stream", "U8", [len(stream)], stream)]), 2 * n
 
 
+def all_values_kept_and_packed():
+    """The same out of a stream: all values and positions take memory when the result does."""
+    n = COUNT // 2
+    body = zlib.compress(b"\0\x3c" * n + bytes(n), 1)
+    layout = {"names": ["w", "x"], "shapes": [[1, n], [n]], "dtypes": ["F16", "U8"], "each": "01"}
+    notes = [{"shapes": [[n + 1, 1]]}, layout]
+    return forged("topk+zlib", notes, [("stream", "U8", [len(body)], body)]), 3 * n
+
+
+def steps_beside_symbols():
+    """As many bytes of steps as of symbols, beside values of twice a symbol's width."""
+    n = COUNT
+    note = {"dtypes": ["F16"], "each": "0", "scopes": "b", "block": 4, "steps": "", "far": 0}
+    steps = np.full(n // 4, 0.5, "<f4").tobytes()
+    layout = {"names": ["w", "x"], "shapes": [[n], [n // 4]], "dtypes": ["I8", "F32"], "each": "01"}
+    body = zlib.compress(bytes(n) + steps, 1)
+    return forged("quantise+zlib", [note, layout], [("stream", "U8", [len(body)], body)]), 2 * n
+
+
+def objects_in_the_header():
+    """Lists that take more than the tensors may."""
+    return forged("none", [], [("w", "F16", [COUNT], bytes(2 * COUNT))], "[]," * 10**6), 2 * COUNT
+
+
 def honest(codec, tensors=None):
     tensors = {"w": HALVES} if tensors is None else tensors
     data = encode_payload(tensors, codec=parse_codec(codec), reference=REFERENCE)
@@ -73,8 +100,11 @@ def honest(codec, tensors=None):
 CASES = {
     "rows of one value": rows_of_one_value,
     "all values kept": all_values_kept,
+    "all values kept, packed": all_values_kept_and_packed,
+    "steps beside symbols": steps_beside_symbols,
+    "objects in the header, refused": objects_in_the_header,
     "all symbols escape": lambda: all_symbols_escape(COUNT, False),
-    "all symbols escape, one is wide": lambda: all_symbols_escape(COUNT, True),
+    "all symbols escape, one is wide, refused": lambda: all_symbols_escape(COUNT, True),
     "steps on a grid": lambda: honest("grid+zlib", {"w": REFERENCE["w"] + 0.25}),
     "floats of eight bytes": lambda: honest("planes+zlib", {"w": torch.ones(COUNT // 2).double()}),
 } | {
@@ -103,16 +133,16 @@ for name, (data, limit) in cases.items():
         outcome = "decoded"
     except PayloadError as error:
         outcome = "refused"
-    print(outcome, (status("VmHWM") - before) / limit, name)
+    print(outcome, (status("VmHWM") - before) / (1.5 * limit + SLACK), name)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_decoding_stays_below_five_times_the_limit():
+def test_decoding_stays_below_one_and_a_half_times_the_limit():
     cases = {name: make() for name, make in CASES.items()}
     # glibc would keep what was freed, and the next case would find it for nothing.
     result = subprocess.run(
-        [sys.executable, "-c", WATCH],
+        [sys.executable, "-c", WATCH.replace("SLACK", str(SLACK))],
         input=pickle.dumps((cases, REFERENCE)),
         capture_output=True,
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
@@ -121,5 +151,5 @@ def test_decoding_stays_below_five_times_the_limit():
     found = [line.split(maxsplit=2) for line in result.stdout.decode().splitlines()]
     assert [name for *_, name in found] == list(CASES)
     for outcome, times, name in found:
-        assert outcome == ("refused" if name.endswith("one is wide") else "decoded"), name
-        assert float(times) < 5, (name, times)
+        assert outcome == ("refused" if name.endswith("refused") else "decoded"), name
+        assert float(times) < 1, (name, times)

@@ -271,4 +271,4 @@ def test_more_tensors_than_a_payload_may_have_are_refused():
     many = [[str(i), "U8", [0]] for i in range(MAX_TENSORS + 1)]
     header = {"base": {"kind": "zeros", "layout": pack(many)}}
     with pytest.raises(PayloadError, match="65537 tensors"):
-        reference_from_header(header, None, limit=10**6)
+        reference_from_header(header, None, limit=10**8)

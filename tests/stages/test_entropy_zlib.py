@@ -113,7 +113,7 @@ class TestZlib(StageContract):
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        assert peak < 200_000
+        assert peak < 700_000
 
     def test_a_huge_declared_size_behind_a_small_stream_costs_no_memory(self):
         tracemalloc.start()

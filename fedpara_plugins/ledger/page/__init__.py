@@ -9,6 +9,6 @@ the rooms below. Offers a reader of ledgers and the function that renders the pa
 from __future__ import annotations
 
 from fedpara_plugins.ledger.page.page import render_page
-from fedpara_plugins.ledger.page.runs import RunData, read_runs
+from fedpara_plugins.ledger.page.runs import DIRECTIONS, RunData, read_run, read_runs
 
-__all__ = ["RunData", "read_runs", "render_page"]
+__all__ = ["DIRECTIONS", "RunData", "read_run", "read_runs", "render_page"]

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
-from fedpara_plugins.errors import ConfigError
+from fedpara_plugins.errors import ConfigError, FedParaError
 from fedpara_plugins.ledger import (
     Direction,
     Evaluation,
@@ -20,9 +21,17 @@ from fedpara_plugins.ledger import (
     torn_bytes,
 )
 
-__all__ = ["DIRECTIONS", "RunData", "read_runs"]
+__all__ = ["DIRECTIONS", "RunData", "read_run", "read_runs"]
+
+_Key = TypeVar("_Key", int, str)
 
 DIRECTIONS: tuple[Direction, Direction] = ("down", "up")
+
+MOST_KEPT = 2**28
+"""Bytes that a file's different rounds, clients, metrics and layers may take, about. A ledger of
+10,000 clients and 1,000 rounds takes 10 MB."""
+KEPT_EACH = 400
+"""What each of them takes, besides its name."""
 
 HUGE = 1e100
 """A metric beyond it means that training diverged; it would flatten the plot and is left out."""
@@ -51,20 +60,48 @@ class RunData:
     rounds: dict[tuple[int, Direction], RunningTotals] = field(default_factory=dict)
     clients: dict[tuple[str, Direction], RunningTotals] = field(default_factory=dict)
     metrics: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
+    _kept: int = 0
 
     def add(self, line: LedgerLine) -> None:
-        """Add a line of the file."""
+        """Add a line of the file.
+
+        Raises:
+            FedParaError: the file names too many different things.
+        """
         if isinstance(line, LedgerEntry):
-            self.rounds.setdefault((line.round, line.direction), RunningTotals()).add(line)
-            self.clients.setdefault((line.client, line.direction), RunningTotals()).add(line)
+            self._totals(self.rounds, (line.round, line.direction)).add(line)
+            self._totals(self.clients, (line.client, line.direction)).add(line)
         elif isinstance(line, Evaluation):
             if line.value is not None and abs(line.value) < HUGE:
-                self.metrics.setdefault((line.source, line.metric), {})[line.round] = line.value
+                values = self.metrics.setdefault((line.source, line.metric), {})
+                if line.round not in values:
+                    self._keep(line.source + line.metric if not values else "")
+                values[line.round] = line.value
         elif isinstance(line, LayerSize):
+            if line.layer not in self.layers:
+                self._keep(line.layer)
             self.layers[line.layer] = line
         else:
+            self._keep(line.version + line.method + line.codec)
             self.starts.append(line)
             self.layers = {}
+
+    def _totals(
+        self, where: dict[tuple[_Key, Direction], RunningTotals], key: tuple[_Key, Direction]
+    ) -> RunningTotals:
+        found = where.get(key)
+        if found is None:
+            self._keep(str(key[0]))
+            found = where[key] = RunningTotals()
+        return found
+
+    def _keep(self, name: str) -> None:
+        self._kept += KEPT_EACH + len(name)
+        if self._kept > MOST_KEPT:
+            raise FedParaError(
+                f"{self.path}: names more rounds, clients, metrics and layers than fit into "
+                f"{MOST_KEPT} bytes; is it a ledger?"
+            )
 
     @property
     def client_names(self) -> list[str]:
@@ -114,14 +151,25 @@ def read_runs(words: Sequence[str]) -> list[RunData]:
     """
     given = [_split_word(word) for word in words]
     names = _distinct_names([(name or _stem(path), name is None, path) for name, path in given])
-    runs = []
-    for name, (_, path) in zip(names, given, strict=True):
-        run = RunData(name, path)
-        for line in read_lines(path):
-            run.add(line)
-        run.torn = torn_bytes(path)
-        runs.append(run)
-    return runs
+    return [read_run(name, path) for name, (_, path) in zip(names, given, strict=True)]
+
+
+def read_run(name: str, path: Path) -> RunData:
+    """Read one ledger.
+
+    Args:
+        name: of the run.
+        path: of the file.
+
+    Raises:
+        FedParaError: the file is no ledger; the message names file and line.
+        OSError: the file cannot be read.
+    """
+    run = RunData(name, path)
+    for line in read_lines(path):
+        run.add(line)
+    run.torn = torn_bytes(path)
+    return run
 
 
 def _split_word(word: str) -> tuple[str | None, Path]:
