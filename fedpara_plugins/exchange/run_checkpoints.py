@@ -53,7 +53,9 @@ def own_checkpoint(
         _prepare(folder)
         save_dense(path, state, model=about, method=method, owner_only=True)
     except OSError as error:
-        so = "and the client's own model is lost with this process, or older there"
+        so = (
+            "training goes on, and the client's own model is lost with this process, or older there"
+        )
         outages.note("a client's checkpoint", path, error, so)
 
 
@@ -98,7 +100,7 @@ def server_checkpoint(
         remove_leftovers(path.parent, (f"{path.name}.*.partial",))
         save_dense(path, state, model=model, method=method)
     except OSError as error:
-        outages.note("the checkpoint", path, error, "and the model is offered elsewhere")
+        outages.note("the checkpoint", path, error, "it is offered elsewhere")
         place = _offer(state, model=model, method=method)
         if place is not None:
             log.error("fedpara: the server's model lies in %s instead: move it", place)

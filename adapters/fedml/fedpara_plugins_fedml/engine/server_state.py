@@ -73,7 +73,7 @@ class ServerFile:
         except FedParaError as error:
             log.error("fedpara: round %d is not kept in %s: %s", done.round, self._path, error)
         except OSError as error:
-            so = "and a server that is started again begins after the last round that was kept"
+            so = "training goes on, and a restarted server begins after the last round kept"
             self._outages.note("completed rounds", self._path, error, so)
 
     def read(self, now: CompletedRound) -> CompletedRound | None:

@@ -165,7 +165,7 @@ class MetricsFile:
         try:
             replace_file(self._path, json.dumps(self._metrics).encode(), private=True)
         except OSError as error:
-            so = "and a server that is started again returns later ones alone"
+            so = "training goes on, and a server that is started again returns later ones alone"
             self._outages.note("metrics of the rounds", self._path, error, so)
 
     def by_round(self, kind: str) -> dict[int, MetricRecord]:
