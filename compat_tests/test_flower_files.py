@@ -78,6 +78,7 @@ def test_private_state_is_its_owner_s_alone_and_open_files_are_closed(
     from fedpara_plugins.exchange import run_checkpoints
 
     run_checkpoints._seen.clear()  # as a new process
+    (tmp_path / "state" / "server" / "rounds-0.safetensors").unlink()
     outcome = _run(tmp_path, references=references)
     for private in ("state", "own"):
         assert _modes(tmp_path / private) == ({0o700}, {0o600})

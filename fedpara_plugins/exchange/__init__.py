@@ -27,7 +27,11 @@ from fedpara_plugins.exchange.incoming import ReceivedRecord
 from fedpara_plugins.exchange.plain_values import pack_plain, unpack_plain
 from fedpara_plugins.exchange.records import RecordKind, cast, plain_spec
 from fedpara_plugins.exchange.reply_reader import ReplyReader
-from fedpara_plugins.exchange.run_checkpoints import own_checkpoint, server_checkpoint
+from fedpara_plugins.exchange.run_checkpoints import (
+    close_own_checkpoints,
+    own_checkpoint,
+    server_checkpoint,
+)
 from fedpara_plugins.exchange.server_model import server_state, zero_private_factors
 from fedpara_plugins.exchange.settings import ExchangeSettings, codecs_in_words, to_number
 from fedpara_plugins.exchange.sizes import Size
@@ -44,6 +48,7 @@ __all__ = [
     "RunAccounting",
     "Size",
     "cast",
+    "close_own_checkpoints",
     "codecs_in_words",
     "converted_copy",
     "log_idle_options",

@@ -20,7 +20,7 @@ from fedpara_plugins.support import (
     remove_leftovers,
 )
 
-__all__ = ["own_checkpoint", "server_checkpoint"]
+__all__ = ["close_own_checkpoints", "own_checkpoint", "server_checkpoint"]
 
 OWN = "client-*.safetensors"
 PARTIAL = f"{OWN}.*.partial"
@@ -50,7 +50,9 @@ def own_checkpoint(
     path = folder / f"client-{client}.safetensors"
     about = f"the own model of client {client}"
     try:
-        _prepare(folder)
+        if not folder.is_dir():
+            make_private_folder(folder)
+        close_own_checkpoints(folder)
         save_dense(path, state, model=about, method=method, owner_only=True)
     except OSError as error:
         so = (
@@ -59,13 +61,19 @@ def own_checkpoint(
         outages.note("a client's checkpoint", path, error, so)
 
 
-def _prepare(folder: Path) -> None:
-    """Close what is in the folder to other users, once a process, and remove leftovers."""
+def close_own_checkpoints(folder: Path) -> None:
+    """Close what is in the folder to other users, once a process, and remove leftovers.
+
+    Args:
+        folder: the option ``client_checkpoints``; a missing one stays so.
+
+    Raises:
+        ConfigError: others can read the files there and that cannot be changed.
+        OSError: the disk refuses.
+    """
     key = os.path.realpath(folder)
-    if key in _seen and folder.is_dir():
+    if key in _seen or not folder.is_dir():
         return
-    if not folder.is_dir():
-        make_private_folder(folder)
     close_folder_of(folder, OWN, also=PARTIAL)
     remove_leftovers(folder, (PARTIAL,))
     _seen.add(key)

@@ -148,7 +148,7 @@ class MetricsFile:
         """Read the metrics of the rounds before this process; log a warning if they are lost."""
         try:
             found = _by_kind(json.loads(self._path.read_bytes()))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             log.warning(
                 "fedpara: the metrics of earlier rounds are lost: %s cannot be read: %s",
                 self._path,
