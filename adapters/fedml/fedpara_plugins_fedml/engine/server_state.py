@@ -47,11 +47,11 @@ class ServerFile:
 
     Args:
         state_dir: the option of that name; None keeps nothing.
-        outages: gets what cannot be written.
+        outages: gets what cannot be written; None logs it alone.
     """
 
-    def __init__(self, state_dir: Path | None, outages: Outages) -> None:
-        self._outages = outages
+    def __init__(self, state_dir: Path | None, outages: Outages | None = None) -> None:
+        self._outages = outages or Outages(log)
         self._path = None if state_dir is None else state_dir / "server" / "round.safetensors"
 
     def write(self, done: CompletedRound) -> None:
