@@ -31,7 +31,11 @@ from fedpara_plugins.exchange.private_options import has_private_half
 from fedpara_plugins.exchange.records import RecordKind, cast, plain_spec
 from fedpara_plugins.exchange.reply_figures import check_figures, check_hashes, examples_of
 from fedpara_plugins.exchange.reply_reader import ReadRecord, ReplyReader, reason_of
-from fedpara_plugins.exchange.run_checkpoints import own_checkpoint, server_checkpoint
+from fedpara_plugins.exchange.run_checkpoints import (
+    close_own_checkpoints,
+    own_checkpoint,
+    server_checkpoint,
+)
 from fedpara_plugins.exchange.server_model import server_state, zero_private_factors
 from fedpara_plugins.exchange.settings import ExchangeSettings, codecs_in_words, to_number
 from fedpara_plugins.exchange.sizes import Size
@@ -54,6 +58,7 @@ __all__ = [
     "cast",
     "check_figures",
     "check_hashes",
+    "close_own_checkpoints",
     "codecs_in_words",
     "converted_copy",
     "examples_of",

@@ -20,7 +20,7 @@ from fedpara_plugins.support import (
     remove_leftovers,
 )
 
-__all__ = ["own_checkpoint", "server_checkpoint"]
+__all__ = ["close_own_checkpoints", "own_checkpoint", "server_checkpoint"]
 
 OWN = "client-*.safetensors"
 PARTIAL = f"{OWN}.*.partial"
@@ -50,20 +50,30 @@ def own_checkpoint(
     path = folder / f"client-{client}.safetensors"
     about = f"the own model of client {client}"
     try:
-        _prepare(folder)
+        if not folder.is_dir():
+            make_private_folder(folder)
+        close_own_checkpoints(folder)
         save_dense(path, state, model=about, method=method, owner_only=True)
     except OSError as error:
-        so = "and the client's own model is lost with this process, or older there"
+        so = (
+            "training goes on, and the client's own model is lost with this process, or older there"
+        )
         outages.note("a client's checkpoint", path, error, so)
 
 
-def _prepare(folder: Path) -> None:
-    """Close what is in the folder to other users, once a process, and remove leftovers."""
+def close_own_checkpoints(folder: Path) -> None:
+    """Close what is in the folder to other users, once a process, and remove leftovers.
+
+    Args:
+        folder: the option ``client_checkpoints``; a missing one stays so.
+
+    Raises:
+        ConfigError: others can read the files there and that cannot be changed.
+        OSError: the disk refuses.
+    """
     key = os.path.realpath(folder)
-    if key in _seen and folder.is_dir():
+    if key in _seen or not folder.is_dir():
         return
-    if not folder.is_dir():
-        make_private_folder(folder)
     close_folder_of(folder, OWN, also=PARTIAL)
     remove_leftovers(folder, (PARTIAL,))
     _seen.add(key)
@@ -98,7 +108,7 @@ def server_checkpoint(
         remove_leftovers(path.parent, (f"{path.name}.*.partial",))
         save_dense(path, state, model=model, method=method)
     except OSError as error:
-        outages.note("the checkpoint", path, error, "and the model is offered elsewhere")
+        outages.note("the checkpoint", path, error, "it is offered elsewhere")
         place = _offer(state, model=model, method=method)
         if place is not None:
             log.error("fedpara: the server's model lies in %s instead: move it", place)

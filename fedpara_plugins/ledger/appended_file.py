@@ -105,4 +105,5 @@ class AppendedFile:
                 f"fedpara: the ledger {self._path} cannot be a file ({cause_of(error)}): choose "
                 f"another name for it"
             ) from error
-        self._outages.note("the ledger", self._path, error, "and the ledger lacks lines from here")
+        so = "training goes on, and the ledger lacks lines from here"
+        self._outages.note("the ledger", self._path, error, so)

@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fedpara_plugins.errors import FedParaError
+from fedpara_plugins.errors import ConfigError, FedParaError
 from fedpara_plugins.ledger.records import KINDS, LedgerEntry, LedgerLine
 from fedpara_plugins.support.regular_files import check_regular
 from fedpara_plugins.text import printable, shortened
@@ -203,7 +203,7 @@ def prepare_to_append(path: Path) -> None:
     """Cut off an unfinished last line, so that the next line does not continue it.
 
     Raises:
-        FedParaError: the file's format is not the one that its suffix asks for.
+        ConfigError: the file's format is not the one that its suffix asks for.
     """
     if torn := torn_bytes(path):
         logger.warning("%s: cut off a torn last line of %d bytes", path, torn)
@@ -212,7 +212,7 @@ def prepare_to_append(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(5)
     if start and is_csv(path) != (start == b"line,"):
-        raise FedParaError(
+        raise ConfigError(
             f"{path}: cannot continue it as {'CSV' if is_csv(path) else 'JSON lines'}, it begins "
             f"with {start!r}: the file is of another kind. Choose another name for the ledger."
         )

@@ -72,6 +72,8 @@ class ReferenceStore(Mapping[str, Tensors]):
         self._refused = False
         if folder is not None:
             try:
+                if not folder.parent.exists():
+                    make_private_folder(folder.parent)
                 make_private_folder(folder)
             except OSError as error:
                 self._note(error)
@@ -203,7 +205,7 @@ class ReferenceStore(Mapping[str, Tensors]):
     def _note(self, error: OSError) -> None:
         self._refused = True
         where = self._folder or tempfile.gettempdir()
-        so = "in memory, and where that is full clients get full coded downlinks"
+        so = "training goes on with those in memory; if it is full, with full coded downlinks"
         self._outages.note("references", where, error, so)
 
     def _read(self, digest: str) -> Tensors:

@@ -93,7 +93,8 @@ class Database:
 
     def _note(self, error: OSError) -> None:
         if self._path is not None:
-            self._outages.note(self._what, self._path, error, f"in memory; later {self._lost}")
+            so = f"training goes on with it in memory; in a later run {self._lost}"
+            self._outages.note(self._what, self._path, error, so)
 
     def _move_to_memory(self) -> None:
         self._connection = _copied_to_memory(self._connection)
@@ -145,18 +146,21 @@ def open_database(
     return _opened(path, tables)
 
 
-def open_read_only(path: Path) -> sqlite3.Connection | None:
-    """Open a database on a disk that cannot be written; None if that fails too."""
+def open_read_only(path: Path, tables: str) -> sqlite3.Connection | None:
+    """Open a database on a disk that cannot be written; None if it has not these tables."""
     for options in ("mode=ro", "mode=ro&immutable=1"):
         try:
             found = sqlite3.connect(
                 f"{path.absolute().as_uri()}?{options}", uri=True, check_same_thread=False,
                 isolation_level=None,
             )  # fmt: skip
-            found.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-            return found
-        except (sqlite3.DatabaseError, ValueError):
+        except sqlite3.DatabaseError:
             continue
+        try:
+            _check_columns(found, tables)
+            return found
+        except sqlite3.DatabaseError:
+            found.close()
     return None
 
 
@@ -215,15 +219,8 @@ def _columns(database: sqlite3.Connection, table: str) -> list[str]:
 
 def _opened_readable(path: Path | None, tables: str) -> sqlite3.Connection:
     """Return a copy in memory of what can be read of a file, or an empty database."""
-    found = None if path is None else open_read_only(path)
-    if found is not None:
-        try:
-            _check_columns(found, tables)
-            return _copied_to_memory(found)
-        except sqlite3.DatabaseError as error:
-            log.warning("fedpara: %s cannot be read: %s", path, error)
-            found.close()
-    return _opened(None, tables)
+    found = None if path is None else open_read_only(path, tables)
+    return _opened(None, tables) if found is None else _copied_to_memory(found)
 
 
 def _copied_to_memory(database: sqlite3.Connection) -> sqlite3.Connection:

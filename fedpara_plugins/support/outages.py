@@ -61,15 +61,12 @@ class Outages:
                 return
             self._found[key] = cause_of(error)
         self._log.error(
-            "fedpara: %s cannot be written to %s (%s): training goes on, %s",
+            "fedpara: %s cannot be written to %s (%s): %s",
             what,
             path,
             cause_of(error),
             so,
         )
-
-    def __bool__(self) -> bool:
-        return bool(self._found)
 
     def last_line(self) -> str | None:
         """Return what is missing, for the run's last line; None if nothing is."""

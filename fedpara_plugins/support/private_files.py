@@ -233,12 +233,14 @@ def replace_file(path: Path, data: bytes, *, private: bool = False) -> None:
     Args:
         path: of the file.
         data: its content.
-        private: whether its owner alone may read it.
+        private: whether its owner alone may read it; a missing folder is made then.
 
     Raises:
         OSError: the disk refuses; the file has its old content then.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+    if private and not path.parent.exists():
+        make_private_folder(path.parent)
     descriptor = new_private_file(partial) if private else _new_file(partial, 0o666)
     try:
         try:

@@ -99,7 +99,12 @@ def hold_state_dir(
         with _process_lock:
             return StateDirHold(_joined(folder, run, role), role)
     except OSError as error:
-        outages.note("the lock of the state-dir", folder, error, "no other run is kept out")
+        outages.note(
+            "the lock of the state-dir",
+            folder,
+            error,
+            "training goes on, and no other run is kept out",
+        )
         return StateDirHold(None)
 
 

@@ -111,7 +111,7 @@ class FileStorage(Storage):
             lost = "this client's state in it is lost, and begins anew"
             self._database = open_database(path, _TABLES, lost=lost)
         except OSError as error:
-            found = open_read_only(path) if path.is_file() else None
+            found = open_read_only(path, _TABLES) if path.is_file() else None
             if found is None:
                 raise
             self._database, self.refused = found, error
@@ -229,7 +229,7 @@ class BackedStorage(Storage):
         return {**gone, **PrefixView(self._memory, HELD)}
 
     def _note(self, error: OSError) -> None:
-        so = "what this client keeps between rounds stays in memory, and ends with this run"
+        so = "training goes on, with what this client keeps in memory alone, until this run ends"
         self._outages.note("a client's state", self._path, error, so)
 
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from fedpara_plugins import ConfigError
+from fedpara_plugins.exchange import close_own_checkpoints
 from fedpara_plugins.support import cause_of, is_misplaced, make_private_folder
 from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.settings import FedMLSettings
@@ -49,6 +50,8 @@ def _try_to_write(name: str, path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             make_private_folder(path)
         folder.mkdir(parents=True, exist_ok=True)
+        if name == "client_checkpoints":
+            close_own_checkpoints(path)
         with tempfile.TemporaryFile(dir=folder):
             pass
         if is_file and path.exists() and not os.access(path, os.W_OK):

@@ -47,11 +47,11 @@ class ServerFile:
 
     Args:
         state_dir: the option of that name; None keeps nothing.
-        outages: gets what cannot be written.
+        outages: gets what cannot be written; None logs it alone.
     """
 
-    def __init__(self, state_dir: Path | None, outages: Outages) -> None:
-        self._outages = outages
+    def __init__(self, state_dir: Path | None, outages: Outages | None = None) -> None:
+        self._outages = outages or Outages(log)
         self._path = None if state_dir is None else state_dir / "server" / "round.safetensors"
 
     def write(self, done: CompletedRound) -> None:
@@ -73,7 +73,7 @@ class ServerFile:
         except FedParaError as error:
             log.error("fedpara: round %d is not kept in %s: %s", done.round, self._path, error)
         except OSError as error:
-            so = "and a server that is started again begins after the last round that was kept"
+            so = "training goes on, and a restarted server begins after the last round kept"
             self._outages.note("completed rounds", self._path, error, so)
 
     def read(self, now: CompletedRound) -> CompletedRound | None:

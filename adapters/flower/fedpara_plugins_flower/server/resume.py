@@ -25,7 +25,7 @@ __all__ = ["ResumableRounds"]
 Method = Callable[..., Any]
 
 ROUNDS = "completed rounds"
-NOT_KEPT = "and a server that is started again begins after the last round that was kept"
+NOT_KEPT = "training goes on, and a restarted server begins after the last round kept"
 
 
 class ResumableRounds:

@@ -148,7 +148,7 @@ class MetricsFile:
         """Read the metrics of the rounds before this process; log a warning if they are lost."""
         try:
             found = _by_kind(json.loads(self._path.read_bytes()))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             log.warning(
                 "fedpara: the metrics of earlier rounds are lost: %s cannot be read: %s",
                 self._path,
@@ -165,7 +165,7 @@ class MetricsFile:
         try:
             replace_file(self._path, json.dumps(self._metrics).encode(), private=True)
         except OSError as error:
-            so = "and a server that is started again returns later ones alone"
+            so = "training goes on, and a server that is started again returns later ones alone"
             self._outages.note("metrics of the rounds", self._path, error, so)
 
     def by_round(self, kind: str) -> dict[int, MetricRecord]:

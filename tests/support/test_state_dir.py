@@ -1,0 +1,241 @@
+"""A state-dir is held by one run at a time, is private, and is tidied when a run begins."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedpara_plugins import ConfigError
+from fedpara_plugins.support import Outages, hold_state_dir, os_locks
+from fedpara_plugins.support import state_dir as module
+
+ODD = [b"", b"\xff\xfe", b"[1]", b"[" * 5000, b'{"pid": "\\u001b[31m"}']
+HOLDER = """
+import os, sys
+from pathlib import Path
+from fedpara_plugins.support import hold_state_dir
+folder, run, role, forks = sys.argv[1:]
+hold = hold_state_dir(Path(folder), run=run, role=role)
+child = os.fork() if forks == "fork" else 1
+if not child:
+    sys.stdin.readline()
+    os._exit(0)
+print("held", flush=True)
+sys.stdin.readline()
+hold.release()
+print("released", flush=True)
+sys.stdin.readline()
+"""
+
+
+class Holder:
+    """Another process that holds a state-dir."""
+
+    def __init__(self, folder, run, role="", forks=""):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(folder), run, role, forks],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.process.stdout.readline() == "held\n"
+
+    def release(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "released\n"
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def end(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def held(tmp_path):
+    holders = []
+
+    def hold(run, role="", forks=""):
+        holders.append(Holder(tmp_path / "state", run, role, forks))
+        return holders[-1]
+
+    yield hold
+    for holder in holders:
+        holder.end()
+
+
+def refusal(tmp_path, run, role=""):
+    with pytest.raises(ConfigError) as found:
+        hold_state_dir(tmp_path / "state", run=run, role=role)
+    return str(found.value)
+
+
+def test_a_second_run_is_told_who_holds_it_and_processes_of_one_share_it(tmp_path, held):
+    first = held("17", "server")
+    told = refusal(tmp_path, "18")
+    for fact in ("run 17", f"host {socket.gethostname()}", f"process {first.process.pid}"):
+        assert fact in told
+    assert "\n" not in told
+    with hold_state_dir(tmp_path / "state", run="17"), hold_state_dir(tmp_path / "state", run="17"):
+        first.release()
+        with pytest.raises(ConfigError, match=f"run 17, .* process {os.getpid()}"):
+            hold_state_dir(tmp_path / "state", run="18")
+    with hold_state_dir(tmp_path / "state", run="18"):
+        pass
+
+
+def test_a_role_belongs_to_one_process(tmp_path, held):
+    first = held("0", "server")
+    assert f"process {first.process.pid}: refused to a second server of run 0" in refusal(
+        tmp_path, "0", "server"
+    )
+    with hold_state_dir(tmp_path / "state", run="0", role="client 1"):
+        pass
+
+
+@pytest.mark.parametrize("forks", ["", "fork"])
+def test_a_killed_process_holds_nothing_any_more(tmp_path, held, forks):
+    """Its workers, which it had forked, may live on."""
+    held("17", "server", forks).kill()
+    with hold_state_dir(tmp_path / "state", run="18", role="server"):
+        assert len(list((tmp_path / "state" / "locks").glob("*.member"))) == 1
+    assert not list((tmp_path / "state" / "locks").glob("*.member"))
+
+
+def test_a_stopped_process_still_holds_it(tmp_path, held):
+    first = held("17")
+    first.process.send_signal(signal.SIGSTOP)
+    assert "run 17" in refusal(tmp_path, "18")
+    first.process.send_signal(signal.SIGCONT)
+
+
+def test_the_same_folder_under_another_name_is_the_same(tmp_path, held):
+    held("17")
+    (tmp_path / "link").symlink_to(tmp_path / "state")
+    with pytest.raises(ConfigError, match="run 17"):
+        hold_state_dir(tmp_path / "link", run="18")
+
+
+@pytest.mark.parametrize("content", ODD)
+def test_a_holder_that_cannot_be_named_still_holds(tmp_path, held, content):
+    held("17")
+    (member,) = (tmp_path / "state" / "locks").glob("*.member")
+    member.write_bytes(content)
+    told = refusal(tmp_path, "18")
+    assert "in use by run of unknown id" in told
+    assert told.isprintable()
+
+
+def test_a_release_happens_once(tmp_path):
+    hold = hold_state_dir(tmp_path / "state", run="1")
+    other = hold_state_dir(tmp_path / "state", run="1")
+    hold.release()
+    hold.release()
+    with pytest.raises(ConfigError):
+        hold_state_dir(tmp_path / "state", run="2")
+    other.release()
+    hold_state_dir(tmp_path / "state", run="2").release()
+
+
+def test_where_there_are_no_locks_processes_are_looked_for(tmp_path, monkeypatch):
+    """As on some network file systems: a dead process of this host is known to be gone."""
+    for place in (os_locks, module):
+        monkeypatch.setattr(place, "try_lock", lambda descriptor: None)
+    locks = tmp_path / "state" / "locks"
+    locks.mkdir(parents=True)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    about = {"run": "17", "roles": [], "host": socket.gethostname(), "pid": ended.pid}
+    (locks / "1.member").write_text(json.dumps(about))
+    hold_state_dir(tmp_path / "state", run="18").release()
+    for other in ({"host": "elsewhere"}, {"pid": os.getppid()}):
+        (locks / "2.member").write_text(json.dumps(about | other))
+        told = refusal(tmp_path, "18")
+        assert f"if that process is gone, remove {locks / '2.member'}" in told
+
+
+def test_a_disk_that_refuses_the_lock_costs_the_lock_alone(tmp_path, monkeypatch, caplog):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "new_private_file", full)
+    outages = Outages()
+    hold_state_dir(tmp_path / "state", run="1", outages=outages).release()
+    assert "the lock of the state-dir cannot be written" in caplog.text
+    assert "No space left on device" in outages.last_line()
+
+
+# What is there already
+
+
+def modes(folder):
+    return {stat.S_IMODE(p.lstat().st_mode) for p in (folder, *folder.rglob("*")) if p.is_dir()}, {
+        stat.S_IMODE(p.stat().st_mode) for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def test_all_of_an_earlier_version_is_closed(tmp_path, caplog):
+    state = tmp_path / "state"
+    for name in ("clients/a.sqlite", "server/rounds-0.safetensors", "server/references/x.sqlite"):
+        (state / name).parent.mkdir(parents=True, exist_ok=True)
+        (state / name).write_bytes(b"")
+    for path in (state, *state.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    (state / "clients" / "link").symlink_to(tmp_path / "elsewhere.txt")
+    (tmp_path / "elsewhere.txt").touch()
+    (tmp_path / "elsewhere.txt").chmod(0o640)
+    with hold_state_dir(state, run="1"):
+        assert modes(state) == ({0o700}, {0o600, 0o640})
+    assert stat.S_IMODE((tmp_path / "elsewhere.txt").stat().st_mode) == 0o640
+    (state / "clients" / "link").unlink()
+    assert modes(state) == ({0o700}, {0o600})
+    assert caplog.text.count("closed to them now") == 4  # three folders, and the rest in one line
+
+
+def test_leftovers_go_when_a_run_begins_and_not_before(tmp_path, held):
+    first = held("17")
+    left = tmp_path / "state" / "server" / "rounds-0.safetensors.1-ab.partial"
+    left.write_bytes(b"half")
+    with hold_state_dir(tmp_path / "state", run="17"):
+        assert left.exists()
+    first.end()
+    with hold_state_dir(tmp_path / "state", run="17"):
+        assert not left.exists()
+
+
+@pytest.mark.parametrize("special", ["cwd", "home", "shared", "sticky"])
+def test_a_folder_that_holds_more_stays_as_open_as_it_was(tmp_path, monkeypatch, special):
+    state = tmp_path / "state"
+    state.mkdir()
+    state.chmod(0o1777 if special == "sticky" else 0o755)
+    (state / "code.py").touch()
+    if special != "shared":  # a second run finds its own folders there
+        (state / "clients").mkdir()
+    if special == "cwd":
+        monkeypatch.chdir(state)
+    if special == "home":
+        monkeypatch.setattr(Path, "home", lambda: state)
+    before = state.stat().st_mode
+    with hold_state_dir(state, run="1"):
+        assert state.stat().st_mode == before
+        parts = [state / name for name in ("clients", "server", "locks")]
+        assert {stat.S_IMODE(part.stat().st_mode) for part in parts} == {0o700}
+
+
+@pytest.mark.parametrize("part", ["", "clients", "server", "locks"])
+def test_a_file_in_a_folder_s_place_is_refused_by_its_name(tmp_path, part):
+    path = tmp_path / "state" / part
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("")
+    with pytest.raises(ConfigError, match=f"{path}: expected a folder"):
+        hold_state_dir(tmp_path / "state", run="1")
