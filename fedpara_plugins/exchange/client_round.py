@@ -21,7 +21,7 @@ from fedpara_plugins.exchange.budget import MessageBudget
 from fedpara_plugins.exchange.client_state import ClientState, PrivateParts
 from fedpara_plugins.exchange.coding import CodedRecord, encode_record, update_codec
 from fedpara_plugins.exchange.dense_round import DenseRound
-from fedpara_plugins.exchange.headers import blind_limit, check_codecs, decoders_of
+from fedpara_plugins.exchange.headers import check_codecs, decoders_of, first_model_limit
 from fedpara_plugins.exchange.incoming import ReceivedRecord, read_model, read_side
 from fedpara_plugins.exchange.outgoing import Outgoing, select_outgoing
 from fedpara_plugins.exchange.own_models import OwnModels
@@ -40,6 +40,9 @@ REMEDY = "Set the same fedpara option codec on both sides"
 
 MOST_RECORDS = 64
 """Records of arrays in one message; apps have a handful."""
+
+MOST_TENSORS = 4096
+"""Tensors of a record as long as no own model is known; each takes time, however small it is."""
 
 
 class ClientRound:
@@ -107,13 +110,16 @@ class ClientRound:
             )
         budget = MessageBudget(self._own.nbytes, parts=self._parts)
         if unbounded:
-            budget = MessageBudget(sum(map(blind_limit, payloads.values())), parts=1)
+            budget = MessageBudget(sum(map(first_model_limit, payloads.values())), parts=1)
         held = {name: self._decoded(name, data, budget) for name, data in payloads.items()}
         self.received = {name: self._read(name, part, budget) for name, part in held.items()}
         return self.received
 
     def _decoded(self, name: str, payload: bytes, budget: MessageBudget) -> DecodedDownlink:
-        held = self._state.references.receive(name, payload, limit=budget.left)
+        most = sum(len(spec.keys) for spec in self._own.specs)
+        held = self._state.references.receive(
+            name, payload, limit=budget.left, most_tensors=max(most, MOST_TENSORS)
+        )
         budget.spend(tensor_bytes(held.tensors))
         check_codecs(held.header, self._settings.codec_names, remedy=self._remedy)
         return held

@@ -10,7 +10,6 @@ from fedpara_plugins.exchange.settings import codecs_in_words
 from fedpara_plugins.models.spec import ModelSpec
 
 __all__ = [
-    "blind_limit",
     "check_codecs",
     "decoders_of",
     "first_model_limit",
@@ -91,8 +90,6 @@ def first_model_limit(payload: bytes) -> int:
     """
     return max(FIRST_EXPANSION * len(payload), FIRST_LEAST)
 
-
-blind_limit = first_model_limit
 
 
 def _texts(header: PayloadHeader, name: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from fedpara_plugins.codecs import DecodedPayload, decode_payload
 from fedpara_plugins.errors import FedParaError, MismatchError, PayloadError
 from fedpara_plugins.exchange.budget import MessageBudget
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
-from fedpara_plugins.exchange.headers import blind_limit, spec_of
+from fedpara_plugins.exchange.headers import first_model_limit, spec_of
 from fedpara_plugins.exchange.outliers import update_norm
 from fedpara_plugins.exchange.records import KindOf, State, plain_spec
 from fedpara_plugins.exchange.reply_checks import (
@@ -164,7 +164,7 @@ class ReplyReader:
         Raises:
             PayloadError: damaged, with NaN or infinity, or without a sound description of a model.
         """
-        limit = blind_limit(payload)
+        limit = first_model_limit(payload)
         decoded = self._decoded(record, payload, limit)
         spec = spec_of(decoded.header, decoded.tensors, limit=limit)
         check_first(spec, decoded.tensors)
