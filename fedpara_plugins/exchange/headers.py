@@ -91,7 +91,6 @@ def first_model_limit(payload: bytes) -> int:
     return max(FIRST_EXPANSION * len(payload), FIRST_LEAST)
 
 
-
 def _texts(header: PayloadHeader, name: str) -> tuple[str, ...]:
     found = (header.extra or {}).get(name)
     return tuple(map(str, found)) if isinstance(found, list) else ()

@@ -22,6 +22,7 @@ from fedpara_plugins.exchange.private_options import (
     option_names,
 )
 from fedpara_plugins.exchange.records import plain_spec
+from fedpara_plugins.models.private import matches
 from fedpara_plugins.models.spec import ModelSpec
 
 __all__ = ["MOST_REMEMBERED", "OwnModel", "OwnModels", "shared_by"]
@@ -237,8 +238,16 @@ class OwnModels:
 
     def _without_model(self, names: Iterable[str], received: ModelSpec | None) -> ModelSpec:
         self.check_known()
+        given = list(names)
+        for pattern in self._config.private:
+            if given and not any(matches(name, (pattern,)) for name in given):
+                # These may be other names for the same tensors: positions, or those of a wrapper.
+                raise ConfigError(
+                    f"fedpara: the option private ({pattern!r}) matches none of the {len(given)} "
+                    f"names that the app answers with, such as {given[0][:80]!r}: {WITHOUT_MODEL}"
+                )
         if received is None:
-            return plain_spec(names)
+            return plain_spec(given)
         disputed = [w for w in received.weights if hides_values(w, self._config)]
         if disputed:
             # Factorised there, it would be sent; dense here, it would not.

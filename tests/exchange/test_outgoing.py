@@ -142,6 +142,14 @@ def test_patterns_hold_without_a_model(described):
     assert set(found.shared) == {"1.weight"}
 
 
+@pytest.mark.parametrize("names", ["01", ["net.1.weight", "net.2.weight"], ["1.weight"]])
+def test_names_that_no_pattern_matches_may_be_other_names_for_the_same(names):
+    own = owning(config=FedParaConfig(private="2.*"))
+    for received in (None, plain_spec(names)):
+        with pytest.raises(ConfigError, match=r"private \('2\.\*'\) matches none of the . names"):
+            select_outgoing("any", dict.fromkeys(names, torch.ones(1)), own, received=received)
+
+
 def test_a_list_is_named_by_an_own_model_alone():
     owning(SPEC).check_order_known(SPEC)
     for own in (owning(), owning(plain_spec("ab")), owning(config=FedParaConfig(private="a"))):
