@@ -85,7 +85,7 @@ class Case:
 
     @cached_property
     def secrets(self) -> Canaries:
-        """Return what the client has trained: private tensors, and weights of which they are part."""
+        """Return what the client has trained: private tensors, and weights of them."""
         values = list(planted({k: self.state[k] for k in self.private}).values())
         halves = [w for w, plan in self.spec.weights.items() if plan.private_names]
         dense = self.spec.dense_state(planted(self.state))
