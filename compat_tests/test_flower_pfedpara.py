@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +25,8 @@ from harness.processes.canaries import Canaries
 State = dict[str, Tensor]
 
 TASK = TrainingTask(rounds=3, epochs=1)
+MOST = 1000
+"""Places of each tensor that are searched for."""
 
 
 def _section(codec: str = "none", method: str = "pfedpara") -> dict[str, Any]:
@@ -71,15 +73,16 @@ class Diary:
         return Hooks(loaded=self.loaded, trained=self.trained)
 
 
-def _found_privately(diary: Diary, sent: Iterable[Sent]) -> int:
-    """Count the pieces of private factors, of any client at any time, in the messages.
+def _private(diary: Diary) -> Canaries:
+    """Return the private factors of all clients at any time, to search for.
 
     The seeded first values are no secret: every client and the server compute them alike.
     """
     values = [value for state in diary.private for value in state.values()]
-    canaries = Canaries(values, known=fedpara.split(_converted()).private.values())
+    seeded = fedpara.split(_converted()).private.values()
+    canaries = Canaries(values, known=seeded, most=MOST)
     assert len(canaries) > 10_000
-    return sum(canaries.found_in(message.data) for message in sent)
+    return canaries
 
 
 def _converted() -> nn.Module:
@@ -90,12 +93,13 @@ def test_no_byte_of_a_private_factor_is_on_the_wire() -> None:
     diary = Diary()
     outcome = _federate(diary.hooks)
     assert len(diary.shared) == TASK.rounds * TASK.clients
-    assert _found_privately(diary, outcome.sent) == 0
+    private = _private(diary)
+    assert not any(private.found_in(sent.data) for sent in outcome.sent)
     # The positive control: the same search finds every shared factor, in the message it is in.
     for sent in outcome.sent:
         if (sent.direction, sent.kind) == ("up", "train"):
             for key, value in diary.shared[sent.partition, sent.round].items():
-                control = Canaries([value])
+                control = Canaries([value], most=MOST)
                 assert control.found_in(sent.data) == len(control), key
 
 
@@ -106,14 +110,17 @@ def test_the_search_finds_private_factors_when_the_split_is_off(
     diary = Diary()
     outcome = _federate(diary.hooks, search=False)
     replies = [sent for sent in outcome.sent if (sent.direction, sent.kind) == ("up", "train")]
-    assert all(_found_privately(diary, [sent]) > 1000 for sent in replies)
+    private = _private(diary)
+    assert all(private.found_in(sent.data) > 1000 for sent in replies)
 
 
 def test_the_search_finds_private_factors_when_the_plugin_is_away() -> None:
     """A converted model in an app without the plugin sends all it has."""
     diary = Diary()
     apps = plain_apps(Experiment(TASK, "fedavg", {}, diary.hooks), _converted)
-    assert _found_privately(diary, federate(apps).sent) > 10_000
+    sent = federate(apps).sent
+    private = _private(diary)
+    assert sum(private.found_in(message.data) for message in sent) > 10_000
 
 
 @pytest.mark.parametrize("name", ["copy", "fedpara.copy", "fedpara.variate"])
@@ -138,7 +145,8 @@ def test_a_further_record_of_the_app_holds_nothing_private_either(name: str) -> 
             raises=False,
         )
     assert added
-    assert _found_privately(diary, wire) == 0
+    private = _private(diary)
+    assert not any(private.found_in(sent.data) for sent in wire)
     if name == "fedpara.variate":  # there is no telling what it is: the whole reply is refused
         assert not [sent for sent in wire if sent.direction == "up" and sent.arrays]
 
@@ -159,7 +167,8 @@ def test_the_state_of_a_wrapped_model_does_not_leave_the_client(prefix: str) -> 
     with pytest.raises(FedParaError, match=f"model.{prefix}state_dict"):
         federate(plugin_apps(experiment), _section(), tap=lambda sent, grid: wire.append(sent))
     assert diary.private
-    assert _found_privately(diary, wire) == 0
+    private = _private(diary)
+    assert not any(private.found_in(sent.data) for sent in wire)
 
 
 # What coded messages hold ------------------------------------------------------------------------
@@ -287,10 +296,11 @@ def test_private_factors_lie_in_the_clients_state_and_nowhere_else() -> None:
             for record in outcome.grid.client_state(partition).array_records.values()
             for array in record.values()
         )
-        assert Canaries(own).found_in(kept) == len(Canaries(own))
+        mine = Canaries(own, most=MOST)
+        assert mine.found_in(kept) == len(mine)
         others = [p for p in range(TASK.clients) if p != partition]
         for other in others:
-            trained = Canaries(after[other, TASK.rounds].values(), known=own)
+            trained = Canaries(after[other, TASK.rounds].values(), known=own, most=MOST)
             assert trained.found_in(kept) == 0
 
 

@@ -68,6 +68,58 @@ def test_answers_with_other_names(case: Case, answer: str, lie: str) -> None:
     check_nothing_left(case, case.device(answer=ANSWERS[answer]).send({"arrays": record}))
 
 
+def _positions(model: nn.Module, message: Message | None) -> State:
+    """A list, as ``ArrayRecord([...])`` names it."""
+    return {str(n): v for n, v in enumerate(planted(model.state_dict()).values())}
+
+
+@pytest.mark.parametrize("lie", ["", "nothing private", "positions", "dense"])
+@EACH_CASE
+def test_positions(case: Case, lie: str) -> None:
+    """No name says which of them are private."""
+    device = case.device(answer=_positions, loads=not lie)
+    record = LIES[lie](case) if lie else case.honest()
+    sent = [{"arrays": record}, {"arrays": case.honest(), "more": record}, {"parameters": record}]
+    check_nothing_left(case, *(device.send(content) for content in sent))
+
+
+@pytest.mark.parametrize("name", ["arrays", "parameters", "fitins.parameters"])
+@EACH_CASE
+def test_arrays_of_the_message_itself(case: Case, name: str) -> None:
+    """An app that hands on what it got, where its private values of the round before stand too."""
+    device = case.device()
+    first = device.send({"arrays": case.honest()})
+
+    def as_received(model: nn.Module, message: Message | None) -> Any:
+        assert message is not None
+        return next(iter(message.content.array_records.values())).to_torch_state_dict()
+
+    device.answer = as_received
+    content = {name: case.honest()}
+    legacy = {**content, "fitins.config": ConfigRecord({})}
+    kinds = ("train", "evaluate", "query")
+    replies = [device.send(content, kind) for kind in kinds] + [device.send(legacy)]
+    check_nothing_left(case, first, *replies)
+
+
+def test_patterns_count_for_other_models_too() -> None:
+    """A second model of the app, which it has built without the plugin."""
+    case = Case("none", "head*")
+    device = case.device()
+    app = ClientApp(mods=[fedpara.client_mod])
+
+    @app.train()
+    def fit(message: Message, context: Any) -> Message:
+        state = planted(device.net().state_dict())
+        second = {"head2.weight": state["head.weight"]}
+        records = {"arrays": ArrayRecord(state), "second": ArrayRecord(second)}
+        return Message(RecordDict(dict(records)), reply_to=message)
+
+    device.grid.replace_app(lambda: app)
+    reply = device.send({"arrays": case.honest()})
+    assert case.secrets.found_in(reply.data) == 0
+
+
 # Messages that hold no model ----------------------------------------------------------------------
 
 

@@ -14,6 +14,8 @@ from harness.processes.canaries import Canaries
 
 PLUGIN = {"method": "pfedpara", "gamma": 0.3}
 ROUNDS, CLIENTS = 2, 2
+MOST = 2000
+"""Places of each tensor that are searched for."""
 CUT = 0.005
 """Share of the pieces that may be cut in two: HTTP/2, for one, sends frames of 16 kB."""
 
@@ -42,8 +44,8 @@ def test_private_bytes_on_the_wire(tmp_path: Path, backend: str, leaks: bool) ->
     ]
     parts = fedpara.split(fedpara.convert(Net(), **PLUGIN))
     # The first values are no secret: both sides compute them alike.
-    private = Canaries(chosen(states, parts.private), known=parts.private.values())
-    shared = Canaries(chosen(states, parts.shared))
+    private = Canaries(chosen(states, parts.private), known=parts.private.values(), most=MOST)
+    shared = Canaries(chosen(states, parts.shared), most=MOST)
     assert len(private) > 10_000
     assert shared.found_in(wire) > (1 - CUT) * len(shared)
     found = private.found_in(wire)

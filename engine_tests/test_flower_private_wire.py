@@ -14,6 +14,9 @@ from harness.processes.canaries import Canaries
 
 State = dict[str, Tensor]
 
+MOST = 2000
+"""Places of each tensor that are searched for."""
+
 
 @pytest.mark.parametrize("split", ["on", "off"])
 def test_private_bytes_on_the_wire(tmp_path: Path, split: str) -> None:
@@ -61,7 +64,8 @@ def _trained(app: EngineApp) -> tuple[Canaries, Canaries]:
         [value for state in states for value in _part(app, state, part)]
         for part in ("private", "shared")
     )
-    return Canaries(private, known=fedpara.split(app.build()).private.values()), Canaries(shared)
+    seeded = fedpara.split(app.build()).private.values()
+    return Canaries(private, known=seeded, most=MOST), Canaries(shared, most=MOST)
 
 
 def _part(app: EngineApp, state: State, part: str) -> list[Tensor]:

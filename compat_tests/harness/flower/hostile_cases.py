@@ -71,7 +71,7 @@ class Case:
 
     @property
     def knows_model(self) -> bool:
-        """Whether the plugin gets to know the client's own model."""
+        """Tell whether the plugin gets to know the client's own model."""
         return self.factorised
 
     def device(self, **changes: Any) -> Device:
@@ -85,7 +85,7 @@ class Case:
 
     @cached_property
     def secrets(self) -> Canaries:
-        """What the client has trained: private tensors, and weights of which they are a part."""
+        """Return what the client has trained: private tensors, and weights of them."""
         values = list(planted({k: self.state[k] for k in self.private}).values())
         halves = [w for w, plan in self.spec.weights.items() if plan.private_names]
         dense = self.spec.dense_state(planted(self.state))
@@ -172,13 +172,13 @@ def _with(**options: Any) -> Callable[[Case], Described]:
 
 
 def _one_layer(case: Case) -> Described:
-    """One layer as the client may expect it, and the rest plain."""
+    """Describe one layer as the client may expect it, and the rest as plain."""
     config = core.FedParaConfig(method="pfedpara", gamma=0.3, min_size=1, exclude=("head",))
     return _converted(core.convert(Net(), config))
 
 
 def _one_private_less(case: Case) -> Described:
-    """The client's model, where one private name is called shared."""
+    """Describe the client's model, where one private name is called shared."""
     last = max(case.private)
     own = {key: value for key, value in case.spec.own.items() if key != last}
     weights = {
@@ -191,7 +191,7 @@ def _one_private_less(case: Case) -> Described:
 
 
 def _wrapped(case: Case) -> Described:
-    """The names of a model in a wrapper, all of them shared."""
+    """Describe the names of a model in a wrapper, all of them shared."""
     return _plain({f"_orig_mod.{key}": value for key, value in case.state.items()})
 
 
@@ -204,7 +204,7 @@ def _wrapped_besides(case: Case) -> Described:
 
 
 def _another_model(case: Case) -> Described:
-    """A larger model, which has the client's names too."""
+    """Describe a larger model, which has the client's names too."""
     return _plain({**case.state, "more.weight": torch.zeros(3, 3)})
 
 
@@ -213,7 +213,7 @@ def _positions(case: Case) -> Described:
 
 
 def _other_names(case: Case) -> Described:
-    """Private tensors under the names of shared ones of the same shape, and the reverse."""
+    """Exchange names of private tensors and of shared ones of the same shape."""
     return _reordered(case, [_exchanged(key) for key in case.spec.keys])
 
 
@@ -241,7 +241,7 @@ def _no_description(case: Case) -> Described:
 
 
 def _further_fields(case: Case) -> Described:
-    """The client's own model, with requests that no client knows."""
+    """Describe the client's own model, with requests that no client knows."""
     model = {**case.spec.to_json(), "private_keys": [], "shared": sorted(case.private)}
     extra = {"private": [], "send": sorted(case.private), "codecs": ["none", "none"]}
     return described(model, case.shared, extra=extra)
