@@ -24,7 +24,16 @@ from fedpara_plugins.codecs import decoders, encode_payload, parse_codec, refere
 
 CODECS = (
     *("none", "lossless", "int8", "balanced", "small", "tiny"),
-    *("zlib", "zstd", "ans", "planes", "planes+zlib", "grid+ans", "cast", "delta+cast:to=fp16+zlib"),
+    *(
+        "zlib",
+        "zstd",
+        "ans",
+        "planes",
+        "planes+zlib",
+        "grid+ans",
+        "cast",
+        "delta+cast:to=fp16+zlib",
+    ),
     *("delta+topk:share=0.1+zlib", "delta+topk:share=0.7+zlib", "topk:share=0.7"),
     *("quantise:bits=4,scope=row+ans", "quantise:bits=4,scope=block,block=16+zlib"),
     *("quantise:bits=16+zlib", "delta+int8", "delta"),
@@ -115,9 +124,7 @@ def main() -> None:
             cells = []
             for state, reference in found.values():
                 size = sum(value.nbytes for value in state.values()) / 2**20
-                runs = [
-                    measure(codec, state, reference, Path(folder)) for _ in range(options.runs)
-                ]
+                runs = [measure(codec, state, reference, Path(folder)) for _ in range(options.runs)]
                 times, seconds = (min(values) for values in zip(*runs, strict=True))
                 cells.append(f"{times:.2f}, {1e3 * seconds / size:.1f}")
             print(f"| `{codec}` | {' | '.join(cells)} |", flush=True)

@@ -153,9 +153,7 @@ def _container_limit(limit: int) -> int:
     return limit + limit // 64 + 1024
 
 
-def load_tensors(
-    container: Container, order: Sequence[int] | None, *, working: int
-) -> HandedOver:
+def load_tensors(container: Container, order: Sequence[int] | None, *, working: int) -> HandedOver:
     """Return the tensors of a file, in the header's order.
 
     They lie in the file's own memory, which must not be written to, except for those at addresses

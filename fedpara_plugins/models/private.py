@@ -65,8 +65,11 @@ class PrivateTensor:
         if self.std:
             return seeded_normal(self.shape, std=self.std, seed=seed, key=key).to(dtype)
         # One value is converted, and then copied: a float32 tensor may take more than the result.
-        return torch.full((), self.fill).to(dtype).expand(self.shape).clone(
-            memory_format=torch.contiguous_format
+        return (
+            torch.full((), self.fill)
+            .to(dtype)
+            .expand(self.shape)
+            .clone(memory_format=torch.contiguous_format)
         )
 
     def to_row(self) -> list[Any]:

@@ -151,9 +151,7 @@ class _SymbolReader:
         width: bytes of each of them.
     """
 
-    def __init__(
-        self, symbols: DecodedSymbols, source: Inflater, escapes: int, width: int
-    ) -> None:
+    def __init__(self, symbols: DecodedSymbols, source: Inflater, escapes: int, width: int) -> None:
         self._parts, self._escape = symbols
         self._left: Integers = np.empty(0, np.int8)
         self._source = source

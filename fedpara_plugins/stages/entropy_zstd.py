@@ -118,7 +118,9 @@ class _Frame:
         self._reader: Any = None
         if not size:
             if len(stream):
-                raise PayloadError(f"stage 'zstd': expected no bytes, got a stream of {len(stream)}")
+                raise PayloadError(
+                    f"stage 'zstd': expected no bytes, got a stream of {len(stream)}"
+                )
             return
         try:
             frame = self._library.get_frame_parameters(stream)

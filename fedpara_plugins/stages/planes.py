@@ -70,7 +70,9 @@ class PlanesStage(Stage):
         what = "the tensors behind their planes"
         check_limit(size, limit, what)
         if isinstance(tensors, HandedOver) and not tensors.fits(size):
-            joined = [tensor for tensor, dtype in zip(tensors.values(), dtypes, strict=True) if dtype]
+            joined = [
+                tensor for tensor, dtype in zip(tensors.values(), dtypes, strict=True) if dtype
+            ]
             owned = [tensor.nbytes // 2 for tensor in joined if may_overwrite(tensors, tensor)]
             tensors.check_peak(
                 [

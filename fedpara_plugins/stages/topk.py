@@ -239,9 +239,7 @@ def _ends(coded: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.int64]]:
         yield ends
 
 
-def _scatter(
-    values: torch.Tensor, shape: Sequence[int], positions: _Positions
-) -> torch.Tensor:
+def _scatter(values: torch.Tensor, shape: Sequence[int], positions: _Positions) -> torch.Tensor:
     """Return zeros with the values at the next positions."""
     whole = torch.zeros(math.prod(shape), dtype=values.dtype)
     flat, done = values.reshape(-1), 0
