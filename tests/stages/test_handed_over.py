@@ -198,3 +198,19 @@ def test_more_tensors_than_expected_are_refused_before_they_are_decoded(codec, m
     monkeypatch.setattr(Codec, "decode", None)
     with pytest.raises(PayloadError, match="tensors, this side expects at most 10"):
         decode_payload(data, limit=1000, reference=tensors, most_tensors=10)
+
+
+@pytest.mark.parametrize(
+    "codec", ["none", "small", "int8", "balanced", "lossless", "topk:share=0.1", "grid+zlib"]
+)
+def test_the_default_device_of_the_process_does_not_matter(codec):
+    tensors = {"w": values(torch.float16, 2**17).round().reshape(2, -1), "e": torch.empty(0)}
+    reference = {name: tensor + 2 for name, tensor in tensors.items()}
+    data = encode_payload(tensors, codec=parse_codec(codec).resolved(("ans",)), reference=reference)
+    expected = decode_payload(data, limit=10**6, reference=reference).tensors
+    torch.set_default_device("meta")
+    try:
+        found = decode_payload(data, limit=10**6, reference=reference).tensors
+    finally:
+        torch.set_default_device(None)
+    assert same_bits(found, expected)
