@@ -21,8 +21,8 @@ DECODERS = "decoders"
 CODECS = "codecs"
 
 FIRST_EXPANSION, FIRST_LEAST = 64, 2**28
-"""A first model may take this many times its payload, and this many bytes in any case: whole weights
-are hardly compressible, but parts of them may all be equal."""
+"""A first model may take this many times its payload, and this many bytes in any case: weights are
+hardly compressible, but parts of them may all be equal."""
 
 
 def header_extra(codecs: Sequence[str] = ()) -> dict[str, list[str]]:

@@ -75,7 +75,7 @@ class DeltaStage(Stage):
         for place, name in enumerate(list(tensors)):
             tensor = take(tensors, name)
             if tensor.dtype in REAL_DTYPES and place not in exact:
-                other = reference_tensor(name, tensor, reference)
+                other = reference_tensor(name, tensor, reference).detach()
                 own = may_overwrite(tensors, tensor)
                 tensor = torch.add(other, tensor, out=tensor) if own else other + tensor
             decoded[name] = tensor

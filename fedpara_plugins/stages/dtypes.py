@@ -134,7 +134,7 @@ def empty_tensor(name: str, dtype: torch.dtype, shape: Sequence[int]) -> torch.T
         PayloadError: torch cannot make that shape.
     """
     try:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise PayloadError(f"tensor {name!r}: no tensor can have this shape: {error}") from error
 

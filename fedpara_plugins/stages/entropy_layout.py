@@ -33,7 +33,7 @@ __all__ = [
 
 STREAM = "stream"
 _SMALL = 2**16
-"""Bytes from which on torch allocates a tensor, which does not touch its memory, but takes longer."""
+"""Bytes from which on torch allocates a tensor: it does not touch the memory, but takes longer."""
 _SPARE = 2**16
 """Bytes that a stream may have beyond a 65th more than what it stands for: tables, checksums."""
 

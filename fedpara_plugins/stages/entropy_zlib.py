@@ -192,5 +192,6 @@ class Inflater:
 
     def _wrong(self, got: str) -> PayloadError:
         return PayloadError(
-            f"stage {self._stage!r}: expected a stream that ends after {self._size} bytes, got {got}"
+            f"stage {self._stage!r}: expected a stream that ends after {self._size} bytes, got "
+            f"{got}"
         )

@@ -89,7 +89,9 @@ class GridStage(Stage):
             like = torch.empty(tensor.shape, dtype=dtype, device="meta")
             other = reference_tensor(name, like, reference)
             own = in_place(tensor, dtype)
-            out = tensor.view(dtype) if own else torch.empty(tensor.shape, dtype=dtype)
+            out = (
+                tensor.view(dtype) if own else torch.empty(tensor.shape, dtype=dtype, device="cpu")
+            )
             _add_steps(other, tensor, next(exponents), out=out)
             _check_finite(name, out)
             return out

@@ -126,7 +126,7 @@ def _dequantise(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtyp
         raise PayloadError(f"tensor {name!r}: int8 symbols go from -127 to 127, got -128")
     if wide == dtype:
         return tensor.to(wide).mul_(scale)
-    values = torch.empty(tensor.shape, dtype=dtype)
+    values = torch.empty(tensor.shape, dtype=dtype, device="cpu")
     for symbols, chunk in in_chunks(tensor.reshape(-1), values.view(-1)):
         chunk.copy_(symbols.to(wide).mul_(scale))
     return values

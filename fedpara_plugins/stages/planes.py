@@ -116,7 +116,7 @@ def _check_planes(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 def _from_planes(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    values = torch.empty(tensor.shape[1:], dtype=dtype)
+    values = torch.empty(tensor.shape[1:], dtype=dtype, device="cpu")
     if values.numel():
         planes = list(np.asarray(tensor_bytes(tensor)).reshape(dtype.itemsize, -1))
         _join(planes, dtype, out=np.asarray(tensor_bytes(values)))

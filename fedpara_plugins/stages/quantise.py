@@ -154,7 +154,9 @@ class QuantiseStage(Stage):
 
         def decode(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             own = in_place(tensor, dtype)
-            out = tensor.view(dtype) if own else torch.empty(tensor.shape, dtype=dtype)
+            out = (
+                tensor.view(dtype) if own else torch.empty(tensor.shape, dtype=dtype, device="cpu")
+            )
             dequantise(tensor, next(groups), out=out)
             _check_finite(name, out)
             return out

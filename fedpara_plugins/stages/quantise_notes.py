@@ -183,7 +183,7 @@ def _pieces(
     whole = count // size if 0 < size < CHUNK and len(steps) > 1 else 0
     for first in range(0, whole, max(1, CHUNK // max(size, 1))):
         last = min(first + CHUNK // size, whole)
-        column = torch.as_tensor(steps[first:last], dtype=wide).unsqueeze(1)
+        column = torch.as_tensor(steps[first:last], dtype=wide, device="cpu").unsqueeze(1)
         yield first * size, last * size, column
     for start in range(whole * size, count, max(size, 1)):
         end, step = min(start + size, count), float(steps[start // size])

@@ -241,7 +241,7 @@ def _ends(coded: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.int64]]:
 
 def _scatter(values: torch.Tensor, shape: Sequence[int], positions: _Positions) -> torch.Tensor:
     """Return zeros with the values at the next positions."""
-    whole = torch.zeros(math.prod(shape), dtype=values.dtype)
+    whole = torch.zeros(math.prod(shape), dtype=values.dtype, device="cpu")
     flat, done = values.reshape(-1), 0
     for places in positions.take(len(flat), len(whole)):
         whole[torch.from_numpy(places)] = flat[done : done + len(places)]

@@ -267,3 +267,26 @@ def test_errors_in_code_are_the_project_s_own(tmp_path):
     (tmp_path / "x").write_bytes(b"{}\n")
     with pytest.raises(FedParaError):
         inspect_file(tmp_path / "x")
+
+
+def test_texts_of_a_stranger_stay_short_lines(command):
+    """A name of a megabyte would otherwise widen every row of the table."""
+    name = "long\x1b[2J\n" + "n" * 10**6
+    tensors = {name: torch.ones(2), **{str(i): torch.ones(1) for i in range(50)}}
+    data = encode_payload(tensors, codec=parse_codec("none"), extra={"x": "\n" + "y" * 10**6})
+    Path("message").write_bytes(data)
+    code, out, _ = command("inspect", "message")
+    assert code == 0
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines())) < 500
+    assert len(out) < 50_000
+    save_file(tensors, "states.safetensors", metadata={METADATA_KEY: json.dumps({"model": name})})
+    code, out, _ = command("inspect", "states.safetensors")
+    assert code == 0
+    assert max(map(len, out.splitlines())) < 500
+
+
+def test_a_description_of_a_million_lists_is_not_read(refused):
+    about = '{"format":"factors","x":[' + "[]," * 10**6 + "0]}"
+    save_file({"w": torch.ones(2)}, "states.safetensors", metadata={METADATA_KEY: about})
+    assert "not a JSON object" in refused("inspect", "states.safetensors", code=1)

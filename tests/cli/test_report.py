@@ -1,10 +1,17 @@
 """``fedpara report`` writes one page, or nothing and one line."""
 
+import contextlib
+import os
+import socket
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from fedpara_plugins import Ledger, LedgerEntry
+from fedpara_plugins import FedParaError, Ledger, LedgerEntry
+from fedpara_plugins.cli.inspect_file import inspect_file
+from fedpara_plugins.ledger import LayerSize, RunStart
+from fedpara_plugins.ledger.page import read_runs, runs
 
 
 def ledger(path, **changes):
@@ -72,3 +79,71 @@ def test_inspect_reads_both_formats(command):
         code, out, _ = command("inspect", name)
         assert code == 0
         assert f"{name}: ledger of 1 messages, 1 rounds, 1 clients" in out
+
+
+@pytest.mark.parametrize("command_word", ["report", "inspect"])
+@pytest.mark.parametrize("kind", ["named pipe", "socket", "device", "folder"])
+def test_what_is_no_regular_file_is_refused_unopened(refused, command_word, kind):
+    """A named pipe has no end as long as nobody writes, and a device may have none at all."""
+    path = Path("odd")
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as server:
+        if kind == "named pipe":
+            os.mkfifo(path)
+        elif kind == "socket":
+            server.bind(str(path))
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            path.mkdir()
+        more = ("-o", "report.html") if command_word == "report" else ()
+        assert f"odd: expected a file, this is a {kind}" in refused(command_word, "odd", *more)
+
+
+@pytest.mark.parametrize("start", [b"", b'{"a":"', b'{"round":1}\n'])
+@pytest.mark.parametrize("ending", [b"", b"\n"])
+def test_a_line_without_end_is_not_read(refused, start, ending):
+    Path("run.jsonl").write_bytes(start + b"x" * 2**22 + ending)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FedParaError, match=r"run.jsonl, line \d: expected"):
+            read_runs(["run.jsonl"])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * 2**21
+    refused("report", "run.jsonl", "-o", "report.html", code=1)
+
+
+@pytest.mark.parametrize("changed", ["client", "round", "layer", "metric", "start"])
+def test_a_ledger_of_ever_new_names_is_given_up(monkeypatch, tmp_path, changed):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "MOST_KEPT", 20_000)
+    path = ledger("run.jsonl")
+    book = Ledger(path)
+    for number in range(60):
+        if changed in ("client", "round"):
+            ledger(path, **{changed: number if changed == "round" else str(number)})
+        elif changed == "layer":
+            book.describe(LayerSize(layer=str(number), tensors=1, raw_bytes=4))
+        elif changed == "metric":
+            book.log(number, loss=0.5)
+        else:
+            book.describe(RunStart(version="1", method="none", codec="none"))
+    with pytest.raises(FedParaError, match=r"run.jsonl: names more rounds"):
+        read_runs([path])
+    monkeypatch.setattr(runs, "MOST_KEPT", 40_000)
+    assert read_runs([path])
+
+
+def test_inspect_sums_a_ledger_up_without_keeping_its_messages(command):
+    line = Path(ledger("run.jsonl")).read_bytes()
+    Path("run.jsonl").write_bytes(line * 20_000)
+    tracemalloc.start()
+    try:
+        text = inspect_file("run.jsonl")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "ledger of 20,000 messages, 1 rounds, 1 clients" in text
+    assert "20,000,000" in text
+    assert peak < 10**6

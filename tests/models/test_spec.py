@@ -8,6 +8,7 @@ from torch import nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import MismatchError, ModelSpec, PayloadError
+from fedpara_plugins.models.private import PrivateTensor
 
 
 def net():
@@ -97,6 +98,27 @@ def test_private_tensors_of_any_size_are_refused_where_there_is_a_limit():
     assert ModelSpec.from_json(data, spec.shared_keys, limit=size) == spec
     with pytest.raises(PayloadError, match=f"would take {size} bytes"):
         ModelSpec.from_json(data, spec.shared_keys, limit=size - 1)
+
+
+def test_a_narrow_private_tensor_counts_what_its_draw_takes():
+    """Values are drawn as float32, whatever they become."""
+    own = {"h": PrivateTensor((100, 100), "float16", std=0.5)}
+    spec = ModelSpec(weights={}, keys=("h",), seed=0, own=own)
+    data = spec.to_json()
+    assert ModelSpec.from_json(data, (), limit=60_000) == spec
+    with pytest.raises(PayloadError, match="would take 60000 bytes"):
+        ModelSpec.from_json(data, (), limit=59_999)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "int64", "uint8", "bool"])
+def test_constant_private_tensors_are_made_in_their_own_memory(dtype):
+    found = PrivateTensor((3, 0, 2), dtype, fill=1.0).initial_value(seed=0, key="k")
+    assert found.shape == (3, 0, 2)
+    found = PrivateTensor((3, 4), dtype, fill=1.0).initial_value(seed=0, key="k")
+    assert found.dtype == getattr(torch, dtype)
+    assert found.is_contiguous()
+    found[0, 0] = 0
+    assert float(found.double().sum()) == 11
 
 
 def test_dense_state_from_shared_keys_alone_is_w1():

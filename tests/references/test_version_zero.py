@@ -6,6 +6,9 @@ import base64
 import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
 import zlib
 
 import pytest
@@ -75,6 +78,40 @@ def test_the_draw_is_the_one_that_is_described(model):
     x1, y1, x2, y2 = (found[name].double() for name in ("x1", "y1", "x2", "y2"))
     weight = plan.scale * (x1 @ y1.T) * (x2 @ y2.T)
     assert abs(float(weight.var()) / plan.variance - 1) < 0.01
+
+
+WATCH = """
+import sys, torch
+import fedpara_plugins as fedpara
+from fedpara_plugins.references.version_zero import derive_reference, reference_from_header
+torch.set_num_threads(1)
+def status(key):
+    return next(int(x.split()[1]) * 1024 for x in open("/proc/self/status") if x.startswith(key))
+net = torch.nn.Sequential(torch.nn.Linear(4096, 4096), torch.nn.Linear(4, 4))
+net = fedpara.convert(net, method=sys.argv[1], gamma=0.3, init="seeded")
+spec, state = fedpara.ModelSpec.of(net), fedpara.split(net).shared
+size = sum(value.nbytes for value in state.values())
+base, described = derive_reference("seeded", spec, state), spec.to_json()
+extra = base.extra
+del net, state, base
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = status("VmRSS")
+found = reference_from_header(extra, described, limit=size, expect=spec)
+print((status("VmHWM") - before) / (3 * size + 16 * 2**20))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("method", ["fedpara", "pfedpara"])
+def test_drawing_takes_three_times_the_state_at_most(method):
+    result = subprocess.run(
+        [sys.executable, "-c", WATCH, method],
+        capture_output=True,
+        # glibc would keep what was freed, and the next draw would find it for nothing.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr.decode()[-2000:]
+    assert float(result.stdout) < 1
 
 
 @pytest.mark.parametrize("method", ["lowrank", "fedpara", "pfedpara"])
@@ -242,6 +279,10 @@ def test_weights_without_their_factors_in_the_layout_cost_nothing(drawn):
             "a row of the composed weight",
         ),
         (
+            [["weight", "fedpara", [4, 512, 32, 32], 8, *SOUND[4:]]],
+            "takes 4194304 entries",
+        ),
+        (
             [[f"{i}.weight", "fedpara", [4000, 4000], 1, *SOUND[4:]] for i in range(100)],
             "1600000000",
         ),
@@ -265,6 +306,14 @@ def test_the_state_of_another_model_than_expected_is_not_derived(model, drawn):
     assert drawn == []
     same = reference_from_header(base.extra, spec.to_json(), limit=10**8, expect=spec)
     assert same.reference == base.reference
+
+
+def test_a_layout_of_lists_without_end_is_refused_before_it_is_parsed(monkeypatch):
+    text = "[" + "[]," * 10**6 + "0]"
+    layout = base64.b64encode(zlib.compress(text.encode())).decode()
+    monkeypatch.setattr(version_zero, "strict_json", None)
+    with pytest.raises(PayloadError, match="layout of version 0 would take"):
+        reference_from_header({"base": {"kind": "zeros", "layout": layout}}, None, limit=10**6)
 
 
 def test_more_tensors_than_a_payload_may_have_are_refused():
