@@ -58,6 +58,7 @@ def select_outgoing(
     """
     for spec in own.specs:
         check_names(spec, tensors, others=True)
+    own.check_named(tensors.keys())
     if kind == "model":
         spec = own.spec_for(tensors, received)
         if received is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from fedpara_plugins.config import FedParaConfig
@@ -200,12 +200,34 @@ class OwnModels:
             names: of tensors.
             spec: the model that they belong to, as `spec_for` returns it.
         """
-        private = spec.private_keys.union(*(own.private_keys for own in self.specs))
-        hidden = {name for name in names if name in private}
-        if self._known:
-            return hidden
-        factors = spec.shared_shapes()
-        return hidden | {n for n in names if n not in factors and hides_values(n, self._config)}
+        specs = (spec, *self.specs)
+        private = frozenset[str]().union(*(own.private_keys for own in specs))
+        factors = set[str]().union(*(own.shared_shapes() for own in specs))
+        return {
+            name
+            for name in names
+            if name in private or (name not in factors and hides_values(name, self._config))
+        }
+
+    def check_named(self, names: Collection[str]) -> None:
+        """Raise if tensors are numbered and not named, and any tensor may be private.
+
+        Args:
+            names: of the tensors of a record.
+
+        Raises:
+            PayloadError: names the remedy.
+        """
+        numbered = bool(names) and all(name.isdecimal() for name in names)
+        known = {key for spec in self.specs for key in spec.keys}
+        if not numbered or known.issuperset(names):
+            return
+        hidden = any(spec.private_keys for spec in self.specs) or may_hide_halves(self._config)
+        if hidden or self._config.private:
+            raise PayloadError(
+                f"fedpara: the answer holds a list of {len(names)} arrays without names, which "
+                f"may be private ones: answer with names, ArrayRecord(model.state_dict())"
+            )
 
     def check_known(self) -> None:
         """Raise if there may be private values whose names no own model tells.

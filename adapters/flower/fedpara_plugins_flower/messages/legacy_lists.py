@@ -122,7 +122,8 @@ class Namer:
 def request_name(message: Message, record: str) -> str:
     """Return the name under which an app expects a record of a message; called on a client."""
     legacy = LEGACY_REQUESTS.get(message.metadata.message_type)
-    return legacy if record == PARAMETERS and legacy is not None else record
+    named = record == PARAMETERS and legacy is not None and is_legacy(message)
+    return str(legacy) if named else record
 
 
 def answers_with_list(reply: Message) -> bool:
