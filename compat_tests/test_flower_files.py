@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
 from harness.oracles.task import TrainingTask
 from harness.processes.refusing_disk import refuse_writes
 
-TASK = TrainingTask(rounds=3, epochs=1)
+TASK = TrainingTask(rounds=2, epochs=1)
 
 HOLDER = """
 import sys
@@ -56,17 +57,24 @@ def _modes(folder: Path) -> tuple[set[int], set[int]]:
     return {m for is_dir, m in modes if is_dir}, {m for is_dir, m in modes if not is_dir}
 
 
-@pytest.fixture(params=[0o000, 0o022], ids=oct)
-def umask(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = os.umask(request.param)
-    yield request.param
-    os.umask(before)
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    _run(folder)
+    return folder
 
 
-@pytest.mark.parametrize("references", ["client", "grid"])
+@pytest.fixture
+def finished(finished_run: Path, tmp_path: Path) -> Path:
+    """Return a folder with the files of a run that has ended."""
+    return Path(shutil.copytree(finished_run, tmp_path / "finished"))
+
+
+@pytest.mark.parametrize(("references", "umask"), [("client", 0o000), ("grid", 0o022)])
 def test_private_state_is_its_owner_s_alone_and_open_files_are_closed(
-    tmp_path: Path, umask: int, references: str
+    tmp_path: Path, request: pytest.FixtureRequest, umask: int, references: str
 ) -> None:
+    request.addfinalizer(partial(os.umask, os.umask(umask)))
     _run(tmp_path, references=references)
     for private in ("state", "own"):
         assert _modes(tmp_path / private) == ({0o700}, {0o600})
@@ -85,25 +93,24 @@ def test_private_state_is_its_owner_s_alone_and_open_files_are_closed(
     assert any("were open to other users" in line for line in outcome.log)
 
 
-def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
-    _run(tmp_path)
+def test_what_killed_writers_left_is_removed(finished: Path) -> None:
     left = [
-        tmp_path / "state" / "server" / "rounds-0.safetensors.99-ab.partial",
-        tmp_path / "state" / "server" / "references" / "states" / "ab.tmp",
-        tmp_path / "state" / "clients" / ".tmpX1y2Z3",
-        tmp_path / "own" / "client-3.safetensors.99-ab.partial",
-        tmp_path / "server.safetensors.99-ab.partial",
+        finished / "state" / "server" / "rounds-0.safetensors.99-ab.partial",
+        finished / "state" / "server" / "references" / "states" / "ab.tmp",
+        finished / "state" / "clients" / ".tmpX1y2Z3",
+        finished / "own" / "client-3.safetensors.99-ab.partial",
+        finished / "server.safetensors.99-ab.partial",
     ]
     for path in left:
         path.write_bytes(b"half")
     from fedpara_plugins.exchange import run_checkpoints
 
     run_checkpoints._seen.clear()
-    _run(tmp_path)
+    _run(finished)
     # The run is over already: no client has evaluated, and nothing was exported.
     assert [path.name for path in left if path.exists()] == ["client-3.safetensors.99-ab.partial"]
-    (tmp_path / "state" / "server" / "rounds-0.safetensors").unlink()
-    _run(tmp_path)
+    (finished / "state" / "server" / "rounds-0.safetensors").unlink()
+    _run(finished)
     assert not left[3].exists()
 
 
@@ -169,14 +176,13 @@ def test_a_disk_that_refuses_costs_what_was_to_be_written(
 
 
 def test_a_round_that_was_kept_before_the_disk_was_full_is_gone_on_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a read-only disk holds is read."""
-    _run(tmp_path)
     with monkeypatch.context() as patch:
-        refuse_writes(patch, tmp_path)
-        outcome = _run(tmp_path, raises=False)
-    assert any("holds round 3 of 3" in line for line in outcome.log)
+        refuse_writes(patch, finished)
+        outcome = _run(finished, raises=False)
+    assert any("holds round 2 of 2" in line for line in outcome.log)
     assert len(outcome.accuracies) == 0
 
 
@@ -195,12 +201,11 @@ def _damage(path: Path) -> None:
 
 
 @pytest.mark.parametrize("odd", [_make_folder, _make_loop, _damage])
-def test_an_odd_snapshot_is_named(tmp_path: Path, odd: Any) -> None:
-    _run(tmp_path)
-    path = tmp_path / "state" / "server" / "rounds-0.safetensors"
+def test_an_odd_snapshot_is_named(finished: Path, odd: Any) -> None:
+    path = finished / "state" / "server" / "rounds-0.safetensors"
     odd(path)
     with pytest.raises(ConfigError, match=str(path)):
-        _run(tmp_path)
+        _run(finished)
 
 
 @pytest.mark.parametrize(
@@ -209,22 +214,20 @@ def test_an_odd_snapshot_is_named(tmp_path: Path, odd: Any) -> None:
      b'{"train_metrics_clientapp": {"x": {}}}', b'{"train_metrics_clientapp": {"1": [3]}}'],
 )  # fmt: skip
 def test_metrics_that_cannot_be_read_are_told_and_begin_anew(
-    tmp_path: Path, content: bytes
+    finished: Path, content: bytes
 ) -> None:
-    _run(tmp_path)
-    path = tmp_path / "state" / "server" / "rounds-0.metrics.json"
+    path = finished / "state" / "server" / "rounds-0.metrics.json"
     path.write_bytes(content)
-    outcome = _run(tmp_path)
+    outcome = _run(finished)
     assert any(f"are lost: {path} cannot be read" in line for line in outcome.log)
 
 
 @pytest.mark.parametrize("odd", [_make_folder, _make_loop])
-def test_an_odd_file_of_a_client_costs_that_client_alone(tmp_path: Path, odd: Any) -> None:
-    _run(tmp_path)
-    (tmp_path / "state" / "server" / "rounds-0.safetensors").unlink()
-    path = tmp_path / "state" / "clients" / "2.sqlite"
+def test_an_odd_file_of_a_client_costs_that_client_alone(finished: Path, odd: Any) -> None:
+    (finished / "state" / "server" / "rounds-0.safetensors").unlink()
+    path = finished / "state" / "clients" / "2.sqlite"
     odd(path)
-    outcome = _run(tmp_path)
+    outcome = _run(finished)
     assert any(str(path) in line for line in outcome.log)
     assert len(outcome.accuracies) == TASK.rounds + 1
 

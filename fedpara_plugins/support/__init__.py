@@ -11,7 +11,7 @@ from fedpara_plugins.support.database import Database, open_database
 from fedpara_plugins.support.findings import Finding, Level, satisfies
 from fedpara_plugins.support.outages import Outages, cause_of, is_misplaced
 from fedpara_plugins.support.private_files import (
-    check_regular,
+    check_own_file,
     close_folder_of,
     make_private_folder,
     remove_leftovers,
@@ -39,7 +39,7 @@ __all__ = [
     "StateDirHold",
     "Storage",
     "cause_of",
-    "check_regular",
+    "check_own_file",
     "close_folder_of",
     "hold_state_dir",
     "is_misplaced",

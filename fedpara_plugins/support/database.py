@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from fedpara_plugins.support.outages import Outages, as_os_error
 from fedpara_plugins.support.private_files import (
-    check_regular,
+    check_own_file,
     make_private,
     new_private_file,
     set_aside,
@@ -169,12 +169,12 @@ def _make_file(path: Path) -> None:
 
     To close it would release the locks that SQLite holds on it in this process.
     """
-    if not check_regular(path):
+    if not check_own_file(path):
         os.close(new_private_file(path))
         return
     make_private(path)
     for ending in BESIDE:
-        if check_regular(beside := Path(f"{path}{ending}")):
+        if check_own_file(beside := Path(f"{path}{ending}")):
             with contextlib.suppress(FileNotFoundError):
                 make_private(beside)
 

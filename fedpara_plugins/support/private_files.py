@@ -19,7 +19,7 @@ from fedpara_plugins.support.os_locks import try_lock
 from fedpara_plugins.support.outages import is_misplaced
 
 __all__ = [
-    "check_regular",
+    "check_own_file",
     "close_folder_of",
     "make_private",
     "make_private_folder",
@@ -141,7 +141,7 @@ def _set_mode(path: Path, mode: int) -> None:
         path.chmod(mode)
 
 
-def check_regular(path: Path) -> bool:
+def check_own_file(path: Path) -> bool:
     """Return whether there is an ordinary file; False if there is nothing.
 
     Raises:

@@ -142,12 +142,36 @@ def test_patterns_hold_without_a_model(described):
     assert set(found.shared) == {"1.weight"}
 
 
-@pytest.mark.parametrize("names", ["01", ["net.1.weight", "net.2.weight"], ["1.weight"]])
+@pytest.mark.parametrize("names", [["net.1.weight", "net.2.weight"], ["1.weight"]])
 def test_names_that_no_pattern_matches_may_be_other_names_for_the_same(names):
     own = owning(config=FedParaConfig(private="2.*"))
     for received in (None, plain_spec(names)):
         with pytest.raises(ConfigError, match=r"private \('2\.\*'\) matches none of the . names"):
             select_outgoing("any", dict.fromkeys(names, torch.ones(1)), own, received=received)
+
+
+def test_a_list_without_names_may_hold_anything():
+    tensors = dict.fromkeys("01", torch.ones(1))
+    private = FedParaConfig(private="2.*")
+    for own in (owning(SPEC), owning(config=private), owning(plain_spec("ab"), config=private)):
+        for received in (None, plain_spec("01")):
+            with pytest.raises(PayloadError, match="a list of 2 arrays without names"):
+                select_outgoing("any", tensors, own, received=received)
+    for own in (owning(plain_spec("01"), config=private), owning(config=FedParaConfig())):
+        assert set(select_outgoing("any", tensors, own).shared) == {"0", "1"}
+
+
+@pytest.mark.parametrize("kind", ["model", "side"])
+def test_patterns_count_for_every_record(kind):
+    """But for factors, which only the method makes private."""
+    own = owning(SPEC, config=FedParaConfig(method="pfedpara", private=["2.*", "0.*", "note*"]))
+    tensors = {"0.x1": STATE["0.x1"], "notes": torch.ones(1)}
+    if kind == "model":
+        assert set(select_outgoing("any", tensors, own).shared) == {"0.x1"}
+        return
+    with pytest.raises(PayloadError, match="'notes', which stays"):
+        select_outgoing("any", tensors, own, kind="side")
+    assert select_outgoing("any", {"0.x1": STATE["0.x1"]}, own, kind="side").shared
 
 
 def test_a_list_is_named_by_an_own_model_alone():

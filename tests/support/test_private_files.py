@@ -18,7 +18,7 @@ from fedpara_plugins.support import (
     FileStorage,
     MemoryStorage,
     Outages,
-    check_regular,
+    check_own_file,
     make_private_folder,
     open_database,
     remove_leftovers,
@@ -127,7 +127,7 @@ def make_link(path):
 def test_what_is_no_file_is_refused_by_its_name(tmp_path, odd, named):
     path = tmp_path / "a.sqlite"
     odd(path)
-    for attempt in (check_regular, FileStorage, lambda p: open_database(p, "")):
+    for attempt in (check_own_file, FileStorage, lambda p: open_database(p, "")):
         with pytest.raises(ConfigError, match=f"{path}: {named}"):
             attempt(path)
     with pytest.raises(ConfigError, match=f"{path}: {named}"):

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
 from fedpara_plugins.exchange import pack_plain, unpack_plain
-from fedpara_plugins.support import Outages, check_regular, make_private_folder, replace_file
+from fedpara_plugins.support import Outages, check_own_file, make_private_folder, replace_file
 from fedpara_plugins_fedml.rules import State
 
 __all__ = ["CompletedRound", "ServerFile"]
@@ -85,7 +85,7 @@ class ServerFile:
         Raises:
             ConfigError: the file is damaged, or of another optimizer or model.
         """
-        if self._path is None or not check_regular(self._path):
+        if self._path is None or not check_own_file(self._path):
             return None
         saved = self._decoded(self._path)
         where = f"fedpara: {self._path.parent} holds rounds of"

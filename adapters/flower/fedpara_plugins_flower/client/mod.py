@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -105,7 +106,7 @@ def _begin(
     if None in payloads.values():
         return refuse_plain_message(message)
     show_core_logs()
-    with client_storage(context, settings.state_dir) as storage:
+    with contextlib.closing(client_storage(context, settings.state_dir)) as storage:
         sent = {name: payload for name, payload in payloads.items() if payload is not None}
         return _answer(message, sent, context, call_next, settings, storage)
 

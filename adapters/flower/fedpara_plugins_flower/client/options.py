@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +66,7 @@ def check_plain_message(message: Message, context: Context, state_dir: Path | No
         or not state_file(context, state_dir).exists()
     ):
         return
-    with client_storage(context, state_dir) as storage:
+    with contextlib.closing(client_storage(context, state_dir)) as storage:
         state = client_state(context, state_dir, storage)
         for record in message.content.array_records.values():
             state.check_still_private(plain_spec(record))

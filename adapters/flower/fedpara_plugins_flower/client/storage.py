@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, RecordDict
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins.exchange import ClientState
-from fedpara_plugins.support import BackedStorage, Outages, Storage, hold_state_dir
+from fedpara_plugins.support import BackedStorage, Outages, StateDirHold, Storage, hold_state_dir
 from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.messages.records import carried_payload, payload_record
 
@@ -51,27 +50,25 @@ def client_name(context: Context) -> str:
     return text
 
 
-@contextmanager
-def client_storage(context: Context, state_dir: Path | None) -> Iterator[Storage]:
+def client_storage(context: Context, state_dir: Path | None) -> Storage:
     """Open the storage of this client's lasting state: a file of its own, or ``Context.state``.
 
     What the disk refuses is kept in ``Context.state`` until it takes it. The state-dir is held for
-    this run as long as the storage is open.
+    this run until the storage is closed.
 
     Raises:
         ConfigError: see `client_name` and `hold_state_dir`.
     """
     in_context = _ContextStorage(context.state)
     if state_dir is None:
-        with closing(in_context):
-            yield in_context
-        return
+        return in_context
     path = state_file(context, state_dir)
-    with (
-        hold_state_dir(state_dir, run=str(context.run_id), outages=OUTAGES),
-        closing(BackedStorage(path, in_context, OUTAGES)) as storage,
-    ):
-        yield storage
+    hold = hold_state_dir(state_dir, run=str(context.run_id), outages=OUTAGES)
+    try:
+        return _HeldStorage(path, in_context, hold)
+    except BaseException:
+        hold.release()
+        raise
 
 
 def client_state(context: Context, state_dir: Path | None, storage: Storage) -> ClientState:
@@ -94,6 +91,19 @@ def lasting_name(context: Context) -> str | None:
     """Return the name that this client keeps after a restart; None if its config gives none."""
     found = (str(context.node_config[key]) for key in NAMES if key in context.node_config)
     return next(found, None)
+
+
+class _HeldStorage(BackedStorage):
+    """The storage in a state-dir, which it holds until it is closed."""
+
+    def __init__(self, path: Path, memory: Storage, hold: StateDirHold) -> None:
+        super().__init__(path, memory, OUTAGES)
+        self._hold = hold
+
+    def close(self) -> None:
+        """Discard all changes since the last `commit`, close the file, release the folder."""
+        super().close()
+        self._hold.release()
 
 
 class _ContextStorage(Storage):

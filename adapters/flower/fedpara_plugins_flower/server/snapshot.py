@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
-from fedpara_plugins.support import Outages, check_regular, replace_file
+from fedpara_plugins.support import Outages, check_own_file, replace_file
 from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.server.strategy_state import pack, unpack
 
@@ -75,7 +75,7 @@ class Snapshot:
         Raises:
             ConfigError: if the file is damaged, or is no file.
         """
-        if not check_regular(path):
+        if not check_own_file(path):
             return None
         try:
             data = path.read_bytes()

@@ -34,6 +34,6 @@ def open_correction_state(
         yield StoredCorrectionState(run.storage, algorithm, name)
         return
     folder = FlowerSettings.from_run_config(context.run_config).state_dir
-    with client_storage(context, folder) as storage:
+    with contextlib.closing(client_storage(context, folder)) as storage:
         yield StoredCorrectionState(storage, algorithm, name)
         storage.commit()
