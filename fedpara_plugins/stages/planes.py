@@ -156,9 +156,11 @@ def _join(planes: Sequence[_Bytes], dtype: torch.dtype, *, out: _Bytes) -> None:
 def _words(planes: Sequence[_Bytes] | _Bytes, dtype: torch.dtype) -> NDArray[Any]:
     """Return the words of planes, lowest bytes first."""
     width = len(planes)
-    moved = planes[0].astype(_WORDS[width])
+    moved: NDArray[Any] = planes[0].astype(_WORDS[width])
     for place in range(1, width):
         moved |= planes[place].astype(_WORDS[width]) << (8 * place)
     if dtype in REAL_DTYPES:
-        return (moved >> 1) | (moved << (8 * width - 1))
-    return (moved >> 1) ^ np.negative(moved & 1)
+        words: NDArray[Any] = (moved >> 1) | (moved << (8 * width - 1))
+    else:
+        words = (moved >> 1) ^ np.negative(moved & 1)
+    return words
