@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpara_plugins.codecs import PRESETS, decode_payload, encode_payload, parse_codec
+from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
+from harness.cells.flower import CODECS
 from harness.processes.canaries import Canaries
 
 WIDTHS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -73,7 +74,7 @@ def test_values_in_decoded_tensors_are_found_in_any_order(form: str) -> None:
     assert canaries.found_among({"other": _values(4, 64, 32), "here": found}) == ["here"]
 
 
-@pytest.mark.parametrize("codec", sorted(PRESETS))
+@pytest.mark.parametrize("codec", CODECS)
 def test_values_are_found_in_what_a_receiver_decodes(codec: str) -> None:
     """Under the name of a shared tensor, coded against that one, which the receiver holds."""
     held, secret = {"shared": _values(1, 80, 25)}, _values(2, 80, 25)

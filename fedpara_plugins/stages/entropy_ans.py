@@ -203,11 +203,14 @@ class _SymbolReader:
                 f"stage 'ans': at least {len(outside)} symbols of tensor {name!r} escape, and "
                 f"{left} values are left"
             )
+        if len(outside) == 0:
+            _check_fits(name, symbols, into.dtype)
+            into[:] = symbols
+            return
         self._used += len(outside)
         far = np.frombuffer(self._source.read(self._width * len(outside)), f"<i{self._width}")
         if symbols.dtype.itemsize > into.dtype.itemsize:
-            near = np.delete(symbols, outside) if len(outside) else symbols
-            _check_fits(name, near, into.dtype)
+            _check_fits(name, np.delete(symbols, outside), into.dtype)
         _check_fits(name, far, into.dtype)
         into[:] = symbols
         into[outside] = far

@@ -69,23 +69,25 @@ class PlanesStage(Stage):
         size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in tensors.values())
         what = "the tensors behind their planes"
         check_limit(size, limit, what)
+
+        def in_place(tensor: torch.Tensor) -> bool:
+            return tensor.nbytes >= _LARGE and may_overwrite(tensors, tensor)
+
         if isinstance(tensors, HandedOver) and not tensors.fits(size):
-            joined = [
-                tensor for tensor, dtype in zip(tensors.values(), dtypes, strict=True) if dtype
+            # No list of tensors here: it would keep alive what is used up.
+            kinds = [(x.nbytes, in_place(x)) for x in tensors.values()]
+            halves = [
+                size // 2 for (size, own), dtype in zip(kinds, dtypes, strict=True) if own and dtype
             ]
-            owned = [tensor.nbytes // 2 for tensor in joined if may_overwrite(tensors, tensor)]
-            tensors.check_peak(
-                [
-                    0 if dtype is None or may_overwrite(tensors, tensor) else tensor.nbytes
-                    for tensor, dtype in zip(tensors.values(), dtypes, strict=True)
-                ],
-                what,
-                held=max(owned, default=0),
-            )
+            sizes = [
+                0 if own or dtype is None else size
+                for (size, own), dtype in zip(kinds, dtypes, strict=True)
+            ]
+            tensors.check_peak(sizes, what, held=max(halves, default=0))
 
         def decode(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             _check_planes(name, tensor, dtype)
-            if tensor.nbytes >= _LARGE and may_overwrite(tensors, tensor):
+            if in_place(tensor):
                 return _from_planes_in_place(tensor, dtype)
             return _from_planes(tensor, dtype)
 
@@ -116,10 +118,13 @@ def _check_planes(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 def _from_planes(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    count = tensor[0].numel()
+    planes = np.asarray(tensor_bytes(tensor)).reshape(dtype.itemsize, count)
+    if count <= _CHUNK:
+        octets = torch.from_numpy(_words(planes, dtype).view(np.uint8))
+        return octets.view(dtype).reshape(tensor.shape[1:])
     values = torch.empty(tensor.shape[1:], dtype=dtype, device="cpu")
-    if values.numel():
-        planes = list(np.asarray(tensor_bytes(tensor)).reshape(dtype.itemsize, -1))
-        _join(planes, dtype, out=np.asarray(tensor_bytes(values)))
+    _join(list(planes), dtype, out=np.asarray(tensor_bytes(values)))
     return values
 
 
@@ -145,10 +150,17 @@ def _join(planes: Sequence[_Bytes], dtype: torch.dtype, *, out: _Bytes) -> None:
     words = out.view(_WORDS[width])
     for start in range(0, len(words), _CHUNK):
         part = slice(start, start + _CHUNK)
-        moved = planes[0][part].astype(_WORDS[width])
-        for place in range(1, width):
-            moved |= planes[place][part].astype(_WORDS[width]) << (8 * place)
-        if dtype in REAL_DTYPES:
-            words[part] = (moved >> 1) | (moved << (8 * width - 1))
-        else:
-            words[part] = (moved >> 1) ^ np.negative(moved & 1)
+        words[part] = _words([plane[part] for plane in planes], dtype)
+
+
+def _words(planes: Sequence[_Bytes] | _Bytes, dtype: torch.dtype) -> NDArray[Any]:
+    """Return the words of planes, lowest bytes first."""
+    width = len(planes)
+    moved: NDArray[Any] = planes[0].astype(_WORDS[width])
+    for place in range(1, width):
+        moved |= planes[place].astype(_WORDS[width]) << (8 * place)
+    if dtype in REAL_DTYPES:
+        words: NDArray[Any] = (moved >> 1) | (moved << (8 * width - 1))
+    else:
+        words = (moved >> 1) ^ np.negative(moved & 1)
+    return words

@@ -155,6 +155,11 @@ def dequantise(symbols: torch.Tensor, groups: SymbolGroups, *, out: torch.Tensor
     if direct and len(groups.steps) == 1 and not len(groups.far):
         out.copy_(symbols).mul_(float(groups.steps[0]))
         return
+    whole = symbols.numel() == groups.size * len(groups.steps) <= CHUNK
+    if direct and whole and isinstance(groups.steps, torch.Tensor) and not len(groups.far):
+        rows = out.copy_(symbols).view(len(groups.steps), groups.size)
+        rows.mul_(groups.steps.to(wide).unsqueeze(1))
+        return
     near, flat, used = symbols.reshape(-1), out.view(-1), 0
     for start, stop, step in _pieces(len(near), groups, wide):
         part, into = near[start:stop], flat[start:stop]

@@ -124,8 +124,9 @@ def test_a_full_disk_costs_lines_and_neither_sums_nor_the_file(tmp_path, monkeyp
     ledger = Ledger(path, outages=outages)
     ledger.record(entry(round=1))
     disk = FullDisk(monkeypatch, room=30)
-    for number in (2, 3):
-        ledger.record(entry(round=number))
+    ledger.record(entry(round=2))
+    assert path.read_bytes().endswith(b"\n")  # nothing is left of the half that was taken
+    ledger.record(entry(round=3))
     assert [line.round for line in Ledger.read(path)] == [1]
     disk.room = 10**6
     ledger.record(entry(round=4))
