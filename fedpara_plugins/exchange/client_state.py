@@ -70,6 +70,11 @@ class ClientState:
         kept = self._load(private_key(spec))
         if kept is not None and _same_shapes(kept, first):
             return kept, False
+        if kept is None and private_key(spec) in self._storage:
+            log.warning(
+                "fedpara: client %s: its private state in %s is damaged and cannot be read; this "
+                "client starts from the first private state", self._client, self._place,
+            )  # fmt: skip
         if first:
             self._warn_of_other_states(spec, first)
         return first, True

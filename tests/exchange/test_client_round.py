@@ -49,6 +49,17 @@ def test_private_values_stay_and_come_back(helpers):
     assert pair.spec.private_keys >= {"3.weight", "3.running_mean", "0.x2"}
 
 
+def test_damaged_private_state_is_named_and_begins_anew(helpers, caplog):
+    pair = helpers.Pair()
+    first = pair.received()
+    answered(first, helpers)
+    first.keep()
+    (key,) = [key for key in pair.storage if key.startswith("private/")]
+    pair.storage[key] = pair.storage[key][:-1] + b"?"
+    assert pair.received().fresh
+    assert "client 7: its private state in its storage is damaged" in caplog.text
+
+
 def test_nothing_is_kept_before_the_end(helpers):
     pair = helpers.Pair(codec="small")
     client_round = pair.received()
