@@ -41,8 +41,9 @@ REMEDY = "Set the same fedpara option codec on both sides"
 MOST_RECORDS = 64
 """Records of arrays in one message; apps have a handful."""
 
-MOST_TENSORS = 4096
-"""Tensors of a record as long as no own model is known; each takes time, however small it is."""
+MOST_TENSORS, MORE_TENSORS = 4096, 64
+"""Tensors of a record as long as no own model is known, and beyond those of the largest own model:
+each takes time, however small it is."""
 
 
 class ClientRound:
@@ -116,10 +117,9 @@ class ClientRound:
         return self.received
 
     def _decoded(self, name: str, payload: bytes, budget: MessageBudget) -> DecodedDownlink:
-        most = sum(len(spec.keys) for spec in self._own.specs)
-        held = self._state.references.receive(
-            name, payload, limit=budget.left, most_tensors=max(most, MOST_TENSORS)
-        )
+        own = [len(spec.keys) for spec in self._own.specs]
+        most = max(own) + MORE_TENSORS if own else MOST_TENSORS
+        held = self._state.references.receive(name, payload, limit=budget.left, most_tensors=most)
         budget.spend(tensor_bytes(held.tensors))
         check_codecs(held.header, self._settings.codec_names, remedy=self._remedy)
         return held

@@ -37,6 +37,9 @@ __all__ = ["ReadRecord", "ReplyReader", "reason_of"]
 MORE_RECORDS = 4
 """Records that a reply may have beyond as many as the server sends."""
 
+MORE_TENSORS = 64
+"""Tensors that a record may have beyond those of the largest record sent."""
+
 LONGEST_REASON = 300
 """Characters of an unknown error that are repeated."""
 
@@ -241,7 +244,13 @@ class ReplyReader:
         return ReadRecord(shared, shared)
 
     def _decoded(self, record: str, payload: bytes, limit: int) -> DecodedPayload:
-        decoded = decode_payload(payload, references=self._sent.references, limit=limit)
+        names = [len(self._sent.content(name)) for name in self._sent.records]
+        decoded = decode_payload(
+            payload,
+            references=self._sent.references,
+            limit=limit,
+            most_tensors=max(names) + MORE_TENSORS if names else None,
+        )
         self.size += self._size(record, decoded.tensors)
         return decoded
 
