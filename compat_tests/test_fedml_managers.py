@@ -23,7 +23,7 @@ from fedml.core.distributed.communication.message import Message
 from fedml.ml.aggregator.default_aggregator import DefaultServerAggregator
 from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 
-from fedpara_plugins import ConfigError, MismatchError
+from fedpara_plugins import ConfigError, FedParaError, MismatchError
 from fedpara_plugins_fedml.checks.supported import is_distributed, lacks_optimizer
 from fedpara_plugins_fedml.modes import server_manager
 from fedpara_plugins_fedml.modes.placement import SiloPlacement
@@ -267,8 +267,6 @@ OTHER_KEY = "the same on the way of another key; errors of keys are in test_fedm
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"fedpara_gamma": 0.6}, "gamma"),
-        matrix_only({"fedpara_codec": "int8"}, "fedpara_codec", reason=OTHER_KEY),
         matrix_only({"client_num_per_round": 9}, "client_num_per_round is 9", reason=OTHER_KEY),
         matrix_only({"test_on_clients": "always"}, "test_on_clients", reason=OTHER_KEY),
         ({"federated_optimizer": "FedAvgg"}, "did you mean FedAvg"),
@@ -281,6 +279,33 @@ def test_a_client_that_is_set_up_differently(
     parties = Parties(monkeypatch, keys=keys, of_rank={2: changed}).run()
     assert set(parties.errors) == {0, 1, 2}
     for error in parties.errors.values():
+        assert reason in str(error)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"fedpara_gamma": 0.6}, "gamma"),
+        matrix_only({"fedpara_codec": "int8"}, "fedpara_codec", reason=OTHER_KEY),
+    ],
+)
+def test_clients_whose_model_or_codec_differs(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    changed: dict[str, Any],
+    reason: str,
+) -> None:
+    """One is left out of each round; if all are, the run ends with that reason."""
+    keys = {**KEYS, "fedpara_timeout": 5}
+    with caplog.at_level(logging.WARNING, "fedpara.fedml"):
+        assert not Parties(monkeypatch, keys=keys, of_rank={2: changed}).run().errors
+    lines = [r.getMessage() for r in caplog.records if "left out client" in r.getMessage()]
+    assert len(lines) == 3
+    assert all("left out client 1 in round" in line and reason in line for line in lines)
+    parties = Parties(monkeypatch, keys=keys, of_rank={1: changed, 2: changed}).run()
+    assert set(parties.errors) == {0, 1, 2}
+    for error in parties.errors.values():
+        assert isinstance(error, FedParaError)
         assert reason in str(error)
 
 
