@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,13 +48,21 @@ class DriftExperiment:
     made: Any = None
 
 
-def drift_apps(experiment: DriftExperiment, *, mods: bool = True) -> Apps:
-    """Return both sides of the app, with the README's edit of the plugin or without."""
+def drift_apps(
+    experiment: DriftExperiment, *, mods: bool = True, first: Sequence[Any] = ()
+) -> Apps:
+    """Return both sides of the app, with the README's edit of the plugin or without.
+
+    Args:
+        experiment: settings of the app.
+        mods: whether both sides have the plugin's lines.
+        first: mods of the clients before the plugin's.
+    """
     net = experiment.factory or experiment.task.net
     build = fedpara.factorised(net) if mods else net
 
     def client() -> ClientApp:
-        app = ClientApp(mods=[fedpara.client_mod]) if mods else ClientApp()
+        app = ClientApp(mods=[*first, fedpara.client_mod]) if mods else ClientApp()
         return _client(app, experiment, build)
 
     def server(outcome: Outcome) -> ServerApp:

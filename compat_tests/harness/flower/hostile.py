@@ -165,11 +165,11 @@ def _record_of(tensors: State) -> ArrayRecord:
 
 
 def adding(**records: Callable[[Message], Any]) -> Attack:
-    """Add records, or replace them; ``_`` in a name stands for ``.``."""
+    """Add records, or replace them; ``__`` in a name stands for ``.``."""
 
     def attack(reply: Message) -> None:
         for name, make in records.items():
-            reply.content[name.replace("_", ".")] = make(reply)
+            reply.content[name.replace("__", ".")] = make(reply)
 
     return attack
 
@@ -290,15 +290,15 @@ BOTH: Mapping[str, tuple[Attack, str]] = {
         "",
     ),
     "an unasked variate": (
-        adding(fedpara_variate=lambda r: r.content[_record(r)]),
+        adding(fedpara__variate=lambda r: r.content[_record(r)]),
         "unasked",
     ),
     "an unasked change": (
-        adding(fedpara_update_variate=lambda r: r.content[_record(r)]),
+        adding(fedpara__update__variate=lambda r: r.content[_record(r)]),
         "unasked",
     ),
     "an unasked report": (
-        adding(fedpara_optimizer=lambda r: ConfigRecord({"client": "x"})),
+        adding(fedpara__optimizer=lambda r: ConfigRecord({"client": "x"})),
         "unasked",
     ),
     "2,000 records": (_many, "records|unasked"),
@@ -350,11 +350,11 @@ LEGACY: Mapping[str, tuple[Attack, str]] = {
     "no arrays": (lambda r: _without(r, _record(r)), "no arrays"),
     "a record of another name": (_record_renamed, "unasked"),
     "plain arrays": (
-        adding(fitres_parameters=lambda r: ArrayRecord([np.zeros(3)])),
+        adding(fitres__parameters=lambda r: ArrayRecord([np.zeros(3)])),
         "unasked",
     ),
     "metrics that are NaN": (
-        adding(fitres_metrics=lambda r: ConfigRecord({"train_loss": NAN})),
+        adding(fitres__metrics=lambda r: ConfigRecord({"train_loss": NAN})),
         "as 'train_loss'",
     ),
     "no marker": (lambda r: _without(r, MARKER), "answers without the plugin"),
