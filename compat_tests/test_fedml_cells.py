@@ -42,12 +42,16 @@ def _params() -> list[object]:
 
 
 @pytest.mark.parametrize("cell", _params())
-def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
+def test_cell(
+    cell: Cell, result: CellResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     if cell.strategy == HIERARCHICAL:
         _check_refused(cell, result)
         return
     task, ledger = task_of(cell), tmp_path / "ledger.jsonl"
     outcome = federated(cell, fedpara_ledger=str(ledger))
+    lines = [record.getMessage() for record in caplog.records]
+    assert not [line for line in lines if "left out" in line or "far outside" in line]
     wanted = plain_loop(cell.strategy, cell.method, cell.model)
     entries = Ledger.read(ledger)
     encoded = sum(entry.encoded_bytes for entry in entries)

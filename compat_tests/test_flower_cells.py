@@ -37,6 +37,7 @@ def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
         check_refused(run(cell, ledger, raises=False), refused)
         return
     outcome = run(cell, ledger)
+    assert not [line for line in outcome.log if "left out" in line or "far outside" in line]
     plain = plain_loop(cell)
     entries = Ledger.read(ledger)
     _note(result, outcome, plain, entries)

@@ -71,7 +71,7 @@ def check_values(content: RecordDict, keys: StrategyKeys) -> None:
     """
     if len(content) > MOST_RECORDS:
         raise PayloadError(f"the reply holds {len(content)} records, at most {MOST_RECORDS}")
-    plain = {**content.metric_records, **content.config_records}
+    plain: dict[str, Any] = {**content.metric_records, **content.config_records}
     plain.pop(OPTIMIZER, None)  # its reader checks it
     count = sum(len(v) if isinstance(v, list) else 1 for r in plain.values() for v in r.values())
     if count > MOST_VALUES:
