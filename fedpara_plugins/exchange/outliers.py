@@ -14,6 +14,7 @@ about each other, so the rule needs three.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from statistics import median_low
 
@@ -45,13 +46,19 @@ def update_norm(answer: Mapping[str, Tensor], sent: Mapping[str, Tensor] | None 
     for name, value in answer.items():
         if value.is_floating_point() and (sent is None or name in sent):
             both = (value,) if sent is None else (value, sent[name])
-            for piece in in_pieces(*both):
-                wide = [part.double() for part in piece]
-                change = wide[0] if sent is None else wide[0] - wide[1]
-                for part in wide:  # a mask's values stay infinite
-                    change = change.masked_fill(~torch.isfinite(part), 0.0)
-                total += float(change.square().sum())
+            total += sum(_squares(*piece) for piece in in_pieces(*both))
     return float(total**0.5)
+
+
+def _squares(new: Tensor, old: Tensor | None = None) -> float:
+    """Return a difference's sum of squares; places that are not finite, as in a mask, count 0."""
+    change = new.double() if old is None else new.double().sub_(old)
+    found = float(torch.dot(change, change))
+    if math.isfinite(found):
+        return found
+    for part in (new,) if old is None else (new, old):
+        change = change.masked_fill(~torch.isfinite(part), 0.0)
+    return float(torch.dot(change, change))
 
 
 def far_outside(norms: Mapping[str, float], size: float) -> dict[str, float]:

@@ -33,11 +33,12 @@ INTEGERS = frozenset(
 )
 
 
-def in_sent_dtypes(answer: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> State:
-    """Return what a client answers in the dtypes that were sent.
+def in_sent_dtypes(answer: State, sent: Mapping[str, Tensor]) -> State:
+    """Return what a client answers, in the dtypes and the order that were sent.
 
     Args:
-        answer: tensors of a model, all of whose names were sent.
+        answer: tensors of a model, all of whose names were sent; emptied, so that each is freed
+            when it has been cast.
         sent: the same names among others.
 
     Raises:
@@ -46,8 +47,10 @@ def in_sent_dtypes(answer: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> 
             by the cast, or is out of the range of an integer dtype.
     """
     found = {}
-    for name, value in answer.items():
-        before = sent[name]
+    for name, before in sent.items():
+        if name not in answer:
+            continue
+        value = answer.pop(name)
         _check_shape(name, value, before)
         _check_castable(name, value.dtype, before.dtype)
         if value.dtype != before.dtype and before.dtype in INTEGERS:

@@ -208,7 +208,7 @@ class ReplyReader:
     def _read_model(self, record: str, shared: State) -> ReadRecord:
         full, names = self._sent.content(record), self._sent.shared_names(record)
         self._check_names(shared, names, self._sent.spec(record).private_keys)
-        shared = in_sent_dtypes({key: shared[key] for key in names if key in shared}, full)
+        shared = in_sent_dtypes(shared, full)
         check_composed(self._sent.spec(record), shared, full)
         sent = {key: full[key] for key in shared}
         state = self.completed(record, shared)

@@ -120,7 +120,7 @@ class ServerManager:
         elif event.kind == GONE:
             self._handle_gone(event.peer, event.text("reason"))
         elif event.kind == FAILED:
-            raise FedParaError(f"fedpara: client {event.peer}: {event.text('reason')}")
+            self._handle_failed(event.peer, event.text("reason"))
         elif event.kind in FEDML_TYPES:
             raise MismatchError(
                 f"fedpara: client {event.peer} runs without the plugin (it sent FedML's own "
@@ -153,6 +153,12 @@ class ServerManager:
             del self._waiting[silo]
             self._engine.exclude(str(silo), text)
         self._check_alive(text)
+
+    def _handle_failed(self, peer: int, reason: str) -> None:
+        """End the run with a client's failure, unless the run can do without that process."""
+        if not self._engine.settings.min_clients:
+            raise FedParaError(f"fedpara: client {peer}: {reason}")
+        self._handle_gone(peer, reason)
 
     def _awaited_from(self, peer: int) -> list[int]:
         return [silo for silo, process in self._waiting.items() if process == peer]

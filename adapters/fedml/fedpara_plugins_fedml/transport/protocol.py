@@ -82,8 +82,9 @@ class Event:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self, key: str) -> str:
-        """Return a short text; "" if there is none."""
-        return str(self.fields.get(key) or "")[:2000]
+        """Return a short text; "" if there is none, or something else."""
+        value = self.fields.get(key)
+        return value[:2000] if isinstance(value, str) else ""
 
     def number(self, key: str) -> int:
         """Return a number; -1 if there is none."""
