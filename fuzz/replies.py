@@ -74,12 +74,12 @@ class Gate:
     def __init__(self, *, mask: bool) -> None:
         self.mask = mask
         torch.manual_seed(0)
-        layers = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(24, 16), nn.Linear(16, 4).half()
-        )
+        layers = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 4).half(), nn.BatchNorm1d(4))
         if mask:
+            layers = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Linear(8, 2, bias=False))
             layers.register_buffer("mask", torch.tensor([0.0, -INF, INF]))
-        net = convert(layers, method="pfedpara", min_size=1, gamma=0.2, private=["2.bias"])
+        private = [] if mask else ["0.bias"]
+        net = convert(layers, method="pfedpara", min_size=1, gamma=0.2, private=private)
         zero_private_factors(net)
         self.spec = ModelSpec.of(net)
         self.state = {k: v.detach().clone() for k, v in net.state_dict().items()}
