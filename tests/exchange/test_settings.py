@@ -36,6 +36,13 @@ def test_sections_of_all_adapters_are_read_alike(tmp_path):
         settings(reference_memory="much")
 
 
+def test_what_happens_to_outliers():
+    assert settings().outliers == "warn"
+    assert settings(outliers="leave-out").outliers == settings(outliers="leave_out").outliers
+    with pytest.raises(ConfigError, match="'outliers': expected one of warn, leave_out, ignore"):
+        settings(outliers="drop")
+
+
 @pytest.mark.parametrize(
     ("section", "words"),
     [

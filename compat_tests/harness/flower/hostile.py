@@ -339,6 +339,7 @@ HOSTILE: Mapping[str, tuple[Attack, str]] = {
     "a list as a metric": (_metrics(lambda m: m.update(train_loss=[1.0])), "differ from those"),
     "a metric that is NaN": (_metrics(lambda m: m.update(train_loss=NAN)), "as 'train_loss'"),
     "a million values": (_metrics(lambda m: m.update(train_loss=[0.0] * 10**6)), "values"),
+    "50 MB of text": (adding(more=lambda r: ConfigRecord({"a": "x" * 5 * 10**7})), "own model"),
     "no marker": (lambda r: _without(r, MARKER), "answers without the plugin"),
 }
 """Attacks on the Message API."""

@@ -20,7 +20,7 @@ from fedpara_plugins_flower.privacy import secagg
 from fedpara_plugins_flower.run import Run
 from fedpara_plugins_flower.server.accounting import Accounting
 from fedpara_plugins_flower.server.outbox import Outbox
-from fedpara_plugins_flower.server.reply_forms import StrategyKeys, check_values
+from fedpara_plugins_flower.server.reply_forms import StrategyKeys, check_values, value_bytes
 from fedpara_plugins_flower.server.requests import Request, Requests
 from fedpara_plugins_flower.server.strategy_arrays import averageable, warn_about_integers
 
@@ -135,6 +135,8 @@ class ReplyDecoder:
             if not _may_be_empty(name, record, request, sent=self._outbox.has_record(name))
         }
         reader = self._outbox.reader(request)
+        if not request.masked:
+            reader.budget.spend(value_bytes(content))
         found: list[ReadRecord] = []
         try:
             if request.first_weights:

@@ -22,7 +22,7 @@ from fedpara_plugins_flower.messages.drift_records import OPTIMIZER
 from fedpara_plugins_flower.messages.records import is_optimizer_record
 from fedpara_plugins_flower.seams import EXAMPLES, LEGACY_EXAMPLES
 
-__all__ = ["ReplyForms", "StrategyKeys", "check_values"]
+__all__ = ["ReplyForms", "StrategyKeys", "check_values", "value_bytes"]
 
 Form = tuple[frozenset[Any], frozenset[Any]]
 
@@ -84,6 +84,18 @@ def check_values(content: RecordDict, keys: StrategyKeys) -> None:
             examples_of(record[key], name=key, weighs=weighs)
         if keys.loss and keys.loss in record:
             _check_loss(keys.loss, record[keys.loss])
+
+
+def value_bytes(content: RecordDict) -> int:
+    """Return the bytes of a reply's metrics and configs, names included."""
+    total = 0
+    for records in (content.metric_records, content.config_records):
+        for record in records.values():
+            for key, value in record.items():
+                every = value if isinstance(value, list) else [value]
+                total += len(key)
+                total += sum(len(v) if isinstance(v, str | bytes) else 8 for v in every)
+    return total
 
 
 def _check_loss(name: str, value: object) -> None:
