@@ -17,7 +17,8 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from contextlib import suppress
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins import FedParaError, ModelSpec, PayloadError, convert
-from fedpara_plugins.codecs import DecodedPayload, decode_payload, encode_payload, parse_codec
+from fedpara_plugins.codecs import encode_payload, parse_codec
 from fedpara_plugins.exchange import (
     DownlinkEncoder,
     ExchangeSettings,
@@ -43,6 +44,7 @@ from fedpara_plugins_fedml.messages.hostile import damaged as damaged_message
 
 SECONDS_A_REPLY = 10
 GROWTH = 96 << 20
+REPORT_EVERY = 10_000
 MODEL, CHANGE = "model", "change"
 CODECS = ("none", "lossless", "int8", "small", "delta+quantise:bits=4+zlib")
 State = dict[str, Tensor]
@@ -180,6 +182,32 @@ def _finite(value: Tensor) -> bool:
 # Replies
 
 
+@dataclass
+class Draft:
+    """A reply that is being made.
+
+    Attributes:
+        head: plain values.
+        payloads: the bytes of each record.
+        states: by record, the tensors that are encoded in the place of its bytes.
+        codecs: by such a record, the codec.
+    """
+
+    head: dict[str, Any]
+    payloads: dict[str, bytes]
+    states: dict[str, State] = field(default_factory=dict)
+    codecs: dict[str, str] = field(default_factory=dict)
+
+    def packed(self) -> bytes:
+        """Return the message."""
+        for name, state in self.states.items():
+            if name in self.payloads:
+                codec = parse_codec(self.codecs.get(name, "none"))
+                with suppress(FedParaError, RuntimeError):  # what cannot be encoded stays
+                    self.payloads[name] = encode_payload(state, codec=codec)
+        return pack(self.head, self.payloads)
+
+
 class Replies:
     """Makes replies from draws.
 
@@ -190,9 +218,12 @@ class Replies:
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
         codecs = CODECS[:2] if gate.mask else CODECS
-        self.corpus = [self._honest(codec, change) for codec in codecs for change in (0, 1)]
+        self._drafts = [self._honest(codec, change) for codec in codecs for change in (0, 1)]
+        self.corpus = [draft.packed() for draft in self._drafts]
+        part = {name: 0.1 * gate.shared[name] for name in gate.parameters}
+        self._states = {MODEL: gate.shared, CHANGE: part}
 
-    def _honest(self, codec: str, change: int) -> bytes:
+    def _honest(self, codec: str, change: int) -> Draft:
         head = Head(
             round=1,
             examples=20.0,
@@ -205,67 +236,41 @@ class Replies:
         if change:
             part = {name: 0.1 * self.gate.shared[name] for name in self.gate.parameters}
             payloads[CHANGE] = self._encoded(part, "none")
-        return pack(head.to_json(), payloads)
+        return Draft(head.to_json(), payloads)
 
     def _encoded(self, state: State, codec: str) -> bytes:
+        described = self.gate.spec.to_json()
         return encode_payload(
-            state,
-            codec=parse_codec(codec),
-            reference=None,
-            model=self.gate.spec.to_json(),
-            extra={"decoders": ["zlib"]},
+            state, codec=parse_codec(codec), model=described, extra={"decoders": ["zlib"]}
         )
 
     def draw(self, draw: random.Random) -> bytes:
-        """Return a reply, changed in one to four places."""
-        data = draw.choice(self.corpus)
+        """Return a reply, changed in up to four places."""
+        honest = draw.choice(self._drafts)
+        draft = Draft(dict(honest.head), dict(honest.payloads))
         for _ in range(draw.choice((0, 1, 1, 1, 2, 2, 3, 4))):
-            data = self._changed(data, draw)
-        if draw.random() < 0.1:
-            data = damaged_message(data, draw)
-        return data
-
-    def _changed(self, data: bytes, draw: random.Random) -> bytes:
+            self._change(draft, draw)
         try:
-            found = unpack(data)
-        except PayloadError:
-            return damaged_message(data, draw)
-        head, payloads = dict(found.head), dict(found.payloads)
+            data = draft.packed()
+        except PayloadError:  # a name or a value that no message can have
+            data = draw.choice(self.corpus)
+        return damaged_message(data, draw) if draw.random() < 0.1 else data
+
+    def _change(self, draft: Draft, draw: random.Random) -> None:
         kind = draw.random()
         if kind < 0.12:
-            _change_head(head, draw)
-        elif kind < 0.2 or not payloads:
-            _change_records(payloads, draw)
+            _change_head(draft.head, draw)
+        elif kind < 0.2 or not draft.payloads:
+            _change_records(draft.payloads, draw)
         else:
-            name = draw.choice(list(payloads))
+            name = draw.choice(list(draft.payloads))
             if draw.random() < 0.15:
-                payloads[name] = damaged_bytes(payloads[name], draw)
+                draft.payloads[name] = damaged_bytes(draft.payloads[name], draw)
+                draft.states.pop(name, None)
             else:
-                payloads[name] = self._recoded(payloads[name], draw)
-        try:
-            return pack(head, payloads)
-        except PayloadError:  # a name or a value that no message can have
-            return data
-
-    def _recoded(self, payload: bytes, draw: random.Random) -> bytes:
-        try:
-            decoded = _decoded(payload)
-            state = _changed_state(dict(decoded.tensors), self.gate, draw)
-            codec = draw.choice(CODECS) if draw.random() < 0.3 else "none"
-            return encode_payload(
-                state,
-                codec=parse_codec(codec),
-                reference=self.gate.shared if draw.random() < 0.2 else None,
-                model=decoded.header.model,
-                extra=decoded.header.extra,
-            )
-        except (FedParaError, RuntimeError):  # what cannot be encoded
-            return damaged_bytes(payload, draw)
-
-
-@lru_cache(64)
-def _decoded(payload: bytes) -> DecodedPayload:
-    return decode_payload(payload, limit=1 << 24)
+                state = dict(draft.states.get(name) or self._states.get(name) or {})
+                draft.states[name] = _changed_state(state, self.gate, draw)
+                draft.codecs[name] = draw.choice(CODECS) if draw.random() < 0.3 else "none"
 
 
 def _change_head(head: dict[str, Any], draw: random.Random) -> None:
@@ -416,6 +421,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"reply {tried}, crc {zlib.crc32(data):08x}: {type(error).__name__}: {error}")
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        if tried % REPORT_EVERY == 0:
+            print(f"{tried} replies, {passed} passed, {found} escapes", flush=True)
     grown, seconds = _peak() - before, time.monotonic() - start
     print(
         f"Python {sys.version.split()[0]}, torch {torch.__version__}, seed {options.seed}: {tried} "
