@@ -257,22 +257,20 @@ def _factors(
 
 
 def _surely_finite(plan: WeightPlan, factors: State) -> bool:
-    """Return whether a bound of all entries is within the dtype's range.
+    """Return whether all entries, and all values on the way to them, are within the dtype's range.
 
-    The methods of the paper are sums of products with positive coefficients (tanh keeps the order
-    too): no entry is larger than the one composed of each factor's largest absolute value.
+    The methods of the paper are sums of products. With each factor's largest absolute value, and 1
+    where it is smaller, one product bounds all of them, whatever is multiplied first.
     """
     if not is_known(plan.method):
         return False
     terms = plan.rank ** (2 if plan.kernel else 1)  # of each entry of an operand
-    largest = {}
-    for name, value in factors.items():
-        top = max(map(abs, map(float, torch.aminmax(value)))) if value.numel() else 0.0
-        inner = (1,) * (value.dim() - 2)
-        largest[name] = torch.full(
-            (1, 1, *inner), top * (terms if name[0] == "x" else 1), dtype=torch.float64
-        )
-    bound = float(plan.compose_plainly(plan.ordered(largest)).abs().max())
+    bound = max(1.0, plan.outer)
+    for gain in plan.gains:
+        bound *= 2.0 * terms * max(1.0, gain)  # pFedPara adds 1 to an operand
+    for value in factors.values():
+        if value.numel():
+            bound *= max(1.0, *map(abs, map(float, torch.aminmax(value))))
     dtype = next(iter(factors.values())).dtype
     return bound < torch.finfo(dtype).max / 4  # a quarter, for roundings
 

@@ -139,6 +139,29 @@ def test_finite_factors_that_overflow_when_composed_are_refused(method, dtype, o
     assert met == {True, False}
 
 
+@pytest.mark.parametrize("options", [{}, {"tanh": True}])
+@pytest.mark.parametrize(
+    ("large", "small"),
+    [(("x1",), ("y1", "x2", "y2")), (("x1", "y1"), ("x2", "y2")), (("x2", "y2"), ("x1", "y1"))],
+)
+def test_what_overflows_on_the_way_is_refused_though_the_product_is_small(large, small, options):
+    """Found by fuzzing: the bound has to hold for every value on the way."""
+    spec, state = model("fedpara", **options)
+    keys, draw = spec.factor_keys("2.weight"), torch.Generator().manual_seed(1)
+    forged = dict(state)
+    for names, size in ((large, 3e38), (small, 1e-37)):
+        for name in names:
+            signs = torch.randint(0, 2, state[keys[name]].shape, generator=draw) * 2.0 - 1
+            forged[keys[name]] = size * signs
+    overflows = not torch.isfinite(spec.dense_state(forged)["2.weight"]).all()
+    if overflows:
+        with pytest.raises(PayloadError, match=r"factors of '2\.weight'"):
+            check_composed(spec, forged, state)
+    else:
+        check_composed(spec, forged, state)
+    assert overflows or len(large) == 1
+
+
 def test_most_replies_need_no_composing(monkeypatch):
     """A bound of the entries suffices for them."""
     spec, state = model("fedpara")
