@@ -47,11 +47,12 @@ def _private_factors_forgotten(patch: Patch) -> None:
 
 
 def _private_factors_sent(patch: Patch) -> None:
-    from fedpara_plugins.exchange import downlink_encoder, outgoing, reply_reader
+    from fedpara_plugins.exchange import OwnModels, downlink_encoder
     from fedpara_plugins.references import grid as schemes
     from fedpara_plugins.references import per_client
 
-    for module in (outgoing, reply_reader, downlink_encoder, per_client, schemes):
+    patch.setattr(OwnModels, "hidden_names", lambda *given: set())
+    for module in (downlink_encoder, per_client, schemes):
         patch.setattr(module, "shared_tensors", lambda spec, tensors: dict(tensors))
 
 

@@ -33,9 +33,9 @@ def _section(codec: str = "none", method: str = "pfedpara") -> dict[str, Any]:
     return {"fedpara.method": method, "fedpara.gamma": GAMMA, "fedpara.codec": codec}
 
 
-def _federate(hooks: Hooks, codec: str = "none", *, search: bool = True, **options: Any) -> Outcome:
+def _federate(hooks: Hooks, codec: str = "none", *, sound: bool = True, **options: Any) -> Outcome:
     apps = plugin_apps(Experiment(TASK, "fedavg", options, hooks))
-    return federate(apps, _section(codec), search=search)
+    return federate(apps, _section(codec), search=sound, raises=sound)
 
 
 def _copy(state: State) -> State:
@@ -108,7 +108,8 @@ def test_the_search_finds_private_factors_when_the_split_is_off(
 ) -> None:
     monkeypatch.setattr(OwnModels, "hidden_names", lambda *given: set())
     diary = Diary()
-    outcome = _federate(diary.hooks, search=False)
+    outcome = _federate(diary.hooks, sound=False)
+    assert "private names stay on the client" in str(outcome.error)  # the server takes none
     replies = [sent for sent in outcome.sent if (sent.direction, sent.kind) == ("up", "train")]
     private = _private(diary)
     assert all(private.found_in(sent.data) > 1000 for sent in replies)
