@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 from uuid import uuid4
 
+import numpy as np
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -121,7 +122,9 @@ class Sent:
         for name, record in self.arrays.items():
             if list(record) == [PAYLOAD]:
                 with contextlib.suppress(TypeError, ValueError):  # a refusal, which is no array
-                    found[name] = record[PAYLOAD].numpy().tobytes()
+                    array = record[PAYLOAD].numpy()
+                    if isinstance(array, np.ndarray):  # and no archive, which a hostile one may be
+                        found[name] = array.tobytes()
         return found
 
     @property
