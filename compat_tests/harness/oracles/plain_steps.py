@@ -9,16 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PlainNet", "PlainOptions", "batches", "distance", "loss_of", "plain_steps"]
+__all__ = [
+    "PlainNet",
+    "PlainOptions",
+    "PlainScheduleFree",
+    "batches",
+    "distance",
+    "loss_of",
+    "plain_steps",
+]
 
 SIZE = 30.0
 """What the loss is multiplied by, so that gradients are longer than the bounds in use."""
 
-MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[list[Tensor]], Any]
 
 
 @dataclass(frozen=True)
@@ -174,3 +183,36 @@ def distance(model: nn.Module, net: PlainNet) -> float:
             off += float((own[name] - value).square().sum())
             gone += float((value - net.start[name]).square().sum())
     return float((off / gone) ** 0.5)
+
+
+class PlainScheduleFree:
+    """Schedule-free SGD as published: gradients at y, a plain step of z, and x, the mean of z.
+
+    Args:
+        values: what is trained; between steps they are y = (1 - beta) z + beta x.
+        lr: the rate.
+        beta: the paper's.
+    """
+
+    def __init__(self, values: list[Tensor], lr: float, beta: float = 0.9) -> None:
+        self.param_groups = [{"params": values, "lr": lr}]
+        self.beta = beta
+        self.made = 0
+        self.z = [value.detach().clone() for value in values]
+        self.x = [value.detach().clone() for value in values]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for value in self.param_groups[0]["params"]:
+            value.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move what has a gradient."""
+        self.made += 1
+        group = self.param_groups[0]
+        for value, z, x in zip(group["params"], self.z, self.x, strict=True):
+            if value.grad is not None:
+                z.sub_(group["lr"] * value.grad)
+                x.add_((z - x) / self.made)
+                value.copy_((1 - self.beta) * z + self.beta * x)
