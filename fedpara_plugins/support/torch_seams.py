@@ -63,6 +63,7 @@ __all__ = [
     "steps_on_stack",
     "tanh_backward",
     "trains_for_quantisation",
+    "version_of",
     "weight_hooks",
 ]
 
@@ -392,6 +393,14 @@ def forget_curvature(optimizer: torch.optim.LBFGS) -> None:
             state["n_iter"] = 0
 
 
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place. Seen in torch 2.4.0 to 2.13.0.
+
+    See `HOT_ATTRIBUTES`. A backward pass that adds to a gradient changes it in place.
+    """
+    return tensor._version
+
+
 def in_backward() -> bool:
     """Return whether this thread is amid a backward pass. Seen in torch 2.4.0 to 2.13.0.
 
@@ -403,7 +412,7 @@ def in_backward() -> bool:
 def run_eagerly(function: Callable[..., T], *args: Any) -> T:
     """Call a function without tracing it, from code that `torch.compile` traces.
 
-    Public; here because torch has no annotation for it. Call `break_graph` first: what
+    Seen in torch 2.4.0 to 2.13.0. Public, and without annotations. Call `break_graph` first: what
     `torch.compiler.disable` returns cannot be part of a graph.
     """
     result: T = torch.compiler.disable(function)(*args)  # type: ignore[no-untyped-call]
@@ -418,10 +427,10 @@ def break_graph(reason: str) -> None:
     """
     from torch._dynamo.decorators import graph_break
 
-    if _GRAPH_BREAK_TAKES_A_REASON:
+    if _TAKES_REASON:
         graph_break(msg=reason)
     else:
         graph_break()
 
 
-_GRAPH_BREAK_TAKES_A_REASON = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 7)
+_TAKES_REASON = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)

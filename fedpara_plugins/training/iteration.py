@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedpara_plugins.layers.base import Phase
-from fedpara_plugins.support.torch_seams import TensorWeakRef, scaler_round
+from fedpara_plugins.support.torch_seams import TensorWeakRef, scaler_round, version_of
 from fedpara_plugins.training.held_models import HeldModel
 from fedpara_plugins.training.progress import RoundProgress
 from fedpara_plugins.training.real_steps import Step
@@ -45,7 +45,7 @@ class Iteration:
         return bool(gradients) and all(
             key in self.waiting
             and self.waiting[key][0]() is gradient
-            and self.waiting[key][1] == gradient._version
+            and self.waiting[key][1] == version_of(gradient)
             for key, gradient in gradients
         )
 
@@ -64,7 +64,7 @@ def iteration_of(step: Step, model: HeldModel) -> tuple[Iteration, bool]:
     if before is not None and step.evaluations == 1 and before.continues(step, model.own):
         return before, True
     waiting = {
-        id(p): (TensorWeakRef(p.grad), p.grad._version)
+        id(p): (TensorWeakRef(p.grad), version_of(p.grad))
         for p in (() if model.is_whole else model.others())
         if p.grad is not None
     }
