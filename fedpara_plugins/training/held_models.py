@@ -5,12 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import is_
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fedpara_plugins.layers.base import FactorisedLayer, layers_alive
-from fedpara_plugins.support.torch_seams import TensorWeakRef
 from fedpara_plugins.training.progress import RoundProgress
 from fedpara_plugins.training.real_steps import parameters_of
 
@@ -43,7 +43,7 @@ class HeldModel:
         return [p for p in _parameters(self.progress, self.layers) if id(p) not in own]
 
 
-_Found = tuple[list[TensorWeakRef], list[HeldModel]]
+_Found = tuple[list[Tensor], list[HeldModel]]
 _found: weakref.WeakKeyDictionary[Optimizer, _Found] = weakref.WeakKeyDictionary()
 """For each optimizer the parameters that it had when it was searched, and what was found."""
 
@@ -55,17 +55,13 @@ def held_models(optimizer: Optimizer) -> list[HeldModel]:
     """
     parameters = parameters_of(optimizer)
     found = _found.get(optimizer)
-    if found is None or not _are(found[0], parameters):
-        found = [TensorWeakRef(p) for p in parameters], _search(parameters)
-        _found[optimizer] = found
+    if found is None or not _are_same(found[0], parameters):
+        found = _found[optimizer] = parameters, _search(parameters)
     return found[1]
 
 
-def _are(references: list[TensorWeakRef], parameters: list[Tensor]) -> bool:
-    return len(references) == len(parameters) and all(
-        reference() is parameter
-        for reference, parameter in zip(references, parameters, strict=True)
-    )
+def _are_same(before: list[Tensor], now: list[Tensor]) -> bool:
+    return len(before) == len(now) and all(map(is_, before, now))
 
 
 def _search(parameters: list[Tensor]) -> list[HeldModel]:

@@ -197,7 +197,8 @@ def _factor_counts(layers: Iterable[FactorisedLayer]) -> dict[int, int]:
     for layer in layers:
         for weight, plan in layer.plans.items():
             private = set(plan.private_names)
-            for name, factor in layer.factors(weight).items():
-                together = [n for n in plan.factor_names if (n in private) == (name in private)]
-                counts[id(factor)] = len(together)
+            factors = layer.factors(weight)
+            for name, factor in factors.items():
+                own = name in private
+                counts[id(factor)] = len(private) if own else len(factors) - len(private)
     return counts
