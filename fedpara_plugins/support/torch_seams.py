@@ -322,7 +322,8 @@ is called, so nothing but the stack says whether a step still runs.
 _ABOVE = 16
 """How many functions may stand between `GradScaler.step` and the optimizer's.
 
-Seen in torch 2.4.0 to 2.13.0: two. Schedulers of learning rates and tools such as accelerate put some there.
+Seen in torch 2.4.0 to 2.13.0: two. Schedulers of learning rates and tools such as accelerate put
+some there.
 """
 
 

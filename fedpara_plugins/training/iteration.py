@@ -56,6 +56,8 @@ _iterations: weakref.WeakKeyDictionary[RoundProgress, Iteration] = weakref.WeakK
 def iteration_of(step: Step, model: HeldModel) -> tuple[Iteration, bool]:
     """Return the iteration that a step belongs to, and whether another optimizer has begun it.
 
+    An optimizer that has no gradient of the model begins none: it moves nothing.
+
     Args:
         step: a step whose gradients are ready.
         model: one of the models that its optimizer holds.
@@ -63,6 +65,8 @@ def iteration_of(step: Step, model: HeldModel) -> tuple[Iteration, bool]:
     before = _iterations.get(model.progress)
     if before is not None and step.evaluations == 1 and before.continues(step, model.own):
         return before, True
+    if all(p.grad is None for p in model.own):
+        return Iteration(model.progress.phase, None, None, {}), True
     waiting = {
         id(p): (TensorWeakRef(p.grad), version_of(p.grad))
         for p in (() if model.is_whole else model.others())

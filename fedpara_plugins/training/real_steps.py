@@ -262,16 +262,19 @@ def _steps_by_another(optimizer: Optimizer) -> bool:
 
     SAM, Lookahead and the like do. Acting on both would act twice.
     """
-    inner = [one for one in vars(optimizer).values() if isinstance(one, Optimizer)]
+    inner = [one for one in _optimizers_in(optimizer) if one is not optimizer]
     if not inner:
         return False
     own = {id(parameter) for parameter in parameters_of(optimizer)}
-    return any(
-        id(parameter) in own
-        for one in inner
-        if one is not optimizer
-        for parameter in parameters_of(one)
-    )
+    return any(id(parameter) in own for one in inner for parameter in parameters_of(one))
+
+
+def _optimizers_in(optimizer: Optimizer) -> Iterator[Optimizer]:
+    for value in vars(optimizer).values():
+        several = type(value) in (list, tuple, dict)
+        for one in (value.values() if type(value) is dict else value) if several else (value,):
+            if isinstance(one, Optimizer):
+                yield one
 
 
 register_optimizer_step_pre_hook(_before_step)

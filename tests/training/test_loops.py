@@ -572,6 +572,53 @@ def test_two_optimizers_make_one_step_of_the_model(option, dense_only, caplog):
     assert not caplog.records
 
 
+def test_an_optimizer_of_each_half_in_the_decoupled_schedule():
+    """That of the shared factors has no gradients in private steps."""
+    options, plain = OPTIONS["schedule"]
+    model = build(**options)
+    net = expected(model, sgd, plain, two_each())
+    named = dict(model.named_parameters())
+    halves = {True: [], False: [], None: []}
+    for name, p in named.items():
+        halves[None if name.endswith("bias") else name in net.private()].append(p)
+    all_three = [sgd(halves[key]) for key in (False, True, None)]
+    for accumulated in two_each():
+        for optimizer in all_three:
+            optimizer.zero_grad()
+        for x in accumulated:
+            (loss(model, x) / 2).backward()
+        for optimizer in all_three:
+            optimizer.step()
+    assert distance(model, net) < NEAR
+    assert round_progress(model).steps == 5
+
+
+class Several(torch.optim.Optimizer):
+    """One optimizer in front of some, as code with one of each for matrices and vectors has it."""
+
+    def __init__(self, optimizers):
+        self.optimizers = optimizers
+        super().__init__([p for o in optimizers for g in o.param_groups for p in g["params"]], {})
+
+    def step(self, closure=None):
+        held = self.optimizers
+        for optimizer in held.values() if isinstance(held, dict) else held:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda both: dict(enumerate(both))])
+def test_an_optimizer_in_front_of_several_acts_once(kind):
+    options, plain = OPTIONS["all"]
+    model = build(**options)
+    net = expected(model, sgd, plain, two_each())
+    both = [sgd(part, plain.decay) for part in split(model, False)]
+    front = Several(both)
+    front.optimizers = kind(both)
+    backward_then_step(model, front, two_each())
+    assert distance(model, net) < NEAR
+    assert round_progress(model).steps == 5
+
+
 def test_the_step_of_two_optimizers_is_bounded_as_one():
     model = build(clip=0.5)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
