@@ -572,7 +572,8 @@ def test_two_optimizers_make_one_step_of_the_model(option, dense_only, caplog):
     assert not caplog.records
 
 
-def test_an_optimizer_of_each_half_in_the_decoupled_schedule():
+@pytest.mark.parametrize("order", [(False, True, None), (True, None, False), (None, True, False)])
+def test_an_optimizer_of_each_half_in_the_decoupled_schedule(order):
     """That of the shared factors has no gradients in private steps."""
     options, plain = OPTIONS["schedule"]
     model = build(**options)
@@ -581,7 +582,7 @@ def test_an_optimizer_of_each_half_in_the_decoupled_schedule():
     halves = {True: [], False: [], None: []}
     for name, p in named.items():
         halves[None if name.endswith("bias") else name in net.private()].append(p)
-    all_three = [sgd(halves[key]) for key in (False, True, None)]
+    all_three = [sgd(halves[key]) for key in order]
     for accumulated in two_each():
         for optimizer in all_three:
             optimizer.zero_grad()
@@ -714,6 +715,24 @@ def test_two_optimizers_in_turn_are_two_steps(caplog):
             assert torch.equal(p.grad, before)
     assert distance(model, net) < NEAR
     assert round_progress(model).steps == 6
+
+
+def test_a_gradient_that_was_added_to_is_a_new_one():
+    """Between the two optimizers' steps lies a backward pass, which adds to what waits."""
+    model = build(clip=0.5)
+    first, second = (torch.optim.SGD(part, lr=1.0) for part in split(model, False))
+    one, other = batches(2)
+    loss(model, one).backward()
+    first.step()
+    first.zero_grad()
+    loss(model, other).backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    own = torch.cat([p.grad.flatten() for p in second.param_groups[0]["params"]])
+    before = torch.cat([p.detach().flatten() for p in second.param_groups[0]["params"]])
+    second.step()
+    after = torch.cat([p.detach().flatten() for p in second.param_groups[0]["params"]])
+    torch.testing.assert_close(before - after, own * 0.5 / gradients.norm(), rtol=1e-4, atol=1e-6)
+    assert round_progress(model).steps == 2
 
 
 def test_steps_within_a_backward_pass_are_bounded_and_logged_or_refused(caplog):
