@@ -16,9 +16,11 @@ from harness.cells.engines import ENGINE_CELLS
 from harness.cells.environments import ENVIRONMENTS, NOT_BY_DEFAULT
 from harness.cells.fedml import FEDML, FEDML_ENVIRONMENT, fedml_cells
 from harness.cells.flower import CODECS, METHODS, MODELS, cells, drift_cells
+from harness.cells.loops import LOOP_CELLS
 from harness.cells.strategies import PLUGIN_STRATEGIES, STRATEGIES
 from harness.cells.transports import TRANSPORT_CELLS
 from harness.matrix.engine_page import engine_section, of_an_engine
+from harness.matrix.loop_page import loop_section, of_a_loop
 from harness.matrix.page import Row, listed, results_of, table
 from harness.matrix.transport_page import of_a_transport, transport_section
 
@@ -86,7 +88,8 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.input
     engines, transports = results_of(ENGINE_CELLS, folder), results_of(TRANSPORT_CELLS, folder)
-    page = render(read(folder), engines, transports)
+    loops = results_of(LOOP_CELLS, folder)
+    page = render(read(folder), engines, transports, loops)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(page, encoding="utf-8")
     if options.print:
@@ -98,7 +101,7 @@ def read(folder: Path) -> dict[tuple[str, str], Row]:
     found: dict[tuple[str, str], Row] = {}
     for path in sorted(folder.glob("*.json")):
         row = json.loads(path.read_text(encoding="utf-8"))
-        if of_an_engine(row) or of_a_transport(row):
+        if of_an_engine(row) or of_a_transport(row) or of_a_loop(row):
             continue
         own = {key: row[key] for key in Cell.__dataclass_fields__}
         found[row["environment"], Cell(**own).id] = row
@@ -109,6 +112,7 @@ def render(
     results: Results,
     engines: Mapping[str, Row] | None = None,
     transports: Mapping[str, Row] | None = None,
+    loops: Mapping[str, Row] | None = None,
 ) -> str:
     """Render the page: an overview, a table for each environment that ran, and what did not run.
 
@@ -116,6 +120,7 @@ def render(
         results: results of the cells without an engine.
         engines: results of the cells on Flower's engines, by cell.
         transports: results of the cells over FedML's transports, by cell.
+        loops: results of the cells of training loops, by cell.
     """
     names = [*(known.name for known in ENVIRONMENTS), FEDML_ENVIRONMENT]
     ran = {environment for environment, _ in results}
@@ -123,7 +128,8 @@ def render(
     parts = [HEAD, _summary(results), _overview(ordered, results)]
     parts += [_section(name, results) for name in ordered]
     parts += [engine_section(engines or {}), transport_section(transports or {})]
-    others = [*(engines or {}).values(), *(transports or {}).values()]
+    parts.append(loop_section(loops or {}))
+    others = [*(engines or {}).values(), *(transports or {}).values(), *(loops or {}).values()]
     parts.append(_not_run(ran | {str(row["environment"]) for row in others}))
     return "\n".join(parts)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.cells.engines import ENGINE_CELLS
+from harness.cells.loops import LOOP_CELLS, LOOPS
 from harness.cells.transports import TRANSPORT_CELLS, TransportCell
 from harness.matrix.page import results_of
 from harness.matrix.results import AnyCell
@@ -40,7 +41,7 @@ def page_of(folder: Path, rows: Iterable[tuple[AnyCell, dict[str, Any]]]) -> str
         path = folder / f"{cell.environment}--{cell.id}.json"
         path.write_text(json.dumps(content), encoding="utf-8")
     engines, transports = results_of(ENGINE_CELLS, folder), results_of(TRANSPORT_CELLS, folder)
-    return render(read(folder), engines, transports)
+    return render(read(folder), engines, transports, results_of(LOOP_CELLS, folder))
 
 
 def section(page: str) -> str:
@@ -92,3 +93,31 @@ def test_a_page_on_which_all_were_skipped(tmp_path: Path) -> None:
     page = page_of(tmp_path, [(cell, row(cell, outcome="skipped", skipped=LACKS, figures={}))])
     assert f"- 1 of {len(TRANSPORT_CELLS)} cells: {LACKS}" in section(page)
     assert "cells ran" not in section(page)
+
+
+def test_training_loops_have_a_table_of_loops_by_options(tmp_path: Path) -> None:
+    figures = {"off": 1.2e-8, "without": 0.987}
+    tools = "lightning 2.6.6, schedulefree 1.4.1"
+
+    def came_to(cell: Any) -> dict[str, Any]:
+        outcome = "failed" if cell.id == "closure-decay" else "passed"
+        return row(cell, version=tools, figures=figures, outcome=outcome)
+
+    page = page_of(tmp_path, [(cell, came_to(cell)) for cell in LOOP_CELLS])
+    found = page.partition("## Training loops")[2].partition("\n## ")[0]
+    count = len(LOOP_CELLS)
+    said = (
+        f"{count} of {count} cells ran, {count - 1} passed, with {tools}; commit abc; 2026-11-27."
+    )
+    assert said in found
+    spelled = LOOPS["closure"]
+    assert f"| {spelled} | 1e-08 (0.99) | **failed** | 1e-08 (0.99) | 1e-08 (0.99) |" in found
+    assert "Not run: `tox run -e core-loops`" not in page
+    assert "- `tox run -e core-loops`:" not in page
+    assert "0 cells ran: 0 passed" in page
+
+
+def test_without_training_loops_the_page_says_how_to_run_them(tmp_path: Path) -> None:
+    page = page_of(tmp_path, [])
+    assert "Not run: `tox run -e core-loops`." in page
+    assert "- `tox run -e core-loops`: needs Lightning" in page

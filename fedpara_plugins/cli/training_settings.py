@@ -22,7 +22,6 @@ from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.support.findings import Finding
-from fedpara_plugins.training.decay import COUPLED
 from fedpara_plugins.training.step_hooks import attach_progress
 
 __all__ = [
@@ -146,14 +145,8 @@ def _weight_decay(
         return
     largest = max(layers, key=lambda layer: max(prod(p.shape) for p in layer.plans.values()))
     factors = len(next(iter(largest.plans.values())).factor_names)
-    if not issubclass(kind, (*COUPLED, torch.optim.AdamW)):
-        yield Finding(
-            "attention",
-            subject,
-            f"{kind.__name__} is not one of torch's optimizers: its decay acts on each of up to "
-            f"{factors} factors and shrinks composed weights up to {factors} times as fast; divide "
-            f"it by that number, or use one of torch's",
-        )
+    if not kind.__module__.startswith("torch.optim"):
+        yield _finding_of_other(kind, factors, config.decay)
         return
     if issubclass(kind, NORMALISING) and kind is not torch.optim.AdamW:
         share = "1/F of it (F factors) is" if config.decay == "composed" else "all of it is"
@@ -206,6 +199,24 @@ def measured_speed(plan: WeightPlan) -> float:
     pulled = torch.autograd.grad((weight * gradient).sum(), shared)
     # J is the Jacobian of W. A step along -JᵀG changes <W, -G> by |JᵀG|² times the rate.
     return float(sum(p.square().sum() for p in pulled) / gradient.square().sum())
+
+
+def _finding_of_other(kind: type[torch.optim.Optimizer], factors: int, decay: str) -> Finding:
+    name = f"{kind.__name__} is not one of torch's optimizers"
+    if decay == "composed":
+        return Finding(
+            "note",
+            "weight decay",
+            f"{name}: each of F factors gets its share, weight_decay / F, while it steps. If it "
+            f"takes its decay from elsewhere than its parameter groups, divide it by F (up to "
+            f"{factors}) yourself",
+        )
+    return Finding(
+        "attention",
+        "weight decay",
+        f"{name}: its decay acts on each of up to {factors} factors and shrinks composed weights "
+        f"up to {factors} times as fast; divide it by that number, or set decay='composed'",
+    )
 
 
 def measured_decay(layer: FactorisedLayer, kind: Callable[..., Optimizer], *, decay: str) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedpara_plugins.errors import ConfigError
-from fedpara_plugins.optimizers.step_observers import observe_steps
+from fedpara_plugins.training import Step, StepObserver, observe_real_steps
 
 __all__ = ["AddedGradient", "Term"]
 
@@ -51,7 +51,8 @@ class AddedGradient:
         self._term = term
         self._check = check
         self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._before: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        # For each optimizer amid a step, its parameters with the user's gradient and the corrected.
+        self._before: dict[int, dict[int, tuple[Tensor, Tensor, Tensor]]] = {}
         self._observing = ExitStack()
         self.steps = 0
         self.rates: dict[str, float] = dict.fromkeys(parameters, 0.0)
@@ -74,7 +75,8 @@ class AddedGradient:
             )
 
     def __enter__(self) -> AddedGradient:
-        self._observing.enter_context(observe_steps(self._add, self._restore))
+        observer = StepObserver(ready=self._add, end=self._restore)
+        self._observing.enter_context(observe_real_steps(observer))
         return self
 
     def __exit__(
@@ -88,7 +90,8 @@ class AddedGradient:
             self._restore_by_id(optimizer)
 
     @torch.no_grad()
-    def _add(self, optimizer: Optimizer) -> None:
+    def _add(self, step: Step) -> None:
+        optimizer = step.optimizer
         held = [
             (parameter, self._names[id(parameter)], group)
             for group in optimizer.param_groups
@@ -102,28 +105,34 @@ class AddedGradient:
             if self._check is not None:
                 self._check(optimizer)
             self._checked.add(optimizer)
+        step.unscale()
         moved = [entry for entry in held if entry[0].grad is not None]
-        self.steps += bool(moved)
-        before = self._before.setdefault(id(optimizer), [])
+        first = id(optimizer) not in self._before
+        self.steps += first and bool(moved)
+        before = self._before.setdefault(id(optimizer), {})
         for parameter, name, group in moved:
-            self.rates[name] += float(group.get("lr", 0.0))
+            if first:
+                self.rates[name] += float(group.get("lr", 0.0))
+            if id(parameter) in before and before[id(parameter)][2] is parameter.grad:
+                continue  # the closure has computed no new gradient
             added = self._term(name, parameter)
             if added is not None:
-                before.append((parameter, parameter.grad))
-                parameter.grad = parameter.grad + added
+                own, corrected = parameter.grad, parameter.grad + added
+                before[id(parameter)] = parameter, own, corrected
+                parameter.grad = corrected
 
-    def _restore(self, optimizer: Optimizer) -> None:
-        self._restore_by_id(id(optimizer))
+    def _restore(self, step: Step) -> None:
+        self._restore_by_id(id(step.optimizer))
 
     def _restore_by_id(self, optimizer: int) -> None:
         """Restore the gradients of one optimizer; one of another thread may be amid its step."""
-        for parameter, gradient in self._before.pop(optimizer, []):
+        for parameter, gradient, _ in self._before.pop(optimizer, {}).values():
             parameter.grad = gradient
 
 
 def _refuse_closures(optimizer: Optimizer) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError(
-            "LBFGS computes its gradients inside the step, where nothing can be added to them; "
-            "use an optimizer that takes one gradient per step, such as torch.optim.SGD"
+            "LBFGS takes several gradients and rates per step, and drift corrections count one of "
+            "each; use an optimizer that takes one gradient per step, such as torch.optim.SGD"
         )

@@ -11,29 +11,39 @@ every step, and methods that subclasses replace by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.weak import TensorWeakRef
 
 __all__ = [
     "HOT_ATTRIBUTES",
     "MODULE_ATTRIBUTES",
     "OVERRIDDEN_NAMES",
     "NonDynamicallyQuantizableLinear",
+    "TensorWeakRef",
     "are_functorch_transforms_active",
     "assembled_module",
     "attributes_of",
+    "break_graph",
     "count_dispatch_modes",
+    "forget_curvature",
+    "functions_above",
     "has_hooks",
+    "in_backward",
     "in_forward_mode",
     "is_legacy_batchedtensor",
     "is_quantised",
@@ -46,13 +56,19 @@ __all__ = [
     "projects_jointly",
     "register_optimizer_step_post_hook",
     "register_optimizer_step_pre_hook",
+    "run_eagerly",
     "saved_tensors_hooks_are_enabled",
+    "scaler_round",
+    "stepping_scaler",
+    "steps_on_stack",
     "tanh_backward",
     "trains_for_quantisation",
+    "version_of",
     "weight_hooks",
 ]
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 # Names that torch exports and does not document, torch 2.4.0 to 2.13.0.
 #
@@ -61,6 +77,9 @@ M = TypeVar("M", bound=nn.Module)
 #
 # `register_optimizer_step_pre_hook` and its twin: hooks around the steps of every optimizer of the
 # process. The documented hooks belong to one optimizer, which users build out of our sight.
+#
+# `TensorWeakRef`: a weak reference to a tensor. Python's own may return an object that torch has
+# given up, which this one mends.
 
 # Functions of torch's C++ part
 
@@ -289,3 +308,134 @@ def trains_for_quantisation(layer: nn.Module) -> bool:
     Seen in torch 2.4.0 to 2.13.0. See `is_quantised`; here the modules' names hold ``qat``.
     """
     return ".qat." in f"{type(layer).__module__}."
+
+
+# Optimizer steps
+
+_STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__
+"""The function that torch puts around each optimizer's ``step``, which calls the hooks.
+
+Seen in torch 2.4.0 to 2.13.0. It calls the optimizer ``self``. If a step ends by an error, no hook
+is called, so nothing but the stack says whether a step still runs.
+"""
+
+_ABOVE = 16
+"""How many functions may stand between `GradScaler.step` and the optimizer's.
+
+Seen in torch 2.4.0 to 2.13.0: two. Schedulers of learning rates and tools such as accelerate put
+some there.
+"""
+
+
+def steps_on_stack(optimizer: Optimizer) -> int:
+    """Return how many calls of an optimizer's ``step`` run in this thread, one inside another.
+
+    Seen in torch 2.4.0 to 2.13.0. A subclass that calls ``super().step()`` has two, and torch
+    calls the hooks for both.
+    """
+    return sum(
+        frame.f_code is _STEP and frame.f_locals.get("self") is optimizer for frame in _frames()
+    )
+
+
+def functions_above(optimizer: Optimizer) -> list[tuple[str, str]]:
+    """Return the functions above an optimizer's ``step``, each with the class of its object.
+
+    Seen in torch 2.4.0 to 2.13.0. See `steps_on_stack`.
+    """
+    found, above = [], False
+    for frame in _frames():
+        if above:
+            owner = frame.f_locals.get("self")
+            found.append((frame.f_code.co_name, type(owner).__name__))
+        above = above or (frame.f_code is _STEP and frame.f_locals.get("self") is optimizer)
+    return found[:_ABOVE]
+
+
+def stepping_scaler(optimizer: Optimizer) -> GradScaler | None:
+    """Return the `GradScaler` whose ``step`` is stepping this optimizer; None without one.
+
+    Seen in torch 2.4.0 to 2.13.0. A scaler leaves no trace at an ordinary optimizer: it unscales
+    the gradients, and calls ``step``.
+    """
+    for depth, frame in enumerate(_frames()):
+        if frame.f_code is GradScaler.step.__code__:
+            scaler = frame.f_locals.get("self")
+            if frame.f_locals.get("optimizer") is optimizer and isinstance(scaler, GradScaler):
+                return scaler if scaler.is_enabled() else None
+        if depth > 2 * _ABOVE:
+            break
+    return None
+
+
+def scaler_round(scaler: GradScaler) -> object:
+    """Return an object that is another one after each ``scaler.update()``.
+
+    Seen in torch 2.4.0 to 2.13.0. A scaler replaces what it knows of its optimizers in each update.
+    """
+    return scaler._per_optimizer_states
+
+
+def _frames() -> Iterator[FrameType]:
+    """Yield the functions that run in this thread, innermost first.
+
+    Python's, as it was with torch 2.4.0 to 2.13.0; the seams above look for torch's among them.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def forget_curvature(optimizer: torch.optim.LBFGS) -> None:
+    """Let LBFGS start anew at its next step.
+
+    Seen in torch 2.4.0 to 2.13.0. LBFGS keeps earlier directions in its state and drops them where
+    the state's ``n_iter`` is 0.
+    """
+    for state in optimizer.state.values():
+        if "n_iter" in state:
+            state["n_iter"] = 0
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place. Seen in torch 2.4.0 to 2.13.0.
+
+    See `HOT_ATTRIBUTES`. A backward pass that adds to a gradient changes it in place.
+    """
+    return tensor._version
+
+
+def in_backward() -> bool:
+    """Return whether this thread is amid a backward pass. Seen in torch 2.4.0 to 2.13.0.
+
+    Hooks of tensors run there. No public function says so.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+def run_eagerly(function: Callable[..., T], *args: Any) -> T:
+    """Call a function without tracing it, from code that `torch.compile` traces.
+
+    Seen in torch 2.4.0 to 2.13.0. Public, and without annotations. Call `break_graph` first: what
+    `torch.compiler.disable` returns cannot be part of a graph.
+    """
+    result: T = torch.compiler.disable(function)(*args)  # type: ignore[no-untyped-call]
+    return result
+
+
+def break_graph(reason: str) -> None:
+    """Leave the graph that `torch.compile` is tracing, or end the compilation of a full graph.
+
+    Seen in torch 2.4.0 to 2.13.0. The public `torch.compiler` only marks whole functions, and its
+    import takes seconds. The reason is in the error of a full graph where torch takes one.
+    """
+    from torch._dynamo.decorators import graph_break
+
+    if _TAKES_REASON:
+        graph_break(msg=reason)
+    else:
+        graph_break()
+
+
+_TAKES_REASON = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)

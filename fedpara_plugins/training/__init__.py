@@ -2,8 +2,9 @@
 
 These are gradient clipping, weight decay, the decoupled schedule, label counts and the Jacobian
 correction. The room may import ``layers`` and what stands below them. It offers adapters the start
-of a round and a model's progress in it. Its import registers the hook that torch calls before each
-step of every optimizer.
+of a round and a model's progress in it, and drift corrections a way to act on the gradients that a
+step really uses. Its import registers the hooks that torch calls around each step of every
+optimizer.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 from fedpara_plugins.training.jacobian import JacobianCorrection
 from fedpara_plugins.training.label_counts import lacks_label_counts, set_label_counts
 from fedpara_plugins.training.optimizer_check import check_optimizer
+from fedpara_plugins.training.progress import RoundProgress
+from fedpara_plugins.training.real_steps import Step, StepObserver, observe_real_steps
 from fedpara_plugins.training.step_hooks import (
-    RoundProgress,
     round_progress,
     shared_phase,
     start_round,
@@ -21,8 +23,11 @@ from fedpara_plugins.training.step_hooks import (
 __all__ = [
     "JacobianCorrection",
     "RoundProgress",
+    "Step",
+    "StepObserver",
     "check_optimizer",
     "lacks_label_counts",
+    "observe_real_steps",
     "round_progress",
     "set_label_counts",
     "shared_phase",

@@ -1,35 +1,26 @@
 """Weight decay that shrinks a composed weight as it would shrink a dense one.
 
 An optimizer that decays each of F factors by (1 - lr wd) shrinks their product by (1 - lr wd)^F,
-about F times as fast as the user asked for. The excess is compensated just before the step: in the
-gradient if the decay is a term of it (SGD, Adam), in the factor if the optimizer shrinks the factor
-itself (AdamW, Muon, Adafactor).
+about F times as fast as the user asked for. While a step lasts, factors therefore stand in
+parameter groups of their own, whose ``weight_decay`` is a share of the user's. Gradients and
+parameters are not touched, so a step that a scaler skips changes nothing.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["compose_decay"]
+__all__ = ["join_groups", "split_groups"]
 
-log = logging.getLogger(__name__)
+Group = dict[str, Any]
 
-COUPLED = (
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.Adamax,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.RMSprop,
-    torch.optim.ASGD,
-)
-"""Optimizers whose weight decay is a term of the gradient, unless their group says otherwise."""
+OWN = ("params", "param_names", "weight_decay")
+"""What a part of a group has for itself."""
 
 DECOUPLED = tuple(
     getattr(torch.optim, name)
@@ -38,49 +29,79 @@ DECOUPLED = tuple(
 )
 """Optimizers that multiply the parameter itself by 1 - lr * weight_decay."""
 
-_unknown: set[type[torch.optim.Optimizer]] = set()
+
+class _Split:
+    """The user's parameter groups while a step has others in their place."""
+
+    def __init__(self) -> None:
+        self.groups: list[Group] | None = None
+        self.parts: dict[int, list[Group]] = {}
+
+    def parts_of(self, group: Group, by_count: Mapping[int, list[Tensor]]) -> list[Group]:
+        """Return a group for each number of factors; the same objects in each step."""
+        parts = self.parts.get(id(group), [])
+        if [_ids(part["params"]) for part in parts] != [_ids(own) for own in by_count.values()]:
+            parts = self.parts[id(group)] = [{"params": own} for own in by_count.values()]
+        return parts
 
 
-def compose_decay(optimizer: torch.optim.Optimizer, counts: Mapping[int, int]) -> None:
-    """Correct an optimizer's next step for factors under weight decay.
+def _ids(things: Iterable[object]) -> list[int]:
+    return [id(thing) for thing in things]
+
+
+_splits: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Split] = weakref.WeakKeyDictionary()
+
+
+def split_groups(optimizer: torch.optim.Optimizer, counts: Mapping[int, int]) -> None:
+    """Give factors a share of their group's weight decay, until `join_groups`.
 
     Args:
-        optimizer: one of torch's. With another kind the decay stays on the factors, and a warning
-            is logged.
+        optimizer: any that takes its decay from ``weight_decay`` in its parameter groups.
         counts: for each factor, by id, the number of factors that shrink together.
     """
+    split = _splits.setdefault(optimizer, _Split())
+    if split.groups is not None:
+        return  # a second gradient of the same step
+    groups: list[Group] = []
     for group in optimizer.param_groups:
-        decay = float(group.get("weight_decay", 0.0))
-        factors = [p for p in group["params"] if id(p) in counts and p.grad is not None]
-        if not decay or not factors:
+        decay = float(group.get("weight_decay") or 0.0)
+        by_count: dict[int, list[Tensor]] = {}
+        for parameter in group["params"] if decay else ():
+            by_count.setdefault(counts.get(id(parameter), 1), []).append(parameter)
+        if not by_count.keys() - {1}:
+            groups.append(group)
             continue
-        decoupled = _is_decoupled(optimizer, group)
-        if decoupled is None:
-            _warn_once(type(optimizer))
-            return
-        with torch.no_grad():
-            for factor in factors:
-                excess = 1 - 1 / counts[id(factor)]
-                if decoupled:
-                    shrink = 1 - float(group["lr"]) * decay
-                    factor.mul_(shrink**-excess if shrink > 0 else 1.0)
-                else:
-                    # With maximize the optimizer negates the gradient, then adds the decay.
-                    sign = 1 if group.get("maximize") else -1
-                    factor.grad.add_(factor, alpha=sign * decay * excess)
+        parts = split.parts_of(group, by_count)
+        for count, part in zip(by_count, parts, strict=True):
+            share = _share(optimizer, group, decay, count)
+            part.update({**group, "params": part["params"], "weight_decay": share})
+        groups += parts
+    if _ids(groups) != _ids(optimizer.param_groups):
+        split.groups = optimizer.param_groups
+        optimizer.param_groups = groups
 
 
-def _is_decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool | None:
-    if isinstance(optimizer, DECOUPLED) or group.get("decoupled_weight_decay"):
-        return True
-    return False if isinstance(optimizer, COUPLED) else None
+def join_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer its own groups back, with what the step has noted in them."""
+    split = _splits.get(optimizer)
+    if split is None or split.groups is None:
+        return
+    present = {id(group): group for group in optimizer.param_groups}
+    for group in split.groups:
+        for part in reversed(split.parts.get(id(group), [])):
+            if present.pop(id(part), None) is not None:
+                group.update({k: v for k, v in part.items() if k not in OWN})
+        present.pop(id(group), None)
+    optimizer.param_groups = split.groups
+    optimizer.param_groups += present.values()  # groups that a closure has added
+    split.groups = None
 
 
-def _warn_once(kind: type[torch.optim.Optimizer]) -> None:
-    if kind not in _unknown:
-        _unknown.add(kind)
-        log.warning(
-            "fedpara: weight decay of %s acts on factors, so composed weights shrink as many times "
-            "as fast as they have factors; divide it by that, or use one of torch's optimizers",
-            kind.__name__,
-        )
+def _share(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], decay: float, count: int
+) -> float:
+    if count == 1 or not (isinstance(optimizer, DECOUPLED) or group.get("decoupled_weight_decay")):
+        return decay / count
+    lr = float(group["lr"])
+    shrink = 1 - lr * decay
+    return (1 - shrink ** (1 / count)) / lr if lr and shrink > 0 else decay / count

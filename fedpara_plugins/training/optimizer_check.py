@@ -44,8 +44,8 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
 def warn_of_earlier_optimizer(replaced: Mapping[str, weakref.ref[Tensor]]) -> None:
     """Warn if a living optimizer holds a weight that a conversion has just replaced.
 
-    Usually nobody holds the old weights, they have been freed, and this costs nothing. The
-    interpreter's objects are searched for optimizers only if some weights are still alive.
+    Usually nobody holds the old weights, they have been freed, and this costs nothing. Optimizers
+    are searched for only if some weights are still alive.
 
     Args:
         replaced: weak references to the dense weights by name; strong ones would keep them alive.
@@ -67,10 +67,21 @@ def _held_by_optimizers(replaced: Mapping[str, weakref.ref[Tensor]]) -> list[str
     alive = {id(weight): name for name, ref in replaced.items() if (weight := ref()) is not None}
     if not alive:
         return []
-    # Not isinstance(): it asks objects for __class__, which some proxies answer with an error.
-    optimizers = [thing for thing in gc.get_objects() if issubclass(type(thing), Optimizer)]
-    held = {key for optimizer in optimizers for key in _held_by(optimizer)}
+    held = {key for optimizer in _optimizers_alive() for key in _held_by(optimizer)}
     return [name for key, name in alive.items() if key in held]
+
+
+def _optimizers_alive() -> list[Optimizer]:
+    """Return all optimizers of the process: the instances of its classes of optimizers.
+
+    Not by `gc.get_objects`: it returns tuples too that other threads are still building, which
+    fails there if somebody holds them.
+    """
+    classes: list[type[Optimizer]] = [Optimizer]
+    for known in classes:
+        classes += [one for one in known.__subclasses__() if one not in classes]
+    # Not isinstance(): it asks objects for __class__, which some proxies answer with an error.
+    return [one for one in gc.get_referrers(*classes) if issubclass(type(one), Optimizer)]
 
 
 def _held_by(optimizer: Optimizer) -> set[int]:

@@ -1,8 +1,9 @@
-"""The hook before each optimizer step, which needs no edit in the user's training loop.
+"""What acts around each optimizer step, without an edit in the user's training loop.
 
 Three options act there: ``decay`` keeps the meaning of the optimizer's weight decay, ``clip``
 bounds the gradient's norm, and ``schedule="decoupled"`` makes the first steps of a round private
-and the others shared. The hook acts only on optimizers that hold factors.
+and the others shared. They act only on optimizers that hold parameters of a converted model, and on
+the gradients that the step really uses (`fedpara_plugins.training.real_steps`).
 """
 
 from __future__ import annotations
@@ -10,18 +11,23 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from fedpara_plugins.config import FedParaConfig
+from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.layers.base import FactorisedLayer, Phase, layers_alive
 from fedpara_plugins.layers.kept_weights import drop_before_step
-from fedpara_plugins.support.torch_seams import register_optimizer_step_pre_hook
-from fedpara_plugins.training.decay import compose_decay
+from fedpara_plugins.support.torch_seams import forget_curvature, in_backward
+from fedpara_plugins.training.clip import check_last_norm, clip_gradients
+from fedpara_plugins.training.decay import join_groups, split_groups
+from fedpara_plugins.training.held_models import HeldModel, held_models
+from fedpara_plugins.training.iteration import forget_iteration, iteration_of
 from fedpara_plugins.training.label_counts import warn_without_counts
+from fedpara_plugins.training.progress import DenseParameters, RoundProgress, layers_of, set_phase
+from fedpara_plugins.training.real_steps import Step, StepObserver, add_observer
 
 __all__ = [
     "RoundProgress",
@@ -32,35 +38,9 @@ __all__ = [
 ]
 
 
-@dataclass
-class RoundProgress:
-    """The progress of a model in its round: one object for all layers, another for each copy.
-
-    Attributes:
-        config: the options that the model was converted with.
-        decoupled: whether private and shared steps are separate.
-        private_steps: number of private steps at the start of this round.
-        steps: number of steps made in this round so far.
-        counts_given: whether `fedpara_plugins.set_label_counts` was called on the model.
-    """
-
-    config: FedParaConfig
-    decoupled: bool
-    private_steps: int
-    steps: int = 0
-    counts_given: bool = False
-
-    @property
-    def phase(self) -> Phase:
-        """Which factors the next step moves."""
-        if not self.decoupled:
-            return "joint"
-        return "private" if self.steps < self.private_steps else "shared"
-
-
 def attach_progress(model: nn.Module, config: FedParaConfig) -> None:
     """Attach a common `RoundProgress` to the layers of a freshly converted model."""
-    layers = _layers_of(model)
+    layers = layers_of(model)
     private = any(plan.private_names for layer in layers for plan in layer.plans.values())
     decoupled = config.schedule == "decoupled" and private
     progress = RoundProgress(config, decoupled, config.first_private_steps)
@@ -72,7 +52,7 @@ def attach_progress(model: nn.Module, config: FedParaConfig) -> None:
 
 def round_progress(model: nn.Module) -> RoundProgress | None:
     """Return a converted model's `RoundProgress`; None if it has no factorised layer."""
-    found = next((layer.progress for layer in _layers_of(model)), None)
+    found = next((layer.progress for layer in layers_of(model)), None)
     return found if isinstance(found, RoundProgress) else None
 
 
@@ -87,6 +67,7 @@ def start_round(model: nn.Module, *, previous_steps: int | None = None) -> None:
     progress = round_progress(model)
     if progress is None:
         return
+    check_last_norm(progress)
     wanted = progress.config.private_steps
     if wanted >= 1:
         progress.private_steps = int(wanted)
@@ -95,7 +76,11 @@ def start_round(model: nn.Module, *, previous_steps: int | None = None) -> None:
     else:
         progress.private_steps = progress.config.first_private_steps
     progress.steps = 0
-    _set_phase(_layers_of(model), progress.phase)
+    progress.rounds += 1
+    progress.diverged = False
+    progress.dense = DenseParameters.of(model)
+    forget_iteration(progress)
+    set_phase(layers_of(model), progress.phase)
 
 
 @contextmanager
@@ -105,66 +90,104 @@ def shared_phase(model: nn.Module) -> Iterator[None]:
     if progress is None or not progress.decoupled:
         yield
         return
-    layers = _layers_of(model)
-    _set_phase(layers, "shared")
+    layers = layers_of(model)
+    set_phase(layers, "shared")
     try:
         yield
     finally:
-        _set_phase(layers, progress.phase)
+        set_phase(layers, progress.phase)
 
 
-_held: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, list[Any]]]
-_held = weakref.WeakKeyDictionary()
-"""For each optimizer its number of parameters, and weak references to the layers that own them."""
+_last_phase: weakref.WeakKeyDictionary[torch.optim.LBFGS, list[tuple[int, Phase]]]
+_last_phase = weakref.WeakKeyDictionary()
+"""For each LBFGS, round and phase of its last step, by model."""
 
 
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    layers = _layers_held_by(optimizer)
-    drop_before_step(layers)
-    for progress in {id(layer.progress): layer.progress for layer in layers}.values():
-        of_model = [layer for layer in layers if layer.progress is progress]
+def _begin(step: Step) -> None:
+    """Let LBFGS forget the curvature of another phase, which would move that phase's factors."""
+    if not isinstance(step.optimizer, torch.optim.LBFGS):
+        return
+    models = [model.progress for model in held_models(step.optimizer)]
+    phases = [(progress.rounds, progress.phase) for progress in models if progress.decoupled]
+    if _last_phase.get(step.optimizer, phases) != phases:
+        forget_curvature(step.optimizer)
+    _last_phase[step.optimizer] = phases
+
+
+def _ready(step: Step) -> None:
+    counts: dict[int, int] = {}
+    decays = any(group.get("weight_decay") for group in step.optimizer.param_groups)
+    for model in held_models(step.optimizer):
+        progress, layers = model.progress, model.layers
+        drop_before_step(layers)
         if progress.config.label_prior and progress.steps == 0:
-            warn_without_counts(of_model, given=progress.counts_given)
+            warn_without_counts(layers, given=progress.counts_given)
+        iteration, begun = iteration_of(step, model)
+        if step.evaluations == 1 and begun:
+            step.continued.add(id(progress))
+        left_out: set[int] = set()
         if progress.decoupled:
-            _drop_other_gradients(optimizer, of_model, progress.phase)
-        if progress.config.decay == "composed":
-            compose_decay(optimizer, _factor_counts(of_model))
+            _refuse_around(step)
+            left_out = _left_out(model, iteration.phase)
+            _drop_gradients(model, left_out)
+        if decays and progress.config.decay == "composed":
+            counts.update(_factor_counts(layers))
         if progress.config.clip is not None:
-            nn.utils.clip_grad_norm_(_parameters(optimizer), progress.config.clip)
-        progress.steps += 1
-        _set_phase(of_model, progress.phase)
+            clip_gradients(step, model, iteration, left_out, progress.config.clip)
+    if counts:
+        split_groups(step.optimizer, counts)
 
 
-register_optimizer_step_pre_hook(_before_step)
+def _end(step: Step) -> None:
+    join_groups(step.optimizer)
+    for model in held_models(step.optimizer):
+        progress = model.progress
+        if step.completed and id(progress) not in step.continued:
+            progress.steps += 1
+        set_phase(model.layers, progress.phase)
 
 
-def _layers_held_by(optimizer: torch.optim.Optimizer) -> list[FactorisedLayer]:
-    size = len(_parameters(optimizer))
-    if optimizer not in _held or _held[optimizer][0] != size:
-        held = {id(parameter) for parameter in _parameters(optimizer)}
-        found = [
-            weakref.ref(layer)
-            for layer in list(layers_alive)
-            if any(id(parameter) in held for parameter in layer.parameters(recurse=False))
-        ]
-        _held[optimizer] = (size, found)
-    return [layer for ref in _held[optimizer][1] if (layer := ref()) is not None]
+def _concerns(optimizer: Optimizer) -> bool:
+    return bool(held_models(optimizer))
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+add_observer(StepObserver(_ready, _end, _begin, _concerns))
 
 
-def _drop_other_gradients(
-    optimizer: torch.optim.Optimizer, layers: Iterable[FactorisedLayer], phase: Phase
-) -> None:
+def _refuse_around(step: Step) -> None:
+    if step.is_amid_another():
+        raise ConfigError(
+            f"option 'schedule': 'decoupled' leaves parameters out of each step, and the optimizer "
+            f"around {type(step.optimizer).__name__} has moved them already (SAM's first step, a "
+            f"schedule-free wrapper): use {type(step.optimizer).__name__} itself, or set "
+            f"schedule='joint'"
+        )
+    if in_backward():
+        raise ConfigError(
+            "option 'schedule': 'decoupled' counts whole steps, and this optimizer steps amid a "
+            "backward pass, for a part of the model: call step() after backward(), or set "
+            "schedule='joint'"
+        )
+
+
+def _left_out(model: HeldModel, phase: Phase) -> set[int]:
+    """Return the ids of the parameters, the model's and the optimizer's, that a phase leaves out.
+
+    Parameters of the optimizer that are no part of the model are taken for shared ones.
+    """
+    private = {id(p) for layer in model.layers for p in layer.private_parameters()}
+    if phase == "shared":
+        return private
+    return {id(p) for p in (*model.own, *model.others())} - private
+
+
+def _drop_gradients(model: HeldModel, left_out: set[int]) -> None:
     """Drop the gradients of the other phase: optimizers skip such parameters entirely.
 
     Neither momentum nor decay moves a parameter without a gradient.
     """
-    private = {id(parameter) for layer in layers for parameter in layer.private_parameters()}
-    for parameter in _parameters(optimizer):
-        if (id(parameter) in private) != (phase == "private"):
+    for parameter in model.own:
+        if id(parameter) in left_out:
             parameter.grad = None
 
 
@@ -174,16 +197,8 @@ def _factor_counts(layers: Iterable[FactorisedLayer]) -> dict[int, int]:
     for layer in layers:
         for weight, plan in layer.plans.items():
             private = set(plan.private_names)
-            for name, factor in layer.factors(weight).items():
-                together = [n for n in plan.factor_names if (n in private) == (name in private)]
-                counts[id(factor)] = len(together)
+            factors = layer.factors(weight)
+            for name, factor in factors.items():
+                own = name in private
+                counts[id(factor)] = len(private) if own else len(factors) - len(private)
     return counts
-
-
-def _set_phase(layers: Iterable[FactorisedLayer], phase: Phase) -> None:
-    for layer in layers:
-        layer.__dict__["phase"] = phase
-
-
-def _layers_of(model: nn.Module) -> list[FactorisedLayer]:
-    return [layer for layer in model.modules() if isinstance(layer, FactorisedLayer)]

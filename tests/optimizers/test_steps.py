@@ -39,6 +39,115 @@ def test_the_term_is_in_the_step_and_not_in_the_users_gradient():
     assert added.steps == 1
 
 
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("how", ["closure", "keyword", "scaler", "unscaled"])
+def test_the_term_is_in_steps_with_a_closure_and_under_a_scaler(how, fused, converted):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1))
+    model = fedpara.convert(model, method="fedpara", gamma=0.1) if converted else model
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=how in ("scaler", "unscaled"))
+    x = torch.ones(2, 64)
+    gradients = dict(zip(named, torch.autograd.grad(model(x).sum(), named.values()), strict=True))
+    before = {name: p.detach().clone() for name, p in named.items()}
+
+    def closure():
+        optimizer.zero_grad()
+        value = scaler.scale(model(x).sum())
+        value.backward()
+        return value
+
+    with AddedGradient(named, lambda name, p: torch.ones_like(p)) as added:
+        if how == "keyword":
+            optimizer.step(closure=closure)
+        elif how == "closure":
+            optimizer.step(closure)
+        else:
+            closure()
+            if how == "unscaled":
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+    for name, p in named.items():
+        torch.testing.assert_close(p.grad, gradients[name])
+        torch.testing.assert_close(p.detach(), before[name] - 0.1 * (gradients[name] + 1))
+        assert added.rates[name] == pytest.approx(0.1)
+    assert added.steps == 1
+
+
+def test_a_step_that_overflows_gets_no_term_and_counts_for_nothing():
+    for fused in (False, True):
+        model = made()
+        named = dict(model.named_parameters())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        before = {name: p.detach().clone() for name, p in named.items()}
+        scaler.scale(loss(model)).backward()
+        named["0.bias"].grad[0] = torch.inf
+        with AddedGradient(named, lambda name, p: torch.ones_like(p)) as added:
+            scaler.step(optimizer)
+        assert all(torch.equal(p, before[name]) for name, p in named.items())
+        assert added.steps == 0
+        assert not any(added.rates.values())
+
+
+class Around(torch.optim.Optimizer):
+    """Takes two gradients, and steps by another optimizer."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, options)
+        self.base = torch.optim.SGD(self.param_groups, **options)
+
+    def step(self, closure=None):
+        with torch.enable_grad():
+            closure()
+            closure()
+        self.base.step()
+
+
+class Child(torch.optim.SGD):
+    """Takes two gradients, and steps as its parent does."""
+
+    def step(self, closure=None):
+        with torch.enable_grad():
+            closure()
+            closure()
+        super().step()
+
+
+@pytest.mark.parametrize("kind", [Around, Child])
+def test_the_term_is_added_once_whatever_the_optimizer_is_built_of(kind):
+    model = nn.Linear(3, 2)
+    named = dict(model.named_parameters())
+    optimizer = kind(model.parameters(), lr=0.1)
+    before = {name: p.detach().clone() for name, p in named.items()}
+
+    def closure():
+        optimizer.zero_grad()
+        model(torch.ones(4, 3)).sum().backward()
+
+    with AddedGradient(named, lambda name, p: torch.ones_like(p)) as added:
+        optimizer.step(closure)
+    for name, p in named.items():
+        torch.testing.assert_close(p.grad, torch.full_like(p, 4.0))
+        torch.testing.assert_close(p.detach(), before[name] - 0.1 * 5)
+        assert added.rates[name] == pytest.approx(0.1)
+    assert added.steps == 1
+
+
+def test_a_closure_that_computes_nothing_new_gets_the_term_once():
+    model = nn.Linear(3, 2)
+    named = dict(model.named_parameters())
+    optimizer = Child(model.parameters(), lr=0.1)
+    before = model.bias.detach().clone()
+    model(torch.ones(4, 3)).sum().backward()
+    with AddedGradient(named, lambda name, p: torch.ones_like(p)):
+        optimizer.step(lambda: None)
+    torch.testing.assert_close(model.bias.detach(), before - 0.1 * 5)
+
+
 def test_after_the_context_steps_are_plain_again():
     model = made()
     named = dict(model.named_parameters())

@@ -392,8 +392,169 @@ def test_every_entry_says_where_it_was_seen():
             texts[node.targets[0].id] = after.value.value
     exported = {
         "NonDynamicallyQuantizableLinear",
+        "TensorWeakRef",
         "register_optimizer_step_post_hook",
         "register_optimizer_step_pre_hook",
     }
     assert set(seams.__all__) == {name for name in texts if name[0] != "_"} | exported
     assert [name for name, text in texts.items() if "orch 2.4.0 to 2.13.0" not in text] == []
+
+
+# Optimizer steps
+
+
+def seen_in_steps(look, optimizer):
+    """Return what a function finds inside the steps of an optimizer, and that optimizer."""
+    seen = []
+    handle = seams.register_optimizer_step_pre_hook(
+        lambda one, args, kwargs: seen.append(look(one)) if one is optimizer else None
+    )
+    return seen, handle
+
+
+def one_parameter():
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    return parameter
+
+
+def test_steps_on_the_stack_are_counted():
+    class Child(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    torch.optim.SGD([one_parameter()], lr=0.1)  # its class has hooks from now on
+    for kind, expected in ((torch.optim.SGD, [1]), (Child, [1, 2])):
+        optimizer = kind([one_parameter()], lr=0.1)
+        seen, handle = seen_in_steps(seams.steps_on_stack, optimizer)
+        optimizer.step()
+        handle.remove()
+        assert seen == expected
+        assert seams.steps_on_stack(optimizer) == 0
+
+
+def test_functions_above_a_step():
+    class Around:
+        def second_step(self, optimizer):
+            optimizer.step()
+
+    optimizer = torch.optim.SGD([one_parameter()], lr=0.1)
+    seen, handle = seen_in_steps(seams.functions_above, optimizer)
+    Around().second_step(optimizer)
+    handle.remove()
+    assert seen[0][0] == ("second_step", "Around")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_scaler_that_steps_is_found(fused):
+    parameter = one_parameter()
+    optimizer = torch.optim.SGD([parameter], lr=0.1, fused=fused)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # wraps the optimizer's step
+    scaler = torch.amp.GradScaler("cpu")
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    seen, handle = seen_in_steps(seams.stepping_scaler, optimizer)
+    before = seams.scaler_round(scaler)
+    scaler.scale(parameter.sum()).backward()
+    scaler.step(optimizer)
+    assert seams.scaler_round(scaler) is before
+    scaler.update()
+    assert seams.scaler_round(scaler) is not before
+    off.step(optimizer)
+    optimizer.step()
+    handle.remove()
+    assert seen == [scaler, None, None]
+
+
+def test_what_a_scaler_leaves_at_a_fused_optimizer():
+    """`real_steps` reads and clears it."""
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=1.0, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(parameter.sum()).backward()
+    seen, handle = seen_in_steps(
+        lambda one: (
+            float(one.grad_scale),
+            float(one.found_inf),
+            one.param_groups[0]["params"][0].grad[0].item(),
+        ),
+        optimizer,
+    )
+    scaler.step(optimizer)
+    handle.remove()
+    assert seen == [(1024.0, 0.0, 1024.0)]
+    assert not hasattr(optimizer, "grad_scale")
+    assert parameter.tolist() == [0.0, 0.0]
+
+
+def test_lbfgs_starts_anew():
+    """The next step is then along the gradient, as the first one of a new optimizer."""
+    ways = []
+    for forget in (False, True):
+        parameter = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+        optimizer = torch.optim.LBFGS([parameter], lr=0.1, max_iter=3)
+
+        def closure(parameter=parameter, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = (parameter.square() * torch.tensor([1.0, 10.0])).sum()
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        if forget:
+            seams.forget_curvature(optimizer)
+        optimizer.param_groups[0]["max_iter"] = 1
+        before = parameter.detach().clone()
+        closure()
+        gradient = parameter.grad.clone()
+        optimizer.step(closure)
+        way = parameter.detach() - before
+        ways.append(float(-way @ gradient / way.norm() / gradient.norm()))
+    assert ways[0] < 0.999
+    assert ways[1] == pytest.approx(1.0)
+
+
+def test_backward_passes_are_seen():
+    seen = []
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.register_hook(lambda gradient: seen.append(seams.in_backward()))
+    parameter.sum().backward()
+    assert seen == [True]
+    assert not seams.in_backward()
+
+
+def test_weak_references_to_gradients_and_their_versions():
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.sum().backward()
+    before = seams.version_of(parameter.grad)
+    parameter.sum().backward()
+    assert seams.version_of(parameter.grad) > before
+    reference = seams.TensorWeakRef(parameter.grad)
+    assert reference() is parameter.grad
+    parameter.grad.add_(1)
+    assert reference() is parameter.grad
+    parameter.grad = None
+    assert reference() is None
+
+
+def test_a_broken_graph_runs_what_follows_eagerly():
+    seen = []
+
+    def outside(x):
+        seen.append((torch.compiler.is_compiling(), type(x)))
+        return x + 1
+
+    def compiled(**options):
+        def function(x):
+            x = x * 2
+            if torch.compiler.is_compiling():
+                seams.break_graph("fedpara: a reason")
+                return seams.run_eagerly(outside, x) * 3
+            return x
+
+        torch.compiler.reset()
+        return torch.compile(function, backend="eager", **options)
+
+    torch.testing.assert_close(compiled()(torch.ones(2)), torch.full((2,), 9.0))
+    assert seen == [(False, torch.Tensor)]
+    with pytest.raises(Exception, match="fedpara: a reason" if seams._TAKES_REASON else "break"):
+        compiled(fullgraph=True)(torch.ones(2))

@@ -135,20 +135,23 @@ def test_decay_of_factors_as_an_option():
     torch.testing.assert_close(model[0].weight, before * (1 - 0.1 * 0.2) ** 4)
 
 
-def test_an_optimizer_of_unknown_decay_is_left_alone_and_named(caplog):
-    class Mine(torch.optim.Optimizer):
-        def __init__(self, params):
-            super().__init__(params, {"lr": 0.1, "weight_decay": 0.2})
+def test_models_without_options_for_steps_are_left_alone_by_their_closure():
+    model = build(method="fedpara", decay="factors")
+    twin = copy.deepcopy(model)
+    for layer in (twin[0], twin[2]):
+        layers_alive.discard(layer)
+    for other in (model, twin):
+        optimizer = torch.optim.SGD(other.parameters(), lr=0.1, weight_decay=0.1)
 
-        def step(self, closure=None):
-            pass
+        def closure(other=other, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = other(torch.ones(2, 64)).square().mean()
+            value.backward()
+            return value
 
-    model = build(method="fedpara")
-    before = {k: p.detach().clone() for k, p in model.named_parameters()}
-    model[0].x1.grad = torch.zeros_like(model[0].x1)
-    Mine(model.parameters()).step()
-    assert "Mine" in caplog.text
-    assert all(torch.equal(p, before[k]) for k, p in model.named_parameters())
+        optimizer.step(closure)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_without_the_options_a_step_is_the_optimizer_s_own():

@@ -56,6 +56,7 @@ NOT_BY_DEFAULT: Mapping[str, str] = {
     "kernels": "all models too; `distributions` runs the layers with the kernels",
     "fuzz": "time: a million damaged inputs",
     "core-models": "needs Hugging Face transformers",
+    "core-loops": "needs Lightning, transformers, accelerate and schedulefree",
     "flower-engines": "time: a quarter of an hour of real processes; needs Ray",
     "fedml": "time: all cells of FedML; `fedml-smoke` runs a part",
     "fedml-py310": "needs a Python 3.10 interpreter; `fedml-py310-smoke` runs a part",
@@ -77,7 +78,13 @@ def selection() -> str:
 
 
 def installed_version(framework: str = "flower") -> str:
-    """Return the version of the framework installed here; empty if it is not installed."""
+    """Return the version of the framework installed here; empty if it is not installed.
+
+    Of training loops it names the version of each tool.
+    """
+    if framework == "loop":
+        parts = ("lightning", "transformers", "accelerate", "schedulefree")
+        return ", ".join(f"{part} {installed_version(part)}" for part in parts)
     try:
         return version({"flower": "flwr"}.get(framework, framework))
     except PackageNotFoundError:

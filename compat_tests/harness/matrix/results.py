@@ -21,13 +21,14 @@ from harness.cells.base import Cell
 from harness.cells.engines import EngineCell
 from harness.cells.environments import installed_version
 from harness.cells.fedml import FEDML
+from harness.cells.loops import LoopCell
 from harness.cells.strategies import PLUGIN_STRATEGIES, STRATEGIES
 from harness.cells.transports import TransportCell
 from harness.matrix.smoke import MARKERS
 
 __all__ = ["AnyCell", "CellResult", "pytest_configure", "pytest_runtest_makereport", "result"]
 
-AnyCell = Cell | EngineCell | TransportCell
+AnyCell = Cell | EngineCell | TransportCell | LoopCell
 
 
 @dataclass

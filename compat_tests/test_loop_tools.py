@@ -1,0 +1,305 @@
+"""More of Lightning, Hugging Face and schedule-free than the cells have."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import schedulefree
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import fedpara_plugins as fedpara
+from fedpara_plugins import ConfigError
+from fedpara_plugins.training import round_progress
+from harness.oracles.plain_steps import (
+    PlainNet,
+    PlainOptions,
+    batches,
+    distance,
+    loss_of,
+    plain_steps,
+)
+
+LR = 0.01
+NEAR = 1e-6
+ALL = {"clip": 0.5, "decay": "composed", "schedule": "decoupled", "private_steps": 2}
+PLAIN = PlainOptions(clip=0.5, decay=0.5, private_steps=2)
+
+
+def build(method: str = "pfedpara", **options: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 40))
+    return fedpara.convert(model, method=method, gamma=0.5, **options).double()
+
+
+def drawn(count: int) -> list[Tensor]:
+    return [x.double() for x in batches(count)]
+
+
+def sgd(parameters: Any, decay: float = 0.0) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=LR, momentum=0.9, weight_decay=decay)
+
+
+class Net(lightning.LightningModule):
+    def __init__(self, model: nn.Module, make: Any) -> None:
+        super().__init__()
+        self.model, self.make = model, make
+
+    def training_step(self, batch: Tensor, index: int) -> Any:
+        return loss_of(self.model(batch))
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self.model)
+
+
+def fit(net: Net, folder: Path, count: int, **options: Any) -> None:
+    lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    ).fit(net, DataLoader(drawn(count), batch_size=None))  # type: ignore[arg-type]
+
+
+def pairs(count: int) -> list[list[Tensor]]:
+    some = drawn(count)
+    return [some[place : place + 2] for place in range(0, count, 2)]
+
+
+def test_lightning_with_all_options_and_accumulation(tmp_path: Path) -> None:
+    model = build(**ALL)
+    wanted = plain_steps(PlainNet(model, "pfedpara"), sgd, pairs(10), PLAIN)
+    net = Net(model, lambda m: sgd(m.parameters(), 0.5))
+    fit(net, tmp_path, 10, accumulate_grad_batches=2)
+    assert distance(model, wanted) < NEAR
+    progress = round_progress(model)
+    assert progress is not None
+    assert progress.steps == 5
+
+
+def test_lightnings_own_clipping_comes_before_the_option(tmp_path: Path) -> None:
+    model = build(clip=0.5)
+    wanted = plain_steps(PlainNet(model, "pfedpara"), sgd, pairs(2), PlainOptions(clip=0.1))
+    fit(Net(model, lambda m: sgd(m.parameters())), tmp_path, 2,
+        gradient_clip_val=0.1, accumulate_grad_batches=2)  # fmt: skip
+    assert distance(model, wanted) < 1e-4  # both rules add 1e-6 to the norm
+
+
+class Manual(Net):
+    """Two optimizers on one backward pass, the second of dense parameters alone."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, index: int) -> None:
+        both: Any = self.optimizers()
+        for one in both:
+            one.zero_grad()
+        self.manual_backward(loss_of(self.model(batch)))
+        for one in both:
+            one.step()
+
+
+def split(model: nn.Module) -> list[torch.optim.Optimizer]:
+    named = dict(model.named_parameters())
+    biases = [p for name, p in named.items() if name.endswith("bias")]
+    factors = [p for name, p in named.items() if not name.endswith("bias")]
+    return [sgd(factors, 0.5), sgd(biases, 0.5)]
+
+
+def test_lightning_with_two_optimizers(tmp_path: Path) -> None:
+    model = build(**ALL)
+    wanted = plain_steps(PlainNet(model, "pfedpara"), sgd, [[x] for x in drawn(5)], PLAIN)
+    fit(Manual(model, split), tmp_path, 5)
+    assert distance(model, wanted) < NEAR
+    progress = round_progress(model)
+    assert progress is not None
+    assert progress.steps == 5
+
+
+def lbfgs(parameters: Any) -> torch.optim.LBFGS:
+    return torch.optim.LBFGS(parameters, lr=0.05, max_iter=6)
+
+
+@pytest.mark.parametrize("bound", [None, 2.0])
+def test_lightning_with_lbfgs(bound: float | None, tmp_path: Path) -> None:
+    model = build(clip=bound)
+    net = PlainNet(model, "pfedpara")
+    values = list(net.values.values())
+    plain = lbfgs(values)
+    for x in drawn(3):
+
+        def closure(x: Tensor = x) -> Tensor:
+            plain.zero_grad()
+            loss = net.loss(x)
+            loss.backward()
+            if bound is not None:
+                nn.utils.clip_grad_norm_(values, bound)
+            return loss
+
+        plain.step(closure)  # type: ignore[no-untyped-call,arg-type]
+    fit(Net(model, lambda m: lbfgs(m.parameters())), tmp_path, 3)
+    assert distance(model, net) < NEAR
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": loss_of(self.model(x))}
+
+
+class InOrder(transformers.Trainer):
+    def get_train_dataloader(self) -> Any:
+        return DataLoader(self.train_dataset, batch_size=None)
+
+
+def test_transformers_with_all_options_accumulation_and_its_own_optimizer(tmp_path: Path) -> None:
+    """The trainer makes two groups, one without decay: biases."""
+    options = PlainOptions(clip=0.5, private_steps=2, decay=0.5, decoupled=True)
+    model = build(**ALL)
+
+    class Net(PlainNet):
+        """Decays no biases, as the trainer has it."""
+
+        def factors_together(self, name: str) -> float:  # type: ignore[override]
+            return torch.inf if name.endswith("bias") else super().factors_together(name)
+
+    def adamw(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
+
+    wanted = plain_steps(Net(model, "pfedpara"), adamw, pairs(10), options)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=1,
+        gradient_accumulation_steps=2,
+        learning_rate=LR,
+        weight_decay=0.5,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        optim="adamw_torch",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    InOrder(
+        model=Wrapped(model), args=arguments, train_dataset=[{"x": x} for x in drawn(10)]
+    ).train()
+    assert distance(model, wanted) < 1e-5
+    progress = round_progress(model)
+    assert progress is not None
+    assert progress.steps == 5
+
+
+# Schedule-free
+
+
+def test_schedule_free_adamw_decays_composed_weights_as_dense_ones() -> None:
+    """With zero gradients only the decay is left: a dense weight shows what it does."""
+    torch.manual_seed(0)
+    for method in ("lowrank", "fedpara"):
+        layer = fedpara.convert(nn.Linear(64, 64, bias=False), method=method, gamma=0.3).double()
+        dense = nn.Parameter(layer.weight.detach().clone())
+        for parameters in (list(layer.parameters()), [dense]):
+            optimizer = schedulefree.AdamWScheduleFree(parameters, lr=0.001, weight_decay=0.5)
+            optimizer.train()
+            for _ in range(5):
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter)
+                optimizer.step()
+        torch.testing.assert_close(layer.weight, dense, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("name", ["SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree"])
+def test_schedule_free_optimizers_with_all_options(name: str, foreach: bool, closure: bool) -> None:
+    kind = getattr(schedulefree, name)
+
+    def make(parameters: Any, decay: float = 0.0) -> Any:
+        optimizer = kind(parameters, lr=LR, weight_decay=decay, foreach=foreach)
+        optimizer.train()
+        return optimizer
+
+    model = build(clip=0.5, schedule="decoupled", private_steps=2)
+    options = PlainOptions(clip=0.5, private_steps=2)
+    wanted = plain_steps(PlainNet(model, "pfedpara"), make, [[x] for x in drawn(5)], options)
+    optimizer = make(model.parameters())
+    for x in drawn(5):
+
+        def computed(x: Tensor = x) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model(x))
+            loss.backward()
+            return loss
+
+        if closure:
+            optimizer.step(computed)
+        else:
+            computed()
+            optimizer.step()
+    assert distance(model, wanted) < NEAR
+    for state in (model, wanted):
+        assert state is not None
+    optimizer.eval()
+    optimizer.train()
+    assert distance(model, wanted) < NEAR
+
+
+def test_the_schedule_free_wrapper_with_clip_and_decay() -> None:
+    """It decays z, by the optimizer inside: there the option acts."""
+    model = build(clip=0.5)
+    net = PlainNet(model, "pfedpara")
+    values = {name: value.detach().clone() for name, value in net.values.items()}
+    z = {name: value.clone() for name, value in values.items()}
+    for made, x in enumerate(drawn(5), start=1):
+        for value in net.values.values():
+            value.grad = None
+        net.loss(x).backward()
+        norm = torch.cat([v.grad.flatten() for v in net.values.values()]).norm()  # type: ignore[union-attr]
+        with torch.no_grad():
+            for name, value in net.values.items():
+                share = 0.5 / net.factors_together(name)
+                step = min(1.0, 0.5 / float(norm)) * value.grad + share * z[name]
+                z[name] = z[name] - LR * step
+                values[name] = values[name] + (z[name] - values[name]) / made
+                value.copy_(0.1 * z[name] + 0.9 * values[name])
+    optimizer = schedulefree.ScheduleFreeWrapper(
+        torch.optim.SGD(model.parameters(), lr=LR, weight_decay=0.5)
+    )
+    optimizer.train()
+    for x in drawn(5):
+        optimizer.zero_grad()
+        loss_of(model(x)).backward()
+        optimizer.step()
+    assert distance(model, net) < NEAR
+
+
+def test_the_schedule_free_wrapper_refuses_the_decoupled_schedule() -> None:
+    model = build(schedule="decoupled")
+    optimizer = schedulefree.ScheduleFreeWrapper(torch.optim.SGD(model.parameters(), lr=LR))
+    optimizer.train()
+    loss_of(model(drawn(1)[0])).backward()
+    with pytest.raises(ConfigError, match=r"'schedule'.*schedule-free.*use SGD itself"):
+        optimizer.step()
+
+
+def test_nothing_of_it_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fedpara_plugins"):
+        fit(Net(build(**ALL), lambda m: sgd(m.parameters(), 0.5)), tmp_path, 2)
+    assert not [r for r in caplog.records if r.name.startswith("fedpara")]

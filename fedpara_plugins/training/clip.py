@@ -1,0 +1,117 @@
+"""The bound on the gradient's norm, over the whole model and whatever optimizers train it."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fedpara_plugins.support.torch_seams import in_backward
+from fedpara_plugins.training.held_models import HeldModel
+from fedpara_plugins.training.iteration import Iteration
+from fedpara_plugins.training.progress import RoundProgress
+from fedpara_plugins.training.real_steps import Step
+
+__all__ = ["check_last_norm", "clip_gradients"]
+
+log = logging.getLogger(__name__)
+
+_partial: weakref.WeakSet[RoundProgress] = weakref.WeakSet()
+"""Models of which the log says that the bound is not over the whole model."""
+
+_norms: weakref.WeakKeyDictionary[RoundProgress, tuple[int, str, Tensor]]
+_norms = weakref.WeakKeyDictionary()
+"""Of each model on an accelerator, number, optimizer and norm of its last step."""
+
+
+def clip_gradients(
+    step: Step, model: HeldModel, iteration: Iteration, left_out: set[int], bound: float
+) -> None:
+    """Multiply the gradients of a step such that the whole model's norm is within the bound.
+
+    Gradients that wait for another optimizer's step count, and are left to that step.
+
+    Args:
+        step: a step whose gradients are ready, and may be scaled.
+        model: the model that they are of.
+        iteration: holds the factor, if another optimizer has computed it.
+        left_out: ids of the parameters that this iteration does not move.
+        bound: of the norm.
+    """
+    own = [p for p in model.own if p.grad is not None]
+    if not own:
+        return
+    step.unscale()
+    if model.is_whole:
+        norm = nn.utils.clip_grad_norm_(own, bound)
+    else:
+        if iteration.factor is None or step.scaler is not None:
+            others = _waiting(step, model, left_out)
+            norm = _norm([*own, *others])
+            iteration.factor = (bound / (norm + 1e-6)).clamp(max=1.0)
+        else:
+            norm = torch.zeros(())
+        for parameter in own:
+            assert parameter.grad is not None
+            parameter.grad.mul_(iteration.factor.to(parameter.grad.device))
+    _watch(step, model.progress, norm)
+
+
+def _waiting(step: Step, model: HeldModel, left_out: set[int]) -> list[Tensor]:
+    """Return the other optimizers' parameters whose gradients count; log where they cannot."""
+    others = [p for p in model.others() if p.requires_grad and id(p) not in left_out]
+    if step.scaler is not None:
+        _say_partial(step, model, "the gradients of the others may still be scaled")
+        return []
+    if in_backward() or not all(p.grad is not None for p in others):
+        _say_partial(step, model, "not all others have gradients at the same time")
+    return [p for p in others if p.grad is not None]
+
+
+def _say_partial(step: Step, model: HeldModel, why: str) -> None:
+    if model.progress not in _partial:
+        _partial.add(model.progress)
+        log.warning(
+            "fedpara: %s holds only a part of the model's parameters, and %s: the option clip "
+            "bounds the gradient's norm over those that are there in each step, not over the "
+            "whole model",
+            type(step.optimizer).__name__,
+            why,
+        )
+
+
+def _norm(parameters: Iterable[Tensor]) -> Tensor:
+    norms = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        assert gradient is not None
+        values = gradient.coalesce().values() if gradient.is_sparse else gradient
+        norms.append(torch.linalg.vector_norm(values.detach()))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return norm
+
+
+def _watch(step: Step, progress: RoundProgress, norm: Tensor) -> None:
+    """Look at the norm: at once, or on an accelerator before the next step, without waiting."""
+    check_last_norm(progress)
+    _norms[progress] = progress.steps + 1, type(step.optimizer).__name__, norm
+    if norm.device.type == "cpu":
+        check_last_norm(progress)
+
+
+def check_last_norm(progress: RoundProgress) -> None:
+    """Log, once a round, that a step's gradient was not finite."""
+    number, optimizer, norm = _norms.pop(progress, (0, "", None))
+    if norm is None or progress.diverged or bool(torch.isfinite(norm)):
+        return
+    progress.diverged = True
+    log.warning(
+        "fedpara: the gradient of step %d of this round (%s) holds NaN or infinite values, which "
+        "the option clip cannot bound: the model is not finite from here on. Lower the learning "
+        "rate, or look for the first loss that is not finite",
+        number,
+        optimizer,
+    )

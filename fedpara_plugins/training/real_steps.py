@@ -1,0 +1,281 @@
+"""The moment in an optimizer's step at which its gradients are what it is about to use.
+
+A plain ``optimizer.step()`` uses the gradients that it finds. With a closure it computes them
+itself, once or many times, after all hooks of torch have run. A fused optimizer under a
+`torch.amp.GradScaler` finds gradients that are still scaled, and steps that it will skip. An
+optimizer that wraps another one steps by the other's step. `observe_real_steps` calls its observers
+at the right moment in all these cases, in any number of threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import Optimizer
+
+from fedpara_plugins.errors import ConfigError
+from fedpara_plugins.layers.base import layers_alive
+from fedpara_plugins.support.torch_seams import (
+    break_graph,
+    functions_above,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+    run_eagerly,
+    stepping_scaler,
+    steps_on_stack,
+)
+
+__all__ = ["Step", "StepObserver", "add_observer", "observe_real_steps", "parameters_of"]
+
+log = logging.getLogger(__name__)
+
+AROUND_OTHERS = frozenset({"ScheduleFreeWrapper", "ScheduleFreeWrapperReference"})
+"""Classes that change parameters before and after a step of another optimizer."""
+
+
+class Step:
+    """One step of one optimizer.
+
+    Attributes:
+        optimizer: the optimizer.
+        scaler: the `torch.amp.GradScaler` that makes the step, or None.
+        evaluations: how often its gradients were ready: once, or with a closure once a call.
+        completed: at its end, whether it went through without an error.
+        continued: ids of the models whose present step another optimizer has begun.
+    """
+
+    def __init__(self, optimizer: Optimizer, kwargs: dict[str, Any]) -> None:
+        self.optimizer = optimizer
+        self.scaler = stepping_scaler(optimizer)
+        self.evaluations = 0
+        self.completed = False
+        self.continued: set[int] = set()
+        self._takes_scaler = "grad_scaler" in kwargs
+
+    def unscale(self) -> None:
+        """Divide the gradients by the scaler's factor if the optimizer would do so itself.
+
+        Raises:
+            ConfigError: the optimizer asks the scaler itself, by the argument ``grad_scaler``.
+        """
+        scale = getattr(self.optimizer, "grad_scale", None)
+        if self._takes_scaler:
+            raise ConfigError(
+                f"{type(self.optimizer).__name__} unscales its gradients itself, inside the step, "
+                f"where the fedpara option 'clip' and drift corrections cannot act: leave them "
+                f"out, or use an optimizer of torch, fused or not"
+            )
+        if isinstance(scale, torch.Tensor):
+            for parameter in parameters_of(self.optimizer):
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale.to(parameter.grad.device))
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+    def is_amid_another(self) -> bool:
+        """Return whether another optimizer has moved parameters before this step, for its own."""
+        names = functions_above(self.optimizer)
+        return any(function == "second_step" or owner in AROUND_OTHERS for function, owner in names)
+
+
+def _of_interest(optimizer: Optimizer) -> bool:
+    return True
+
+
+def _nothing(step: Step) -> None:
+    return None
+
+
+class StepObserver(NamedTuple):
+    """Callbacks around the steps of optimizers.
+
+    Attributes:
+        ready: called when gradients are ready: right before the step, or after each closure.
+        end: called after the step.
+        begin: called before the step, and before its closure.
+        concerns: whether an optimizer's steps are of interest; others are not touched at all.
+    """
+
+    ready: Callable[[Step], None]
+    end: Callable[[Step], None]
+    begin: Callable[[Step], None] = _nothing
+    concerns: Callable[[Optimizer], bool] = _of_interest
+
+
+_lock = threading.Lock()
+_observers: tuple[StepObserver, ...] = ()
+_running: weakref.WeakKeyDictionary[Optimizer, _Running] = weakref.WeakKeyDictionary()
+_ignored_closures: set[type[Optimizer]] = set()
+
+
+def add_observer(observer: StepObserver) -> None:
+    """Add an observer for good."""
+    global _observers
+    with _lock:
+        _observers = (*_observers, observer)
+
+
+@contextmanager
+def observe_real_steps(observer: StepObserver) -> Iterator[None]:
+    """Call an observer, after those that were there before, while the context lasts."""
+    global _observers
+    add_observer(observer)
+    try:
+        yield
+    finally:
+        with _lock:
+            _observers = tuple(other for other in _observers if other is not observer)
+
+
+def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
+    """Return all parameters of an optimizer."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+class _Running:
+    """A step that has begun, and the observers it had then."""
+
+    def __init__(self, step: Step, observers: tuple[StepObserver, ...]) -> None:
+        self.step = step
+        self.observers = observers
+
+    def begin(self) -> None:
+        for observer in self.observers:
+            observer.begin(self.step)
+
+    def ready(self) -> None:
+        self.step.evaluations += 1
+        with torch.no_grad():
+            for observer in self.observers:
+                observer.ready(self.step)
+
+    def end(self, *, completed: bool) -> None:
+        _running.pop(self.step.optimizer, None)
+        self.step.completed = completed
+        for observer in self.observers:
+            observer.end(self.step)
+
+
+class _Closure:
+    """A user's closure, after which the gradients are ready."""
+
+    def __init__(self, closure: Callable[..., Any], running: _Running) -> None:
+        self._closure = closure
+        self._running = running
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            loss = self._closure(*args, **kwargs)
+            self._running.ready()
+        except BaseException:
+            self._running.end(completed=False)
+            raise
+        return loss
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Arguments | None:
+    # What the observers do depends on more than tensors, so they are never traced.
+    if not torch.compiler.is_compiling():
+        return _begin(optimizer, args, kwargs)
+    if not _anything_to_observe():
+        return None
+    break_graph(
+        "fedpara: the options clip, decay and schedule act before each optimizer step, outside of "
+        "compiled code: compile the step without fullgraph=True, or compile the model alone"
+    )
+    return run_eagerly(_begin, optimizer, args, kwargs)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _end(optimizer)
+    elif _anything_to_observe():
+        break_graph("fedpara: the end of an optimizer step is not part of compiled code")
+        run_eagerly(_end, optimizer)
+
+
+def _anything_to_observe() -> bool:
+    return len(layers_alive) > 0 or len(_observers) > 1
+
+
+def _begin(optimizer: Optimizer, args: Any, kwargs: Any) -> Arguments | None:
+    running = _running.get(optimizer)
+    if running is not None and steps_on_stack(optimizer) < 2:
+        running.end(completed=False)  # an error has ended that step
+        running = None
+    if running is None:
+        observers = tuple(one for one in _observers if one.concerns(optimizer))
+        if not observers or _overflowed(optimizer) or _steps_by_another(optimizer):
+            return None
+        running = _Running(Step(optimizer, kwargs), observers)
+        _running[optimizer] = running
+        running.begin()
+    elif running.step.evaluations:
+        return None  # `super().step()` of an optimizer that has called the closure by itself
+    return _with_closure(running, args, kwargs)
+
+
+def _with_closure(running: _Running, args: Any, kwargs: Any) -> Arguments | None:
+    """Let the gradients be ready now, or after each call of the closure among the arguments."""
+    given = [*args[1:], *kwargs.values()]
+    closure = next((one for one in given if callable(one)), None)
+    if closure is None:
+        running.ready()
+        return None
+    if isinstance(closure, _Closure):
+        return None
+    closing = _Closure(closure, running)
+    changed = tuple(closing if one is closure else one for one in args)
+    return changed, {k: closing if one is closure else one for k, one in kwargs.items()}
+
+
+def _end(optimizer: Optimizer) -> None:
+    running = _running.get(optimizer)
+    if running is None or steps_on_stack(optimizer) > 1:
+        return
+    if not running.step.evaluations and type(optimizer) not in _ignored_closures:
+        _ignored_closures.add(type(optimizer))
+        log.warning(
+            "fedpara: %s was given a closure and did not call it, so the options clip, decay and "
+            "schedule did not act on its step: call step() without a closure",
+            type(optimizer).__name__,
+        )
+    running.end(completed=True)
+
+
+def _overflowed(optimizer: Optimizer) -> bool:
+    """Return whether a fused optimizer will skip this step, since scaled gradients overflowed."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, torch.Tensor) and bool(found)
+
+
+def _steps_by_another(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer wraps another one of the same parameters, which has hooks too.
+
+    SAM, Lookahead and the like do. Acting on both would act twice.
+    """
+    inner = [one for one in _optimizers_in(optimizer) if one is not optimizer]
+    if not inner:
+        return False
+    own = {id(parameter) for parameter in parameters_of(optimizer)}
+    return any(id(parameter) in own for one in inner for parameter in parameters_of(one))
+
+
+def _optimizers_in(optimizer: Optimizer) -> Iterator[Optimizer]:
+    for value in vars(optimizer).values():
+        several = type(value) in (list, tuple, dict)
+        for one in (value.values() if type(value) is dict else value) if several else (value,):
+            if isinstance(one, Optimizer):
+                yield one
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
