@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from math import prod
 
 from torch import nn
@@ -23,6 +22,7 @@ from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.decisions import repeated_modules
+from fedpara_plugins.models.first_values import fit_errors, fit_summary
 from fedpara_plugins.models.layer_decisions import LayerDecision, decide_layers
 from fedpara_plugins.plugins import layers
 from fedpara_plugins.support.findings import Finding
@@ -42,7 +42,7 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
 
     Args:
         model: converted in place at the end, to find out whether it can be.
-        config: as for training. Factors are not fitted to the present weights.
+        config: as for training. With ``init="fit"`` factors are fitted, which takes a while.
 
     Raises:
         ConfigError: no model allows an option, or a pattern matches no layer.
@@ -64,6 +64,9 @@ def _about_layer(decision: LayerDecision, config: FedParaConfig) -> Iterator[Fin
     for weight, plan in decision.plans.items():
         saved = f"{plan.shared_parameters:,} of {prod(plan.shape):,} entries travel"
         text = f"{plan.method.name} of rank {plan.rank}: {saved}"
+        if weight in decision.own_starts:
+            kept = decision.own_starts[weight]
+            text += f"; its own standard deviation of {kept:.3g} is kept, far from its kind's"
         if not is_known(plan.method):
             text += f"; {SLOWER}"
         yield Finding("ok", full_name(decision.name, weight), text)
@@ -109,14 +112,14 @@ def _converting(model: nn.Module, config: FedParaConfig) -> Iterator[Finding]:
     if any(isinstance(layer, FactorisedLayer) for layer in model.modules()):
         yield Finding("ok", "(model)", "is already converted")
         return
-    if config.init == "fit":
-        config = replace(config, init="random")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            convert(model, config)
+            model = convert(model, config)
         except ConversionError as error:
             yield Finding("attention", "(model)", str(error).partition("\n")[0])
+    if fitted := fit_summary(fit_errors(model)):
+        yield Finding("ok", "(model)", fitted)
     for warning in caught:
         if issubclass(warning.category, UserWarning):
             yield Finding("note", "(model)", str(warning.message))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, PayloadError
+from fedpara_plugins.models.agreed_plans import adopt_plans
 from fedpara_plugins.models.checkpoint_files import Checkpoint, factor_shapes
 from fedpara_plugins.models.checkpoints import check_same_shapes
 from fedpara_plugins.models.conversion import convert
@@ -80,6 +81,8 @@ def _memory() -> int | None:
 def _spec_for(found: Checkpoint, model: nn.Module, config: FedParaConfig) -> ModelSpec:
     # The file's factors replace the weights, so there is no point in fitting factors to them.
     converted = convert(model, replace(config, init="random"))
+    if found.spec is not None:
+        adopt_plans(converted, found.spec)
     spec = ModelSpec.of(converted)
     if found.spec is not None:
         found.spec.check_equal(spec, here="the file", there="the model with the options given")

@@ -6,6 +6,7 @@ that take a model and return one or describe it.
 
 from __future__ import annotations
 
+from fedpara_plugins.models.agreed_plans import adopt_plans
 from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.models.checkpoints import load_factors, save_dense, save_factors
 from fedpara_plugins.models.conversion import convert
@@ -18,6 +19,7 @@ __all__ = [
     "ModelSpec",
     "Report",
     "Split",
+    "adopt_plans",
     "config_of",
     "convert",
     "load_factors",

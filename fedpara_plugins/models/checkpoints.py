@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedpara_plugins._version import __version__
 from fedpara_plugins.errors import MismatchError
+from fedpara_plugins.models.agreed_plans import adopt_plans
 from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.models.checkpoint_files import read_checkpoint, write_state
 from fedpara_plugins.models.spec import ModelSpec
@@ -68,6 +69,8 @@ def load_factors(model: nn.Module, path: Path | str) -> None:
         PayloadError: the file is damaged, or no factor checkpoint.
     """
     found = read_checkpoint(path)
+    if found.spec is not None:
+        adopt_plans(model, found.spec)
     spec = ModelSpec.of(model)
     if found.spec is not None:
         found.spec.check_equal(spec, here=f"the file {path}", there="the model")

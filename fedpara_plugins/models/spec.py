@@ -27,6 +27,7 @@ from fedpara_plugins.models.head import head_tensors
 from fedpara_plugins.models.private import PrivateTensor, private_tensors
 from fedpara_plugins.models.spec_rows import (
     check_same_rows,
+    compared_part,
     merged_names,
     plan_from_row,
     row_of_plan,
@@ -195,7 +196,7 @@ class ModelSpec:
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits, the same on two sides exactly when their models match."""
-        content = [self.seed, list(self.keys), self._rows()]
+        content = [self.seed, list(self.keys), [compared_part(row) for row in self._rows()]]
         content += [self._own_rows()] if self.own else []
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
