@@ -142,7 +142,9 @@ class WeightPlan:
     def _shaped(self, rows: Tensor) -> Tensor:
         # No view where none is needed, since a view is a node of autograd. For factors of other
         # shapes, `view` raises.
-        return rows if rows.shape == self.shape else rows.view(self.shape)
+        # A proxy of torch.fx has a shape that cannot be compared.
+        fits = isinstance(rows, Tensor) and rows.shape == self.shape
+        return rows if fits else rows.view(self.shape)
 
     def compose_rows(self, factors: Mapping[str, Tensor]) -> Tensor:
         """Compose as `compose` does, from some rows of every x: rows are independent.

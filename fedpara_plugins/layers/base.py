@@ -25,7 +25,14 @@ from fedpara_plugins.factors.fit import fit_weight
 from fedpara_plugins.factors.initialise import initial_factors, seeded_shared
 from fedpara_plugins.factors.plan import WeightPlan, WeightSlot, compose_together, factor_key
 from fedpara_plugins.layers.kept_weights import drop_kept_weights, has_kept_weights, kept_weight
-from fedpara_plugins.support.torch_seams import assembled_module, attributes_of, own_parameters
+from fedpara_plugins.layers.read_only import read_only
+from fedpara_plugins.support.torch_seams import (
+    FX_LEAF,
+    assembled_module,
+    attributes_of,
+    is_symbolically_tracing,
+    own_parameters,
+)
 
 __all__ = ["FactorisedLayer", "Phase", "composed", "full_name", "layers_alive"]
 
@@ -34,6 +41,7 @@ ADDED_ATTRIBUTES = frozenset(
     {
         *("plans", "left_dense", "own_starts", "fit_errors", "fit_speeds", "origin", "infinite"),
         *("phase", "progress", "on_composed"),
+        *FX_LEAF,
     }
 )
 """Entries of a factorised layer's ``__dict__`` that the dense layer does not have."""
@@ -57,7 +65,10 @@ class composed:  # noqa: N801  (reads like `property` where it is used)
         self.name = name
 
     def __get__(self, layer: FactorisedLayer | None, owner: type | None = None) -> Any:
-        return self if layer is None else layer.composed_weight(self.name)
+        if layer is None:
+            return self
+        value = layer.composed_weight(self.name)
+        return read_only(value, self.name) if self.name in layer.plans else value
 
 
 layers_alive: weakref.WeakSet[FactorisedLayer] = weakref.WeakSet()
@@ -72,6 +83,9 @@ class FactorisedLayer(nn.Module):
 
     dense_class: ClassVar[type[nn.Module]]
     """The class that this one replaces. It is matched exactly: subclasses keep their behaviour."""
+
+    dense_reset: ClassVar[str] = "reset_parameters"
+    """The dense class's method that draws its parameters."""
 
     may_skip_composing: ClassVar[bool] = False
     """Whether the forward does without the whole weight for some inputs."""
@@ -161,6 +175,7 @@ class FactorisedLayer(nn.Module):
             "fit_speeds": speeds,
             "infinite": frozenset(k for k, p in others.items() if _holds_infinity(p)),
             "origin": (name, seed),
+            **FX_LEAF,
         }
         return assembled_module(cls, {**attributes_of(dense), **added}, parameters)
 
@@ -234,6 +249,8 @@ class FactorisedLayer(nn.Module):
     def factors(self, weight: str) -> dict[str, Tensor]:
         """Return the parameters that are the factors of one weight, by name (x1, y1, ...)."""
         found, parameters, plan = {}, self._parameters, self.plans[weight]
+        if is_symbolically_tracing():
+            parameters = {}  # the tracer hands out proxies of parameters as attributes only
         for name, key in zip(plan.factor_names, plan.keys, strict=True):
             # `getattr` finds whatever replaced a parameter as well, but takes far longer.
             value = parameters.get(key)
@@ -277,7 +294,7 @@ class FactorisedLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Register the layer for optimizer steps, after a copy or unpickling too."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__({**state, **FX_LEAF})  # type: ignore[no-untyped-call]
         layers_alive.add(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -305,7 +322,7 @@ class FactorisedLayer(nn.Module):
 
     def _reset_dense_parameters(self) -> None:
         """Apply the dense layer's rule, with a throw-away weight for each composed one."""
-        rule = getattr(self.dense_class, "reset_parameters", None)
+        rule = getattr(self.dense_class, self.dense_reset, None)
         if rule is None:
             return
         parameters = dict(own_parameters(self))

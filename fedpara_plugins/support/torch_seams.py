@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim.optimizer import (
@@ -25,6 +26,7 @@ from torch.optim.optimizer import (
 )
 
 __all__ = [
+    "FX_LEAF",
     "HOT_ATTRIBUTES",
     "MODULE_ATTRIBUTES",
     "OVERRIDDEN_NAMES",
@@ -33,10 +35,12 @@ __all__ = [
     "assembled_module",
     "attributes_of",
     "count_dispatch_modes",
+    "disabled_torch_function",
     "has_hooks",
     "in_forward_mode",
     "is_legacy_batchedtensor",
     "is_quantised",
+    "is_symbolically_tracing",
     "is_tracing",
     "multi_head_attention_forward",
     "own_buffers",
@@ -97,6 +101,13 @@ saved_tensors_hooks_are_enabled = torch._C._autograd._saved_tensors_hooks_is_ena
 Publicly such hooks can be set and forbidden, and not asked about.
 """
 
+disabled_torch_function = torch._C._disabled_torch_function_impl
+"""The ``__torch_function__`` of a tensor's subclass whose results are plain tensors.
+
+Seen in torch 2.4.0 to 2.13.0. `nn.Parameter` has it. A public one would run for every operation,
+and torch's own checks would take the tensor for a foreign one.
+"""
+
 tanh_backward = torch.ops.aten.tanh_backward
 """Return the gradient before tanh, from that behind it and tanh's result.
 
@@ -141,6 +152,14 @@ MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 All else in a module's ``__dict__`` is its author's. torch has no list of its own.
 """
 
+FX_LEAF = {"__module__": "torch.nn.modules"}
+"""The attribute of a module that `torch.fx` keeps whole in its graphs.
+
+Seen in torch 2.4.0 to 2.13.0. ``Tracer.is_leaf_module`` asks the instance for ``__module__``, and
+keeps modules of ``torch.nn``. Publicly only the author of a tracer can say which modules to keep.
+Classes are found by the ``__module__`` of the class, which stays.
+"""
+
 _COMPILED_CALL = "_compiled_call_impl"
 """Where ``Module.compile`` puts the compiled call. Seen in torch 2.4.0 to 2.13.0.
 
@@ -158,6 +177,15 @@ def in_forward_mode() -> bool:
     returns it.
     """
     return forward_ad._current_level >= 0
+
+
+def is_symbolically_tracing() -> bool:
+    """Return whether `torch.fx` traces, so that values may be proxies.
+
+    Seen in torch 2.4.0 to 2.13.0. The function of that name in ``torch.fx`` is no more public than
+    the flag, and warns in some versions.
+    """
+    return _symbolic_trace._is_fx_tracing_flag
 
 
 def has_hooks(tensor: Tensor) -> bool:
