@@ -130,8 +130,8 @@ def fit_factors(plan: WeightPlan, weight: Tensor, first: dict[str, Tensor]) -> d
     Returns:
         Factors by name, float32; without tanh all shared factors have equal root mean square.
     """
-    # Gradients are recorded here whatever mode the caller is in.
-    with torch.inference_mode(False), torch.enable_grad():
+    # Gradients are recorded here, on the CPU, whatever mode the caller is in.
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         target = weight.detach().double().cpu()
         spread = float(target.square().mean().sqrt())
         factors = {name: value.clone() for name, value in first.items()}
@@ -193,10 +193,13 @@ def _near_one(plan: WeightPlan) -> dict[str, Tensor]:
     """Return an operand of ones, made by its first components, with noise in the others."""
     rank, shape = plan.rank, plan.shape
     parts = {"x": (shape[0], rank), "y": (shape[1], rank)}
-    values = {part: torch.randn(size) * FIRST_NOISE / sqrt(rank) for part, size in parts.items()}
+    values = {
+        part: torch.randn(size, dtype=torch.float32) * FIRST_NOISE / sqrt(rank)
+        for part, size in parts.items()
+    }
     values["x"][:, 0] = values["y"][:, 0] = 1.0
     if plan.kernel:
-        t = torch.randn(plan.factor_shape("t1")) * FIRST_NOISE / rank
+        t = torch.randn(plan.factor_shape("t1"), dtype=torch.float32) * FIRST_NOISE / rank
         t[0, 0] = 1.0
         values["t"] = t
     return values

@@ -171,7 +171,7 @@ def _on_grid(drawn: Tensor, std: float) -> Tensor:
 def _variance(plan: WeightPlan, factors: Mapping[str, Tensor]) -> float:
     """Return the composed weight's variance, from blocks of rows: it may not fit into memory."""
     step = max(1, BLOCK_ENTRIES // math.prod(plan.shape[1:]))
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu")
     for start in range(0, plan.shape[0], step):
         part = {n: x[start : start + step] if n[0] == "x" else x for n, x in factors.items()}
         rows = plan.compose_rows(part)

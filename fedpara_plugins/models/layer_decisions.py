@@ -22,6 +22,7 @@ from fedpara_plugins.models.private import matches
 from fedpara_plugins.models.weight_checks import (
     refuse_unusable_layer,
     refuse_unusable_weight,
+    refuse_without_values,
     spread_of,
     why_no_kind,
 )
@@ -151,9 +152,10 @@ def _decide_weight(
     method = method_named(config.method)
     assert method is not None
     assert parameter is not None
-    # Fitted factors follow the weight by themselves.
-    spread = None if config.init == "fit" else spread_of(parameter)
-    return plan_weight(slot, method, config, spread=spread)
+    if config.init == "fit":  # fitted factors follow the weight by themselves
+        refuse_without_values(name, slot.name, parameter)
+        return plan_weight(slot, method, config)
+    return plan_weight(slot, method, config, spread=spread_of(parameter))
 
 
 def _parameter_owners(found: Iterable[tuple[str, nn.Module]]) -> dict[int, list[str]]:

@@ -27,6 +27,7 @@ __all__ = [
     "holds_nan",
     "refuse_unusable_layer",
     "refuse_unusable_weight",
+    "refuse_without_values",
     "spread_of",
     "why_no_kind",
 ]
@@ -60,6 +61,25 @@ def spread_of(weight: Tensor) -> float | None:
     if largest == 0:
         return 0.0
     return largest * float((value / largest).double().square().mean().sqrt())
+
+
+def refuse_without_values(name: str, attribute: str, weight: Tensor) -> None:
+    """Raise if factors are to be fitted to a weight on the meta device.
+
+    Args:
+        name: the layer's name.
+        attribute: the layer's attribute, such as ``weight``.
+        weight: the value of the attribute.
+
+    Raises:
+        ConversionError: the message names layer and attribute, and the remedy.
+    """
+    if weight.is_meta:
+        raise ConversionError(
+            f"{_layer(name)}: {attribute} is on the meta device and has no values, which "
+            f"init='fit' needs: build the model on a real device and load its weights before "
+            f"converting, or use init='random'"
+        )
 
 
 def why_no_kind(layer: nn.Module, kinds: Iterable[type[nn.Module]]) -> str:

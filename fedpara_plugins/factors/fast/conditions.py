@@ -35,8 +35,9 @@ __all__ = [
 
 FALLBACKS = (
     "under torch.compile and torch.export, torch.func, forward-mode differentiation, torch.jit and "
-    "torch.fx tracing, on the meta device, modes of dispatch (fake tensors, counters of operations), with gradients enabled in "
-    "inference mode and for tensor subclasses weights are composed by torch's own operations"
+    "torch.fx tracing, on the meta device, modes of dispatch (fake tensors, counters of "
+    "operations), with gradients enabled in inference mode and for tensor subclasses weights are "
+    "composed by torch's own operations"
 )
 """Text for `fedpara doctor`."""
 
