@@ -20,9 +20,11 @@ from fedpara_plugins.factors.fast.conditions import FALLBACKS
 from fedpara_plugins.factors.fast.form import is_known
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.layers.base import full_name
+from fedpara_plugins.models.checkpoint_files import RESERVED_NAME, RESERVED_TEXT
 from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.decisions import repeated_modules
 from fedpara_plugins.models.first_values import fit_errors, fit_summary
+from fedpara_plugins.models.infinities import infinite_tensors
 from fedpara_plugins.models.layer_decisions import LayerDecision, decide_layers
 from fedpara_plugins.plugins import layers
 from fedpara_plugins.support.findings import Finding
@@ -52,6 +54,10 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
     lines = [line for decision in found for line in _about_layer(decision, config)]
     lines += [Finding("attention", name or "(model)", str(e)) for name, e in refused.items()]
     lines += _repeated(repeated_modules(model, found))
+    for name, count in infinite_tensors(model).items():
+        text = f"holds {count:,} infinite values (a mask?), which travel unchanged"
+        lines.append(Finding("note", name, text))
+    lines += _reserved(model)
     if any(is_known(p.method) for decision in found for p in decision.plans.values()):
         text = f"gradients written by hand; {FALLBACKS}, which are slower"
         lines.append(Finding("ok", "speed", text))
@@ -105,6 +111,11 @@ def _repeated(modules: list[list[str]]) -> Iterator[Finding]:
             f"the same module stands at {', '.join(names[1:])} too: give each place a module of "
             f"its own (copy.deepcopy), or exclude {', '.join(names)}",
         )
+
+
+def _reserved(model: nn.Module) -> Iterator[Finding]:
+    if RESERVED_NAME in model.state_dict():
+        yield Finding("attention", RESERVED_NAME, f"{RESERVED_TEXT}")
 
 
 def _converting(model: nn.Module, config: FedParaConfig) -> Iterator[Finding]:

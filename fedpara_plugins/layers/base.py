@@ -33,6 +33,7 @@ from fedpara_plugins.support.torch_seams import (
     is_symbolically_tracing,
     own_parameters,
 )
+from fedpara_plugins.support.values import has_values, infinite, nonfinite
 
 __all__ = ["FactorisedLayer", "Phase", "composed", "full_name", "layers_alive"]
 
@@ -204,7 +205,7 @@ class FactorisedLayer(nn.Module):
         for key, parameter in own_parameters(self).items():
             weight = owner.get(key)
             if weight is None:
-                parameters[key] = _sound(parameter, infinite=key in self.infinite)
+                parameters[key] = _sound(parameter, may_be_infinite=key in self.infinite)
             elif weight not in parameters and parameter is not None:
                 # Both halves count, whatever phase of training the model is in.
                 with without_autocast(parameter.device.type):
@@ -360,16 +361,16 @@ def _first_factors(plan: WeightPlan, like: Tensor, *, seed: int, key: str) -> di
 
 
 def _holds_infinity(parameter: nn.Parameter | None) -> bool:
-    if parameter is None or parameter.is_meta or not parameter.is_floating_point():
-        return False
-    return bool(torch.isinf(parameter).any())
+    return parameter is not None and has_values(parameter) and bool(infinite(parameter).any())
 
 
-def _sound(parameter: nn.Parameter | None, *, infinite: bool = False) -> nn.Parameter | None:
+def _sound(parameter: nn.Parameter | None, *, may_be_infinite: bool = False) -> nn.Parameter | None:
     """Return the parameter if its values are finite; infinities that it always had may stay."""
-    if parameter is None or parameter.is_meta:
+    if parameter is None or not has_values(parameter):
         return parameter
-    bad = torch.isnan(parameter) if infinite else ~torch.isfinite(parameter)
+    bad = nonfinite(parameter)
+    if may_be_infinite:
+        bad &= ~infinite(parameter)
     if bad.any():
         raise ConversionError(
             "its factors or other parameters hold NaN or infinite values, or compose to such: the "

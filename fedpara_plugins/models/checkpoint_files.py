@@ -23,6 +23,7 @@ from torch import Tensor
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.stages.dtypes import DTYPES
 
 __all__ = [
     "METADATA_KEY",
@@ -34,6 +35,11 @@ __all__ = [
 ]
 
 METADATA_KEY = "fedpara"
+RESERVED_NAME = "__metadata__"
+RESERVED_TEXT = (
+    "a tensor of a state cannot be called '__metadata__': safetensors, in which checkpoints and "
+    "messages are written, keeps that name for itself. Rename the buffer or parameter"
+)
 MAX_ABOUT = 16 * 2**20
 """Most characters of the JSON object in a file's metadata."""
 
@@ -66,6 +72,7 @@ def write_state(path: Path, state: Mapping[str, Tensor], about: Mapping[str, Any
     Raises:
         PayloadError: safetensors cannot hold a tensor.
     """
+    _check_writable(path, state)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -75,6 +82,18 @@ def write_state(path: Path, state: Mapping[str, Tensor], about: Mapping[str, Any
         raise PayloadError(f"{path}: safetensors cannot hold this state: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _check_writable(path: Path, state: Mapping[str, Tensor]) -> None:
+    if RESERVED_NAME in state:
+        raise PayloadError(f"{path}: {RESERVED_TEXT}")
+    for name, value in state.items():
+        if value.dtype not in DTYPES.values():
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+            raise PayloadError(
+                f"{path}: tensor {name!r} is of {value.dtype}, which safetensors cannot hold; it "
+                f"holds {known}"
+            )
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.factors.plan import WeightPlan
+from fedpara_plugins.models.wrapper_names import wrapper_hint
 from fedpara_plugins.plugins import methods
 
 __all__ = ["check_same_rows", "compared_part", "merged_names", "plan_from_row", "row_of_plan"]
@@ -114,7 +115,7 @@ def check_same_rows(
                 f"the model differs at {weight[:200]!r}: {here} has "
                 f"{my_rows.get(weight, 'dense')}, {there} has {their_rows.get(weight, 'dense')}. "
                 f"Build the same model with the same fedpara options (method; gamma, ratio or "
-                f"rank) on both sides."
+                f"rank) on both sides." + wrapper_hint(their_rows, my_rows)
             )
     _check_private(mine["own"], own, here=here, there=there)
     if seed != mine["seed"]:

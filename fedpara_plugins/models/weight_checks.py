@@ -21,6 +21,7 @@ from fedpara_plugins.support.torch_seams import (
     trains_for_quantisation,
     weight_hooks,
 )
+from fedpara_plugins.support.values import has_values, infinite, nonfinite
 
 __all__ = [
     "check_model",
@@ -49,7 +50,7 @@ def check_model(model: Any) -> None:
 
 def holds_nan(tensor: Tensor) -> bool:
     """Return whether a tensor holds NaN. Infinities do not count: masks hold them."""
-    return _is_plain(tensor) and bool(tensor.isnan().any())
+    return has_values(tensor) and bool((nonfinite(tensor) & ~infinite(tensor)).any())
 
 
 def spread_of(weight: Tensor) -> float | None:
@@ -194,7 +195,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return not _is_plain(tensor) or bool(torch.isfinite(tensor).all())
+    return not has_values(tensor) or not bool(nonfinite(tensor).any())
 
 
 def _not_finite(name: str, attribute: str) -> str:

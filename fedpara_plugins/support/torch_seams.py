@@ -11,7 +11,7 @@ every step, and methods that subclasses replace by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -48,6 +48,7 @@ __all__ = [
     "own_parameters",
     "persistent_buffers",
     "projects_jointly",
+    "register_load_state_dict_pre_hook",
     "register_optimizer_step_post_hook",
     "register_optimizer_step_pre_hook",
     "saved_tensors_hooks_are_enabled",
@@ -283,6 +284,14 @@ def projects_jointly(attention: nn.MultiheadAttention) -> bool:
     """
     jointly: bool = attention._qkv_same_embed_dim
     return jointly
+
+
+def register_load_state_dict_pre_hook(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Call a hook with the module, the state and the prefix before a module loads its own part.
+
+    Seen in torch 2.4.0 to 2.13.0. The public method of this name came with torch 2.6.
+    """
+    module._register_load_state_dict_pre_hook(hook, with_module=True)  # type: ignore[no-untyped-call]
 
 
 # Weights that are no ordinary parameters
