@@ -11,11 +11,12 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from fedpara_plugins._moved import serve_old_names
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.layers.base import FactorisedLayer, Phase, layers_alive
 from fedpara_plugins.layers.kept_weights import drop_before_step
@@ -187,3 +188,10 @@ def _set_phase(layers: Iterable[FactorisedLayer], phase: Phase) -> None:
 
 def _layers_of(model: nn.Module) -> list[FactorisedLayer]:
     return [layer for layer in model.modules() if isinstance(layer, FactorisedLayer)]
+
+
+if not TYPE_CHECKING:
+    # Models that an earlier release pickled refer to the class by this name.
+    __getattr__ = serve_old_names(
+        __name__, {"Training": "RoundProgress", "training_of": "round_progress"}
+    )
