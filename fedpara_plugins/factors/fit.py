@@ -225,9 +225,8 @@ def _descend(
 ) -> None:
     # L-BFGS takes its first step as if variables and gradients were of some size: without a common
     # one, fits to large weights end at the start.
-    size = prod(f.square().mean().sqrt().item() for f in map(factors.get, names)) ** (
-        1 / len(names)
-    )
+    sizes = [float(factors[name].square().mean().sqrt()) for name in names]
+    size = prod(sizes) ** (1 / len(sizes))
     unit = size / LEAF_SIZE if size > 0 else 1.0
     leaves = [(factors[name] / unit).contiguous().requires_grad_() for name in names]
     norm = max(target.square().sum().item(), 1e-30)

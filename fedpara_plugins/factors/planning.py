@@ -68,8 +68,9 @@ def plan_weight(
     if entries >= dense:
         return f"rank {rank} would hold {entries:,} entries, the dense weight has {dense:,}"
     plan = _scaled_plan(slot, method, rank, config)
-    keeps = spread is not None and config.variance == "default"
-    return _with_own_start(plan, spread) if keeps else plan
+    if spread is None or config.variance != "default":
+        return plan
+    return _with_own_start(plan, spread)
 
 
 def _with_own_start(plan: WeightPlan, spread: float) -> WeightPlan:

@@ -22,7 +22,11 @@ from torch import Tensor, nn
 from fedpara_plugins.errors import ConversionError
 from fedpara_plugins.factors.fast.conditions import without_autocast
 from fedpara_plugins.factors.fit import fit_weight
-from fedpara_plugins.factors.initialise import initial_factors, seeded_shared
+from fedpara_plugins.factors.initialise import (
+    initial_factors,
+    initial_private,
+    seeded_shared,
+)
 from fedpara_plugins.factors.plan import WeightPlan, WeightSlot, compose_together, factor_key
 from fedpara_plugins.layers.kept_weights import drop_kept_weights, has_kept_weights, kept_weight
 from fedpara_plugins.layers.read_only import read_only
@@ -158,10 +162,13 @@ class FactorisedLayer(nn.Module):
             if plan is None or parameter is None:
                 parameters[attribute] = parameter
                 continue
-            factors = _first_factors(plan, parameter, seed=seed, key=full_name(name, attribute))
+            key = full_name(name, attribute)
+            factors = _first_factors(plan, parameter, seed=seed, key=key)
             if fit:
                 fitted = fit_weight(plan, parameter, factors)
-                plans[attribute], factors = fitted.plan, fitted.factors
+                plans[attribute] = fitted.plan
+                # The first private factors follow from the plan, on every side.
+                factors = fitted.factors | initial_private(fitted.plan, seed=seed, key=key)
                 errors[attribute], speeds[attribute] = fitted.error, fitted.speed
             for factor, value in factors.items():
                 value = value.to(parameter.device, parameter.dtype)

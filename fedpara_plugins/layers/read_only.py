@@ -48,11 +48,11 @@ def refuse_write(name: str) -> NoReturn:
 class ReadOnlyWeight(Tensor):
     """A composed weight; results of operations with it are plain tensors."""
 
-    __torch_function__ = disabled_torch_function
+    __torch_function__ = disabled_torch_function  # type: ignore[assignment]
     weight_name = "weight"
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """Return the values without the graph; they cannot be written to either."""
         return read_only(self.detach(), self.weight_name)
 

@@ -85,6 +85,7 @@ def restore_infinities(
 
 def infinite_tensors(model: nn.Module) -> dict[str, int]:
     """Return the number of infinities of each tensor of a model's state that holds some."""
-    state = model.state_dict()
+    # Quantised layers put other things than tensors into their state.
+    state = {n: v for n, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
     counts = {n: int(infinite(value).sum()) for n, value in state.items() if has_values(value)}
     return {name: count for name, count in counts.items() if count}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 __all__ = ["has_values", "infinite", "nonfinite"]
 
 
 def has_values(tensor: Tensor) -> bool:
     """Return whether there are values that could be NaN or infinite."""
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+        return False
     floating = tensor.is_floating_point() or tensor.is_complex()
     return floating and not tensor.is_meta and tensor.layout == torch.strided
 

@@ -106,3 +106,12 @@ def test_fits_whatever_mode_the_caller_is_in(mode):
     with mode():
         found = fit_weight(plan, weight.clone(), first)
     assert found.error == pytest.approx(expected.error, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_private_factors_are_those_that_every_side_derives(kind):
+    layer, _ = fitted(kind, "pfedpara", 3.0)
+    state = layer.state_dict()
+    first = fedpara.ModelSpec.of(layer).initial_private()
+    assert first
+    assert all(torch.equal(state[name], value) for name, value in first.items())
