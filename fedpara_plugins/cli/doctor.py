@@ -55,6 +55,8 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
     lines += [Finding("attention", name or "(model)", str(e)) for name, e in refused.items()]
     lines += _repeated(repeated_modules(model, found))
     for name, count in infinite_tensors(model).items():
+        if name.rpartition(".")[0] in refused:
+            continue
         text = f"holds {count:,} infinite values (a mask?), which travel unchanged"
         lines.append(Finding("note", name, text))
     lines += _reserved(model)
