@@ -146,26 +146,31 @@ def seeded_shared(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]
         for name in plan.factor_names
         if name not in plan.private_names
     }
-    private = initial_private(plan, seed=seed, key=key)
+    # A private operand is zero at first, whatever its other factor: none has to be drawn.
+    nothing = torch.zeros((), dtype=torch.float64, device="cpu")
+    private = {name: nothing.expand(plan.factor_shape(name)) for name in plan.private_names}
     for _ in range(TANH_PASSES if plan.tanh else 1):
-        factors = {**drawn, **{name: value.double() for name, value in private.items()}}
-        variance = _variance(plan, factors)
+        variance = _variance(plan, {**drawn, **private})
         gain = (plan.variance / variance) ** (0.5 / len(drawn)) if variance > 0 else 1.0
         gain = round(gain * 2**GAIN_BITS) / 2**GAIN_BITS
-        drawn = {name: value * gain for name, value in drawn.items()}
+        for value in drawn.values():
+            value.mul_(gain)
+    drawn |= _started(plan, {**drawn, **private})
     gains = start_gains(plan)
-    whole = {**drawn, **{name: value.double() for name, value in private.items()}}
-    drawn |= _started(plan, whole)
-    return {n: _on_grid(value, plan.factor_std * gains.get(n, 1)) for n, value in drawn.items()}
+    # Each float64 factor is dropped as soon as it is rounded.
+    return {
+        name: _on_grid(drawn.pop(name), plan.factor_std * gains.get(name, 1))
+        for name in list(drawn)
+    }
 
 
 def _on_grid(drawn: Tensor, std: float) -> Tensor:
-    """Round a factor to the grid of its standard deviation; without one it is zero."""
+    """Round a factor, in place, to the grid of its standard deviation; without one it is zero."""
     if std == 0:
         return torch.zeros(drawn.shape, **PLAIN)
     step = 2.0 ** math.floor(math.log2(std) - SEEDED_BITS)
     # Rounding makes negative zeros; adding 0.0 turns them into positive ones.
-    return ((drawn / step).round() * step + 0.0).float()
+    return drawn.div_(step).round_().mul_(step).add_(0.0).float()
 
 
 def _variance(plan: WeightPlan, factors: Mapping[str, Tensor]) -> float:
