@@ -33,6 +33,9 @@ __all__ = ["convert", "replace"]
 
 log = logging.getLogger("fedpara")
 
+_told: set[tuple[str, ...]] = set()
+"""Names of weights that the log has spoken of: a client builds its model anew in each round."""
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -81,10 +84,12 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
 
 def _log_first_values(model: nn.Module) -> str:
     """Log what became of the weights' values; return a warning about a coarse fit, or ""."""
-    errors = fit_errors(model)
-    for text in (fit_summary(errors), own_starts_text(own_starts(model))):
-        if text:
-            log.info("fedpara: %s", text)
+    errors, starts = fit_errors(model), own_starts(model)
+    if errors:
+        log.info("fedpara: %s", fit_summary(errors))
+    if starts and tuple(starts) not in _told:
+        _told.add(tuple(starts))
+        log.info("fedpara: %s", own_starts_text(starts))
     return fit_warning(errors)
 
 
