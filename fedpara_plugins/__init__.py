@@ -22,6 +22,7 @@ from types import ModuleType
 
 from fedpara_plugins._moved import new_path, serve_old_paths
 from fedpara_plugins._version import __version__
+from fedpara_plugins.codecs.config_check import check_codecs
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import (
     ConfigError,
@@ -44,6 +45,7 @@ from fedpara_plugins.models import (
     split,
     to_dense,
 )
+from fedpara_plugins.models.config_checks import CONFIG_CHECKS
 from fedpara_plugins.plugins import hookimpl
 from fedpara_plugins.training import JacobianCorrection, check_optimizer, set_label_counts
 
@@ -92,5 +94,6 @@ class _Face(ModuleType):
         return import_module(f"{self.__name__}.{name}")
 
 
+CONFIG_CHECKS.append(check_codecs)
 serve_old_paths()
 sys.modules[__name__].__class__ = _Face

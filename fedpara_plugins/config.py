@@ -62,8 +62,9 @@ class FedParaConfig:
         min_size: weights with fewer parameters stay dense.
         tanh: apply tanh to every operand, as the paper does in most experiments; its own ablation
             shows no effect.
-        variance: variance of fresh composed weights: ``default``, the layer's own; ``he``,
-            2 / fan_in; or a number, such as 0.0004 for a standard deviation of 0.02.
+        variance: variance of fresh composed weights: ``default``, that of the kind of layer, or the
+            dense weight's own where its standard deviation is far from it; ``he``, 2 / fan_in; or a
+            number, such as 0.0004 for a standard deviation of 0.02.
         speed: K, how far a composed weight moves per step of SGD, dense = 1; None is the method's
             default (1/2 for fedpara, 1/4 for lowrank and pfedpara's shared half).
         private_speed: K of pfedpara's private half.
@@ -94,11 +95,13 @@ class FedParaConfig:
             last ``nn.Linear``.
         init: ``random`` (fresh factors), ``seeded`` (fresh factors that every client derives from
             ``seed``, so that they need not be sent) or ``fit`` (the closest factors to the model's
-            weights). None is ``random``, with a warning if the weights look trained.
+            weights; a relative error above 0.1 is warned of). None is ``random``, with a warning if
+            the weights look trained.
         seed: seed of the private factors' initial values, which every client derives by itself,
             and of the shared factors with ``init="seeded"``.
         private: name patterns of further tensors that stay on the device: ``head.*`` is FedPer,
-            ``*.norm*`` is FedBN. They match full names of the state, such as ``head.weight``.
+            ``*.norm*`` is FedBN. They match full names of the state, such as ``head.weight``. A
+            client starts with what its own model holds for them.
         codec: codec of messages: ``none``, a preset, or stages joined by ``+``.
         uplink_codec: codec of messages to the server; None is ``codec``.
         downlink_codec: codec of messages to clients; None is ``codec``.

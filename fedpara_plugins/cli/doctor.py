@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from math import prod
 
 from torch import nn
@@ -21,8 +20,11 @@ from fedpara_plugins.factors.fast.conditions import FALLBACKS
 from fedpara_plugins.factors.fast.form import is_known
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.layers.base import full_name
+from fedpara_plugins.models.checkpoint_files import RESERVED_NAME, RESERVED_TEXT
 from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.decisions import repeated_modules
+from fedpara_plugins.models.first_values import fit_errors, fit_summary
+from fedpara_plugins.models.infinities import infinite_tensors
 from fedpara_plugins.models.layer_decisions import LayerDecision, decide_layers
 from fedpara_plugins.plugins import layers
 from fedpara_plugins.support.findings import Finding
@@ -42,7 +44,7 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
 
     Args:
         model: converted in place at the end, to find out whether it can be.
-        config: as for training. Factors are not fitted to the present weights.
+        config: as for training. With ``init="fit"`` factors are fitted, which takes a while.
 
     Raises:
         ConfigError: no model allows an option, or a pattern matches no layer.
@@ -52,6 +54,12 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
     lines = [line for decision in found for line in _about_layer(decision, config)]
     lines += [Finding("attention", name or "(model)", str(e)) for name, e in refused.items()]
     lines += _repeated(repeated_modules(model, found))
+    for name, count in infinite_tensors(model).items():
+        if name.rpartition(".")[0] in refused:
+            continue
+        text = f"holds {count:,} infinite values (a mask?), which travel unchanged"
+        lines.append(Finding("note", name, text))
+    lines += _reserved(model)
     if any(is_known(p.method) for decision in found for p in decision.plans.values()):
         text = f"gradients written by hand; {FALLBACKS}, which are slower"
         lines.append(Finding("ok", "speed", text))
@@ -64,6 +72,9 @@ def _about_layer(decision: LayerDecision, config: FedParaConfig) -> Iterator[Fin
     for weight, plan in decision.plans.items():
         saved = f"{plan.shared_parameters:,} of {prod(plan.shape):,} entries travel"
         text = f"{plan.method.name} of rank {plan.rank}: {saved}"
+        if weight in decision.own_starts:
+            kept = decision.own_starts[weight]
+            text += f"; its own standard deviation of {kept:.3g} is kept, far from its kind's"
         if not is_known(plan.method):
             text += f"; {SLOWER}"
         yield Finding("ok", full_name(decision.name, weight), text)
@@ -104,19 +115,24 @@ def _repeated(modules: list[list[str]]) -> Iterator[Finding]:
         )
 
 
+def _reserved(model: nn.Module) -> Iterator[Finding]:
+    if RESERVED_NAME in model.state_dict():
+        yield Finding("attention", RESERVED_NAME, f"{RESERVED_TEXT}")
+
+
 def _converting(model: nn.Module, config: FedParaConfig) -> Iterator[Finding]:
     """Yield the errors and warnings of `convert`, which checks more than single layers."""
     if any(isinstance(layer, FactorisedLayer) for layer in model.modules()):
         yield Finding("ok", "(model)", "is already converted")
         return
-    if config.init == "fit":
-        config = replace(config, init="random")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            convert(model, config)
+            model = convert(model, config)
         except ConversionError as error:
             yield Finding("attention", "(model)", str(error).partition("\n")[0])
+    if fitted := fit_summary(fit_errors(model)):
+        yield Finding("ok", "(model)", fitted)
     for warning in caught:
         if issubclass(warning.category, UserWarning):
             yield Finding("note", "(model)", str(warning.message))

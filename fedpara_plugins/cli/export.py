@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, PayloadError
+from fedpara_plugins.models.agreed_plans import adopt_plans
 from fedpara_plugins.models.checkpoint_files import Checkpoint, factor_shapes
 from fedpara_plugins.models.checkpoints import check_same_shapes
 from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.support.units import readable_bytes
+from fedpara_plugins.support.values import has_values, infinite, nonfinite
 
 __all__ = ["dense_from"]
 
@@ -64,9 +66,22 @@ def dense_from(
         )
     dense = spec.dense_state(found.tensors)
     for name, value in dense.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise PayloadError(f"{name!r} holds NaN or infinite values: training has diverged")
+        _check_values(name, value, composed=name in spec.weights)
     return dense, spec
+
+
+def _check_values(name: str, value: Tensor, *, composed: bool) -> None:
+    """Raise for NaN, and for infinities in a composed weight; in a mask they may be meant."""
+    if not has_values(value):
+        return
+    bad = nonfinite(value)
+    if not composed:
+        bad &= ~infinite(value)
+    if bad.any():
+        raise PayloadError(
+            f"{name!r} holds NaN or infinite values: training has diverged. Export an earlier "
+            f"checkpoint"
+        )
 
 
 def _memory() -> int | None:
@@ -80,6 +95,8 @@ def _memory() -> int | None:
 def _spec_for(found: Checkpoint, model: nn.Module, config: FedParaConfig) -> ModelSpec:
     # The file's factors replace the weights, so there is no point in fitting factors to them.
     converted = convert(model, replace(config, init="random"))
+    if found.spec is not None:
+        adopt_plans(converted, found.spec)
     spec = ModelSpec.of(converted)
     if found.spec is not None:
         found.spec.check_equal(spec, here="the file", there="the model with the options given")

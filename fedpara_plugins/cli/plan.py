@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fedpara_plugins.codecs import Codec, encode_payload, parse_codec
 from fedpara_plugins.config import FedParaConfig
-from fedpara_plugins.errors import ConfigError
+from fedpara_plugins.errors import ConfigError, PayloadError
+from fedpara_plugins.models.checkpoint_files import RESERVED_NAME, RESERVED_TEXT
 from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.model_report import Report, report
 from fedpara_plugins.models.spec import ModelSpec
@@ -133,11 +134,14 @@ def plan_traffic(
     Raises:
         ConfigError: an option, or the number of clients or rounds, is out of range.
         ConversionError: the model cannot be converted.
+        PayloadError: a tensor has a name that no message can hold.
     """
     for name, number in (("clients", clients), ("rounds", rounds)):
         if number < 1:
             raise ConfigError(f"{name}: expected at least 1, got {number}")
     codec = parse_codec(config.codec)
+    if RESERVED_NAME in model.state_dict():
+        raise PayloadError(RESERVED_TEXT)
     converted = _converted(model, config)
     found = report(converted)
     messages = [MessageSize("dense", found.dense_bytes)]
@@ -230,9 +234,13 @@ def _updated(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         value = value.detach().cpu()
         if value.is_floating_point() and value.numel():
-            spread = float(value.float().std(unbiased=False)) or 1.0
+            # Sums are computed in a dtype that torch can add in; infinities of a mask stay.
+            wide = value.double() if value.dtype == torch.float64 else value.float()
+            finite = torch.isfinite(wide)
+            spread = float(wide[finite].std(unbiased=False)) if finite.any() else 0.0
             noise = torch.randn(value.shape, generator=generator)
-            value = value + (UPDATE_SIZE * spread * noise).to(value.dtype)
+            moved = wide + UPDATE_SIZE * (spread or 1.0) * noise
+            value = torch.where(finite, moved, wide).to(value.dtype)
         updated[name] = value
     return updated
 

@@ -31,7 +31,7 @@ def operand(x: Tensor, y: Tensor, t: Tensor | None = None) -> Tensor:
     if t is None:
         return x @ y.T  # (m, n)
     outer = x @ core_product(y, t)  # (m, n*k1*...)
-    return outer.view(x.shape[0], y.shape[0], *t.shape[2:])
+    return outer.view((x.shape[0], y.shape[0]) + t.shape[2:])  # noqa: RUF005  (a proxy has no `*`)
 
 
 def core_product(y: Tensor, t: Tensor) -> Tensor:

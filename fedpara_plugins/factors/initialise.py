@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedpara_plugins.factors.plan import WeightPlan
 
-__all__ = ["initial_factors", "initial_private", "seeded_normal", "seeded_shared"]
+__all__ = ["initial_factors", "initial_private", "seeded_normal", "seeded_shared", "start_gains"]
 
 TANH_PASSES = 8
 """Rescaling passes under tanh, where the variance is no exact power of the factors' size."""
@@ -67,7 +67,40 @@ def initial_factors(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tenso
         drawn = plan.compose(factors).double().var(unbiased=False).item()
         for factor in shared:
             factor.mul_((plan.variance / drawn) ** (0.5 / len(shared)))
-    return factors
+    return {**factors, **_started(plan, factors)}
+
+
+def _started(plan: WeightPlan, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return X and Y of the first shared operand for ``plan.start``; nothing for a start of 1."""
+    changed = {name: factors[name] * gain for name, gain in start_gains(plan).items()}
+    if plan.tanh and plan.start > 0:
+        for x in list(changed)[:1]:
+            for _ in range(TANH_PASSES):
+                reached = _variance(plan, {**factors, **changed})
+                if reached <= 0:  # a stranger's description may start below any number
+                    break
+                changed[x] = changed[x] * math.sqrt(plan.start**2 * plan.variance / reached)
+    return changed
+
+
+def start_gains(plan: WeightPlan) -> dict[str, float]:
+    """Return what X and Y of the first shared operand are multiplied by for ``plan.start``.
+
+    The composed weight shrinks by the start r, and its speed K stays. Each of F shared factors has
+    the share K/F in the fresh weight's K. With X multiplied by r/g and Y by g, K stays if
+    g² + r²/g² + (F - 2) r² = F. For a start of zero, X is zero and Y alone moves the weight. (Under
+    tanh this holds where the weight stays far from the bound.)
+
+    Returns:
+        Factors by the names of X and Y; none for a start of 1.
+    """
+    if plan.start == 1:
+        return {}
+    names = [name for name in plan.factor_names if name not in plan.private_names]
+    square = plan.start**2
+    wanted = len(names) - (len(names) - 2) * square
+    gain = math.sqrt((wanted + math.sqrt(wanted**2 - 4 * square)) / 2)
+    return {names[0]: plan.start / gain, names[1]: gain}
 
 
 def initial_private(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]:
@@ -122,19 +155,28 @@ def seeded_shared(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]
         gain = round(gain * 2**GAIN_BITS) / 2**GAIN_BITS
         for value in drawn.values():
             value.mul_(gain)
-    step = 2.0 ** math.floor(math.log2(plan.factor_std) - SEEDED_BITS)
-    # Rounding makes negative zeros; adding 0.0 turns them into positive ones. Each float64 factor
-    # is dropped as soon as it is rounded.
+    drawn |= _started(plan, {**drawn, **private})
+    gains = start_gains(plan)
+    # Each float64 factor is dropped as soon as it is rounded.
     return {
-        name: drawn.pop(name).div_(step).round_().mul_(step).add_(0.0).float()
+        name: _on_grid(drawn.pop(name), plan.factor_std * gains.get(name, 1))
         for name in list(drawn)
     }
+
+
+def _on_grid(drawn: Tensor, std: float) -> Tensor:
+    """Round a factor, in place, to the grid of its standard deviation; without one it is zero."""
+    if std == 0:
+        return torch.zeros(drawn.shape, **PLAIN)
+    step = 2.0 ** math.floor(math.log2(std) - SEEDED_BITS)
+    # Rounding makes negative zeros; adding 0.0 turns them into positive ones.
+    return drawn.div_(step).round_().mul_(step).add_(0.0).float()
 
 
 def _variance(plan: WeightPlan, factors: Mapping[str, Tensor]) -> float:
     """Return the composed weight's variance, from blocks of rows: it may not fit into memory."""
     step = max(1, BLOCK_ENTRIES // math.prod(plan.shape[1:]))
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu")
     for start in range(0, plan.shape[0], step):
         part = {n: x[start : start + step] if n[0] == "x" else x for n, x in factors.items()}
         rows = plan.compose_rows(part)

@@ -65,6 +65,9 @@ class WeightPlan:
         tanh: whether every operand passes through tanh (paper, section 3).
         recompute: whether backward computes the operands' products again instead of holding them;
             None lets the weight's size decide. The two sides of a run may differ in it.
+        start: root mean square of the first composed weight in units of the square root of
+            ``variance``, from 0 to 1; below 1 for a weight that starts small. It decides about
+            initial factors alone, so the two sides of a run may differ in it.
     """
 
     name: str
@@ -77,6 +80,7 @@ class WeightPlan:
     variance: float
     tanh: bool = False
     recompute: bool | None = field(default=None, compare=False)
+    start: float = field(default=1.0, compare=False)
 
     def __post_init__(self) -> None:
         # Computed here: before Python 3.12 `cached_property` takes a lock, which torch.compile
@@ -138,7 +142,9 @@ class WeightPlan:
     def _shaped(self, rows: Tensor) -> Tensor:
         # No view where none is needed, since a view is a node of autograd. For factors of other
         # shapes, `view` raises.
-        return rows if rows.shape == self.shape else rows.view(self.shape)
+        # A proxy of torch.fx has a shape that cannot be compared.
+        fits = isinstance(rows, Tensor) and rows.shape == self.shape
+        return rows if fits else rows.view(self.shape)
 
     def compose_rows(self, factors: Mapping[str, Tensor]) -> Tensor:
         """Compose as `compose` does, from some rows of every x: rows are independent.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from math import prod, sqrt
+from dataclasses import replace
+from math import ceil, log, prod, sqrt
 
-from fedpara_plugins.config import FedParaConfig
+from fedpara_plugins.config import VARIANCES, FedParaConfig
 from fedpara_plugins.factors.methods import Method
 from fedpara_plugins.factors.plan import WeightPlan, WeightSlot
 from fedpara_plugins.factors.ranks import (
     gamma_rank,
-    is_kernel,
     matched_rank,
     parameter_count,
     ratio_rank,
@@ -18,19 +18,32 @@ from fedpara_plugins.factors.ranks import (
 )
 from fedpara_plugins.factors.tanh import tanh_bound, tanh_speed, tanh_spread
 
-__all__ = ["plan_weight", "portable"]
+__all__ = ["plan_weight", "portable", "stated_speed", "with_variance"]
 
 SMALLEST_SIDE = 4
 """A weight with fewer rows or columns (a 3-channel stem, say) has no rank to save."""
 
 
-def plan_weight(slot: WeightSlot, method: Method, config: FedParaConfig) -> WeightPlan | str:
+FAR = 1.5
+"""How far from its kind's default a standard deviation is a start of the weight's own. Below are
+what sampling adds and Xavier's rule for most shapes; above are He's, LeCun's and GPT's."""
+
+LARGER = 2.0
+"""Ratio between the standard deviations that plans of large weights have. They are few, so that two
+sides that draw a weight by one recipe plan it alike; `WeightPlan.start` makes up the difference."""
+
+
+def plan_weight(
+    slot: WeightSlot, method: Method, config: FedParaConfig, *, spread: float | None = None
+) -> WeightPlan | str:
     """Plan one weight.
 
     Args:
         slot: the dense layer's weight.
         method: combines the operands.
         config: the options of the layer.
+        spread: root mean square of the dense weight. If it is far from the kind's default, the
+            fresh weight keeps it, unless the option ``variance`` says otherwise. None does not ask.
 
     Returns:
         The plan, or the reason (a sentence) why the weight is better left dense.
@@ -54,7 +67,26 @@ def plan_weight(slot: WeightSlot, method: Method, config: FedParaConfig) -> Weig
     entries = parameter_count(slot.shape, rank, operands=method.operands)
     if entries >= dense:
         return f"rank {rank} would hold {entries:,} entries, the dense weight has {dense:,}"
-    return _scaled_plan(slot, method, rank, config)
+    plan = _scaled_plan(slot, method, rank, config)
+    if spread is None or config.variance != "default":
+        return plan
+    return _with_own_start(plan, spread)
+
+
+def _with_own_start(plan: WeightPlan, spread: float) -> WeightPlan:
+    """Return the plan of a fresh weight of this root mean square, with the same speeds.
+
+    A small weight starts small and keeps the plan of its kind: it grows in training, and its speed
+    must not grow with it. A large weight needs a smaller scale, that of a larger variance.
+    """
+    ratio = spread / sqrt(plan.variance)
+    if 1 / FAR <= ratio <= FAR:
+        return plan
+    if ratio > 1:
+        larger = 2 * FAR * LARGER ** max(0, ceil(log(ratio / (2 * FAR), LARGER)))
+        variance = min(plan.variance * larger**2, VARIANCES[1])
+        plan = with_variance(plan, max(variance, plan.variance))
+    return replace(plan, start=portable(min(1.0, spread / sqrt(plan.variance))))
 
 
 def _choose_rank(shape: tuple[int, ...], method: Method, config: FedParaConfig) -> int | None:
@@ -89,7 +121,25 @@ def _target_variance(slot: WeightSlot, config: FedParaConfig) -> float:
 
 
 def _scaled_plan(slot: WeightSlot, method: Method, rank: int, config: FedParaConfig) -> WeightPlan:
-    """Complete a plan with the scale and standard deviations for its variance v and speed K.
+    """Complete a plan by the numbers that variance and speeds decide."""
+    plan = WeightPlan(
+        name=slot.name,
+        shape=slot.shape,
+        method=method,
+        rank=rank,
+        scale=1.0,
+        factor_std=1.0,
+        private_std=0.0,
+        variance=_target_variance(slot, config),
+        tanh=config.tanh,
+        recompute=config.recompute,
+    )
+    speed = config.speed if config.speed is not None else method.speed
+    return _with_numbers(plan, speed, config.private_speed)
+
+
+def _with_numbers(plan: WeightPlan, speed: float, private_speed: float) -> WeightPlan:
+    """Return the plan with scale and standard deviations for its variance v and these speeds K.
 
     With F shared factors of equal standard deviation σ in S shared operands, K = v Σ 1/σ² =
     F v / σ², so σ² = F v / K. Then Var(W) = s² (a σ^(F/S))^(2S), where a is the standard deviation
@@ -97,29 +147,50 @@ def _scaled_plan(slot: WeightSlot, method: Method, rank: int, config: FedParaCon
     of its factors does; the others have a standard deviation t with K_private = v R t² (matrix) or
     v R² t⁴ (kernel). For tanh see `factors.tanh`.
     """
-    kernel = is_kernel(slot.shape)
-    per_operand = 3 if kernel else 2
-    unit = float(rank) if kernel else sqrt(rank)
+    method, variance = plan.method, plan.variance
     shared = method.operands - len(method.private)
-    factors = shared * per_operand
-    variance = _target_variance(slot, config)
-    speed = config.speed if config.speed is not None else method.speed
+    factors, unit = shared * _per_operand(plan), _unit(plan)
     spread, bound = variance ** (0.5 / shared), 1.0
-    faster = 1.0
-    if config.tanh:
+    if plan.tanh:
         spread, bound = tanh_spread(variance, shared), tanh_bound(variance)
-        faster = (bound * spread**shared) ** 2 / variance * tanh_speed(spread, shared)
-    std = sqrt(factors * variance * faster / speed)
-    private_std = (config.private_speed / (variance * unit**2)) ** (0.5 / (per_operand - 1))
-    return WeightPlan(
-        name=slot.name,
-        shape=slot.shape,
-        method=method,
-        rank=rank,
+    std = sqrt(factors * variance * _tanh_gain(plan) / speed)
+    private_std = (private_speed / (variance * unit**2)) ** (0.5 / (_per_operand(plan) - 1))
+    return replace(
+        plan,
         scale=portable(bound * spread**shared / (unit**shared * std**factors)),
         factor_std=portable(std),
         private_std=portable(private_std) if method.private else 0.0,
         variance=portable(variance),
-        tanh=config.tanh,
-        recompute=config.recompute,
     )
+
+
+def stated_speed(plan: WeightPlan) -> float:
+    """Return K, the speed that a plan gives its fresh weight."""
+    shared = plan.method.operands - len(plan.method.private)
+    factors = shared * _per_operand(plan)
+    return factors * plan.variance * _tanh_gain(plan) / plan.factor_std**2
+
+
+def with_variance(plan: WeightPlan, variance: float) -> WeightPlan:
+    """Return the plan for another variance, with the same speeds."""
+    speed = stated_speed(plan)
+    private = plan.private_std ** (2 * (_per_operand(plan) - 1)) * plan.variance * _unit(plan) ** 2
+    return _with_numbers(replace(plan, variance=variance), speed, private)
+
+
+def _per_operand(plan: WeightPlan) -> int:
+    return 3 if plan.kernel else 2
+
+
+def _unit(plan: WeightPlan) -> float:
+    """Return the standard deviation of an operand's entries if those of its factors are 1."""
+    return float(plan.rank) if plan.kernel else sqrt(plan.rank)
+
+
+def _tanh_gain(plan: WeightPlan) -> float:
+    """Return how much faster tanh makes factors of the same size; 1 without tanh."""
+    if not plan.tanh:
+        return 1.0
+    shared = plan.method.operands - len(plan.method.private)
+    spread, bound = tanh_spread(plan.variance, shared), tanh_bound(plan.variance)
+    return (bound * spread**shared) ** 2 / plan.variance * tanh_speed(spread, shared)

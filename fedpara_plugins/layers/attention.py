@@ -44,6 +44,7 @@ class FactorisedMultiheadAttention(FactorisedLayer, nn.MultiheadAttention):
     """
 
     kind = "attention"
+    dense_reset = "_reset_parameters"
     dense_class = nn.MultiheadAttention
     in_proj_weight = composed()
     q_proj_weight = composed()
@@ -131,7 +132,6 @@ class FactorisedMultiheadAttention(FactorisedLayer, nn.MultiheadAttention):
 
     def _reset_parameters(self) -> None:
         """Draw all parameters anew, biases too; the dense layer calls this method."""
-        super()._reset_parameters()
         self.reset_parameters()
 
 

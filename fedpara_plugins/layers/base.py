@@ -21,17 +21,33 @@ from torch import Tensor, nn
 
 from fedpara_plugins.errors import ConversionError
 from fedpara_plugins.factors.fast.conditions import without_autocast
-from fedpara_plugins.factors.fit import fit_factors, relative_error
-from fedpara_plugins.factors.initialise import initial_factors, seeded_shared
+from fedpara_plugins.factors.fit import fit_weight
+from fedpara_plugins.factors.initialise import (
+    initial_factors,
+    initial_private,
+    seeded_shared,
+)
 from fedpara_plugins.factors.plan import WeightPlan, WeightSlot, compose_together, factor_key
 from fedpara_plugins.layers.kept_weights import drop_kept_weights, has_kept_weights, kept_weight
-from fedpara_plugins.support.torch_seams import assembled_module, attributes_of, own_parameters
+from fedpara_plugins.layers.read_only import read_only
+from fedpara_plugins.support.torch_seams import (
+    FX_LEAF,
+    assembled_module,
+    attributes_of,
+    is_symbolically_tracing,
+    own_parameters,
+)
+from fedpara_plugins.support.values import has_values, infinite, nonfinite
 
 __all__ = ["FactorisedLayer", "Phase", "composed", "full_name", "layers_alive"]
 
 
 ADDED_ATTRIBUTES = frozenset(
-    {"plans", "left_dense", "fit_errors", "origin", "phase", "progress", "on_composed"}
+    {
+        *("plans", "left_dense", "own_starts", "fit_errors", "fit_speeds", "origin", "infinite"),
+        *("phase", "progress", "on_composed"),
+        *FX_LEAF,
+    }
 )
 """Entries of a factorised layer's ``__dict__`` that the dense layer does not have."""
 
@@ -54,7 +70,10 @@ class composed:  # noqa: N801  (reads like `property` where it is used)
         self.name = name
 
     def __get__(self, layer: FactorisedLayer | None, owner: type | None = None) -> Any:
-        return self if layer is None else layer.composed_weight(self.name)
+        if layer is None:
+            return self
+        value = layer.composed_weight(self.name)
+        return read_only(value, self.name) if self.name in layer.plans else value
 
 
 layers_alive: weakref.WeakSet[FactorisedLayer] = weakref.WeakSet()
@@ -69,6 +88,9 @@ class FactorisedLayer(nn.Module):
 
     dense_class: ClassVar[type[nn.Module]]
     """The class that this one replaces. It is matched exactly: subclasses keep their behaviour."""
+
+    dense_reset: ClassVar[str] = "reset_parameters"
+    """The dense class's method that draws its parameters."""
 
     may_skip_composing: ClassVar[bool] = False
     """Whether the forward does without the whole weight for some inputs."""
@@ -91,8 +113,17 @@ class FactorisedLayer(nn.Module):
     origin: tuple[str, int]
     """The layer's name in the model and the config's seed, which seed the private factors."""
 
-    fit_errors: dict[str, float]
+    fit_errors: Mapping[str, float] = {}
     """|W - composed| / |W| of each fitted weight when it was fitted, by attribute."""
+
+    fit_speeds: Mapping[str, float] = {}
+    """K of each fitted weight when it was fitted, by attribute."""
+
+    own_starts: Mapping[str, float] = {}
+    """Standard deviation of each fresh weight that kept the dense weight's, by attribute."""
+
+    infinite: frozenset[str] = frozenset()
+    """Parameters, no factors, that held infinities when the layer was converted: masks, say."""
 
     @classmethod
     def slots(cls, dense: nn.Module) -> list[WeightSlot]:
@@ -121,29 +152,38 @@ class FactorisedLayer(nn.Module):
             plans: the weights to factorise, by attribute; not empty.
             name: the layer's name in the model, which seeds its private factors.
             seed: see `fedpara_plugins.factors.initialise.initial_private`.
-            fit: start from the closest factors to the dense weight instead of fresh ones.
+            fit: start from the closest factors to the dense weight instead of fresh ones. A
+                weight that is too large for the speed of its plan gets another plan.
         """
         parameters: dict[str, nn.Parameter | None] = {}
-        errors: dict[str, float] = {}
+        plans, errors, speeds = dict(plans), {}, {}
         for attribute, parameter in own_parameters(dense).items():
             plan = plans.get(attribute)
             if plan is None or parameter is None:
                 parameters[attribute] = parameter
                 continue
-            factors = initial_factors(plan, seed=seed, key=full_name(name, attribute))
+            key = full_name(name, attribute)
+            factors = _first_factors(plan, parameter, seed=seed, key=key)
             if fit:
-                factors = fit_factors(plan, parameter, factors)
-                errors[attribute] = relative_error(plan, parameter, factors)
+                fitted = fit_weight(plan, parameter, factors)
+                plans[attribute] = fitted.plan
+                # The first private factors follow from the plan, on every side.
+                factors = fitted.factors | initial_private(fitted.plan, seed=seed, key=key)
+                errors[attribute], speeds[attribute] = fitted.error, fitted.speed
             for factor, value in factors.items():
                 value = value.to(parameter.device, parameter.dtype)
                 parameters[cls.factor_key(attribute, factor)] = nn.Parameter(
                     value, requires_grad=parameter.requires_grad
                 )
+        others = {k: p for k, p in parameters.items() if k in own_parameters(dense)}
         added = {
-            "plans": dict(plans),
+            "plans": plans,
             "left_dense": {},
             "fit_errors": errors,
+            "fit_speeds": speeds,
+            "infinite": frozenset(k for k, p in others.items() if _holds_infinity(p)),
             "origin": (name, seed),
+            **FX_LEAF,
         }
         return assembled_module(cls, {**attributes_of(dense), **added}, parameters)
 
@@ -172,12 +212,12 @@ class FactorisedLayer(nn.Module):
         for key, parameter in own_parameters(self).items():
             weight = owner.get(key)
             if weight is None:
-                parameters[key] = _finite(parameter)
+                parameters[key] = _sound(parameter, may_be_infinite=key in self.infinite)
             elif weight not in parameters and parameter is not None:
                 # Both halves count, whatever phase of training the model is in.
                 with without_autocast(parameter.device.type):
                     value = self.plans[weight].compose(self.factors(weight)).detach()
-                parameters[weight] = _finite(nn.Parameter(value, parameter.requires_grad))
+                parameters[weight] = _sound(nn.Parameter(value, parameter.requires_grad))
         return parameters
 
     # Execution
@@ -217,6 +257,8 @@ class FactorisedLayer(nn.Module):
     def factors(self, weight: str) -> dict[str, Tensor]:
         """Return the parameters that are the factors of one weight, by name (x1, y1, ...)."""
         found, parameters, plan = {}, self._parameters, self.plans[weight]
+        if is_symbolically_tracing():
+            parameters = {}  # the tracer hands out proxies of parameters as attributes only
         for name, key in zip(plan.factor_names, plan.keys, strict=True):
             # `getattr` finds whatever replaced a parameter as well, but takes far longer.
             value = parameters.get(key)
@@ -260,7 +302,7 @@ class FactorisedLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Register the layer for optimizer steps, after a copy or unpickling too."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__({**state, **FX_LEAF})  # type: ignore[no-untyped-call]
         layers_alive.add(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -288,7 +330,7 @@ class FactorisedLayer(nn.Module):
 
     def _reset_dense_parameters(self) -> None:
         """Apply the dense layer's rule, with a throw-away weight for each composed one."""
-        rule = getattr(self.dense_class, "reset_parameters", None)
+        rule = getattr(self.dense_class, self.dense_reset, None)
         if rule is None:
             return
         parameters = dict(own_parameters(self))
@@ -318,8 +360,25 @@ def _of_phase(
     return changed
 
 
-def _finite(parameter: nn.Parameter | None) -> nn.Parameter | None:
-    if parameter is not None and not torch.isfinite(parameter).all():
+def _first_factors(plan: WeightPlan, like: Tensor, *, seed: int, key: str) -> dict[str, Tensor]:
+    """Draw a weight's first factors; on the meta device there are only shapes to draw."""
+    if like.is_meta:
+        return {n: torch.empty(plan.factor_shape(n), device="meta") for n in plan.factor_names}
+    return initial_factors(plan, seed=seed, key=key)
+
+
+def _holds_infinity(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and has_values(parameter) and bool(infinite(parameter).any())
+
+
+def _sound(parameter: nn.Parameter | None, *, may_be_infinite: bool = False) -> nn.Parameter | None:
+    """Return the parameter if its values are finite; infinities that it always had may stay."""
+    if parameter is None or not has_values(parameter):
+        return parameter
+    bad = nonfinite(parameter)
+    if may_be_infinite:
+        bad &= ~infinite(parameter)
+    if bad.any():
         raise ConversionError(
             "its factors or other parameters hold NaN or infinite values, or compose to such: the "
             "training has diverged. Go back to an earlier state, and see the option clip"

@@ -21,6 +21,7 @@ from torch.nn import functional
 from fedpara_plugins.factors.fast.conditions import without_autocast
 from fedpara_plugins.factors.plan import WeightPlan, WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, composed
+from fedpara_plugins.support.torch_seams import is_symbolically_tracing
 
 __all__ = ["EmbeddingMixin", "FactorisedEmbedding", "FactorisedEmbeddingBag"]
 
@@ -46,7 +47,8 @@ class EmbeddingMixin(FactorisedLayer):
         layer = super().from_dense(dense, plans, **options)
         assert isinstance(layer, EmbeddingMixin)
         row = layer.padding_idx
-        if row is not None and not dense.get_parameter("weight")[row].any():
+        weight = dense.get_parameter("weight")
+        if row is not None and not weight.is_meta and not weight[row].any():
             layer._zero_padding_row()
         return layer
 
@@ -57,6 +59,8 @@ class EmbeddingMixin(FactorisedLayer):
 
     def composed_weight(self, weight: str) -> Tensor:
         """Return the composed table in its own dtype: autocast does not cast tables."""
+        if is_symbolically_tracing():  # a proxy has no device to ask for
+            return super().composed_weight(weight)
         with without_autocast(self.factors(weight)["x1"].device.type):
             return super().composed_weight(weight)
 
@@ -85,7 +89,7 @@ class FactorisedEmbedding(EmbeddingMixin, nn.Embedding):
         """Return rows of the composed table, shape (*input.shape, embedding_dim)."""
         # Counts of tokens divide the gradient of the whole table.
         whole = self.must_compose("weight") or self.scale_grad_by_freq
-        if whole or input.numel() >= self.num_embeddings:
+        if whole or is_symbolically_tracing() or input.numel() >= self.num_embeddings:
             return super().forward(input)
         rows = self._rows(input.flatten()).view(*input.shape, self.embedding_dim)
         if self.padding_idx is None:

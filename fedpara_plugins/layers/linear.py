@@ -9,6 +9,7 @@ from fedpara_plugins.factors.fast.linear import linear_from_factors
 from fedpara_plugins.factors.plan import WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, composed
 from fedpara_plugins.layers.kept_weights import kept_weight
+from fedpara_plugins.support.torch_seams import is_symbolically_tracing
 
 __all__ = ["FactorisedLinear"]
 
@@ -37,12 +38,14 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name for it)
         """Return the outputs, shape (..., out_features)."""
         plan = self.plans.get("weight")
-        if plan is None or self.on_composed is not None:
-            return super().forward(input)
+        if plan is None or self.on_composed is not None or is_symbolically_tracing():
+            return linear(input, self.composed_weight("weight"), self.bias)
         kept = kept_weight(self, "weight")
         if kept is not None:
             # From the dictionary where possible, since `getattr` of a module takes long.
             own = self._parameters
             return linear(input, kept, own["bias"] if "bias" in own else self.bias)  # noqa: SIM401
         output = linear_from_factors(plan, self.factors_now("weight"), input, self.bias)
-        return super().forward(input) if output is None else output
+        if output is not None:
+            return output
+        return linear(input, self.composed_weight("weight"), self.bias)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from fedpara_plugins.factors.fast.conditions import autocasts
 from fedpara_plugins.factors.plan import WeightPlan, WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, layers_alive
-from fedpara_plugins.support.torch_seams import own_parameters
+from fedpara_plugins.layers.read_only import read_only
+from fedpara_plugins.support.torch_seams import FX_LEAF, own_parameters
 
 __all__ = ["FactorisedGRU", "FactorisedLSTM", "FactorisedRecurrent"]
 
@@ -62,12 +63,12 @@ class FactorisedRecurrent(FactorisedLayer, nn.RNNBase):
     def __getattr__(self, name: str) -> Any:
         # The names differ between instances, so the class cannot declare them with `composed`.
         if name in self.__dict__.get("plans", ()):
-            return self.composed_weight(name)
+            return read_only(self.composed_weight(name), name)
         return super().__getattr__(name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # nn.RNNBase would compose every weight here, only to keep weak references to them.
-        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+        nn.Module.__setstate__(self, {**state, **FX_LEAF})  # type: ignore[no-untyped-call]
         layers_alive.add(self)
         self._flat_weight_refs = []
 
@@ -105,7 +106,7 @@ class FactorisedRecurrent(FactorisedLayer, nn.RNNBase):
             RuntimeError: the input's shape is wrong.
         """
         dtype = next(iter(self.factors(next(iter(self.plans))).values())).dtype
-        if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
+        if input.dtype != dtype and not autocasts(input.device.type):
             raise ValueError(
                 f"{self.dense_class.__name__}: expected an input of {dtype}, as the weights are, "
                 f"got {input.dtype}. Convert the input with .to({dtype}) or the model with "

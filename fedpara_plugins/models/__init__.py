@@ -6,11 +6,14 @@ that take a model and return one or describe it.
 
 from __future__ import annotations
 
+from fedpara_plugins.models.agreed_plans import adopt_plans
 from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.models.checkpoints import load_factors, save_dense, save_factors
 from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.dense_copy import to_dense
+from fedpara_plugins.models.infinities import check_finite, restore_infinities
 from fedpara_plugins.models.model_report import Report, report
+from fedpara_plugins.models.private_start import keep_own_values
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.state_split import Split, merge, shared_names, split
 
@@ -18,11 +21,15 @@ __all__ = [
     "ModelSpec",
     "Report",
     "Split",
+    "adopt_plans",
+    "check_finite",
     "config_of",
     "convert",
+    "keep_own_values",
     "load_factors",
     "merge",
     "report",
+    "restore_infinities",
     "save_dense",
     "save_factors",
     "shared_names",

@@ -22,6 +22,7 @@ from torch import Tensor
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.stages.dtypes import DTYPES
 from fedpara_plugins.support import make_private_folder, replace_file
 from fedpara_plugins.support.regular_files import check_regular
 
@@ -35,6 +36,11 @@ __all__ = [
 ]
 
 METADATA_KEY = "fedpara"
+RESERVED_NAME = "__metadata__"
+RESERVED_TEXT = (
+    "a tensor of a state cannot be called '__metadata__': safetensors, in which checkpoints and "
+    "messages are written, keeps that name for itself. Rename the buffer or parameter"
+)
 MAX_ABOUT = 16 * 2**20
 """Most characters of the JSON object in a file's metadata."""
 MAX_PARTS = 2**18
@@ -78,6 +84,7 @@ def write_state(
         PayloadError: safetensors cannot hold a tensor.
         OSError: the disk refuses; an earlier file is unchanged then.
     """
+    _check_writable(path, state)
     if not owner_only:
         path.parent.mkdir(parents=True, exist_ok=True)
     elif not path.parent.is_dir():
@@ -88,6 +95,18 @@ def write_state(
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise PayloadError(f"{path}: safetensors cannot hold this state: {error}") from error
     replace_file(path, data, private=owner_only)
+
+
+def _check_writable(path: Path, state: Mapping[str, Tensor]) -> None:
+    if RESERVED_NAME in state:
+        raise PayloadError(f"{path}: {RESERVED_TEXT}")
+    for name, value in state.items():
+        if value.dtype not in DTYPES.values():
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+            raise PayloadError(
+                f"{path}: tensor {name!r} is of {value.dtype}, which safetensors cannot hold; it "
+                f"holds {known}"
+            )
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

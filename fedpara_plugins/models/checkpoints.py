@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from fedpara_plugins._version import __version__
 from fedpara_plugins.errors import MismatchError
+from fedpara_plugins.models.agreed_plans import adopt_plans
 from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.models.checkpoint_files import read_checkpoint, write_state
 from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.wrapper_names import wrapper_hint
 
 __all__ = ["check_same_shapes", "load_factors", "save_dense", "save_factors"]
 
@@ -80,6 +82,8 @@ def load_factors(model: nn.Module, path: Path | str) -> None:
         PayloadError: the file is damaged, or no factor checkpoint.
     """
     found = read_checkpoint(path)
+    if found.spec is not None:
+        adopt_plans(model, found.spec)
     spec = ModelSpec.of(model)
     if found.spec is not None:
         found.spec.check_equal(spec, here=f"the file {path}", there="the model")
@@ -106,6 +110,8 @@ def check_same_shapes(
     Raises:
         MismatchError: the message names the tensor and both shapes.
     """
+    if hint := wrapper_hint(state, wanted):
+        raise MismatchError(f"the file's names are not those of {there}:{hint}")
     some_private = any(key in state for key in optional)
     for key in [*wanted, *state]:
         if key in optional and not some_private:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 import weakref
 from typing import Any, TypeVar
@@ -15,6 +16,13 @@ from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.layers.personal import PersonalLinear
 from fedpara_plugins.models.attached_config import CONFIG_ATTRIBUTE
 from fedpara_plugins.models.decisions import Conversion, decide
+from fedpara_plugins.models.first_values import (
+    fit_errors,
+    fit_summary,
+    fit_warning,
+    own_starts,
+    own_starts_text,
+)
 from fedpara_plugins.models.layer_decisions import LayerDecision
 from fedpara_plugins.models.surgery import replace_layers
 from fedpara_plugins.plugins import layers
@@ -23,6 +31,10 @@ from fedpara_plugins.training.step_hooks import attach_progress
 
 __all__ = ["convert", "replace"]
 
+log = logging.getLogger("fedpara")
+
+_told: set[tuple[str, ...]] = set()
+"""Names of weights that the log has spoken of: a client builds its model anew in each round."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,8 +60,9 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
         ConversionError: nothing to convert, or a layer that cannot be (the message names it).
 
     Warns:
-        UserWarning: weights look trained and ``init`` is not given; hooks on weights are lost; or
-            an optimizer that was built before holds weights that are replaced.
+        UserWarning: weights look trained and ``init`` is not given; hooks on weights are lost; an
+            optimizer that was built before holds weights that are replaced; or ``init="fit"`` came
+            no closer to a weight than a relative error of 0.1.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
@@ -64,7 +77,20 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
     model = replace(model, conversion)
     del conversion  # it holds the dense weights
     warn_of_earlier_optimizer(replaced)
+    if coarse := _log_first_values(model):
+        warnings.warn(coarse, stacklevel=2)
     return model
+
+
+def _log_first_values(model: nn.Module) -> str:
+    """Log what became of the weights' values; return a warning about a coarse fit, or ""."""
+    errors, starts = fit_errors(model), own_starts(model)
+    if errors:
+        log.info("fedpara: %s", fit_summary(errors))
+    if starts and tuple(starts) not in _told:
+        _told.add(tuple(starts))
+        log.info("fedpara: %s", own_starts_text(starts))
+    return fit_warning(errors)
 
 
 def replace(model: M, conversion: Conversion) -> M:
@@ -106,6 +132,7 @@ def _factorised(decision: LayerDecision, conversion: Conversion) -> FactorisedLa
     if config.init == "seeded":
         layer.start_seeded()
     layer.left_dense = decision.reasons
+    layer.own_starts = dict(decision.own_starts)
     return layer
 
 

@@ -13,6 +13,7 @@ from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.factors.ratio_check import refuse_unreachable_ratios
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.layers.base import full_name
+from fedpara_plugins.models.config_checks import CONFIG_CHECKS
 from fedpara_plugins.models.head import choose_head
 from fedpara_plugins.models.layer_decisions import LEFT_OUT, LayerDecision, decide_layers
 from fedpara_plugins.models.looks_trained import looks_trained, norm_has_moved
@@ -64,6 +65,8 @@ def decide(model: nn.Module, config: FedParaConfig) -> Conversion:
         ConversionError: nothing to convert, or a layer that cannot be (the message names it).
     """
     check_model(model)
+    for check in CONFIG_CHECKS:
+        check(config)
     method = method_named(config.method)
     private_tensors(model, config.private)  # raises for patterns that cannot be meant
     if method is None:

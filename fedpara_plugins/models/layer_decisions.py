@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -17,10 +17,13 @@ from fedpara_plugins.factors.plan import WeightPlan, WeightSlot
 from fedpara_plugins.factors.planning import plan_weight
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.layers.base import full_name
+from fedpara_plugins.models.adapters import why_adapter
 from fedpara_plugins.models.private import matches
 from fedpara_plugins.models.weight_checks import (
     refuse_unusable_layer,
     refuse_unusable_weight,
+    refuse_without_values,
+    spread_of,
     why_no_kind,
 )
 from fedpara_plugins.models.wrapped import why_forward_replaced, why_frozen
@@ -44,12 +47,15 @@ class LayerDecision:
         layer: the dense layer, or the factorised one of a converted model.
         plans: the weights that are factorised, by attribute; empty if there are none.
         reasons: why other weights stay dense, by attribute; "" stands for the whole layer.
+        own_starts: standard deviation of each fresh weight that keeps the dense weight's instead of
+            its kind's default, by attribute.
     """
 
     name: str
     layer: nn.Module
     plans: dict[str, WeightPlan]
     reasons: dict[str, str]
+    own_starts: Mapping[str, float] = field(default_factory=dict)
 
 
 def decide_layers(
@@ -91,18 +97,21 @@ def _decide_layer(
     name: str, layer: nn.Module, config: FedParaConfig, owners: dict[int, list[str]]
 ) -> LayerDecision:
     if isinstance(layer, FactorisedLayer):
-        return LayerDecision(name, layer, layer.plans, layer.left_dense)
+        return LayerDecision(name, layer, layer.plans, layer.left_dense, layer.own_starts)
     if reason := _why_left_dense(name, layer, config):
         return LayerDecision(name, layer, {}, {"": reason})
     plans: dict[str, WeightPlan] = {}
     reasons: dict[str, str] = {}
+    starts: dict[str, float] = {}
     for slot in layers()[type(layer)].slots(layer):
         plan = _decide_weight(name, slot, layer, config, owners)
         if isinstance(plan, str):
             reasons[slot.name] = plan
-        else:
-            plans[slot.name] = plan
-    return LayerDecision(name, layer, plans, reasons)
+            continue
+        plans[slot.name] = plan
+        if plan.start != 1 and config.init != "fit":
+            starts[slot.name] = plan.start * plan.variance**0.5
+    return LayerDecision(name, layer, plans, reasons, starts)
 
 
 def _why_left_dense(name: str, layer: nn.Module, config: FedParaConfig) -> str:
@@ -111,6 +120,8 @@ def _why_left_dense(name: str, layer: nn.Module, config: FedParaConfig) -> str:
         return "method none"
     if not _is_selected(name, config):
         return LEFT_OUT
+    if not _is_included(name, config) and (reason := why_adapter(name, layer)):
+        return reason
     kinds = layers()
     refuse_unusable_layer(name, layer, kinds)
     if type(layer) not in kinds:
@@ -136,11 +147,15 @@ def _decide_weight(
     if len(tied) > 1:
         others = [t for t in tied if t != name] or ["another weight of the layer"]
         return f"tied to {', '.join(others)}"
-    if reason := why_frozen(parameter, config.init):
+    if reason := why_frozen(parameter):
         return reason
     method = method_named(config.method)
     assert method is not None
-    return plan_weight(slot, method, config)
+    assert parameter is not None
+    if config.init == "fit":  # fitted factors follow the weight by themselves
+        refuse_without_values(name, slot.name, parameter)
+        return plan_weight(slot, method, config)
+    return plan_weight(slot, method, config, spread=spread_of(parameter))
 
 
 def _parameter_owners(found: Iterable[tuple[str, nn.Module]]) -> dict[int, list[str]]:
@@ -165,8 +180,12 @@ def _memory(parameter: Tensor | None) -> int:
 
 
 def _is_selected(name: str, config: FedParaConfig) -> bool:
-    included = not config.include or any(fnmatchcase(name, p) for p in config.include)
+    included = not config.include or _is_included(name, config)
     return included and not any(fnmatchcase(name, p) for p in config.exclude)
+
+
+def _is_included(name: str, config: FedParaConfig) -> bool:
+    return any(fnmatchcase(name, p) for p in config.include)
 
 
 def _check_patterns(config: FedParaConfig, names: list[str]) -> None:

@@ -37,6 +37,8 @@ def looks_trained(weight: Tensor) -> bool:
     Args:
         weight: at least two-dimensional; a kernel counts as (O, I k1 ...).
     """
+    if weight.is_meta:
+        return False
     rows = weight.detach().flatten(1).float().cpu()
     mean = float(rows.mean())
     rows = rows - mean
@@ -63,6 +65,8 @@ def norm_has_moved(layer: nn.Module) -> bool:
     if "Norm" not in type(layer).__name__:
         return False
     own = [p for p in own_parameters(layer).values() if p is not None and p.numel() > 1]
+    if any(p.is_meta for p in own):
+        return False
     return bool(own) and all(p.dim() == 1 and bool((p != p[0]).any()) for p in own)
 
 

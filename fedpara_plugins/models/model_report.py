@@ -13,6 +13,7 @@ from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.layers.personal import ADDED, PersonalLinear
 from fedpara_plugins.models.attached_config import config_of
+from fedpara_plugins.models.first_values import fit_summary
 from fedpara_plugins.models.layer_decisions import LayerDecision, decide_layers
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.support.torch_seams import own_parameters, persistent_buffers
@@ -36,6 +37,8 @@ class ReportRow:
         shared_bytes: bytes that travel, uncoded, buffers included.
         dense_bytes: bytes that would travel of the unconverted model, buffers included.
         note: the method, or the reason why this stays dense.
+        fit_error: |W - composed| / |W| of a fitted weight when it was fitted.
+        fit_speed: K that the factors of a fitted weight reached.
     """
 
     name: str
@@ -47,6 +50,8 @@ class ReportRow:
     shared_bytes: int
     dense_bytes: int
     note: str
+    fit_error: float | None = None
+    fit_speed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ class Report:
             f"{self.dense_bytes:,} bytes dense, {self.shared_bytes:,} bytes sent "
             f"({saved:.1f} times fewer)"
         )
-        return "\n".join([*lines, total])
+        errors = {row.name: row.fit_error for row in self.rows if row.fit_error is not None}
+        return "\n".join([*lines, total, *filter(None, [fit_summary(errors)])])
 
 
 def report(model: nn.Module) -> Report:
@@ -127,7 +133,9 @@ def _factorised_rows(name: str, layer: FactorisedLayer) -> Iterator[ReportRow]:
             parameters=plan.parameters,
             shared_bytes=plan.shared_parameters * item,
             dense_bytes=dense * item,
-            note=_method_note(plan, layer.fit_errors.get(weight)),
+            note=_method_note(plan, layer, weight),
+            fit_error=layer.fit_errors.get(weight),
+            fit_speed=layer.fit_speeds.get(weight),
         )
 
 
@@ -200,13 +208,17 @@ def _dense_note(decision: LayerDecision) -> str:
     return "dense: nothing to save in a vector"
 
 
-def _method_note(plan: WeightPlan, fit_error: float | None) -> str:
+def _method_note(plan: WeightPlan, layer: FactorisedLayer, weight: str) -> str:
     private = plan.parameters - plan.shared_parameters
     notes = [plan.method.name]
     if private:
         notes.append(f"{private:,} private")
-    if fit_error is not None:
-        notes.append(f"fitted with relative error {fit_error:.3f}")
+    if weight in layer.fit_errors:
+        notes.append(f"fitted with relative error {layer.fit_errors[weight]:.3f}")
+    if weight in layer.fit_speeds:
+        notes.append(f"K {layer.fit_speeds[weight]:.2f}")
+    if weight in layer.own_starts:
+        notes.append(f"keeps its own standard deviation {layer.own_starts[weight]:.3g}")
     return ", ".join(notes)
 
 

@@ -2,7 +2,9 @@
 
 The option ``private`` lists patterns of full names, such as ``head.*`` or ``*.norm*``. A tensor
 whose name matches never enters a message. A client that has no value for it, or lost it, starts
-from one that every side derives alike: torch's default for the layer, drawn from the config's seed.
+from what its own model holds (`fedpara_plugins.models.private_start`). Where no model is at hand,
+a value that every side derives alike stands in: torch's default for the layer, drawn from the
+config's seed.
 """
 
 from __future__ import annotations

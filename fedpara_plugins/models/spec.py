@@ -25,12 +25,15 @@ from fedpara_plugins.layers.base import FactorisedLayer, full_name
 from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.models.head import head_tensors
 from fedpara_plugins.models.private import PrivateTensor, private_tensors
+from fedpara_plugins.models.private_start import first_values
 from fedpara_plugins.models.spec_rows import (
     check_same_rows,
+    compared_part,
     merged_names,
     plan_from_row,
     row_of_plan,
 )
+from fedpara_plugins.models.wrapper_names import wrapper_hint
 from fedpara_plugins.stages.stage import check_limit
 
 __all__ = ["ModelSpec"]
@@ -46,16 +49,23 @@ class ModelSpec:
         seed: the seed of the private tensors' initial values.
         own: private tensors that are no factors, by full name (options ``private``,
             ``private_head`` and ``label_prior``).
+        held: first values of those in ``own`` that the model itself holds, by full name; not a part
+            of the description. A spec that was read from a message has none.
     """
 
     weights: Mapping[str, WeightPlan]
     keys: tuple[str, ...]
     seed: int
     own: Mapping[str, PrivateTensor] = field(default_factory=dict)
+    held: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelSpec:
-        """Return the spec of a model; that of an unconverted model has no weights."""
+        """Return the spec of a model; that of an unconverted model has no weights.
+
+        It keeps copies of the private tensors that are no factors: a client without private state
+        starts from what its own model holds, so take the spec before the model is trained.
+        """
         weights = {
             full_name(name, weight): plan
             for name, layer in model.named_modules()
@@ -66,7 +76,7 @@ class ModelSpec:
         spec = cls(weights=weights, keys=tuple(model.state_dict()), seed=config.seed)
         private = private_tensors(model, config.private, factors=spec._factors)
         own = private | head_tensors(model)
-        return replace(spec, own=own) if own else spec
+        return replace(spec, own=own, held=first_values(model, private)) if own else spec
 
     # Names
 
@@ -113,7 +123,10 @@ class ModelSpec:
     # Values
 
     def initial_private(self, shared: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return seeded initial values of all private tensors, by full name.
+        """Return the initial values of all private tensors, by full name.
+
+        Private factors are seeded. All others are what the model held (`held`); where that is not
+        known, they are seeded too, or constants that suit their names.
 
         Args:
             shared: shared state whose dtypes the factors get; float32 without it.
@@ -125,8 +138,13 @@ class ModelSpec:
             like = torch.float32 if shared is None else _get(shared, keys["x1"]).dtype
             values.update({keys[name]: value.to(like) for name, value in first.items()})
         for key, own in self.own.items():
-            values[key] = own.initial_value(seed=self.seed, key=key)
+            values[key] = self._first_value(key, own)
         return values
+
+    def _first_value(self, key: str, own: PrivateTensor) -> Tensor:
+        if key in self.held:
+            return self.held[key].clone()
+        return own.initial_value(seed=self.seed, key=key)
 
     def dense_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the dense model's state, with the names and order of the unconverted model.
@@ -150,7 +168,7 @@ class ModelSpec:
             elif key in added:
                 continue
             elif key in self.own and key not in state:
-                dense[key] = self.own[key].initial_value(seed=self.seed, key=key)
+                dense[key] = self._first_value(key, self.own[key])
             elif key not in factors:
                 dense[key] = _get(state, key).detach().clone()
         for key, onto in added.items():
@@ -195,7 +213,7 @@ class ModelSpec:
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits, the same on two sides exactly when their models match."""
-        content = [self.seed, list(self.keys), self._rows()]
+        content = [self.seed, list(self.keys), [compared_part(row) for row in self._rows()]]
         content += [self._own_rows()] if self.own else []
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
@@ -325,5 +343,8 @@ def _sum(dense: Mapping[str, Tensor], onto: str, private: Tensor, key: str) -> T
 
 def _get(state: Mapping[str, Tensor], key: str) -> Tensor:
     if key not in state:
-        raise PayloadError(f"the state lacks {key!r}: expected a state of the converted model")
+        raise PayloadError(
+            f"the state lacks {key!r}: expected a state of the converted model."
+            + wrapper_hint(state, [key])
+        )
     return state[key]

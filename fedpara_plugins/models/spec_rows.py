@@ -8,9 +8,10 @@ from typing import Any
 
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.factors.plan import WeightPlan
+from fedpara_plugins.models.wrapper_names import wrapper_hint
 from fedpara_plugins.plugins import methods
 
-__all__ = ["check_same_rows", "merged_names", "plan_from_row", "row_of_plan"]
+__all__ = ["check_same_rows", "compared_part", "merged_names", "plan_from_row", "row_of_plan"]
 
 
 def row_of_plan(weight: str, plan: WeightPlan) -> list[Any]:
@@ -21,7 +22,13 @@ def row_of_plan(weight: str, plan: WeightPlan) -> list[Any]:
         plan: its plan.
     """
     numbers = [plan.scale, plan.factor_std, plan.private_std, plan.variance]
-    return [weight, plan.method.name, list(plan.shape), plan.rank, numbers, plan.tanh]
+    row = [weight, plan.method.name, list(plan.shape), plan.rank, numbers, plan.tanh]
+    return row if plan.start == 1 else [*row, plan.start]
+
+
+def compared_part(row: list[Any]) -> list[Any]:
+    """Return the part of a row in which two sides must agree: all but the start."""
+    return row[:6]
 
 
 def plan_from_row(row: list[Any]) -> WeightPlan:
@@ -31,13 +38,16 @@ def plan_from_row(row: list[Any]) -> WeightPlan:
         PayloadError: a method that is not installed here.
         ValueError, TypeError: the row is malformed.
     """
-    weight, method, shape, rank, numbers, tanh = row
+    weight, method, shape, rank, numbers, tanh, *rest = row
     scale, factor_std, private_std, variance = map(float, numbers)
+    (start,) = map(float, rest or (1.0,))
     sizes = [*shape, rank]
     if not (len(shape) >= 2 and all(type(size) is int and 1 <= size < 2**40 for size in sizes)):
         raise ValueError(f"no weight can have shape {str(shape)[:60]} and rank {str(rank)[:20]}")
     if not all(map(math.isfinite, (scale, factor_std, private_std, variance))):
         raise ValueError(f"numbers that are not finite: {str(numbers)[:80]}")
+    if not 0 <= start <= 1:
+        raise ValueError(f"no weight can start at {str(start)[:20]} of its spread")
     if method not in methods():
         raise PayloadError(
             f"{str(weight)[:200]!r}: the other side uses method {str(method)[:40]!r}, which is not "
@@ -53,6 +63,7 @@ def plan_from_row(row: list[Any]) -> WeightPlan:
         private_std=private_std,
         variance=variance,
         tanh=bool(tanh),
+        start=start,
     )
 
 
@@ -91,12 +102,12 @@ def check_same_rows(
         PayloadError: ``theirs`` is malformed.
     """
     try:
-        my_rows = {weight: _row_text(row) for weight, *row in mine["weights"]}
-        their_rows = {str(weight): _row_text(row) for weight, *row in theirs["weights"]}
+        my_rows = {row[0]: _row_text(row) for row in mine["weights"]}
+        their_rows = {str(row[0]): _row_text(row) for row in theirs["weights"]}
         seed, own = theirs["seed"], theirs.get("own", {})
         if not isinstance(own, Mapping) or not all(isinstance(key, str) for key in own):
             raise TypeError("'own' is no object with names as keys")
-    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise PayloadError(f"the header's model description is malformed: {error!r}") from error
     for weight in [*my_rows, *their_rows]:
         if my_rows.get(weight) != their_rows.get(weight):
@@ -104,7 +115,7 @@ def check_same_rows(
                 f"the model differs at {weight[:200]!r}: {here} has "
                 f"{my_rows.get(weight, 'dense')}, {there} has {their_rows.get(weight, 'dense')}. "
                 f"Build the same model with the same fedpara options (method; gamma, ratio or "
-                f"rank) on both sides."
+                f"rank) on both sides." + wrapper_hint(their_rows, my_rows)
             )
     _check_private(mine["own"], own, here=here, there=there)
     if seed != mine["seed"]:
@@ -128,7 +139,7 @@ def _check_private(
 
 def _row_text(row: list[Any]) -> str:
     """Return all of a weight's row but its name, as text for people."""
-    method, shape, rank, (scale, *std), tanh = row
+    _, method, shape, rank, (scale, *std), tanh = compared_part(row)
     text = f"{str(method)[:40]} rank {str(rank)[:20]} shape {str(tuple(shape))[:60]} "
     text += f"scale {scale:.9g} first spread {', '.join(f'{number:.9g}' for number in std)}"
     return text + (" tanh" if tanh else "")

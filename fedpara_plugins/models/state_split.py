@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.wrapper_names import wrapper_hint
 
 __all__ = ["Split", "merge", "shared_names", "split"]
 
@@ -56,6 +57,7 @@ def merge(
     extra = [key for key in state if key not in set(spec.keys)]
     if missing or extra:
         raise PayloadError(
-            f"the parts do not make up the model's state: missing {missing}, not expected {extra}"
+            f"the parts do not make up the model's state: missing {missing}, not expected {extra}."
+            + wrapper_hint(state, spec.keys)
         )
     return {key: state[key] for key in spec.keys}

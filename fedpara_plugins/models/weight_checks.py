@@ -21,12 +21,15 @@ from fedpara_plugins.support.torch_seams import (
     trains_for_quantisation,
     weight_hooks,
 )
+from fedpara_plugins.support.values import has_values, infinite, nonfinite
 
 __all__ = [
     "check_model",
     "holds_nan",
     "refuse_unusable_layer",
     "refuse_unusable_weight",
+    "refuse_without_values",
+    "spread_of",
     "why_no_kind",
 ]
 
@@ -47,7 +50,37 @@ def check_model(model: Any) -> None:
 
 def holds_nan(tensor: Tensor) -> bool:
     """Return whether a tensor holds NaN. Infinities do not count: masks hold them."""
-    return _is_plain(tensor) and bool(tensor.isnan().any())
+    return has_values(tensor) and bool((nonfinite(tensor) & ~infinite(tensor)).any())
+
+
+def spread_of(weight: Tensor) -> float | None:
+    """Return the root mean square of a weight's entries; None if it has no values to ask for."""
+    if not _is_plain(weight) or not weight.numel():
+        return None
+    value = weight.detach()
+    largest = float(value.abs().max())  # squares of tiny and huge values leave float32
+    if largest == 0:
+        return 0.0
+    return largest * float((value / largest).double().square().mean().sqrt())
+
+
+def refuse_without_values(name: str, attribute: str, weight: Tensor) -> None:
+    """Raise if factors are to be fitted to a weight on the meta device.
+
+    Args:
+        name: the layer's name.
+        attribute: the layer's attribute, such as ``weight``.
+        weight: the value of the attribute.
+
+    Raises:
+        ConversionError: the message names layer and attribute, and the remedy.
+    """
+    if weight.is_meta:
+        raise ConversionError(
+            f"{_layer(name)}: {attribute} is on the meta device and has no values, which "
+            f"init='fit' needs: build the model on a real device and load its weights before "
+            f"converting, or use init='random'"
+        )
 
 
 def why_no_kind(layer: nn.Module, kinds: Iterable[type[nn.Module]]) -> str:
@@ -66,7 +99,9 @@ def why_no_kind(layer: nn.Module, kinds: Iterable[type[nn.Module]]) -> str:
 
 
 def refuse_unusable_layer(name: str, layer: nn.Module, kinds: Iterable[type[nn.Module]]) -> None:
-    """Raise if a layer is lazy, quantised, parametrised or holds values that are not finite.
+    """Raise if a layer is lazy, quantised, parametrised or holds values that cannot be meant.
+
+    NaN never can; infinities can in biases and masks, and not in a matrix that is factorised.
 
     Args:
         name: the layer's name in the model.
@@ -92,7 +127,7 @@ def refuse_unusable_layer(name: str, layer: nn.Module, kinds: Iterable[type[nn.M
         _refuse_hooked(name, layer)
     for attribute, parameter in own_parameters(layer).items():
         if parameter is not None:
-            _refuse_values(name, attribute, parameter)
+            _refuse_values(name, attribute, parameter, of_a_kind=of_a_kind)
     for attribute, buffer in own_buffers(layer).items():
         if buffer is not None and holds_nan(buffer):
             raise ConversionError(_not_finite(name, attribute))
@@ -137,18 +172,15 @@ def _refuse_hooked(name: str, layer: nn.Module) -> None:
         )
 
 
-def _refuse_values(name: str, attribute: str, parameter: Tensor) -> None:
+def _refuse_values(name: str, attribute: str, parameter: Tensor, *, of_a_kind: bool) -> None:
+    """Raise for a lazy parameter, for NaN, and for infinities where they cannot belong."""
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ConversionError(
             f"{_layer(name)} is lazy, its {attribute} has no shape yet: run one forward pass "
             f"with sample data before converting"
         )
-    if parameter.is_meta:
-        raise ConversionError(
-            f"{_layer(name)}: {attribute} is on the meta device and has no values: build the model "
-            f"on a real device, or load its weights, before converting"
-        )
-    if _is_plain(parameter) and not torch.isfinite(parameter).all():
+    matrix = of_a_kind and parameter.dim() >= 2
+    if holds_nan(parameter) or (matrix and not _is_finite(parameter)):
         raise ConversionError(_not_finite(name, attribute))
 
 
@@ -162,8 +194,12 @@ def _is_plain(tensor: Tensor) -> bool:
     return wide and tensor.layout == torch.strided and not tensor.is_meta
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    return not has_values(tensor) or not bool(nonfinite(tensor).any())
+
+
 def _not_finite(name: str, attribute: str) -> str:
     return (
         f"{_layer(name)}: {attribute} holds NaN or infinite values; load sound weights before "
-        f"converting"
+        f"converting, or exclude the layer"
     )

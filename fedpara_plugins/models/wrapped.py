@@ -42,13 +42,17 @@ def why_forward_replaced(layer: nn.Module) -> str:
     return ""
 
 
-def why_frozen(weight: Tensor | None, init: str | None) -> str:
-    """Return why a frozen weight stays dense (for the report); "" if it is trained or fitted."""
-    if weight is None or weight.requires_grad or init == "fit":
+def why_frozen(weight: Tensor | None) -> str:
+    """Return why a frozen weight stays dense (for the report); "" if it is trained.
+
+    Whether factors would start fresh or fitted makes no difference, since the sides of a run may
+    differ in that: only the side that a run starts from fits.
+    """
+    if weight is None or weight.requires_grad:
         return ""
     return (
-        "frozen (requires_grad=False): no training would bring back what fresh factors lose; "
-        "freeze after converting, or use init='fit'"
+        "frozen (requires_grad=False): no training would bring back what factors lose; to freeze "
+        "factors, freeze them after converting"
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
@@ -30,6 +31,7 @@ from torch.optim.optimizer import (
 from torch.utils.weak import TensorWeakRef
 
 __all__ = [
+    "FX_LEAF",
     "HOT_ATTRIBUTES",
     "MODULE_ATTRIBUTES",
     "OVERRIDDEN_NAMES",
@@ -40,6 +42,7 @@ __all__ = [
     "attributes_of",
     "break_graph",
     "count_dispatch_modes",
+    "disabled_torch_function",
     "forget_curvature",
     "functions_above",
     "has_hooks",
@@ -47,6 +50,7 @@ __all__ = [
     "in_forward_mode",
     "is_legacy_batchedtensor",
     "is_quantised",
+    "is_symbolically_tracing",
     "is_tracing",
     "multi_head_attention_forward",
     "own_buffers",
@@ -54,6 +58,7 @@ __all__ = [
     "own_parameters",
     "persistent_buffers",
     "projects_jointly",
+    "register_load_state_dict_pre_hook",
     "register_optimizer_step_post_hook",
     "register_optimizer_step_pre_hook",
     "run_eagerly",
@@ -116,6 +121,13 @@ saved_tensors_hooks_are_enabled = torch._C._autograd._saved_tensors_hooks_is_ena
 Publicly such hooks can be set and forbidden, and not asked about.
 """
 
+disabled_torch_function = torch._C._disabled_torch_function_impl
+"""The ``__torch_function__`` of a tensor's subclass whose results are plain tensors.
+
+Seen in torch 2.4.0 to 2.13.0. `nn.Parameter` has it. A public one would run for every operation,
+and torch's own checks would take the tensor for a foreign one.
+"""
+
 tanh_backward = torch.ops.aten.tanh_backward
 """Return the gradient before tanh, from that behind it and tanh's result.
 
@@ -160,6 +172,14 @@ MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 All else in a module's ``__dict__`` is its author's. torch has no list of its own.
 """
 
+FX_LEAF = {"__module__": "torch.nn.modules"}
+"""The attribute of a module that `torch.fx` keeps whole in its graphs.
+
+Seen in torch 2.4.0 to 2.13.0. ``Tracer.is_leaf_module`` asks the instance for ``__module__``, and
+keeps modules of ``torch.nn``. Publicly only the author of a tracer can say which modules to keep.
+Classes are found by the ``__module__`` of the class, which stays.
+"""
+
 _COMPILED_CALL = "_compiled_call_impl"
 """Where ``Module.compile`` puts the compiled call. Seen in torch 2.4.0 to 2.13.0.
 
@@ -177,6 +197,15 @@ def in_forward_mode() -> bool:
     returns it.
     """
     return forward_ad._current_level >= 0
+
+
+def is_symbolically_tracing() -> bool:
+    """Return whether `torch.fx` traces, so that values may be proxies.
+
+    Seen in torch 2.4.0 to 2.13.0. The function of that name in ``torch.fx`` is no more public than
+    the flag, and warns in some versions.
+    """
+    return _symbolic_trace._is_fx_tracing_flag
 
 
 def has_hooks(tensor: Tensor) -> bool:
@@ -274,6 +303,14 @@ def projects_jointly(attention: nn.MultiheadAttention) -> bool:
     """
     jointly: bool = attention._qkv_same_embed_dim
     return jointly
+
+
+def register_load_state_dict_pre_hook(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Call a hook with the module, the state and the prefix before a module loads its own part.
+
+    Seen in torch 2.4.0 to 2.13.0. The public method of this name came with torch 2.6.
+    """
+    module._register_load_state_dict_pre_hook(hook, with_module=True)  # type: ignore[no-untyped-call]
 
 
 # Weights that are no ordinary parameters

@@ -9,6 +9,9 @@ optimizer.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from fedpara_plugins._moved import serve_old_names
 from fedpara_plugins.training.jacobian import JacobianCorrection
 from fedpara_plugins.training.label_counts import lacks_label_counts, set_label_counts
 from fedpara_plugins.training.optimizer_check import check_optimizer
@@ -33,3 +36,9 @@ __all__ = [
     "shared_phase",
     "start_round",
 ]
+
+if not TYPE_CHECKING:
+    # Models that an earlier release pickled refer to the class by this name.
+    __getattr__ = serve_old_names(
+        __name__, {"Training": "RoundProgress", "training_of": "round_progress"}
+    )

@@ -11,11 +11,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fedpara_plugins._moved import serve_old_names
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.layers.base import FactorisedLayer, Phase, layers_alive
@@ -202,3 +204,10 @@ def _factor_counts(layers: Iterable[FactorisedLayer]) -> dict[int, int]:
                 own = name in private
                 counts[id(factor)] = len(private) if own else len(factors) - len(private)
     return counts
+
+
+if not TYPE_CHECKING:
+    # Models that an earlier release pickled refer to the class by this name.
+    __getattr__ = serve_old_names(
+        __name__, {"Training": "RoundProgress", "training_of": "round_progress"}
+    )

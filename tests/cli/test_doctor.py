@@ -149,15 +149,30 @@ def two_layers():
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 2))
 
 
-def test_nothing_is_fitted_only_to_look(monkeypatch):
-    def fitting(*arguments, **options):
-        raise AssertionError
+def test_a_fit_is_stated_with_its_median_and_worst_error_and_what_it_costs():
+    config = fedpara.FedParaConfig(method="fedpara", init="fit", rank=4)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(64, 2) @ torch.randn(2, 64))
+    dense = [layer.weight.detach().clone() for layer in model]
+    texts = [str(finding) for finding in check_model(model, config)]
+    errors = [
+        float((layer.weight - weight).norm() / weight.norm())
+        for layer, weight in zip(model, dense, strict=True)
+    ]
+    first, middle, worst = sorted(errors)
+    assert first < 0.01 < 0.5 < middle
+    stated = f"3 fitted weights: median relative error {middle:.3f}, worst {worst:.3f} "
+    assert any(text.startswith("ok") and stated in text for text in texts)
+    assert any("8 to 18 points of accuracy" in text and "exclude" in text for text in texts)
 
-    monkeypatch.setattr("fedpara_plugins.layers.base.fit_factors", fitting)
-    config = fedpara.FedParaConfig(method="fedpara", init="fit")
-    assert levels(check_model(two_layers(), config))["0.weight"] == "ok"
-    with pytest.raises(AssertionError):
-        fedpara.convert(two_layers(), config)
+
+def test_a_start_of_its_own_is_named():
+    model = two_layers()
+    nn.init.normal_(model[0].weight, std=0.004)
+    found = check_model(model, fedpara.FedParaConfig(method="fedpara"))
+    assert "standard deviation of 0.00" in next(str(f) for f in found if f.subject == "0.weight")
+    assert "standard deviation" not in next(str(f) for f in found if f.subject == "2.weight")
 
 
 def test_quantised_modules():

@@ -95,11 +95,8 @@ def test_tied_weights_stay_tied():
     assert "tied to 2" in reasons(model)["0"]
 
 
-def test_copies_and_frozen_parameters_keep_their_ways():
-    net = Net()
-    net.head.requires_grad_(False)
-    model = fedpara.convert(net, method="fedpara", init="fit")
-    assert not any(p.requires_grad for p in model.head.parameters())
+def test_copies_of_fitted_models_have_the_same_report():
+    model = fedpara.convert(Net(), method="fedpara", init="fit")
     assert fedpara.report(copy.deepcopy(model)) == fedpara.report(model)
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import fedpara_plugins as fedpara
 from fedpara_plugins.layers import FactorisedLayer
+from fedpara_plugins.models import adopt_plans
 
 X = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
 
@@ -86,18 +87,32 @@ def test_a_frozen_weight_is_never_replaced_by_fresh_factors():
     assert isinstance(model[1], FactorisedLayer)
 
 
-def test_a_frozen_weight_may_be_fitted():
+@pytest.mark.parametrize("init", ["random", "seeded", "fit"])
+def test_a_frozen_weight_stays_dense_whatever_the_start(init):
+    """The server fits and the clients do not: what is factorised must not depend on it."""
     model = net()
     model[0].weight.requires_grad_(False)
-    model = fedpara.convert(model, gamma=0.3, init="fit")
-    assert isinstance(model[0], FactorisedLayer)
-    assert not model[0].x1.requires_grad
+    model = fedpara.convert(model, gamma=0.3, init=init)
+    assert type(model[0]) is nn.Linear
+    assert "frozen" in notes(model)["0"]
     assert model[2].x1.requires_grad
 
 
+def test_two_sides_with_frozen_layers_agree_when_one_of_them_fits():
+    def side(init):
+        model = net()
+        model[0].requires_grad_(False)
+        return fedpara.convert(model, gamma=0.3, init=init)
+
+    server, client = fedpara.ModelSpec.of(side("fit")), side("random")
+    adopt_plans(client, server)
+    server.check_equal(fedpara.ModelSpec.of(client), here="server", there="client")
+
+
 def test_a_model_that_is_frozen_as_a_whole_is_refused_with_the_reason():
-    with pytest.raises(fedpara.ConversionError, match=r"0\.weight: frozen .*init='fit'"):
-        fedpara.convert(net().requires_grad_(False), gamma=0.3)
+    for init in (None, "fit"):
+        with pytest.raises(fedpara.ConversionError, match=r"0\.weight: frozen .*after converting"):
+            fedpara.convert(net().requires_grad_(False), gamma=0.3, init=init)
 
 
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])

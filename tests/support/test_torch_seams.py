@@ -558,3 +558,61 @@ def test_a_broken_graph_runs_what_follows_eagerly():
     assert seen == [(False, torch.Tensor)]
     with pytest.raises(Exception, match="fedpara: a reason" if seams._TAKES_REASON else "break"):
         compiled(fullgraph=True)(torch.ones(2))
+
+
+# torch.fx, tensors that are subclasses, and hooks on loading
+
+
+def test_symbolic_tracing_is_seen():
+    seen = []
+
+    class Model(nn.Module):
+        def forward(self, x):
+            seen.append(seams.is_symbolically_tracing())
+            return x + 1
+
+    torch.fx.symbolic_trace(Model())
+    assert seen == [True]
+    assert not seams.is_symbolically_tracing()
+
+
+def test_a_module_with_the_attribute_is_a_leaf_of_a_trace():
+    class Inner(nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    model = nn.Sequential(Inner())
+    operations = [node.op for node in torch.fx.symbolic_trace(model).graph.nodes]
+    assert "call_module" not in operations
+    vars(model[0]).update(seams.FX_LEAF)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+    assert type(model[0]).__module__ == __name__
+
+
+def test_results_of_a_subclass_without_torch_function_are_plain():
+    class Kind(torch.Tensor):
+        __torch_function__ = seams.disabled_torch_function
+
+    value = torch.ones(3, requires_grad=True).mul(2).as_subclass(Kind)
+    assert type(value) is Kind
+    assert type(value + 1) is type(value.detach()) is torch.Tensor
+    assert not torch.overrides.has_torch_function((value,))
+    assert type(nn.Parameter(torch.ones(1)) + 1) is torch.Tensor
+
+
+def test_a_hook_may_change_what_a_module_loads():
+    inner = nn.Linear(2, 2)
+    called = []
+
+    def hook(module, state, prefix, *rest):
+        called.append((module, prefix))
+        state[prefix + "bias"] = torch.full((2,), 7.0)
+
+    seams.register_load_state_dict_pre_hook(inner, hook)
+    model = nn.Sequential(inner)
+    state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert called == [(inner, "0.")]
+    assert inner.bias.tolist() == [7.0, 7.0]
+    assert state["0.bias"].tolist() == [0.0, 0.0]

@@ -19,12 +19,14 @@ from fedpara_plugins.support.torch_seams import (
     count_dispatch_modes,
     in_forward_mode,
     is_legacy_batchedtensor,
+    is_symbolically_tracing,
     is_tracing,
 )
 
 __all__ = [
     "FALLBACKS",
     "as_autocast_casts",
+    "autocasts",
     "differentiates",
     "may_run",
     "rewritten",
@@ -32,9 +34,10 @@ __all__ = [
 ]
 
 FALLBACKS = (
-    "under torch.compile and torch.export, torch.func, forward-mode differentiation, torch.jit "
-    "tracing, modes of dispatch (fake tensors, counters of operations), with gradients enabled in "
-    "inference mode and for tensor subclasses weights are composed by torch's own operations"
+    "under torch.compile and torch.export, torch.func, forward-mode differentiation, torch.jit and "
+    "torch.fx tracing, on the meta device, modes of dispatch (fake tensors, counters of "
+    "operations), with gradients enabled in inference mode and for tensor subclasses weights are "
+    "composed by torch's own operations"
 )
 """Text for `fedpara doctor`."""
 
@@ -46,6 +49,7 @@ def rewritten() -> bool:
     return (
         torch.compiler.is_compiling()
         or is_tracing()
+        or is_symbolically_tracing()
         or are_functorch_transforms_active()
         or in_forward_mode()
         # Fake tensors, counters of operations and selective checkpoints must see operations.
@@ -70,7 +74,7 @@ def may_run(tensors: Sequence[Tensor | None]) -> bool:
     if rewritten():
         return False
     first = tensors[0]
-    if first is None or not first.dtype.is_floating_point:
+    if first is None or first.is_meta or not first.dtype.is_floating_point:
         return False
     dtype, device = first.dtype, first.device
     for tensor in tensors:  # a loop, since this runs before each layer and `all` takes longer
@@ -81,9 +85,14 @@ def may_run(tensors: Sequence[Tensor | None]) -> bool:
     return True
 
 
+def autocasts(device: str) -> bool:
+    """Return whether autocast is on for a type of device; the meta device has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Return a context without autocast, for weights in place of parameters: those are not cast."""
-    if torch.is_autocast_enabled(device):
+    if autocasts(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
@@ -94,7 +103,7 @@ def as_autocast_casts(tensors: Sequence[Tensor]) -> list[Tensor]:
     As there, float64 stays as it is. The cast is differentiable: gradients keep the old dtype.
     """
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
