@@ -16,18 +16,20 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from fedpara_plugins.codecs import peek_header
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.exchange.budget import MessageBudget
 from fedpara_plugins.exchange.client_state import ClientState, PrivateParts
 from fedpara_plugins.exchange.coding import CodedRecord, encode_record, update_codec
 from fedpara_plugins.exchange.dense_round import DenseRound
-from fedpara_plugins.exchange.headers import check_codecs, decoders_of, first_model_limit
+from fedpara_plugins.exchange.headers import check_codecs, decoders_of, first_model_limit, plans_of
 from fedpara_plugins.exchange.incoming import ReceivedRecord, read_model, read_side
 from fedpara_plugins.exchange.outgoing import Outgoing, select_outgoing
 from fedpara_plugins.exchange.own_models import OwnModels
 from fedpara_plugins.exchange.records import KindOf, State, check_finite
 from fedpara_plugins.exchange.settings import ExchangeSettings
 from fedpara_plugins.exchange.sizes import tensor_bytes
+from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references import DecodedDownlink
 
 __all__ = ["ClientRound", "OnEncoded"]
@@ -115,6 +117,24 @@ class ClientRound:
         held = {name: self._decoded(name, data, budget) for name, data in payloads.items()}
         self.received = {name: self._read(name, part, budget) for name, part in held.items()}
         return self.received
+
+    def described_plans(self, payloads: Mapping[str, bytes]) -> list[ModelSpec]:
+        """Return the factorised weights that a message describes, without decoding a tensor.
+
+        Args:
+            payloads: by name of the record.
+
+        Returns:
+            Specs that hold weights alone, for `models.adopt_plans`.
+
+        Raises:
+            PayloadError: a payload is damaged.
+        """
+        return [
+            plans_of(peek_header(payload))
+            for name, payload in payloads.items()
+            if self._kind_of(name) == "model"
+        ]
 
     def _decoded(self, name: str, payload: bytes, budget: MessageBudget) -> DecodedDownlink:
         own = [len(spec.keys) for spec in self._own.specs]

@@ -8,12 +8,14 @@ from fedpara_plugins.codecs import PayloadHeader, decoders
 from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.exchange.settings import codecs_in_words
 from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.spec_rows import plan_from_row
 
 __all__ = [
     "check_codecs",
     "decoders_of",
     "first_model_limit",
     "header_extra",
+    "plans_of",
     "spec_of",
 ]
 
@@ -76,6 +78,21 @@ def spec_of(header: PayloadHeader, names: Iterable[str], *, limit: int) -> Model
     if header.model is None:
         raise PayloadError("fedpara: the message describes no model; was it made by this plugin?")
     return ModelSpec.from_json(header.model, tuple(names), limit=limit)
+
+
+def plans_of(header: PayloadHeader) -> ModelSpec:
+    """Return the factorised weights that a payload describes, in a spec without names.
+
+    Raises:
+        PayloadError: it describes none, or an unsound one.
+    """
+    if header.model is None:
+        raise PayloadError("fedpara: the message describes no model; was it made by this plugin?")
+    try:
+        weights = {str(row[0]): plan_from_row(row) for row in header.model["weights"]}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise PayloadError(f"the header's model description is malformed: {error!r}") from error
+    return ModelSpec(weights=weights, keys=(), seed=0)
 
 
 def first_model_limit(payload: bytes) -> int:

@@ -27,6 +27,7 @@ from fedpara_plugins.exchange import (
     plain_spec,
     zero_private_factors,
 )
+from fedpara_plugins.models import adopt_plans, keep_own_values
 from fedpara_plugins.support import Outages, Storage
 from fedpara_plugins.training import RoundProgress, round_progress, start_round
 from fedpara_plugins_flower.logs import log
@@ -53,6 +54,9 @@ class Run:
         settings: the run's options.
         side: ``"client"`` or ``"server"``.
         own: on a client, the models of its own code, from earlier messages and from this one.
+        plans: on a client, the factorised weights of these models, known before they are read.
+        standing_in: on a client without private state, the values that it was given for private
+            tensors which are no factors; the models built here keep their own instead.
         expected: on a client, the models that the server's message describes, as far as it has been
             read.
         specs: the models that `factorised` built here, each under the set of names of its state,
@@ -80,6 +84,8 @@ class Run:
     settings: FlowerSettings
     side: str
     own: OwnModels | None = None
+    plans: list[ModelSpec] = field(default_factory=list)
+    standing_in: Mapping[str, Tensor] = field(default_factory=dict)
     expected: list[ModelSpec] = field(default_factory=list)
     specs: dict[frozenset[str], ModelSpec] = field(default_factory=dict)
     previous_steps: int | None = None
@@ -114,6 +120,7 @@ class Run:
             return self._compared(model)
         model = convert(model, self._config())
         self._register(model)
+        keep_own_values(model, self.standing_in)
         if self.side == "server":
             zero_private_factors(model)
         start_round(model, previous_steps=self.previous_steps)
@@ -124,6 +131,7 @@ class Run:
         return model
 
     def _register(self, model: nn.Module, *, plain_bytes: int = 0) -> ModelSpec:
+        self._adopt_plans(model)
         spec = ModelSpec.of(model)
         alike = _of_parameters(spec, model)
         specs = {frozenset(s.keys): s for s in (alike, spec)}
@@ -134,6 +142,12 @@ class Run:
             for known in specs.values():
                 self.own.add(known, size if known is spec else 0)
         return spec
+
+    def _adopt_plans(self, model: nn.Module) -> None:
+        """Take over the plans that the other side, or the first model here, has made of weights."""
+        first = list(self.specs.values())[:1] if self.side == "server" else []
+        for agreed in (*self.plans, *first):
+            adopt_plans(model, agreed)
 
     def _check_expected(self, spec: ModelSpec, specs: Mapping[frozenset[str], ModelSpec]) -> None:
         """Raise if a model that was built is none of those that the message describes."""
@@ -150,6 +164,7 @@ class Run:
         factors = converted_copy(model, self._config())
         size = sum(value.nbytes for value in model.state_dict().values())
         spec = self._register(factors, plain_bytes=size)
+        keep_own_values(model, self.standing_in)
         if first:
             self.start = DenseRound(spec, factors.state_dict())
             model.load_state_dict(self.start.dense)

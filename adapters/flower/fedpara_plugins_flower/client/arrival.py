@@ -58,6 +58,7 @@ class Arrival:
             if self._run.own:
                 raise
             self._waits = True
+            self._run.plans = self._round.described_plans(self._payloads)
         for name in self._payloads:
             expected = legacy_lists.request_name(self._message, name)
             record: ArrayRecord
@@ -89,5 +90,12 @@ class Arrival:
 
     def _receive(self, *, unbounded: bool = False) -> None:
         received = self._round.receive(self._payloads, unbounded=unbounded)
-        self._run.expected = [part.spec for part in self._round.models]
+        self._run.expected = self._run.plans = [part.spec for part in self._round.models]
+        self._run.standing_in = {
+            name: part.full[name]
+            for part in self._round.models
+            if part.fresh
+            for name, own in part.spec.own.items()
+            if not own.onto
+        }
         self._check(received)
