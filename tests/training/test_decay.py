@@ -149,7 +149,7 @@ def test_schedulers_and_settings_between_steps_are_followed():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             scheduler.step()
-    torch.testing.assert_close(layer.weight, dense, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(layer.weight.detach(), dense.detach(), rtol=1e-5, atol=1e-7)
 
 
 def test_a_rate_that_is_a_tensor_and_named_parameters():
