@@ -25,6 +25,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp import mod as mods
 from flwr.common import FitIns, FitRes, GetParametersIns
 from flwr.common.secure_aggregation import secaggplus_constants
+from flwr.server import ServerAppComponents
 from flwr.server.compat import grid_client_proxy
 from flwr.server.workflow import SecAggPlusWorkflow
 from flwr.serverapp import Grid, ServerApp
@@ -175,6 +176,24 @@ def test_an_app_can_become_an_instance_of_a_subclass() -> None:
 def test_the_mods_of_an_app() -> None:
     assert seams.mods_of(ClientApp()) == ()
     assert seams.mods_of(answering(mods.message_size_mod)) == (mods.message_size_mod,)
+
+
+def test_the_components_of_a_legacy_app() -> None:
+    class StopError(Exception):
+        pass
+
+    made = ServerAppComponents()
+    app, seen = ServerApp(server_fn=lambda context: made), []
+
+    def see(components: Any) -> None:
+        seen.append(components)
+        raise StopError
+
+    with pytest.raises(StopError), seams.seen_components(app, see):
+        app(None, None)
+    assert seen == [made]
+    with seams.seen_components(ServerApp(), see):
+        pass
 
 
 def test_the_app_that_runs() -> None:

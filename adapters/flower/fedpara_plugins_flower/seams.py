@@ -56,6 +56,7 @@ __all__ = [
     "replaced_methods",
     "round_of",
     "running_app",
+    "seen_components",
     "strategy_attributes",
     "wrap_strategy_start",
     "wrap_unmask_stage",
@@ -86,6 +87,31 @@ def mods_of(app: ClientApp) -> Sequence[Any]:
     Seen: flwr 1.22 to 1.42.
     """
     return tuple(getattr(app, "_mods", None) or ())
+
+
+@contextlib.contextmanager
+def seen_components(app: ServerApp, see: Callable[[Any], None]) -> Iterator[None]:
+    """Call a function with the components that a legacy app makes while this context is open.
+
+    Stands on: ``ServerApp._server_fn``, which returns `ServerAppComponents` when the app runs.
+    Not public: the function is an argument of the constructor.
+    Seen: flwr 1.22 to 1.42.
+    """
+    original = getattr(app, "_server_fn", None)
+    if original is None:
+        yield
+        return
+
+    def server_fn(context: Any) -> Any:
+        components = original(context)
+        see(components)
+        return components
+
+    app._server_fn = server_fn
+    try:
+        yield
+    finally:
+        app._server_fn = original
 
 
 def running_app() -> ClientApp | ServerApp | None:

@@ -18,11 +18,12 @@ from fedpara_plugins_flower.logs import log, show_core_logs
 from fedpara_plugins_flower.messages.legacy_lists import named_state
 from fedpara_plugins_flower.privacy.secagg import complete_sums
 from fedpara_plugins_flower.run import Run, open_run
-from fedpara_plugins_flower.seams import change_class
+from fedpara_plugins_flower.seams import change_class, seen_components
 from fedpara_plugins_flower.server.accounting import Accounting
 from fedpara_plugins_flower.server.evaluation import record_evaluations
 from fedpara_plugins_flower.server.final_state import FinalState
 from fedpara_plugins_flower.server.grid import CodecGrid
+from fedpara_plugins_flower.server.legacy_metrics import guard_metrics
 from fedpara_plugins_flower.server.observing_grid import ObservingGrid
 from fedpara_plugins_flower.server.paths import log_relative_paths
 from fedpara_plugins_flower.server.resume import ResumableRounds
@@ -65,11 +66,16 @@ def _subclass(base: type[Any], options: Mapping[str, Any]) -> type[Any]:
 
         def __call__(self, grid: Grid, context: Context) -> None:
             settings = FlowerSettings.from_run_config(context.run_config, options)
-            _run_app(super().__call__, grid, context, settings)
+            with seen_components(self, guard_metrics if settings.active else _pass_over):
+                _run_app(super().__call__, grid, context, settings)
 
     ServerAppWithPlugin.__name__ = base.__name__
     ServerAppWithPlugin.__qualname__ = base.__qualname__
     return ServerAppWithPlugin
+
+
+def _pass_over(components: Any) -> None:
+    """Leave a legacy app as it is."""
 
 
 def _run_app(app: App, grid: Grid, context: Context, settings: FlowerSettings) -> None:
