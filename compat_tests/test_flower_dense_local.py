@@ -26,6 +26,7 @@ from harness.flower.apps import Apps, Experiment, Hooks, Outcome, federate, plug
 from harness.flower.legacy_apps import LegacyExperiment, legacy_plugin_apps
 from harness.oracles.dense_local import descend_dense
 from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
+from harness.oracles.private_start import fix_private_start
 from harness.oracles.task import TrainingTask
 
 State = dict[str, Tensor]
@@ -217,7 +218,8 @@ def test_private_factors_move_and_stay_on_the_device() -> None:
     assert max(float(value.abs().max()) for value in apart) > 1e-3
 
 
-def test_a_private_head_stays_on_the_device() -> None:
+def test_a_private_head_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_private_start(monkeypatch)
     outcome = federate(plugin_apps(Experiment(TASK)), _section(private="fc2.*"))
     _check_near(outcome, _loop(TASK, "fedavg", "fedpara", ("fc2.*",)), 1e-3)
 

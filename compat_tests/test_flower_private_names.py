@@ -12,7 +12,8 @@ import fedpara_plugins as fedpara
 from harness.cells.flower import GAMMA
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.oracles.plain_loop import RULES, run_plain_loop
-from harness.oracles.task import MODELS, TrainingTask
+from harness.oracles.private_start import fix_private_start
+from harness.oracles.task import TrainingTask
 
 State = dict[str, Tensor]
 
@@ -27,19 +28,7 @@ def _section(method: str, private: str, codec: str = "none") -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _one_private_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every ``Net()`` draw the same private values: a client starts from what its own holds."""
-    for net in {MODELS[name] for name, _ in (FEDPER, FEDBN)}:
-        original = net.__init__
-
-        def build(self: nn.Module, original: Any = original) -> None:
-            original(self)
-            draw = torch.Generator().manual_seed(5)
-            for key, value in self.state_dict().items():
-                if key.startswith(("fc2.", "norm")) and value.is_floating_point():
-                    first = torch.rand(value.shape, generator=draw)
-                    value.copy_(first + 0.5 if key.startswith("norm") else 0.1 * (first - 0.5))
-
-        monkeypatch.setattr(net, "__init__", build)
+    fix_private_start(monkeypatch)
 
 
 def _run(task: TrainingTask, section: dict[str, Any]) -> tuple[Outcome, dict[int, State]]:
