@@ -259,7 +259,7 @@ def test_an_aggregate_that_is_no_number_leaves_no_trace_in_the_servers_momentum(
     for rule in (hurt, well):
         after(rule, 1, x)
     tiny, good = answers(2, x["w"])
-    bad = [replace(tiny, report={**tiny.report, "normaliser": 1e-300}), good]
+    bad = [replace(tiny, state={**tiny.state, "w": torch.full((3,), torch.inf)}), good]
 
     def broken(some: Any) -> dict[str, torch.Tensor]:
         """Aggregate as a user's own code might."""
