@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import lightning
 import pytest
 import schedulefree
 import torch
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader
 import fedpara_plugins as fedpara
 from fedpara_plugins.optimizers import LocalFedDyn
 from harness.cells.loops import LOOP_CELLS, LOOP_OPTIONS, LoopCell
+from harness.loops.apps import InOrder, LightningNet, TransformersNet, lightning_fit
 from harness.matrix.results import CellResult
 from harness.oracles.plain_steps import (
     PlainNet,
@@ -79,50 +79,10 @@ def closure(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Steps, fo
         optimizer.step(computed)
 
 
-class LightningNet(lightning.LightningModule):
-    def __init__(self, model: nn.Module, optimizer: Any) -> None:
-        super().__init__()
-        self.model, self.given = model, optimizer
-
-    def training_step(self, batch: Tensor, index: int) -> Tensor:
-        return loss_of(self.model(batch))
-
-    def configure_optimizers(self) -> Any:
-        return self.given
-
-
-def lightning_trainer(folder: Path, **options: Any) -> lightning.Trainer:
-    return lightning.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **options,
-    )
-
-
 def with_lightning(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: Steps, folder: Path
 ) -> None:
-    loader = DataLoader([x for (x,) in steps], batch_size=None)  # type: ignore[arg-type]
-    lightning_trainer(folder).fit(LightningNet(model, optimizer), loader)
-
-
-class TransformersNet(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"loss": loss_of(self.model(x))}
-
-
-class InOrder(transformers.Trainer):
-    def get_train_dataloader(self) -> Any:
-        return DataLoader(self.train_dataset, batch_size=None)
+    lightning_fit(LightningNet(model, lambda _: optimizer), [x for (x,) in steps], folder)
 
 
 def with_transformers(

@@ -6,17 +6,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import lightning
 import pytest
 import schedulefree
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import ConfigError
 from fedpara_plugins.training import round_progress
+from harness.loops.apps import InOrder, LightningNet, TransformersNet, lightning_fit
 from harness.oracles.plain_steps import (
     PlainNet,
     PlainOptions,
@@ -46,29 +45,8 @@ def sgd(parameters: Any, decay: float = 0.0) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=LR, momentum=0.9, weight_decay=decay)
 
 
-class Net(lightning.LightningModule):
-    def __init__(self, model: nn.Module, make: Any) -> None:
-        super().__init__()
-        self.model, self.make = model, make
-
-    def training_step(self, batch: Tensor, index: int) -> Any:
-        return loss_of(self.model(batch))
-
-    def configure_optimizers(self) -> Any:
-        return self.make(self.model)
-
-
-def fit(net: Net, folder: Path, count: int, **options: Any) -> None:
-    lightning.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **options,
-    ).fit(net, DataLoader(drawn(count), batch_size=None))  # type: ignore[arg-type]
+def fit(net: LightningNet, folder: Path, count: int, **options: Any) -> None:
+    lightning_fit(net, drawn(count), folder, **options)
 
 
 def pairs(count: int) -> list[list[Tensor]]:
@@ -79,7 +57,7 @@ def pairs(count: int) -> list[list[Tensor]]:
 def test_lightning_with_all_options_and_accumulation(tmp_path: Path) -> None:
     model = build(**ALL)
     wanted = plain_steps(PlainNet(model, "pfedpara"), sgd, pairs(10), PLAIN)
-    net = Net(model, lambda m: sgd(m.parameters(), 0.5))
+    net = LightningNet(model, lambda m: sgd(m.parameters(), 0.5))
     fit(net, tmp_path, 10, accumulate_grad_batches=2)
     assert distance(model, wanted) < NEAR
     progress = round_progress(model)
@@ -90,12 +68,12 @@ def test_lightning_with_all_options_and_accumulation(tmp_path: Path) -> None:
 def test_lightnings_own_clipping_comes_before_the_option(tmp_path: Path) -> None:
     model = build(clip=0.5)
     wanted = plain_steps(PlainNet(model, "pfedpara"), sgd, pairs(2), PlainOptions(clip=0.1))
-    fit(Net(model, lambda m: sgd(m.parameters())), tmp_path, 2,
+    fit(LightningNet(model, lambda m: sgd(m.parameters())), tmp_path, 2,
         gradient_clip_val=0.1, accumulate_grad_batches=2)  # fmt: skip
     assert distance(model, wanted) < 1e-4  # both rules add 1e-6 to the norm
 
 
-class Manual(Net):
+class Manual(LightningNet):
     """Two optimizers on one backward pass, the second of dense parameters alone."""
 
     def __init__(self, *args: Any) -> None:
@@ -149,22 +127,8 @@ def test_lightning_with_lbfgs(bound: float | None, tmp_path: Path) -> None:
             return loss
 
         plain.step(closure)  # type: ignore[no-untyped-call,arg-type]
-    fit(Net(model, lambda m: lbfgs(m.parameters())), tmp_path, 3)
+    fit(LightningNet(model, lambda m: lbfgs(m.parameters())), tmp_path, 3)
     assert distance(model, net) < NEAR
-
-
-class Wrapped(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"loss": loss_of(self.model(x))}
-
-
-class InOrder(transformers.Trainer):
-    def get_train_dataloader(self) -> Any:
-        return DataLoader(self.train_dataset, batch_size=None)
 
 
 def test_transformers_with_all_options_accumulation_and_its_own_optimizer(tmp_path: Path) -> None:
@@ -198,7 +162,7 @@ def test_transformers_with_all_options_accumulation_and_its_own_optimizer(tmp_pa
         use_cpu=True,
     )
     InOrder(
-        model=Wrapped(model), args=arguments, train_dataset=[{"x": x} for x in drawn(10)]
+        model=TransformersNet(model), args=arguments, train_dataset=[{"x": x} for x in drawn(10)]
     ).train()
     assert distance(model, wanted) < 1e-5
     progress = round_progress(model)
@@ -222,7 +186,7 @@ def test_schedule_free_adamw_decays_composed_weights_as_dense_ones() -> None:
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
                 optimizer.step()
-        torch.testing.assert_close(layer.weight, dense, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(layer.weight.detach(), dense.detach(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("closure", [False, True])
@@ -301,5 +265,5 @@ def test_the_schedule_free_wrapper_refuses_the_decoupled_schedule() -> None:
 
 def test_nothing_of_it_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fedpara_plugins"):
-        fit(Net(build(**ALL), lambda m: sgd(m.parameters(), 0.5)), tmp_path, 2)
+        fit(LightningNet(build(**ALL), lambda m: sgd(m.parameters(), 0.5)), tmp_path, 2)
     assert not [r for r in caplog.records if r.name.startswith("fedpara")]

@@ -43,10 +43,10 @@ def fit_warning(errors: Mapping[str, float]) -> str:
         return ""
     return (
         f"init='fit': {fit_summary(errors)}. Above {WARN_ABOVE} the converted model is worse than "
-        f"the dense one until it is trained: 8 to 18 points of accuracy right after the conversion "
-        f"in our measurements, at gamma 0.1. Train before you judge it; or raise gamma, leave the "
-        f"worst layers dense (exclude), or keep the model dense (method='none') and let a codec "
-        f"make the messages small."
+        f"the dense one until it is trained: 2 to 25 points of accuracy right after the conversion "
+        f"at gamma 0.1, by method (benchmarks/fit.py). Train before you judge it; or raise gamma, "
+        f"leave the worst layers dense (exclude), or keep the model dense (method='none') and let "
+        f"a codec make the messages small."
     )
 
 

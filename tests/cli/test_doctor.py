@@ -164,7 +164,7 @@ def test_a_fit_is_stated_with_its_median_and_worst_error_and_what_it_costs():
     assert first < 0.01 < 0.5 < middle
     stated = f"3 fitted weights: median relative error {middle:.3f}, worst {worst:.3f} "
     assert any(text.startswith("ok") and stated in text for text in texts)
-    assert any("8 to 18 points of accuracy" in text and "exclude" in text for text in texts)
+    assert any("2 to 25 points of accuracy" in text and "exclude" in text for text in texts)
 
 
 def test_a_start_of_its_own_is_named():

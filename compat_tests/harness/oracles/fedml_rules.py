@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -244,7 +245,7 @@ class FedOpt(PlainLoop):
         return {**mean, **{k: w.detach().clone() for k, w in self.weights.items()}}
 
 
-class Adaptive(PlainLoop):
+class Adaptive(PlainLoop, ABC):
     """arXiv 2003.00295, algorithm 2: m and v of d = mean - x."""
 
     beta_1, beta_2 = 0.9, 0.99
@@ -253,8 +254,9 @@ class Adaptive(PlainLoop):
         self.m, self.v, self.t = self.zeros(), self.zeros(), 0
         self.tau = self.keys["tau"]
 
+    @abstractmethod
     def second(self, v: Tensor, square: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return the next second moment."""
 
     def rate(self) -> float:
         rate: float = self.keys["server_lr"]

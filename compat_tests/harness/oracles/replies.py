@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class PlainReply:
     loss: float = 0.0
 
 
-class Rule:
+class Rule(ABC):
     """One strategy. Everything is float64."""
 
     def client(self, before: State, after: State) -> State:
@@ -40,6 +41,7 @@ class Rule:
         """
         return after
 
+    @abstractmethod
     def server(self, server_round: int, current: State, replies: Sequence[PlainReply]) -> State:
         """Return the next global state, without private names.
 
@@ -48,7 +50,6 @@ class Rule:
             current: the global state.
             replies: the replies, in the order of the clients.
         """
-        raise NotImplementedError
 
 
 def mean(replies: Sequence[PlainReply]) -> State:

@@ -5,6 +5,7 @@ Neither Flower nor vectorised shortcuts are used: distances pair by pair, median
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -64,9 +65,9 @@ class AdaptiveRule(Rule):
     m: State = field(default_factory=dict)
     v: State = field(default_factory=dict)
 
+    @abstractmethod
     def second(self, v: Tensor, square: Tensor) -> Tensor:
         """Return the next second moment."""
-        raise NotImplementedError
 
     def rate(self, server_round: int) -> float:
         """Return the step size of a round; the first is 1."""

@@ -8,7 +8,7 @@ Keys: ``server_optimizer``, ``server_lr``, ``server_momentum`` (FedML's), and of
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -31,7 +31,9 @@ from fedpara_plugins_fedml.settings import FedMLSettings
 
 __all__ = ["FedOpt", "server_optimizer"]
 
-COMMON = {"adagrad": CommonAdagrad, "adam": CommonAdam, "yogi": CommonYogi}
+COMMON: Mapping[str, Callable[..., ServerOptimizer]] = {
+    "adagrad": CommonAdagrad, "adam": CommonAdam, "yogi": CommonYogi,
+}  # fmt: skip
 
 
 class FedOpt(Rule):

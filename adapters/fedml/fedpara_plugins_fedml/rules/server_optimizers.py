@@ -148,9 +148,9 @@ class _Adaptive(ServerOptimizer):
 
     first_v = 0.0
 
+    @abstractmethod
     def second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
         """Return the next second moment."""
-        raise NotImplementedError
 
     def rate(self) -> float:
         """Return this round's learning rate."""
