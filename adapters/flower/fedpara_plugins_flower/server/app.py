@@ -25,6 +25,7 @@ from fedpara_plugins_flower.server.final_state import FinalState
 from fedpara_plugins_flower.server.grid import CodecGrid
 from fedpara_plugins_flower.server.legacy_metrics import guard_metrics
 from fedpara_plugins_flower.server.observing_grid import ObservingGrid
+from fedpara_plugins_flower.server.own_infinities import keep_infinities
 from fedpara_plugins_flower.server.paths import log_relative_paths
 from fedpara_plugins_flower.server.resume import ResumableRounds
 from fedpara_plugins_flower.server.round_checks import guarded_aggregation
@@ -129,6 +130,7 @@ def _add_hooks(run: Run, accounting: Accounting) -> None:
     if settings.active:
         run.on_start.append(record_strategy(run))
         run.on_start.append(guarded_aggregation(run))
+        run.on_start.append(keep_infinities)
     if settings.ledger is not None:
         run.on_evaluated = accounting.ledger.log
         run.on_start.append(record_evaluations(run.on_evaluated))
