@@ -68,8 +68,8 @@ def check_clipping_mods(
     if masks:
         raise ConfigError(
             f"fedpara: Flower's {name} cannot clip a model that holds infinities, because the norm "
-            f"of its update is not a number: {', '.join(masks[:3])}. Keep a mask out of the state "
-            f"(register_buffer(..., persistent=False)), or on the clients (the option private)"
+            f"of its update is not a number: {', '.join(masks[:3])}. Keep a mask out of the state: "
+            f"register_buffer(..., persistent=False)"
         )
     left = [
         key for key, value in received.items() if not (value.dim() and value.is_floating_point())

@@ -1,12 +1,18 @@
-"""Infinities of a model, such as a mask of ``-inf``, in what strategies compute."""
+"""Infinities of a model, such as a mask of ``-inf``, in what strategies compute.
+
+The difference of two equal infinities is NaN. Rules that work value by value lose the mask alone,
+which it gets back after each aggregation. A norm over all tensors would be NaN: strategies that
+take one (Krum, QFedAvg, clipping for differential privacy) get zeros in the places of infinities.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from flwr.app import ArrayRecord
+import torch
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
@@ -14,46 +20,96 @@ from fedpara_plugins.models import restore_infinities
 from fedpara_plugins_flower.messages.records import to_record, to_tensors
 from fedpara_plugins_flower.run import Start
 from fedpara_plugins_flower.seams import replaced_methods
+from fedpara_plugins_flower.server.strategy_arrays import takes_norms
 
 __all__ = ["keep_infinities"]
+
+Method = Callable[..., Any]
 
 
 @contextlib.contextmanager
 def keep_infinities(start: Start) -> Iterator[Callable[[Result], Result]]:
-    """Give a model its infinities back after each aggregation; a `StartHook`.
-
-    The difference of two equal infinities is NaN, so that momentum and adaptive rules lose them.
-    """
-    initial = to_tensors(start["initial_arrays"])
-    first = {name: value for name, value in initial.items() if _holds_infinity(value)}
+    """Keep a model's infinities, whatever a strategy computes; a `StartHook`."""
     strategy = start["self"]
-    if not first:
-        yield lambda result: result
-        return
-    methods = {"aggregate_train": _restoring(strategy.aggregate_train, first)}
+    own = _OwnInfinities(start["initial_arrays"])
+    methods: dict[str, Method] = {}
+    if own.held and takes_norms(strategy):
+        methods["configure_train"] = own.hidden(strategy.configure_train)
+    if own.held:
+        methods["aggregate_train"] = own.restoring(strategy.aggregate_train)
     with replaced_methods(strategy, methods):
         yield lambda result: result
 
 
-def _holds_infinity(value: Tensor) -> bool:
-    return value.is_floating_point() and bool(value.double().isinf().any())
+class _OwnInfinities:
+    """The tensors with infinities of the model that is trained.
+
+    Args:
+        arrays: the model's first state.
+
+    Attributes:
+        held: those tensors, by name.
+    """
+
+    def __init__(self, arrays: ArrayRecord) -> None:
+        self.held = _with_infinities(arrays)
+        self._hides = False
+
+    def hidden(self, configure: Method) -> Method:
+        """Return a ``configure_train`` whose strategy sees zeros, and whose clients do not."""
+
+        def configured(number: int, arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Any:
+            self.held, self._hides = _with_infinities(arrays), True
+            messages = list(configure(number, _changed(arrays, self._zeros), *args, **kwargs))
+            done: dict[int, tuple[ArrayRecord, ArrayRecord]] = {}  # one record for many nodes
+            for message in messages:
+                for name, record in message.content.array_records.items():
+                    if id(record) not in done:
+                        done[id(record)] = record, _changed(record, self._given_back)
+                    message.content[name] = done[id(record)][1]
+            return messages
+
+        return configured
+
+    def restoring(self, aggregate: Method) -> Method:
+        """Return an ``aggregate_train`` whose result holds the infinities."""
+
+        def aggregated(number: int, replies: Iterable[Message], *args: Any, **kwargs: Any) -> Any:
+            replies = list(replies)
+            for reply in replies if self._hides else ():
+                if not reply.has_error():
+                    for name, record in reply.content.array_records.items():
+                        reply.content[name] = _changed(record, self._zeros)
+            arrays, metrics = aggregate(number, replies, *args, **kwargs)
+            return arrays and _changed(arrays, self._given_back), metrics
+
+        return aggregated
+
+    def _zeros(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: value.masked_fill(self.held[name].isinf(), 0.0)
+            if name in self.held and self.held[name].shape == value.shape
+            else value
+            for name, value in tensors.items()
+        }
+
+    def _given_back(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return restore_infinities(tensors, self.held, only_nan=not self._hides)
 
 
-def _restoring(method: Callable[..., Any], first: dict[str, Tensor]) -> Callable[..., Any]:
-    def aggregate(*args: Any, **kwargs: Any) -> Any:
-        arrays, metrics = method(*args, **kwargs)
-        return restored(arrays, first), metrics
+def _with_infinities(arrays: ArrayRecord) -> dict[str, Tensor]:
+    return {
+        name: value
+        for name, value in to_tensors(arrays).items()
+        if value.is_floating_point() and bool(torch.isinf(value.double()).any())
+    }
 
-    return aggregate
 
-
-def restored(arrays: ArrayRecord | None, first: dict[str, Tensor]) -> ArrayRecord | None:
-    """Return arrays with the infinities that they began with where they hold NaN."""
-    if arrays is None:
-        return None
-    tensors = to_tensors(arrays)
-    found = restore_infinities(tensors, first, only_nan=True)
-    changed = {n: v for n, v in found.items() if v is not tensors[n]}
-    for name, array in to_record(changed).items():
-        arrays[name] = array
-    return arrays
+def _changed(
+    arrays: ArrayRecord, change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+) -> ArrayRecord:
+    """Return a record with some of its tensors changed; the same arrays for all others."""
+    before = to_tensors(arrays)
+    after = change(before)
+    changed = to_record({n: v for n, v in after.items() if v is not before[n]})
+    return ArrayRecord({name: changed.get(name, array) for name, array in arrays.items()})
