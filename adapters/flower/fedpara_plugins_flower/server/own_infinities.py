@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import Result
@@ -19,12 +21,19 @@ from torch import Tensor
 from fedpara_plugins.models import restore_infinities
 from fedpara_plugins_flower.messages.records import to_record, to_tensors
 from fedpara_plugins_flower.run import Start
-from fedpara_plugins_flower.seams import replaced_methods
+from fedpara_plugins_flower.seams import (
+    Parameters,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+    replaced_methods,
+)
 from fedpara_plugins_flower.server.strategy_arrays import takes_norms
 
-__all__ = ["keep_infinities"]
+__all__ = ["keep_infinities", "keep_infinities_of_legacy"]
 
 Method = Callable[..., Any]
+
+MARK = "_fedpara_restoring"
 
 
 @contextlib.contextmanager
@@ -39,6 +48,41 @@ def keep_infinities(start: Start) -> Iterator[Callable[[Result], Result]]:
         methods["aggregate_train"] = own.restoring(strategy.aggregate_train)
     with replaced_methods(strategy, methods):
         yield lambda result: result
+
+
+def keep_infinities_of_legacy(components: Any) -> None:
+    """Keep the infinities of a legacy app's model where its strategy computes NaN.
+
+    Args:
+        components: what the app's ``server_fn`` returns.
+    """
+    server = getattr(components, "server", None)
+    for strategy in (getattr(components, "strategy", None), getattr(server, "strategy", None)):
+        aggregate = getattr(strategy, "aggregate_fit", None)
+        if callable(aggregate) and not hasattr(aggregate, MARK):
+            strategy.aggregate_fit = _restoring_lists(aggregate)  # type: ignore[union-attr]
+
+
+def _restoring_lists(aggregate: Method) -> Method:
+    @wraps(aggregate)
+    def aggregated(number: int, results: Any, *args: Any, **kwargs: Any) -> Any:
+        parameters, metrics = aggregate(number, results, *args, **kwargs)
+        if parameters is None or not results:
+            return parameters, metrics
+        # The gate has compared each answer with what was sent: all hold the same infinities.
+        answer, found = map(_numbered, (results[0][1].parameters, parameters))
+        kept = restore_infinities(found, answer, only_nan=True)
+        if all(kept[n] is value for n, value in found.items()):
+            return parameters, metrics
+        return ndarrays_to_parameters([value.numpy() for value in kept.values()]), metrics
+
+    setattr(aggregated, MARK, True)
+    return aggregated
+
+
+def _numbered(parameters: Parameters) -> dict[str, Tensor]:
+    arrays = parameters_to_ndarrays(parameters)
+    return {str(n): torch.from_numpy(np.asarray(array)) for n, array in enumerate(arrays)}
 
 
 class _OwnInfinities:
