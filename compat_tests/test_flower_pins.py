@@ -61,6 +61,58 @@ def test_a_method_without_a_private_half_is_refused(run: dict[str, Any]) -> None
             _settings({"method": "none", **run}, method="pfedpara")
 
 
+LAYERS: list[tuple[str, dict[str, Any]]] = [
+    ("exclude", {"exclude": "head"}),
+    ("exclude", {"exclude": "*", "include": "tiny"}),
+    ("include", {"include": "tiny"}),
+    ("min-size", {"min-size": 10**9}),
+    ("min-size", {"overrides": "head: min-size=1000000"}),
+]
+"""Options that leave layers dense, which are then shared as a whole."""
+
+
+@pytest.mark.parametrize(("option", "run"), LAYERS, ids=str)
+def test_a_run_leaves_no_layer_dense_that_the_operator_has_not_named(
+    option: str, run: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=rf"node config\), and the run's option {option} leaves"):
+        _settings({"method": "pfedpara", **run}, {"fedpara-method": "pfedpara"})
+    with pytest.raises(ConfigError, match="options of client_mod_with"):
+        _settings({"method": "pfedpara", **run}, method="pfedpara")
+    assert _settings({"method": "fedpara", **run}, {"fedpara-method": "fedpara"})
+
+
+def test_layers_that_the_operator_leaves_dense() -> None:
+    node = {"fedpara-method": "pfedpara", "fedpara-exclude": "head, emb*", "fedpara-min-size": 4096}
+    for run in ({}, {"exclude": "head"}, {"exclude": "emb*", "min-size": 4000}, {"min-size": 0}):
+        assert _settings({"method": "pfedpara", **run}, node).config.method == "pfedpara"
+    with pytest.raises(ConfigError, match="option exclude"):
+        _settings({"method": "pfedpara", "exclude": "head, body"}, node)
+    node = {"fedpara-method": "pfedpara", "fedpara-include": "fc*"}
+    for wide in ({}, {"include": "fc*"}, {"include": "fc*, conv*"}):
+        assert _settings({"method": "pfedpara", **wide}, node).config.method == "pfedpara"
+    with pytest.raises(ConfigError, match="option include"):
+        _settings({"method": "pfedpara", "include": "fc1"}, node)
+
+
+def test_what_is_added_to_the_head_is_not_taken_away() -> None:
+    prior = {"method": "fedpara", "label_prior": True}
+    assert _settings({"method": "fedpara", "label-prior": False}, **prior).config.label_prior
+    assert _settings({"method": "pfedpara"}, **prior).config.label_prior
+    with pytest.raises(ConfigError, match=r"label_prior \(options of client_mod_with\)"):
+        _settings({"method": "none"}, **prior)
+    head = {"method": "pfedpara", "schedule": "decoupled", "private_head": "true"}
+    assert _settings({"private-head": "false"}, **head).config.private_head
+    with pytest.raises(ConfigError, match="private_head"):
+        _settings({"private-head": False, "schedule": "joint"}, **head)
+    state = RecordDict()
+    first = {"method": "fedpara", "label_prior": True, "exclude": "head"}
+    for run in (first, {"method": "fedpara"}, {**first, "label_prior": False}):
+        assert client_settings(_context({}, state, **run), {}).config.label_prior
+    with pytest.raises(ConfigError, match=r"label_prior \(this run so far\)"):
+        client_settings(_context({}, state), {})
+
+
 def test_what_a_run_adds_is_taken() -> None:
     node = {"fedpara-method": "fedpara", "fedpara-id": "hospital-3", "other": 1}
     assert _settings({"method": "pfedpara"}, node).config.method == "pfedpara"
@@ -81,6 +133,9 @@ def test_places_of_private_values_are_the_operators() -> None:
 def test_unknown_keys_of_a_node() -> None:
     with pytest.raises(ConfigError, match=r"'fedpara-privat' .* did you mean fedpara-private"):
         node_pins({"fedpara-privat": "head.*"})
+    for key in ("fedpara_private", "Fedpara-private", "fedpara/private", "fedparaprivate"):
+        with pytest.raises(ConfigError, match=f"unknown key '{key}'"):
+            node_pins({key: "head.*"})
     with pytest.raises(ConfigError, match="Known: fedpara-method, fedpara-private"):
         node_pins({"fedpara.codec": "small"})
 

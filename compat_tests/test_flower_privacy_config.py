@@ -11,7 +11,8 @@ import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
 from fedpara_plugins.models import ModelSpec
 from harness.flower.hostile_cases import CASES, OPTIONS, Case, check_nothing_left, section
-from harness.flower.hostile_server import Net, Reply, described
+from harness.flower.hostile_server import Net, Reply, described, planted
+from harness.processes.canaries import Canaries
 
 QUERY = {"config": ConfigRecord({"a": 1})}
 
@@ -114,10 +115,9 @@ def test_a_client_with_a_pin(pin: str, looser: str, where: str) -> None:
         given = {"mods": [fedpara.client_mod_with(**options)]}
     device = case.device(cached="cached" in pin, **given)
     replies = _sent(device, _config(case, looser))
-    if "method" in pin and looser in ("exclude", "include"):
-        return  # a layer less is converted; the others still have a private half
     check_nothing_left(case, *replies)
-    if looser in ("method none", "fedpara", "lowrank", "no section") and "method" in pin:
+    dense = ("exclude", "include", "min size")
+    if looser in ("method none", "fedpara", "lowrank", "no section", *dense) and "method" in pin:
         assert all(reply.error and not reply.ran for reply in replies[:3])
         assert all("pfedpara" in reply.error for reply in replies[:3])
 
@@ -148,3 +148,25 @@ def test_a_pin_that_the_server_lacks_is_refused_with_both_sides(pin: str) -> Non
     reply = case.device(node_config={"fedpara-private": pin}).send({"arrays": case.honest()})
     assert "private" in reply.error
     assert pin in reply.error
+
+
+@pytest.mark.parametrize("added", [{"label_prior": True}], ids=str)
+@pytest.mark.parametrize("cached", [False, True], ids=["built anew", "cached"])
+def test_what_is_added_to_the_head_stays_whatever_later_messages_say(
+    added: dict[str, Any], cached: bool
+) -> None:
+    """An app may still hold the model that it has built by the first message's options."""
+    case = Case("fedpara", **added)
+    names = ModelSpec.of(core.convert(Net(), case.config)).private_keys
+    secret = Canaries(list(planted({name: case.state[name] for name in names}).values()))
+    shared = {key: value for key, value in case.state.items() if key not in names}
+    device = case.device(cached=cached)
+    first = device.send({"arrays": described(case.spec.to_json(), shared)})
+    assert names
+    assert first.error == ""
+    off = dict.fromkeys(added, False)
+    for looser in ({**case.options, **off}, {"method": "none", "codec": "lossless"}, {}):
+        for reply in (first, *_sent(device, section(looser))):
+            assert secret.found_in(reply.data) == 0
+            for tensors in reply.tensors.values():
+                assert not names & tensors.keys()

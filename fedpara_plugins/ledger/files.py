@@ -39,8 +39,9 @@ _KIND_WORDS = {kind: word for word, kind in KINDS.items()}
 COLUMNS = ("line", *dict.fromkeys(name for names in _FIELDS.values() for name in names))
 CSV_HEAD = ",".join(COLUMNS)
 
-FORMULA = ("=", "+", "-", "@")
-"""First characters of a cell that spreadsheets compute; tabs and newlines are escaped anyway."""
+FORMULA = re.compile(r"((?:^|;) *)([=+@-])")
+"""First characters of a cell that spreadsheets compute; tabs and newlines are escaped anyway. Where
+the decimal mark is a comma, a semicolon begins a new cell."""
 LONGEST_LINE = 2**20
 """Most bytes of a line that are read, its newline included."""
 
@@ -81,7 +82,7 @@ def _cell(value: Any) -> str:
         # Escaped as in a JSON string, without control characters, quotes and non-ASCII characters.
         text = json.dumps(value)[1:-1]
         # A spreadsheet takes these for a formula, whoever wrote them; escaped, they are text.
-        return f"\\u{ord(text[0]):04x}{text[1:]}" if text[:1] in FORMULA else text
+        return FORMULA.sub(lambda found: f"{found[1]}\\u{ord(found[2]):04x}", text)
     return repr(value)
 
 

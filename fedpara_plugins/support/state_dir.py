@@ -28,6 +28,7 @@ from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.support.os_locks import try_lock
 from fedpara_plugins.support.outages import Outages
 from fedpara_plugins.support.private_files import (
+    check_own_file,
     make_private,
     make_private_folder,
     new_private_file,
@@ -201,7 +202,13 @@ def _joined(folder: Path, run: str, role: str) -> _Member:
 
 
 def _living(path: Path) -> Mapping[str, Any] | None:
-    """Return what a member says of itself; None, and its file is removed, if it has ended."""
+    """Return what a member says of itself; None, and its file is removed, if it has ended.
+
+    Raises:
+        ConfigError: it is no file; a pipe would never be read to its end.
+    """
+    if not check_own_file(path):
+        return None
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
@@ -259,7 +266,11 @@ def _refusal(folder: Path, about: Mapping[str, Any], run: str, role: str) -> Con
 @contextlib.contextmanager
 def _mutex(locks: Path) -> Iterator[None]:
     """Let one process at a time look at the members and change them."""
-    descriptor = os.open(locks / "mutex", os.O_CREAT | os.O_RDWR, 0o600)
+    path = locks / "mutex"
+    if not check_own_file(path):
+        with contextlib.suppress(FileExistsError):
+            os.close(new_private_file(path))
+    descriptor = os.open(path, os.O_RDWR)
     try:
         until = time.monotonic() + PATIENCE
         while try_lock(descriptor) is False:

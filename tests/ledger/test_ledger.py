@@ -204,6 +204,34 @@ def test_csv_is_what_a_csv_reader_reads(tmp_path):
     assert rows[1]["encoded_bytes"] == ""
 
 
+FORMULAS = [
+    "=1+1",
+    "+1",
+    "-1",
+    "@SUM(1)",
+    "  =1",
+    "a;=1",
+    "a; ;  -1",
+    "=;=;=",
+    "\t=1",
+    "\n=1",
+    "\r=1",
+]
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_no_spreadsheet_computes_a_cell(tmp_path, name):
+    """Whether it takes commas or semicolons for the ends of cells."""
+    path = tmp_path / "ledger.csv"
+    line = replace(ENTRY, client=name)
+    write(path, [line])
+    text = path.read_text().splitlines()[1]
+    for mark in (",", ";"):
+        for cell in next(csv.reader([text], delimiter=mark)):
+            assert not cell.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\n", "\r"))
+    assert list(read_lines(path)) == [line]
+
+
 def test_messages_are_written_as_by_the_first_version(tmp_path):
     path = tmp_path / "ledger.jsonl"
     Ledger(path).record(ENTRY)

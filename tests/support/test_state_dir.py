@@ -239,3 +239,31 @@ def test_a_file_in_a_folder_s_place_is_refused_by_its_name(tmp_path, part):
     path.write_text("")
     with pytest.raises(ConfigError, match=f"{path}: expected a folder"):
         hold_state_dir(tmp_path / "state", run="1")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes, sockets and links of POSIX")
+@pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "symbolic link"])
+@pytest.mark.parametrize("name", ["x.member", "mutex"])
+def test_what_is_no_lock_is_named_and_not_waited_for(tmp_path, monkeypatch, name, kind):
+    locks = tmp_path / "state" / "locks"
+    locks.mkdir(parents=True, mode=0o700)
+    monkeypatch.chdir(locks)  # the path of a socket is short
+    make = {"pipe": os.mkfifo, "folder": os.mkdir, "symbolic link": lambda n: os.symlink(n, n)}
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(name)
+    else:
+        make[kind](name)
+    with pytest.raises(ConfigError, match=f"{locks / name}: expected a file, found a {kind}"):
+        hold_state_dir(tmp_path / "state", run="1")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+@pytest.mark.parametrize("umask", [0o777, 0o277, 0o000])
+def test_no_umask_changes_the_modes(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with hold_state_dir(tmp_path / "state", run="1"):
+            assert modes(tmp_path / "state") == ({0o700}, {0o600})
+    finally:
+        os.umask(before)

@@ -19,7 +19,14 @@ __all__ = ["node_pins", "tightened"]
 PATHS = ("state_dir", "client_checkpoints")
 """Places of private values on the device, which are the operator's to choose."""
 
-PINNED = ("method", "private", *PATHS)
+ADDED = ("private_head", "label_prior")
+"""Options that add private values to the head; Python alone sets them on a device."""
+
+LAYERS = ("exclude", "include", "min_size")
+"""Options by which layers stay dense, and are shared as a whole: with a pinned method, a run may
+leave out no layer that the operator has not named."""
+
+PINNED = ("method", "private", *LAYERS, *PATHS)
 
 OTHER_KEYS = ("id",)
 """Keys of the plugin in a node's config that are no options."""
@@ -36,12 +43,13 @@ def node_pins(node_config: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for key, value in node_config.items():
-        if not key.startswith(("fedpara-", "fedpara.")):
+        if not key.lower().startswith("fedpara"):
             continue
         name = key[len("fedpara-") :].replace("-", "_")
-        if name in OTHER_KEYS:
+        known_prefix = key.startswith(("fedpara-", "fedpara."))
+        if known_prefix and name in OTHER_KEYS:
             continue
-        if name not in PINNED:
+        if name not in PINNED or not known_prefix:  # to pass it over would undo what it pins
             near = get_close_matches(name, PINNED, n=1)
             hint = f"; did you mean fedpara-{near[0].replace('_', '-')}?" if near else "."
             known = ", ".join(f"fedpara-{other.replace('_', '-')}" for other in PINNED)
@@ -69,7 +77,10 @@ def tightened(section: dict[str, Any], pins: Mapping[str, Any], *, where: str) -
         result["private"] = list(dict.fromkeys((*pinned, *theirs)))
     if has_private_half(str(pins.get("method") or "none")):
         _check_methods(section, pins, where)
-    return result | {name: pins[name] for name in PATHS if name in pins}
+        _check_layers(section, pins, where)
+    if added := _added(pins):
+        _check_converts(section, added[0], where)
+    return result | {name: pins[name] for name in (*added, *PATHS) if name in pins}
 
 
 def _check_methods(section: Mapping[str, Any], pins: Mapping[str, Any], where: str) -> None:
@@ -91,3 +102,44 @@ def _check_methods(section: Mapping[str, Any], pins: Mapping[str, Any], where: s
                 f"the device. Leave that out of the run's options, or change what is set on the "
                 f"device"
             )
+
+
+def _check_layers(section: Mapping[str, Any], pins: Mapping[str, Any], where: str) -> None:
+    """Raise for layers that the run leaves dense, and the operator does not."""
+    mine, theirs = _layer_options(pins), _layer_options(section)
+    rows = [dict(row[1]) for row in theirs.overrides if row not in mine.overrides]
+    sizes = [int(v) for row in rows for k, v in row.items() if k.replace("-", "_") == "min_size"]
+    narrower = theirs.include and not (mine.include and {*mine.include} <= {*theirs.include})
+    for name, loosened in {
+        "exclude": not {*theirs.exclude} <= {*mine.exclude},
+        "include": bool(narrower),
+        "min_size": max([theirs.min_size, *sizes]) > mine.min_size,
+    }.items():
+        if loosened:
+            shown = name.replace("_", "-")
+            raise ConfigError(
+                f"fedpara: this device keeps method {pins['method']!r} ({where}), and the run's "
+                f"option {shown} leaves layers dense, of which nothing would stay on the device. "
+                f"Leave that out of the run's options, or set the same on the device (in a node's "
+                f"config: fedpara-{shown})"
+            )
+
+
+def _layer_options(options: Mapping[str, Any]) -> FedParaConfig:
+    names = (*LAYERS, "overrides")
+    return FedParaConfig.from_mapping({k: v for k, v in options.items() if k in names})
+
+
+def _added(options: Mapping[str, Any]) -> list[str]:
+    given = {name: options[name] for name in ADDED if options.get(name)}
+    config = FedParaConfig.from_mapping({"schedule": "decoupled", **given})
+    return [name for name in ADDED if getattr(config, name)]
+
+
+def _check_converts(section: Mapping[str, Any], option: str, where: str) -> None:
+    if str(section.get("method") or "none") == "none":
+        raise ConfigError(
+            f"fedpara: this device has the option {option} ({where}), whose values stay on it, and "
+            f"the run's config has method 'none', which keeps none apart. Set the same options for "
+            f"the run"
+        )

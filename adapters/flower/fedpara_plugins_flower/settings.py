@@ -67,7 +67,9 @@ class FlowerSettings(ExchangeSettings):
     def hides(self) -> bool:
         """Whether anything stays on the device with these options."""
         config = self.config
-        return bool(config.private) or has_private_half(config.method) or bool(config.overrides)
+        added = config.method != "none" and (config.private_head or config.label_prior)
+        half = has_private_half(config.method)
+        return bool(config.private) or half or added or bool(config.overrides)
 
 
 def _section(run_config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,11 @@ def client_settings(context: Context, options: Mapping[str, Any]) -> FlowerSetti
         "method": config.method,
         "private": list(config.private),
         "overrides": [[pattern, list(map(list, rows))] for pattern, rows in config.overrides],
+        "exclude": list(config.exclude),
+        "include": list(config.include),
+        "min_size": config.min_size,
+        "private_head": config.private_head,
+        "label_prior": config.label_prior,
     }
     if settings.hides and found != kept:
         context.state[KEPT] = ConfigRecord({"options": json.dumps(found)})
