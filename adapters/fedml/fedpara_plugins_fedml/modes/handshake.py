@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from fedpara_plugins import FedParaError, MismatchError
 from fedpara_plugins_fedml.logs import log
+from fedpara_plugins_fedml.modes.run_end import announce_failure
 from fedpara_plugins_fedml.transport.peers import Endpoint
 from fedpara_plugins_fedml.transport.protocol import (
     BYE,
@@ -15,12 +16,14 @@ from fedpara_plugins_fedml.transport.protocol import (
     CLOSE,
     FAILED,
     FEDML_TYPES,
+    FINISH,
     GONE,
     HELLO,
+    WELCOME,
     Event,
 )
 
-__all__ = ["SERVER", "connect", "leave", "refuse"]
+__all__ = ["SERVER", "connect", "leave", "refuse", "take_no_part"]
 
 SERVER = 0
 
@@ -127,6 +130,32 @@ def _end_mismatch(endpoint: Endpoint, reason: str) -> NoReturn:
     while time.monotonic() < end and endpoint.next(QUIET_PERIOD) is not None:
         pass
     raise MismatchError(f"fedpara: {text}")
+
+
+def take_no_part(endpoint: Endpoint, reason: str) -> bool:
+    """Send the server the reason why this client cannot take part, and stay as long as it must.
+
+    Args:
+        endpoint: to the server.
+        reason: in words.
+
+    Returns:
+        Whether it has stayed until the run has ended well: under ``mpirun``, whose processes can
+        only end together.
+
+    Raises:
+        FedParaError, MismatchError: see `connect`.
+    """
+    event: Event | None = connect(endpoint, endpoint.timeout, error=reason)
+    if event is not None and event.kind == WELCOME:
+        log.critical("fedpara: %s. The run goes on without this client, which waits", reason)
+    while event is None or event.kind in (WELCOME, CLOSE):
+        event = endpoint.next()
+    if event.kind in FEDML_TYPES:
+        announce_failure(endpoint, [SERVER], FedParaError(reason))
+    elif event.kind != GONE:
+        leave(endpoint)
+    return event.kind == FINISH and endpoint.backend == "MPI"
 
 
 def leave(endpoint: Endpoint) -> None:
