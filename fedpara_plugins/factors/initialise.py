@@ -9,18 +9,21 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedpara_plugins.factors.plan import WeightPlan
-from fedpara_plugins.factors.seeded_gain import BLOCK_ENTRIES, DrawnFactors, rounded_gain
+from fedpara_plugins.factors.seeded_gain import (
+    BLOCK_ENTRIES,
+    TANH_PASSES,
+    DrawnFactors,
+    rounded_gain,
+)
 
 __all__ = ["initial_factors", "initial_private", "seeded_normal", "seeded_shared", "start_gains"]
-
-TANH_PASSES = 8
-"""Rescaling passes under tanh, where the variance is no exact power of the factors' size."""
 
 PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 """Dtype and device of every draw. The defaults of the user's process must not matter, since all
@@ -147,15 +150,32 @@ def seeded_shared(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]
         if gain == 1.0:  # and so would be that of every further pass
             break
         factors.gains.append(gain)
-    drawn = factors.drawn
-    if plan.start == 1:
-        return {name: _on_grid(x, plan.factor_std, factors.exact) for name, x in drawn.items()}
+    drawn, gains = factors.drawn, start_gains(plan)
+    if plan.tanh and 0 < plan.start < 1:
+        return _started_under_tanh(plan, factors)
+    return {
+        name: _on_grid(
+            drawn[name],
+            plan.factor_std * gains.get(name, 1),
+            partial(_multiplied, factors.exact, gains.get(name, 1)),
+        )
+        for name in drawn
+    }
+
+
+def _multiplied(exact: Callable[[Tensor], Tensor], gain: float, values: Tensor) -> Tensor:
+    found = exact(values)
+    return found if gain == 1 else found.mul_(gain)
+
+
+def _started_under_tanh(plan: WeightPlan, factors: DrawnFactors) -> dict[str, Tensor]:
+    """Return the factors of `seeded_shared` where the start is a matter of several passes."""
+    drawn, gains = factors.drawn, start_gains(plan)
     exact = {name: factors.exact(drawn.pop(name)) for name in list(drawn)}
     # A private operand is zero at first, whatever its other factor: none has to be drawn.
     nothing = torch.zeros((), dtype=torch.float64, device="cpu")
     private = {name: nothing.expand(plan.factor_shape(name)) for name in plan.private_names}
     exact |= _started(plan, {**exact, **private})
-    gains = start_gains(plan)
     return {
         name: _on_grid(exact.pop(name), plan.factor_std * gains.get(name, 1), torch.clone)
         for name in list(exact)
