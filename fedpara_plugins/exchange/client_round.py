@@ -140,7 +140,14 @@ class ClientRound:
     def _decoded(self, name: str, payload: bytes, budget: MessageBudget) -> DecodedDownlink:
         own = [len(spec.keys) for spec in self._own.specs]
         most = max(own) + MORE_TENSORS if own else MOST_TENSORS
-        held = self._state.references.receive(name, payload, limit=budget.left, most_tensors=most)
+        held = self._state.references.receive(
+            name,
+            payload,
+            limit=budget.left,
+            own=self._own.specs,
+            most_tensors=most,
+            working=budget.working,
+        )
         budget.spend(tensor_bytes(held.tensors))
         check_codecs(held.header, self._settings.codec_names, remedy=self._remedy)
         return held
