@@ -172,6 +172,29 @@ def test_a_round_without_any_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch
         assert "the server ended the run: round 2 has 0 usable" in str(parties.errors[rank])
 
 
+def test_a_task_that_cannot_be_read_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    parties, spoilt = Parties(monkeypatch, keys=KEYS, aggregator=Kept), list[Message]()
+
+    def altered(message: Message) -> Message:
+        if message.get_type() != TASK or message.get_receiver_id() != 2 or len(spoilt) == 2:
+            return message
+        spoilt.append(message)
+        return Message("not read by FedML", 0, 2)
+
+    parties.start(0)
+    wait_until(lambda: 0 in parties.transports)
+    parties.transports[0].altered = altered
+    for rank in (1, 2):
+        parties.start(rank)
+    with caplog.at_level(logging.WARNING, "fedpara.fedml"):
+        parties.wait()
+    assert not parties.errors
+    assert len(spoilt) == 2
+    assert "left out" not in caplog.text
+
+
 # Parties that are gone
 
 

@@ -13,6 +13,7 @@ there has been no release since February 2025. Each has a test in
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import queue
 import sys
@@ -334,8 +335,10 @@ def replace_queue(manager: Any, moved: Callable[[queue.Queue[Any]], queue.Queue[
 def guard_listeners(manager: Any, log: logging.Logger) -> None:
     """Let MQTT's manager survive what it cannot read, such as the name of no object of the store.
 
-    Stands on: ``_on_message_impl``, which ``_on_message`` looks up for each message, and
-    ``mqtt_mgr._client``, paho's client, whose ``suppress_exceptions`` covers the other listeners.
+    Of such a message its sender alone is passed on, with a type that says so.
+
+    Stands on: ``_on_message_impl``, which ``_on_message`` looks up for each message; ``_notify``;
+    and ``mqtt_mgr._client``, paho's client, whose ``suppress_exceptions`` covers other listeners.
     Not public: an error ends FedML's loop, and nothing comes to the process any more.
     """
     read = getattr(manager, "_on_message_impl", None)
@@ -346,7 +349,12 @@ def guard_listeners(manager: Any, log: logging.Logger) -> None:
         try:
             read(message)
         except Exception as error:
-            log.warning("fedpara: a message that FedML cannot read is dropped: %r", error)
+            log.warning("fedpara: FedML cannot read a message: %r", error)
+            with contextlib.suppress(Exception):
+                fields = json.loads(message.payload)
+                names = (Message.MSG_ARG_KEY_SENDER, Message.MSG_ARG_KEY_RECEIVER)
+                kept = {name: fields[name] for name in names}
+                manager._notify({Message.MSG_ARG_KEY_TYPE: "not read by FedML", **kept})
 
     manager._on_message_impl = guarded
     manager.mqtt_mgr._client.suppress_exceptions = True

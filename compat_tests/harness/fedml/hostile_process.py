@@ -63,15 +63,6 @@ def _with(reply: Message, **values: Any) -> Message:
     return reply
 
 
-def twice(endpoint: Endpoint, reply: Message) -> Iterator[Message]:
-    """Send a reply that is of no use, and an honest one after it."""
-    bad = Message(REPLY, reply.get_sender_id(), 0)
-    bad.add_params("silo", reply.get("silo"))
-    bad.add_params(MODEL_KEY, b"")
-    yield bad
-    yield reply
-
-
 def sender_of_text(endpoint: Endpoint, reply: Message) -> Iterator[Message]:
     """Name the sender as text, and send damage."""
     reply.sender_id = str(reply.sender_id)
@@ -105,6 +96,7 @@ def garbage(endpoint: Endpoint, reply: Message) -> Iterator[Message]:
         lost = {"msg_type": REPLY, "sender": endpoint.own, "receiver": 0, "model_params": "none"}
         for text in ("garbage", "[]", "{}", json.dumps(lost)):
             manager.mqtt_mgr.send_message(topic, text)
+        return  # the last one is said of its sender
     yield _with(reply, model_params=b"FPE1")
 
 
@@ -128,10 +120,11 @@ ATTACKS: Mapping[str, tuple[ProcessAttack | None, str]] = {
             "an error of configuration",
             "lost, for ever",
             "no bytes",
-            "a number",
         )
     },
     "a private tensor": (instead(tensors(_private)), "private names stay on the client"),
+    # FedML itself, over MQTT, takes the length of all that it reads.
+    "a number": (instead(ENVELOPES["a number"][0]), "got a int|not read by FedML"),
     "a training that raises": (None, "the disk is full"),
     "no model": (fields(model_params=None), "NoneType"),
     "FedML's own reply": (fields(msg_type=3), "FedML's own message 3"),
@@ -146,9 +139,8 @@ ATTACKS: Mapping[str, tuple[ProcessAttack | None, str]] = {
     "a silo that nobody has": (fields(silo=77), "names the silo 77"),
     "a silo of text": (fields(silo="1"), "names the silo -1"),
     "no silo": (fields(silo=None), "names the silo -1"),
-    "two replies": (twice, "a message of 0 bytes is incomplete"),
     "a sender of text": (sender_of_text, "a message of 4 bytes is incomplete"),
-    "no message of FedML": (garbage, "a message of 4 bytes is incomplete"),
+    "no message of FedML": (garbage, "4 bytes is incomplete|not read by FedML"),
     "a word that it leaves": (fields(msg_type=BYE), "has left the run"),
 }
 """What the client sends, and what the server's line says; None stands for an honest client whose

@@ -19,6 +19,7 @@ from fedpara_plugins_fedml.transport.protocol import (
     FINISH,
     GONE,
     HELLO,
+    UNREADABLE,
     WELCOME,
     Event,
 )
@@ -101,7 +102,7 @@ def refuse(endpoint: Endpoint, event: Event) -> None:
     """Raise for an event that ends the run; drop any other message.
 
     Raises:
-        FedParaError: if the server has failed or is gone.
+        FedParaError: if the server has failed or is gone, or what it sends cannot be read.
         MismatchError: if it runs without the plugin.
     """
     if event.kind == FAILED:
@@ -115,6 +116,8 @@ def refuse(endpoint: Endpoint, event: Event) -> None:
             f"the server runs without the plugin (it sent FedML's own message {event.kind}), "
             f"client {endpoint.own} with it",
         )
+    if event.kind == UNREADABLE:
+        raise FedParaError(f"fedpara: {event.name} came from the server, again and again")
     log.info("fedpara: a message of type %d is dropped", event.kind)
 
 
