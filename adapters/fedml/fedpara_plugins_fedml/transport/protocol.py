@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from fedpara_plugins.support import printable
 from fedpara_plugins_fedml.seams import CHECK, FEDML_TYPES, ONLINE, ONLINE_STATUS, READY
 
 __all__ = [
@@ -82,9 +83,9 @@ class Event:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self, key: str) -> str:
-        """Return a short text; "" if there is none, or something else."""
+        """Return a short text, as one line; "" if there is none, or something else."""
         value = self.fields.get(key)
-        return value[:2000] if isinstance(value, str) else ""
+        return printable(value[:2000]) if isinstance(value, str) else ""
 
     def number(self, key: str) -> int:
         """Return a number; -1 if there is none."""
