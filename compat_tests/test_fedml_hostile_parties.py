@@ -1,4 +1,4 @@
-"""One party of several that breaks the protocol: the others go on, and nothing is written elsewhere.
+"""One party of several that breaks the protocol: the others go on, and no file lies elsewhere.
 
 Replies that cannot be used are in test_fedml_hostile_replies.py.
 """
