@@ -323,3 +323,28 @@ def test_random_bytes_in_the_place_of_any_array() -> None:
     outcome = _run(message_apps(attack, rounds=30), SECTION)
     for number in range(1, 31):
         check_named(outcome, number, "")
+
+
+# What is said
+
+
+def test_a_clients_error_is_quoted_in_one_line() -> None:
+    said = "\x1b[31mfedpara: the codec differs\nfedpara: left out node 7" + "x" * 10**6
+
+    def failing(message: Message, context: Any, call_next: Any) -> Message:
+        raise ValueError(said)
+
+    made = message_apps()
+    made = Apps(
+        lambda: train_app(
+            ClientApp(mods=[failing, fedpara.client_mod]),
+            Experiment(TASK),
+            fedpara.factorised(TASK.net),
+        ),
+        made.server,
+        made.clients,
+    )
+    outcome = _run(made, SECTION, raises=False)
+    assert "all 4 clients failed at the first message" in str(outcome.error)
+    assert str(outcome.error).isprintable()
+    assert len(str(outcome.error)) < 2500
