@@ -350,3 +350,28 @@ def _from_superlink(reply: Message) -> Message:
         _src_node_id=1, _dst_node_id=1, _message_type=reply.metadata.message_type
     )
     return error
+
+
+# What is said
+
+
+def test_a_clients_error_is_quoted_in_one_line() -> None:
+    said = "\x1b[31mfedpara: the codec differs\nfedpara: left out node 7" + "x" * 10**6
+
+    def failing(message: Message, context: Any, call_next: Any) -> Message:
+        raise ValueError(said)
+
+    made = message_apps()
+    made = Apps(
+        lambda: train_app(
+            ClientApp(mods=[failing, fedpara.client_mod]),
+            Experiment(TASK),
+            fedpara.factorised(TASK.net),
+        ),
+        made.server,
+        made.clients,
+    )
+    outcome = _run(made, SECTION, raises=False)
+    assert "all 4 clients failed at the first message" in str(outcome.error)
+    assert str(outcome.error).isprintable()
+    assert len(str(outcome.error)) < 2500

@@ -114,7 +114,8 @@ class ClientRound:
             )
         budget = MessageBudget(self._own.nbytes, parts=self._parts)
         if unbounded:
-            budget = MessageBudget(sum(map(first_model_limit, payloads.values())), parts=1)
+            most = max(map(first_model_limit, payloads.values()), default=0)
+            budget = MessageBudget(most, parts=1)
         held = {name: self._decoded(name, data, budget) for name, data in payloads.items()}
         self.received = {name: self._read(name, part, budget) for name, part in held.items()}
         return self.received
@@ -292,4 +293,5 @@ class ClientRound:
         if self._settings.downlink.needs_reference:
             for name, part in self.received.items():
                 self._state.references.keep(name, part.held)
+        self._state.keep_few({*self.received, *self._residuals})
         self._state.keep_steps(steps)

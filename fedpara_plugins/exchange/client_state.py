@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ one: no state is ever written over by another model's."""
 
 OWN = "own/"
 """Prefix of the models that this client's own code has built."""
+
+MOST_RECORDS_KEPT = 16
+"""Records whose references and residuals are kept; who sends them names them, and apps have few."""
 
 STEPS = "steps"
 REFERENCE = "reference/"
@@ -159,6 +162,20 @@ class ClientState:
             self._save(RESIDUAL + record, tensors)
         else:
             self._storage.pop(RESIDUAL + record, None)
+
+    def keep_few(self, records: Collection[str]) -> None:
+        """Forget what is held of other records than these, if it is held of many.
+
+        Args:
+            records: names of those of this round.
+        """
+        places = [k[len(REFERENCE) :] for k in self._storage if k.startswith(REFERENCE)]
+        held = dict.fromkeys(place.rpartition("/")[0] for place in places)
+        held |= dict.fromkeys(k[len(RESIDUAL) :] for k in self._storage if k.startswith(RESIDUAL))
+        others = [name for name in held if name not in records]
+        for name in others[: max(0, len(held) - MOST_RECORDS_KEPT)]:
+            self.references.forget(name)
+            self.keep_residual(name, {})
 
     def steps(self) -> int | None:
         """Return the optimizer steps of the last round that was trained here; None before it."""

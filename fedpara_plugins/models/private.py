@@ -136,13 +136,25 @@ def private_tensors(
 
 
 def _refuse_tied(model: nn.Module, private: set[str]) -> None:
-    shared = {id(t): n for n, t in model.state_dict(keep_vars=True).items() if n not in private}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in private and id(tensor) in shared:
+    state = model.state_dict(keep_vars=True)
+    shared = {name: _memory(tensor) for name, tensor in state.items() if name not in private}
+    for name in (name for name in state if name in private):
+        start, end = _memory(state[name])
+        other = next((n for n, (s, e) in shared.items() if start < e and s < end), None)
+        if other is not None:
             raise ConfigError(
-                f"option 'private': {name!r} is the same tensor as {shared[id(tensor)]!r}, which "
+                f"option 'private': {name!r} is the same tensor as {other!r}, which "
                 f"is shared, so it would travel under that name; keep both or neither"
             )
+
+
+def _memory(tensor: Any) -> tuple[int, int]:
+    """Return where a tensor's memory begins and ends; the object's own place if it has none."""
+    plain = type(tensor) in (nn.Parameter, Tensor) and tensor.layout == torch.strided
+    if not plain or not tensor.numel() or not tensor.data_ptr():
+        return -id(tensor), -id(tensor) + 1
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
 def _described(model: nn.Module) -> Iterator[tuple[str, PrivateTensor]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedpara_plugins import ConfigError, MismatchError, ModelSpec, PayloadError, TooLargeError
-from fedpara_plugins.codecs import decode_payload, peek_header
+from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec, peek_header
 from fedpara_plugins.exchange import ClientState, DownlinkEncoder, OwnModels
 from fedpara_plugins.exchange.outgoing import Outgoing
 from fedpara_plugins.exchange.records import plain_spec
@@ -409,3 +409,37 @@ def test_infinities_that_were_received_are_no_divergence(helpers):
     trained["2.bias"][2] = math.inf
     with pytest.raises(PayloadError, match=r"'2.bias' holds 1 NaN or infinite values of 5"):
         client_round.prepare_reply({"model": trained})
+
+
+def test_records_of_ever_new_names_do_not_fill_a_clients_state(helpers):
+    """A server names its records as it likes; an app may answer under the same names."""
+    pair = helpers.Pair(codec="small")
+    payload = pair.payloads()["model"]
+    sizes = []
+    for number in range(12):
+        names = ["model", *(f"{number}/{place}" for place in range(6))]
+        client_round = pair.round()
+        client_round.receive(dict.fromkeys(names, payload))
+        after = helpers.moved(client_round.received["model"].user_tensors, number)
+        client_round.encode(client_round.prepare_reply(dict.fromkeys(names, after)))
+        client_round.keep(steps=1)
+        sizes.append(sum(map(len, pair.storage.values())))
+        held = {key.partition("/")[2] for key in pair.storage if key.startswith("residual/")}
+        held |= {k[10:].rpartition("/")[0] for k in pair.storage if k.startswith("reference/")}
+        assert held >= set(names)
+        assert len(held) <= 16
+    assert max(sizes[3:]) <= 1.1 * max(sizes[:3])
+
+
+def test_records_share_the_bound_of_a_client_without_a_model(helpers):
+    """Whatever their number: each of these is below it alone."""
+    empty = OwnModels(helpers.settings_of().config)
+    pair = helpers.Pair("none", codec="lossless")
+    zeros = {"w": torch.zeros(12 * 2**20)}
+    payload = encode_payload(
+        zeros, codec=parse_codec("lossless").first_contact(), model=plain_spec(zeros).to_json()
+    )
+    client_round = pair.round(own=empty)
+    assert client_round.receive({"a": payload}, unbounded=True)
+    with pytest.raises(TooLargeError):
+        client_round.receive(dict.fromkeys("abcdefg", payload), unbounded=True)

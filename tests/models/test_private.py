@@ -127,6 +127,27 @@ def test_patterns_that_cannot_be_meant_are_refused(method):
         fedpara.convert(Net(), method=method, private=("*",))
 
 
+@pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
+@pytest.mark.parametrize("part", [slice(None), slice(0, 3), slice(-1, None)])
+def test_a_private_tensor_that_shares_memory_with_another_is_refused(method, part):
+    """Another parameter or buffer over the same values would travel under its own name."""
+    model = Net()
+    model.register_buffer("seen", model.head.weight.detach()[part])
+    with pytest.raises(ConfigError, match=r"'head\.weight' is the same tensor as 'seen'"):
+        fedpara.convert(model, method=method, private=("head.*",))
+    assert fedpara.convert(model, method=method, private=("head.*", "seen"))
+
+
+def test_private_tensors_beside_others_in_one_block_of_memory():
+    """As in flattened models: the same storage, and no value in common."""
+    model = Net()
+    block = torch.zeros(2 * model.head.weight.numel())
+    halves = block.view(2, *model.head.weight.shape)
+    model.head.weight = nn.Parameter(halves[0])
+    model.register_buffer("seen", halves[1])
+    assert fedpara.convert(model, method="none", private=("head.*",))
+
+
 def test_a_tensor_tied_to_a_shared_one_cannot_be_private():
     model = Net()
     model.decoder = nn.Linear(64, 128)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
-from fedpara_plugins import FedParaError
+from fedpara_plugins import FedParaError, MismatchError
 from fedpara_plugins_fedml.engine.client import ClientEngine
 from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.modes.handshake import SERVER, connect, leave, refuse
@@ -97,8 +97,16 @@ class ClientManager:
             refuse(self._endpoint, event)
         return False
 
+    def _has_silo(self, number: int) -> bool:
+        """Return whether a run has a silo: whatever the server names becomes part of a path."""
+        return 0 <= number < int(self._args.client_num_in_total)
+
     def _train_silo(self, event: Event) -> None:
         silo = event.number("silo")
+        if not self._has_silo(silo):
+            log.warning("fedpara: the server asks for the silo %d, which there is not", silo)
+            self._endpoint.send(SERVER, REPLY, None, silo=silo)
+            return
         number = str(getattr(self._args, "round_idx", 0))
         mlops.event("train", event_started=True, event_value=number)
         reply = self._engine.train(
@@ -127,9 +135,13 @@ class ClientManager:
     def _take_final(self, event: Event) -> None:
         silo = event.number("silo")
         try:
+            names = [name for name in event.text("silos").split() if name.isdecimal()]
+            silos = list(dict.fromkeys(map(int, names)))
+            if unknown := [each for each in (silo, *silos) if not self._has_silo(each)]:
+                raise MismatchError(f"it is of the silo {unknown[0]}, which there is not")
             state = self._engine.take_final(str(silo), event.data)
-            for name in event.text("silos").split():
-                self._engine.export(name, state)
+            for each in silos:
+                self._engine.export(str(each), state)
         except FedParaError as error:
             log.warning("fedpara: the last model cannot be used: %s", error)
             self._endpoint.send(SERVER, REPLY, None, silo=silo)

@@ -41,6 +41,9 @@ TRIES = 2
 NOT_A_CLIENTS = (WELCOME, TASK, FINISH, CLOSE, UNREADABLE)
 """Messages that no client sends; one in the place of a reply counts as one that is of no use."""
 
+MOST_SENT = 8
+"""Number of times that a silo's task is sent in a round, to a process that has come back, too."""
+
 CHECK_INTERVAL = 5.0
 """Seconds between the questions of a waiting server to clients that it has never heard."""
 
@@ -75,6 +78,7 @@ class ServerManager:
         self._roster = Roster(endpoint.peers, self._needed(engine.settings.min_clients))
         self._waiting: dict[int, int] = {}  # silo: process
         self._tries: dict[int, int] = {}
+        self._sent: Counter[int] = Counter()
         self._late: Counter[int] = Counter()  # process: tasks that it still works on
 
     def _needed(self, min_clients: int) -> int:
@@ -112,7 +116,7 @@ class ServerManager:
         """Wait for all clients; at the deadline, go on without those that have not come."""
         deadline = time.monotonic() + self._start_timeout
         asked = -math.inf  # at once, as FedML's own server does
-        while awaited := self._roster.awaited:
+        while self._roster.awaited:
             if time.monotonic() > asked + CHECK_INTERVAL:
                 asked = time.monotonic()
                 for peer in self._endpoint.status.unheard():
@@ -121,9 +125,9 @@ class ServerManager:
             event = self._endpoint.next(seconds)
             if event is not None:
                 self._handle(event)
-            elif time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:  # also where messages never cease
                 limit = f"{self._start_timeout:.0f} s (fedpara_start_timeout)"
-                for peer in awaited:
+                for peer in self._roster.awaited:
                     self._roster.leave_out(peer, f"has not come within {limit}")
 
     def _handle(self, event: Event) -> None:
@@ -186,6 +190,7 @@ class ServerManager:
         silos = self._placement.sample(number)
         self._waiting = self._placement.assign(silos, self._endpoint.peers, self._roster.here)
         self._tries = dict.fromkeys(silos, 0)
+        self._sent.clear()
         self._engine.begin([str(silo) for silo in silos])
         mlops.event("server.wait", event_started=True, event_value=str(number))
         for silo, peer in list(self._waiting.items()):
@@ -207,7 +212,7 @@ class ServerManager:
             event = self._endpoint.next(None if left == math.inf else max(0.0, left))
             if event is not None:
                 self._handle_in_round(event)
-            elif time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:
                 for silo, peer in self._waiting.items():
                     self._late[peer] += 1
                     text = f"client {peer} has not answered within {limit:.0f} s"
@@ -241,7 +246,10 @@ class ServerManager:
         reason = self._roster.out.get(peer)
         if reason is None and self._late[peer]:
             reason = "still works on an earlier round"
+        if reason is None and self._sent[silo] == MOST_SENT:
+            reason = f"was sent the task {MOST_SENT} times"
         if reason is None:
+            self._sent[silo] += 1
             self._endpoint.send(peer, TASK, self._engine.message(str(silo)), silo=silo)
             return
         self._waiting.pop(silo)
@@ -287,7 +295,11 @@ class ServerManager:
         if self._endpoint.backend == "MPI":  # its processes can only end together
             self._left |= out.keys() - plain - self._endpoint.status.gone()
         end = time.monotonic() + self._start_timeout
-        wait_for_byes(self._endpoint, self._left, self._handle_after_last_round, lambda: end)
+        silent = wait_for_byes(
+            self._endpoint, self._left, self._handle_after_last_round, lambda: end
+        )
+        if silent:
+            log.warning("fedpara: clients %s have not confirmed the end of the run", sorted(silent))
         for peer, reason in out.items():
             log.warning("fedpara: the run has ended without client %d: it %s", peer, reason)
 

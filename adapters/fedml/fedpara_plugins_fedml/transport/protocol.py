@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from fedpara_plugins.support import printable
 from fedpara_plugins_fedml.seams import (
     CHECK,
     FEDML_FINISH,
@@ -103,9 +104,9 @@ class Event:
         return f"a {TYPE_NAMES.get(self.kind, self.kind)}"
 
     def text(self, key: str) -> str:
-        """Return a short text; "" if there is none, or something else."""
+        """Return a short text, as one line; "" if there is none, or something else."""
         value = self.fields.get(key)
-        return value[:2000] if isinstance(value, str) else ""
+        return printable(value[:2000]) if isinstance(value, str) else ""
 
     def number(self, key: str) -> int:
         """Return a number; -1 if there is none."""

@@ -7,6 +7,7 @@ import re
 from flwr.app import Message
 
 from fedpara_plugins import ConfigError, FedParaError
+from fedpara_plugins.support import printable, shortened
 from fedpara_plugins_flower.messages.records import carried_payload
 from fedpara_plugins_flower.messages.snippets import ADD_MOD
 from fedpara_plugins_flower.seams import ERROR_END, LEGACY_REQUESTS, MOD_FAILED
@@ -18,6 +19,10 @@ WITHOUT_MOD = ("fedpara.payload", LEGACY_REQUESTS["train"])
 
 OWN = "fedpara: "
 """How the plugin's own errors begin, wherever an engine puts them in its text."""
+
+
+LONGEST_REASON = 2000
+"""Characters of a client's error that are repeated, in one line."""
 
 
 class FirstContact:
@@ -43,7 +48,7 @@ class FirstContact:
     def failed(self, node: int, code: int, reason: str) -> None:
         """Note a client's error."""
         if not self._met:
-            self._failed[node] = code, reason
+            self._failed[node] = code, printable(shortened(reason, LONGEST_REASON))
 
     def used(self) -> None:
         """Note that a reply has been decoded: from now on, failures are one client's own."""

@@ -24,6 +24,7 @@ from fedpara_plugins.optimizers import (
     norm,
     subtract,
 )
+from fedpara_plugins.support import printable, shortened
 from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.messages.drift_records import (
     OPTIMIZER,
@@ -187,7 +188,7 @@ class DriftStrategy(FedAvg):
             raise FedParaError(
                 f"fedpara: {type(self).__name__}: all {len(failed)} clients failed at the first "
                 f"training message. Node {failed[0].metadata.src_node_id} said: "
-                f"{failed[0].error.reason}"
+                f"{printable(shortened(failed[0].error.reason or '', 2000))}"
             )
         self._answered = any(part is not None for _, part in found)
         if not self._answered:
