@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from typing import Any
 
 from fedpara_plugins import ConfigError, FedParaError, MismatchError
@@ -32,9 +31,6 @@ __all__ = ["ServerManager"]
 
 TRIES = 2
 """Number of times that a client gets a round's model: again if it lacks the reference of it."""
-
-MOST_SENT = 8
-"""Number of times that a silo's task is sent in a round, to a process that has come back, too."""
 
 CHECK_INTERVAL = 5.0
 """Seconds between the questions of a waiting server to clients that it has never heard."""
@@ -69,11 +65,8 @@ class ServerManager:
         self._start_timeout = start_timeout
         self._sessions: dict[int, str] = {}
         self._alive: set[int] = set()
-        self._refused: set[int] = set()
-        self._gathering = True
         self._waiting: dict[int, int] = {}  # silo: process
         self._tries: dict[int, int] = {}
-        self._sent: Counter[int] = Counter()
 
     def run(self) -> None:
         """Run all rounds.
@@ -104,7 +97,7 @@ class ServerManager:
         """Wait for all clients; at the deadline, go on if ``fedpara_min_clients`` are there."""
         deadline = time.monotonic() + self._start_timeout
         asked = -math.inf  # at once, as FedML's own server does
-        while len(self._alive | self._refused) < len(self._endpoint.peers):
+        while len(self._alive) < len(self._endpoint.peers):
             if time.monotonic() > asked + CHECK_INTERVAL:
                 asked = time.monotonic()
                 for peer in self._endpoint.status.unheard():
@@ -113,8 +106,7 @@ class ServerManager:
             event = self._endpoint.next(seconds)
             if event is not None:
                 self._handle(event)
-            if time.monotonic() >= deadline and len(self._alive) < len(self._endpoint.peers):
-                self._gathering = False
+            elif time.monotonic() >= deadline:
                 missing = sorted(set(self._endpoint.peers) - self._alive)
                 self._check_alive(
                     f"clients {missing} have not come within {self._start_timeout:.0f} s "
@@ -122,7 +114,6 @@ class ServerManager:
                 )
                 log.warning("fedpara: the run begins without clients %s", missing)
                 return
-        self._gathering = False
 
     def _handle(self, event: Event) -> None:
         """Handle an event that may come at any time."""
@@ -133,27 +124,20 @@ class ServerManager:
         elif event.kind == FAILED:
             self._handle_failed(event.peer, event.text("reason"))
         elif event.kind in FEDML_TYPES:
-            reason = (
-                f"client {event.peer} runs without the plugin (it sent FedML's own message "
-                f"{event.kind}), this server with it. Give both sides the same fedpara_* keys and "
-                f"the same runner"
+            raise MismatchError(
+                f"fedpara: client {event.peer} runs without the plugin (it sent FedML's own "
+                f"message {event.kind}), this server with it. Give both sides the same fedpara_* "
+                f"keys and the same runner"
             )
-            if not self._engine.settings.min_clients:
-                raise MismatchError(f"fedpara: {reason}")
-            self._refuse(event.peer, reason)
         else:
             log.info("fedpara: a late message of client %d is dropped", event.peer)
 
     def _handle_hello(self, event: Event) -> None:
         peer, session = event.peer, event.text("session")
         if error := event.text("error"):
-            if not self._engine.settings.min_clients:
-                raise ConfigError(f"fedpara: client {peer}: {error}")
-            self._refuse(peer, f"client {peer}: {error}")
-            return
+            raise ConfigError(f"fedpara: client {peer}: {error}")
         known = self._sessions.get(peer)
         self._sessions[peer] = session
-        self._refused.discard(peer)
         self._alive.add(peer)
         self._endpoint.send(peer, WELCOME)
         if known not in (None, session):
@@ -178,25 +162,15 @@ class ServerManager:
             raise FedParaError(f"fedpara: client {peer}: {reason}")
         self._handle_gone(peer, reason)
 
-    def _refuse(self, peer: int, reason: str) -> None:
-        """Go on without a client that cannot take part, as long as enough others are left."""
-        self._endpoint.send(peer, FAILED, reason=reason)
-        if peer not in self._refused:
-            self._refused.add(peer)
-            log.error("fedpara: %s", reason)
-        self._handle_gone(peer, reason)
-        self._check_alive(reason)
-
     def _awaited_from(self, peer: int) -> list[int]:
         return [silo for silo, process in self._waiting.items() if process == peer]
 
     def _check_alive(self, reason: str) -> None:
         needed = self._engine.settings.min_clients
-        left = set(self._endpoint.peers) - self._refused if self._gathering else self._alive
-        if not needed or len(left) < needed:
+        if not needed or len(self._alive) < needed:
             hint = f"fedpara_min_clients is {needed}" if needed else "fedpara_min_clients is unset"
             raise FedParaError(
-                f"fedpara: {reason}. {len(left)} of {len(self._endpoint.peers)} client "
+                f"fedpara: {reason}. {len(self._alive)} of {len(self._endpoint.peers)} client "
                 f"processes are left, and {hint}: the run ends"
             )
 
@@ -207,7 +181,6 @@ class ServerManager:
         silos = self._placement.sample(number)
         self._waiting = self._placement.assign(silos, self._endpoint.peers)
         self._tries = dict.fromkeys(silos, 0)
-        self._sent.clear()
         self._engine.begin([str(silo) for silo in silos])
         mlops.event("server.wait", event_started=True, event_value=str(number))
         for silo, peer in list(self._waiting.items()):
@@ -241,11 +214,6 @@ class ServerManager:
         if peer not in self._alive:
             self._waiting.pop(silo)
             self._engine.exclude(str(silo), f"client process {peer} is gone")
-            return
-        self._sent[silo] += 1
-        if self._sent[silo] > MOST_SENT:
-            self._waiting.pop(silo)
-            self._engine.exclude(str(silo), f"it was sent its task {MOST_SENT} times")
             return
         self._endpoint.send(peer, TASK, self._engine.message(str(silo)), silo=silo)
 
@@ -281,12 +249,7 @@ class ServerManager:
                 names = " ".join(map(str, silos))
                 self._endpoint.send(peer, FINISH, final, silo=silos[0], silos=names)
             self._endpoint.send(peer, FINISH)
-        end = time.monotonic() + self._start_timeout
-        silent = wait_for_byes(
-            self._endpoint, self._alive, self._handle_after_last_round, lambda: end
-        )
-        if silent:
-            log.warning("fedpara: clients %s have not confirmed the end of the run", sorted(silent))
+        wait_for_byes(self._endpoint, self._alive, self._handle_after_last_round, None)
 
     def _handle_after_last_round(self, event: Event) -> None:
         if event.kind == GONE:
