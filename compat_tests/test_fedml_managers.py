@@ -172,6 +172,29 @@ def test_a_round_without_any_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch
         assert "the server ended the run: round 2 has 0 usable" in str(parties.errors[rank])
 
 
+def test_a_task_that_cannot_be_read_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    parties, spoilt = Parties(monkeypatch, keys=KEYS, aggregator=Kept), list[Message]()
+
+    def altered(message: Message) -> Message:
+        if message.get_type() != TASK or message.get_receiver_id() != 2 or len(spoilt) == 2:
+            return message
+        spoilt.append(message)
+        return Message("not read by FedML", 0, 2)
+
+    parties.start(0)
+    wait_until(lambda: 0 in parties.transports)
+    parties.transports[0].altered = altered
+    for rank in (1, 2):
+        parties.start(rank)
+    with caplog.at_level(logging.WARNING, "fedpara.fedml"):
+        parties.wait()
+    assert not parties.errors
+    assert len(spoilt) == 2
+    assert "left out" not in caplog.text
+
+
 # Parties that are gone
 
 
@@ -195,18 +218,62 @@ class Killed(Dies):
             raise SystemExit("killed")
 
 
-@pytest.mark.parametrize("enough", [True, False])
-def test_a_client_that_is_gone(monkeypatch: pytest.MonkeyPatch, enough: bool) -> None:
-    keys = {**KEYS, "fedpara_timeout": 5, **({"fedpara_min_clients": 1} if enough else {})}
+@pytest.mark.parametrize("needed", [0, 2])
+def test_a_client_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, needed: int
+) -> None:
+    keys = {**KEYS, "fedpara_timeout": 5, "fedpara_min_clients": needed}
     parties = Dies.parties = Parties(monkeypatch, keys=keys, trainers={2: Dies})
-    parties.run()
+    with caplog.at_level(logging.WARNING, "fedpara.fedml"):
+        parties.run()
     assert "the server is gone" in str(parties.errors[2])
-    if enough:
+    if not needed:
         assert set(parties.errors) == {2}
+        for number in (2, 3):
+            assert f"left out client 1 in round {number}: client 2 is gone" in caplog.text
+        assert "the run has ended without client 2: it is gone" in caplog.text
         return
     for rank in (0, 1):
         assert "client 2 is gone" in str(parties.errors[rank])
-        assert "fedpara_min_clients is unset" in str(parties.errors[rank])
+        assert "1 of 2 client processes are left, and 2 needed" in str(parties.errors[rank])
+
+
+class Slow(ModelTrainerCLS):  # type: ignore[misc]
+    """Is busy in the second round until the third one is over."""
+
+    rounds = 0
+
+    def train(self, train_data: Any, device: Any, args: Any, **more: Any) -> None:
+        super().train(train_data, device, args, **more)
+        if args.round_idx == 1:
+            wait_until(lambda: Slow.rounds >= 3)
+
+
+class Counting(Kept):
+    """Counts the rounds, and waits in the fourth for what comes late."""
+
+    def set_model_params(self, model_parameters: Any) -> None:
+        super().set_model_params(model_parameters)
+        Slow.rounds = self.args.round_idx + 1
+        if Slow.rounds == 4:
+            time.sleep(2)
+
+
+def test_a_client_that_does_not_answer_in_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It sends signs of life, and costs the others the time of one round."""
+    Slow.rounds = 0
+    keys = {**PERSONAL, "fedpara_timeout": 30, "fedpara_round_timeout": 3, "comm_round": 6}
+    parties = Parties(monkeypatch, keys=keys, trainers={2: Slow}, aggregator=Counting)
+    with caplog.at_level(logging.WARNING, "fedpara.fedml"):
+        parties.run()
+    assert not parties.errors
+    lines = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert "round 2: client 2 has not answered within 3 s" in lines[0]
+    assert "round 3: client 2 still works on an earlier round" in lines[1]
+    assert all("left out client 1 in" in line for line in lines)
+    assert not any("round 5" in line or "round 6" in line for line in lines)
 
 
 def test_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,12 +340,26 @@ OTHER_KEY = "the same on the way of another key; errors of keys are in test_fedm
     ],
 )
 def test_a_client_that_is_set_up_differently(
-    monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], reason: str
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    changed: dict[str, Any],
+    reason: str,
 ) -> None:
+    """It is left out from the start; if all are, the run ends with that reason."""
     keys = {**KEYS, "fedpara_timeout": 5}
-    parties = Parties(monkeypatch, keys=keys, of_rank={2: changed}).run()
+    with caplog.at_level(logging.WARNING, "fedpara.fedml"):
+        parties = Parties(monkeypatch, keys=keys, of_rank={2: changed}).run()
+    assert set(parties.errors) == {2}
+    assert reason in str(parties.errors[2])
+    named = [r.getMessage() for r in caplog.records if "client 2 cannot take" in r.getMessage()]
+    assert reason in named[0]
+    assert "1 of 2 client processes are left" in named[0]
+    for number in (1, 2, 3):
+        assert f"left out client 1 in round {number}: client 2 cannot take part" in caplog.text
+    parties = Parties(monkeypatch, keys=keys, of_rank={1: changed, 2: changed}).run()
     assert set(parties.errors) == {0, 1, 2}
     for error in parties.errors.values():
+        assert isinstance(error, ConfigError)
         assert reason in str(error)
 
 
@@ -349,8 +430,12 @@ def test_a_server_that_is_set_up_wrongly(monkeypatch: pytest.MonkeyPatch) -> Non
         assert "worker_num is 3" in str(error)
 
 
-def test_a_client_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    parties = Parties(monkeypatch, keys=KEYS)
+@pytest.mark.parametrize("clients", [1, 2])
+def test_a_client_without_the_plugin(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clients: int
+) -> None:
+    """The last one is left out; if there is no other, the run ends with that reason."""
+    parties = Parties(monkeypatch, clients, keys=KEYS)
 
     def stock(message: Message) -> Message:
         """Build the message by which FedML's client says that it is online."""
@@ -358,17 +443,26 @@ def test_a_client_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
             message.get_params().pop("fedpara")
         return message
 
-    parties.start(2)
-    wait_until(lambda: 2 in parties.transports)
-    parties.transports[2].altered = stock
-    for rank in (0, 1):
+    parties.start(clients)
+    wait_until(lambda: clients in parties.transports)
+    parties.transports[clients].altered = stock
+    for rank in range(clients):
         parties.start(rank)
-    parties.wait(0, 1)
-    assert isinstance(parties.errors[0], MismatchError)
-    assert "client 2 runs without the plugin" in str(parties.errors[1])
+    with caplog.at_level(logging.WARNING, "fedpara.fedml"):
+        parties.wait(*range(clients))
+    words = f"client {clients} runs without the plugin"
+    assert words in caplog.text
+    if clients == 1:
+        assert isinstance(parties.errors[0], ConfigError)
+        assert words in str(parties.errors[0])
+    else:
+        assert 0 not in parties.errors
+        assert 1 not in parties.errors
 
 
-def test_a_client_without_the_plugin_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_without_the_plugin_that_is_asked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its first word came before the server and was lost; FedML's client answers when asked."""
     monkeypatch.setattr(server_manager, "CHECK_INTERVAL", 1.0)
     parties = Parties(monkeypatch, keys=KEYS)
@@ -386,10 +480,11 @@ def test_a_client_without_the_plugin_that_is_asked(monkeypatch: pytest.MonkeyPat
     threading.Thread(target=client.handle_receive_message, daemon=True).start()
     for rank in (0, 1):
         parties.start(rank)
-    parties.wait(0, 1)
+    with caplog.at_level(logging.WARNING, "fedpara.fedml"):
+        parties.wait(0, 1)
     client.stop_receive_message()
-    for rank in (0, 1):
-        assert "client 2 runs without the plugin" in str(parties.errors[rank])
+    assert not parties.errors
+    assert "client 2 runs without the plugin" in caplog.text
     assert "client 2 runs without the plugin" in str(heard[-1].get_type())
 
 
@@ -437,7 +532,20 @@ def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     parties = Parties(monkeypatch, keys=keys)
     parties.start(0)
     parties.wait()
-    assert "clients [1, 2] have not come" in str(parties.errors[0])
+    assert "client 1 has not come within 1 s" in str(parties.errors[0])
+    assert "0 of 2 client processes are left" in str(parties.errors[0])
+
+
+def test_a_client_that_never_comes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    parties = Parties(monkeypatch, keys={**KEYS, "fedpara_start_timeout": 5})
+    with caplog.at_level(logging.WARNING, "fedpara.fedml"):
+        for rank in (0, 1):
+            parties.start(rank)
+        parties.wait()
+    assert not parties.errors
+    assert "client 2 has not come within 5 s (fedpara_start_timeout)" in caplog.text
 
 
 # Parts
@@ -481,6 +589,17 @@ def test_silos_stay_where_they_were() -> None:
     assert SiloPlacement(3, 3, keep=False).assign([0, 1, 2], [5, 6, 7]) == {0: 5, 1: 6, 2: 7}
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_silos_of_a_process_that_takes_no_part(keep: bool) -> None:
+    """Others train them where they have the data, and nobody does where they belong to it."""
+    own = SiloPlacement(3, 3, keep=keep)
+    assert own.assign([0, 1, 2], [5, 6, 7], [5, 6, 7]) == {0: 5, 1: 6, 2: 7}
+    assert own.assign([0, 1, 2], [5, 6, 7], [5, 7]) == {0: 5, 1: 6, 2: 7}
+    moving = SiloPlacement(3, 3, keep=keep, movable=True)
+    assert sorted(moving.assign([0, 1, 2], [5, 6, 7], [5, 7]).values()) == [5, 5, 7]
+    assert moving.assign([0, 1, 2], [5, 6, 7], [7]) == {0: 7, 1: 7, 2: 7}
+
+
 def test_a_blocking_queue_takes_over_what_waits() -> None:
     old: queue.Queue[int] = queue.Queue()
     old.put(1)
@@ -488,12 +607,14 @@ def test_a_blocking_queue_takes_over_what_waits() -> None:
     mpi = SimpleNamespace(
         q_receiver=old, _server_receive_thread=thread, _client_receive_thread=None
     )
-    use_blocking_queue(mpi)
+    use_blocking_queue(mpi, lambda entry: entry != "no message")
     assert isinstance(mpi.q_receiver, BlockingQueue)
     assert thread.q is mpi.q_receiver
     assert (mpi.q_receiver.qsize(), mpi.q_receiver.get(), mpi.q_receiver.qsize()) == (1, 1, 0)
     grpc = SimpleNamespace(grpc_servicer=SimpleNamespace(message_q=queue.Queue()))
-    use_blocking_queue(grpc)
+    mpi.q_receiver.put("no message")
+    assert mpi.q_receiver.qsize() == 0
+    use_blocking_queue(grpc, bool)
     assert isinstance(grpc.grpc_servicer.message_q, BlockingQueue)
 
 

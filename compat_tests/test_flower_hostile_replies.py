@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message, MetricRecord
+from flwr.app import Error, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
@@ -323,6 +323,33 @@ def test_random_bytes_in_the_place_of_any_array() -> None:
     outcome = _run(message_apps(attack, rounds=30), SECTION)
     for number in range(1, 31):
         check_named(outcome, number, "")
+
+
+def test_the_superlinks_own_error_for_a_node_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It comes from the SuperLink's id, and is the strategy's to count as a failure."""
+    pull = InProcessGrid.pull_messages
+
+    def pulled(self: InProcessGrid, ids: Any) -> list[Message]:
+        replies = list(pull(self, ids))
+        gone = self.node_id(CULPRIT)
+        return [_from_superlink(r) if r.metadata.src_node_id == gone else r for r in replies]
+
+    monkeypatch.setattr(InProcessGrid, "pull_messages", pulled)
+    with caplog.at_level("INFO"):
+        _run(message_apps(), SECTION)
+    assert caplog.text.count("Received 3 results and 1 failures") == TASK.rounds
+    assert "left out the reply" not in caplog.text
+
+
+def _from_superlink(reply: Message) -> Message:
+    """Return Flower's error for a node that is not there any more."""
+    error = Message(Error(code=3, reason="Error: Node Unavailable"), reply_to=reply)
+    error.metadata.__dict__.update(
+        _src_node_id=1, _dst_node_id=1, _message_type=reply.metadata.message_type
+    )
+    return error
 
 
 # What is said

@@ -38,7 +38,7 @@ def test_private_bytes_on_the_wire(tmp_path: Path, split: str) -> None:
     on_wire = {way: b"\n".join(found) for way, found in streams.items()}
     private, shared = _trained(app)
     found = {way: private.found_in(data) for way, data in on_wire.items()}
-    assert len(private) > 10_000
+    assert len(private) > (10_000 if split == "on" else 5_000)  # the run without ends early
     # Nothing cuts a payload of this size: all of each shared factor is there in one piece.
     assert shared.found_in(on_wire["up"]) == len(shared)
     if split == "on":

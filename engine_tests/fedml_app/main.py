@@ -6,9 +6,11 @@ clients' messages go to ``messages`` beside it.
 ``FEDPARA_PLUGIN=off`` takes FedML's own runner. ``FEDPARA_LEAK=1`` sends private factors too.
 ``FEDPARA_RECORD`` is a folder for all that goes to torch's RPC.
 ``FEDPARA_ASSESS=1`` gives the aggregator an assessment of its own.
+``FEDPARA_HOSTILE`` is a rank and names of attacks, one a round (JSON), by that process.
 """
 
 import itertools
+import json
 import logging
 import os
 import signal
@@ -24,6 +26,7 @@ from fedml.ml.aggregator.default_aggregator import DefaultServerAggregator
 from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "compat_tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "fedml_cross_silo"))
 
 import digits
@@ -227,6 +230,10 @@ def main() -> None:
         die_writing()
         if os.environ.get("FEDPARA_LEAK"):
             leak()
+        if os.environ.get("FEDPARA_HOSTILE"):
+            from harness.fedml.hostile_process import be_hostile
+
+            be_hostile(*json.loads(os.environ["FEDPARA_HOSTILE"]))
     dataset = digits.load(args.client_num_in_total, args.batch_size)
     model: nn.Module = Net()
     device = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -50,8 +50,11 @@ def held_reference(
     codec: Codec,
     reference: Mapping[str, torch.Tensor] | None,
     references: Mapping[str, Mapping[str, torch.Tensor]] | None,
-) -> Tensors | None:
-    """Return the tensors that the sender encoded against; None if the codec needs none.
+) -> Callable[[], Tensors] | None:
+    """Return what loads the tensors that the sender encoded against; None if the codec needs none.
+
+    They may lie in a file. They are loaded when a stage needs them, the last one of a decoder: what
+    the stages before have used is free by then.
 
     Args:
         header: names them by their hash.
@@ -67,18 +70,28 @@ def held_reference(
         return None
     if header.reference is None:
         raise PayloadError(f"codec {codec.name!r} needs a reference and the header names none")
-    # One look-up only: the state may lie in a file that turns out to be damaged only now.
-    found = None if references is None else references.get(header.reference)
-    if found is not None:
-        return plain_tensors(found)
-    held = list(references or ())
+    wanted, held = header.reference, list(references or ())
+    if references is not None and wanted in references:
+        return lambda: _loaded(wanted, references)
     if reference is not None:
         mine = plain_tensors(reference)
         held.append(reference_hash(mine))
-        if held[-1] == header.reference:
-            return mine
-    raise MismatchError(
-        f"payload coded against reference {header.reference[:64]}, this side holds "
+        if held[-1] == wanted:
+            return lambda: mine
+    raise _not_held(wanted, held)
+
+
+def _loaded(wanted: str, references: Mapping[str, Mapping[str, torch.Tensor]]) -> Tensors:
+    # One look-up only: the state may lie in a file that turns out to be damaged only now.
+    found = references.get(wanted)
+    if found is None:
+        raise _not_held(wanted, list(references))
+    return plain_tensors(found)
+
+
+def _not_held(wanted: str, held: Sequence[str]) -> MismatchError:
+    return MismatchError(
+        f"payload coded against reference {wanted[:64]}, this side holds "
         f"{', '.join(held[-3:]) or 'none'}; encode without a reference (first contact) instead"
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedpara_plugins.errors import ConfigError, PayloadError
@@ -189,7 +189,7 @@ class Codec:
         tensors: Tensors,
         notes: Sequence[Notes],
         *,
-        reference: Tensors | None,
+        reference: Tensors | Callable[[], Tensors] | None,
         limit: int,
     ) -> Tensors:
         """Undo the stages, the last one first.
@@ -198,7 +198,8 @@ class Codec:
             tensors: the encoded tensors, as received. `HandedOver` tensors are used up, others
                 stay as they are.
             notes: the notes of each stage, as received.
-            reference: the tensors that the sender encoded against.
+            reference: the tensors that the sender encoded against, or what loads them; they are
+                loaded when a stage needs them.
             limit: bytes that the tensors may have after any stage.
 
         Raises:
@@ -215,8 +216,12 @@ class Codec:
         lent, working = tensors.lent, tensors.working
         limit = min(limit, working)
         for stage, note in zip(reversed(self.stages), reversed(notes), strict=True):
+            if stage.needs_reference and callable(reference):
+                reference = reference()
+                tensors.working = _working_beside(reference, working)
+            against = None if callable(reference) else reference
             try:
-                decoded = stage.decode(tensors, note, reference=reference, limit=limit)
+                decoded = stage.decode(tensors, note, reference=against, limit=limit)
             except PayloadError:
                 raise
             except Exception as error:
@@ -228,6 +233,15 @@ class Codec:
             tensors = HandedOver(decoded, lent=lent, working=working)
             del decoded  # would keep alive what the next stage has used up
         return tensors
+
+
+def _working_beside(reference: Tensors, working: int) -> int:
+    """Return the bytes that decoding may take beside a reference that has just been loaded.
+
+    What is coded against it is as large as it is, so a payload that is sound gets what it needs.
+    """
+    size = sum(tensor.nbytes for tensor in reference.values())
+    return max(working - size, working_limit(size))
 
 
 def _check_output(stage: Stage, tensors: Tensors, limit: int) -> None:

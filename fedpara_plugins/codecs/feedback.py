@@ -98,8 +98,8 @@ def _totals(
             continue
         exact = tensor.to(wide) + rest.detach().to("cpu", wide)
         total = exact.to(tensor.dtype)
-        # If the tensor itself is not finite, the codec refuses it and names its own values.
-        if bool(torch.isfinite(total).all()):
+        # Infinities of the tensor itself belong to the model; the codec refuses its NaN.
+        if not bool((~torch.isfinite(total) & torch.isfinite(tensor)).any()):
             totals[name] = (total, exact)
     if dropped := [name for name in residual if name not in totals]:
         logger.warning(

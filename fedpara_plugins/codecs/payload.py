@@ -236,8 +236,20 @@ class OpenedPayload:
         stages: Mapping[str, Stage] | None = None,
         expect: ModelSpec | None = None,
         like: Mapping[str, torch.Tensor] | None = None,
+        working: int | None = None,
+        borrowed: bool = False,
     ) -> DecodedPayload:
         """Return what `decode_payload` returns for the same arguments.
+
+        Args:
+            reference: as there.
+            references: as there.
+            stages: as there.
+            expect: as there.
+            like: as there.
+            working: bytes that decoding may take; one and a half times the limit, and 10 MiB, if
+                None.
+            borrowed: whether tensors may lie in the payload's own bytes, which nobody may change.
 
         Raises:
             MismatchError: as there.
@@ -248,8 +260,8 @@ class OpenedPayload:
             check_model(header, expect)
         codec = codec_from_header(header, stages)
         against = held_reference(header, codec, reference, references)
-        working = working_limit(limit) - self.container.cost
-        coded = load_tensors(self.container, header.order, working=working)
+        working = working_limit(limit) if working is None else working
+        coded = load_tensors(self.container, header.order, working=working - self.container.cost)
         try:
             decoded = codec.decode(coded, header.notes, reference=against, limit=limit)
         except PayloadError as error:
@@ -260,7 +272,7 @@ class OpenedPayload:
         size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in decoded.values())
         check_limit(size, limit, "the tensors")
         check_tensors(decoded, expect, like)
-        return DecodedPayload(_own(decoded), header)
+        return DecodedPayload(decoded if borrowed else _own(decoded), header)
 
 
 def open_payload(data: bytes, *, limit: int, most_tensors: int | None = None) -> OpenedPayload:

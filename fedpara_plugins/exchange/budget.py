@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedpara_plugins.errors import TooLargeError
+from fedpara_plugins.stages.handed_over import working_limit
 
 __all__ = ["MessageBudget"]
 
@@ -32,6 +33,11 @@ class MessageBudget:
     def __init__(self, model_bytes: int, *, parts: int = 2) -> None:
         self._limit = parts * model_bytes + SLACK
         self._spent = 0
+
+    @property
+    def working(self) -> int:
+        """Bytes that decoding the next record may take, its tensors and a reference included."""
+        return max(working_limit(self._limit) - self._spent, 0)
 
     @property
     def left(self) -> int:

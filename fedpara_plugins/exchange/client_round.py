@@ -26,9 +26,10 @@ from fedpara_plugins.exchange.headers import check_codecs, decoders_of, first_mo
 from fedpara_plugins.exchange.incoming import ReceivedRecord, read_model, read_side
 from fedpara_plugins.exchange.outgoing import Outgoing, select_outgoing
 from fedpara_plugins.exchange.own_models import OwnModels
-from fedpara_plugins.exchange.records import KindOf, State, check_finite
+from fedpara_plugins.exchange.records import KindOf, State
 from fedpara_plugins.exchange.settings import ExchangeSettings
 from fedpara_plugins.exchange.sizes import tensor_bytes
+from fedpara_plugins.models.infinities import check_finite, without_nan
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references import DecodedDownlink
 
@@ -140,7 +141,14 @@ class ClientRound:
     def _decoded(self, name: str, payload: bytes, budget: MessageBudget) -> DecodedDownlink:
         own = [len(spec.keys) for spec in self._own.specs]
         most = max(own) + MORE_TENSORS if own else MOST_TENSORS
-        held = self._state.references.receive(name, payload, limit=budget.left, most_tensors=most)
+        held = self._state.references.receive(
+            name,
+            payload,
+            limit=budget.left,
+            own=self._own.specs,
+            most_tensors=most,
+            working=budget.working,
+        )
         budget.spend(tensor_bytes(held.tensors))
         check_codecs(held.header, self._settings.codec_names, remedy=self._remedy)
         return held
@@ -193,8 +201,8 @@ class ClientRound:
             start: the dense round of a reply to a message without a model.
 
         Raises:
-            PayloadError: NaN or infinity, a private tensor in a side record, or two private states
-                of one model.
+            PayloadError: values that became NaN or infinite, a private tensor in a side record, or
+                two private states of one model.
             MismatchError: names or shapes that the model does not have, or the model that was
                 received is none of this client's.
             ConfigError: the client's code has built no model, and there may be private values.
@@ -204,12 +212,15 @@ class ClientRound:
     def _leaving(
         self, name: str, tensors: Mapping[str, Tensor], start: DenseRound | None
     ) -> Outgoing:
-        check_finite(tensors)
+        self._check_finite(name, tensors)
         kind = self._kind_of(name)
         if kind != "model":
             return select_outgoing(name, tensors, self._own, kind=kind)
         part = self._counterpart(name)
-        tensors = _projected(tensors, start if part is None else part.dense)
+        dense = start if part is None else part.dense
+        if dense is not None:  # the state of factors that the trained weights stand for
+            tensors = dense.to_factors(tensors)
+            self._check_finite(name, tensors)
         answered = self.received.get(name)
         leaving = select_outgoing(
             name, tensors, self._own, received=None if answered is None else answered.spec
@@ -217,6 +228,17 @@ class ClientRound:
         if answered is not None:
             self._private.add(name, leaving.spec, tensors)
         return leaving
+
+    def _check_finite(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raise for values that became NaN or infinite since they were received.
+
+        Where no model was received, the tensors are a model's first ones, and may hold infinities.
+        """
+        sent: Mapping[str, Tensor] = {}
+        if self._kind_of(name) == "model":
+            part = self._counterpart(name)
+            sent = without_nan(tensors) if part is None else {**part.full, **part.user_tensors}
+        check_finite(tensors, sent, config=self._settings.config)
 
     def encode(
         self, leaving: Mapping[str, Outgoing], *, on_encoded: OnEncoded | None = None
@@ -273,12 +295,3 @@ class ClientRound:
                 self._state.references.keep(name, part.held)
         self._state.keep_few({*self.received, *self._residuals})
         self._state.keep_steps(steps)
-
-
-def _projected(tensors: Mapping[str, Tensor], dense: DenseRound | None) -> Mapping[str, Tensor]:
-    """Return the state of factors that a reply stands for; the reply if factors were trained."""
-    if dense is None:
-        return tensors
-    factors = dense.to_factors(tensors)
-    check_finite(factors)
-    return factors

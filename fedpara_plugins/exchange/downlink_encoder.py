@@ -14,6 +14,7 @@ from fedpara_plugins.exchange.records import State
 from fedpara_plugins.exchange.settings import ExchangeSettings
 from fedpara_plugins.exchange.sizes import Size, size_of
 from fedpara_plugins.ledger import LayerSize, layer_sizes
+from fedpara_plugins.models.infinities import OwnInfinities
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references import GridDownlink, PerClientDownlink, shared_tensors
 from fedpara_plugins.support import Outages
@@ -49,6 +50,7 @@ class DownlinkEncoder:
         self._announced: set[str] = set()
         self._told: Counter[str] = Counter()
         self._norms: dict[str, tuple[str, float]] = {}
+        self._infinities: dict[str, OwnInfinities] = {}
 
     # Sending
 
@@ -57,6 +59,8 @@ class DownlinkEncoder:
     ) -> None:
         """Send these tensors under a name from now on.
 
+        Infinities of the first ones, such as those of a mask, are given back to all later ones.
+
         Args:
             record: its name.
             full: tensors, not changed afterwards; the private names of the model are left out.
@@ -64,7 +68,11 @@ class DownlinkEncoder:
             sized_as: the model whose dense size theirs is compared with, if it is another. An
                 optimizer's variates belong to no model, and those of a dense model would be as
                 large as itself.
+
+        Raises:
+            PayloadError: values became NaN or infinite since the first ones.
         """
+        full = self._infinities.setdefault(record, OwnInfinities()).restored(full)
         digest = reference_hash(shared_tensors(spec, full))
         self._contents[record] = _Content(spec, full, digest, sized_as or spec)
 

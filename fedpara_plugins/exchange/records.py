@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.models.spec import ModelSpec
 
-__all__ = ["KindOf", "RecordKind", "State", "cast", "check_finite", "in_pieces", "plain_spec"]
+__all__ = ["KindOf", "RecordKind", "State", "cast", "in_pieces", "plain_spec"]
 
 State: TypeAlias = dict[str, Tensor]
 """Named tensors."""
@@ -32,22 +31,6 @@ PIECE = 2**18
 def plain_spec(names: Iterable[str]) -> ModelSpec:
     """Return the spec of tensors that belong to no converted model: nothing in it is private."""
     return ModelSpec(weights={}, keys=tuple(names), seed=0)
-
-
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise for the first tensor that holds NaN or infinity.
-
-    Raises:
-        PayloadError: names the tensor and counts the values.
-    """
-    for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            bad = int((~torch.isfinite(value)).sum())
-            raise PayloadError(
-                f"fedpara: tensor {name!r} holds {bad} NaN or infinite values of {value.numel()}; "
-                f"training has diverged; lower the rate, or set the fedpara option clip = 1.0 "
-                f"(with local='dense' clip gradients in your own training)"
-            )
 
 
 def cast(value: Tensor, dtype: torch.dtype) -> Tensor:

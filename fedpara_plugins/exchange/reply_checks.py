@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fedpara_plugins.errors import MismatchError, PayloadError
-from fedpara_plugins.exchange.records import State, cast, check_finite, in_pieces
+from fedpara_plugins.exchange.records import State, cast, in_pieces
 from fedpara_plugins.factors.fast.form import is_known
 from fedpara_plugins.factors.plan import WeightPlan
+from fedpara_plugins.models.infinities import check_finite, remedy_for, without_nan
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.stages.checks import all_finite
 from fedpara_plugins.stages.dtypes import REAL_DTYPES
@@ -150,8 +151,8 @@ def check_composed(spec: ModelSpec, state: State, sent: State) -> None:
             if bad := int((~torch.isfinite(new) & torch.isfinite(old)).sum()):
                 raise PayloadError(
                     f"the factors of {weight!r} are finite, and compose to a weight with {bad} "
-                    f"and more NaN or infinite values in {new.dtype}; training has diverged; "
-                    f"lower the rate, or set the fedpara option clip = 1.0"
+                    f"and more NaN or infinite values in {new.dtype}: training has diverged. "
+                    f"{remedy_for()}"
                 )
 
 
@@ -166,14 +167,14 @@ def check_first(spec: ModelSpec, tensors: State) -> None:
 
     Raises:
         MismatchError: a private name, or a factor of another shape.
-        PayloadError: NaN or infinity, in the tensors or, by a bound, in a weight.
+        PayloadError: NaN, or infinity in a factor or, by a bound, in a weight. Other infinities
+            are the model's own.
     """
     for name, value in tensors.items():
         if name in spec.private_keys:
             raise MismatchError(f"the first weights hold {name!r}, which is private")
         if not _finite(value):
-            check_finite({name: value})
-            raise PayloadError(f"tensor {name!r} holds NaN or infinite values")
+            check_finite({name: value}, without_nan({name: value}))
     for name, shape in spec.shared_shapes().items():
         if name not in tensors or tensors[name].shape != shape:
             raise MismatchError(f"the first weights do not fit their own description: {name!r}")
@@ -239,8 +240,7 @@ def _refuse_new_infinities(name: str, value: Tensor, sent: Tensor) -> None:
             new, old = new.float(), old.float()
         same = (new == old) | (torch.isnan(new) & torch.isnan(old))
         if not bool((torch.isfinite(new) | same).all()):
-            check_finite({name: value})
-            raise PayloadError(f"tensor {name!r} holds NaN or infinite values")  # complex
+            check_finite({name: value}, {name: sent})
 
 
 # One weight

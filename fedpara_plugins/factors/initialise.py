@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedpara_plugins.factors.plan import WeightPlan
+from fedpara_plugins.factors.seeded_gain import (
+    BLOCK_ENTRIES,
+    TANH_PASSES,
+    DrawnFactors,
+    rounded_gain,
+)
 
 __all__ = ["initial_factors", "initial_private", "seeded_normal", "seeded_shared", "start_gains"]
-
-TANH_PASSES = 8
-"""Rescaling passes under tanh, where the variance is no exact power of the factors' size."""
 
 PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 """Dtype and device of every draw. The defaults of the user's process must not matter, since all
@@ -28,13 +32,6 @@ sides must draw the same values."""
 SEEDED_BITS = 7
 """Seeded shared factors are multiples of a power of two that lies at least this many bits below
 their standard deviation. Later states then differ from them by short integers (`stages.grid`)."""
-
-GAIN_BITS = 20
-"""Bits to which the rescaling of seeded factors is rounded. The number of threads decides the order
-of summation; the rounding removes its effect."""
-
-BLOCK_ENTRIES = 2**18
-"""Entries of a composed weight that are computed at a time, unless a single row has more."""
 
 
 def initial_factors(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]:
@@ -139,38 +136,70 @@ def seeded_shared(plan: WeightPlan, *, seed: int, key: str) -> dict[str, Tensor]
         seed: the seed of all factors.
         key: the full name of the dense weight in the model.
     """
-    drawn = {
-        name: seeded_normal(
-            plan.factor_shape(name), std=plan.factor_std, seed=seed, key=f"{key}.{name}"
-        ).double()
-        for name in plan.factor_names
-        if name not in plan.private_names
+    factors = DrawnFactors(
+        {
+            name: seeded_normal(
+                plan.factor_shape(name), std=plan.factor_std, seed=seed, key=f"{key}.{name}"
+            )
+            for name in plan.factor_names
+            if name not in plan.private_names
+        }
+    )
+    for _ in range(TANH_PASSES if plan.tanh else 1):
+        gain = rounded_gain(plan, factors)
+        if gain == 1.0:  # and so would be that of every further pass
+            break
+        factors.gains.append(gain)
+    drawn, gains = factors.drawn, start_gains(plan)
+    if plan.tanh and 0 < plan.start < 1:
+        return _started_under_tanh(plan, factors)
+    return {
+        name: _on_grid(
+            drawn[name],
+            plan.factor_std * gains.get(name, 1),
+            partial(_multiplied, factors.exact, gains.get(name, 1)),
+        )
+        for name in drawn
     }
+
+
+def _multiplied(exact: Callable[[Tensor], Tensor], gain: float, values: Tensor) -> Tensor:
+    found = exact(values)
+    return found if gain == 1 else found.mul_(gain)
+
+
+def _started_under_tanh(plan: WeightPlan, factors: DrawnFactors) -> dict[str, Tensor]:
+    """Return the factors of `seeded_shared` where the start is a matter of several passes."""
+    drawn, gains = factors.drawn, start_gains(plan)
+    exact = {name: factors.exact(drawn.pop(name)) for name in list(drawn)}
     # A private operand is zero at first, whatever its other factor: none has to be drawn.
     nothing = torch.zeros((), dtype=torch.float64, device="cpu")
     private = {name: nothing.expand(plan.factor_shape(name)) for name in plan.private_names}
-    for _ in range(TANH_PASSES if plan.tanh else 1):
-        variance = _variance(plan, {**drawn, **private})
-        gain = (plan.variance / variance) ** (0.5 / len(drawn)) if variance > 0 else 1.0
-        gain = round(gain * 2**GAIN_BITS) / 2**GAIN_BITS
-        for value in drawn.values():
-            value.mul_(gain)
-    drawn |= _started(plan, {**drawn, **private})
-    gains = start_gains(plan)
-    # Each float64 factor is dropped as soon as it is rounded.
+    exact |= _started(plan, {**exact, **private})
     return {
-        name: _on_grid(drawn.pop(name), plan.factor_std * gains.get(name, 1))
-        for name in list(drawn)
+        name: _on_grid(exact.pop(name), plan.factor_std * gains.get(name, 1), torch.clone)
+        for name in list(exact)
     }
 
 
-def _on_grid(drawn: Tensor, std: float) -> Tensor:
-    """Round a factor, in place, to the grid of its standard deviation; without one it is zero."""
+def _on_grid(drawn: Tensor, std: float, exact: Callable[[Tensor], Tensor]) -> Tensor:
+    """Round a factor to the grid of its standard deviation; without one it is zero.
+
+    Args:
+        drawn: the factor; overwritten if it is float32.
+        std: of its values.
+        exact: returns some of the values as float64.
+    """
     if std == 0:
         return torch.zeros(drawn.shape, **PLAIN)
     step = 2.0 ** math.floor(math.log2(std) - SEEDED_BITS)
-    # Rounding makes negative zeros; adding 0.0 turns them into positive ones.
-    return drawn.div_(step).round_().mul_(step).add_(0.0).float()
+    rounded = drawn if drawn.dtype == torch.float32 else torch.empty(drawn.shape, **PLAIN)
+    for values, into in zip(
+        drawn.view(-1).split(BLOCK_ENTRIES), rounded.view(-1).split(BLOCK_ENTRIES), strict=True
+    ):
+        # Rounding makes negative zeros; adding 0.0 turns them into positive ones.
+        into.copy_(exact(values).div_(step).round_().mul_(step).add_(0.0))
+    return rounded
 
 
 def _variance(plan: WeightPlan, factors: Mapping[str, Tensor]) -> float:

@@ -29,7 +29,7 @@ from fedpara_plugins.factors.initialise import (
 )
 from fedpara_plugins.factors.plan import WeightPlan, WeightSlot, compose_together, factor_key
 from fedpara_plugins.layers.kept_weights import drop_kept_weights, has_kept_weights, kept_weight
-from fedpara_plugins.layers.read_only import read_only
+from fedpara_plugins.layers.read_only import ReadOnlyWeight, read_only
 from fedpara_plugins.support.torch_seams import (
     FX_LEAF,
     assembled_module,
@@ -131,6 +131,13 @@ class FactorisedLayer(nn.Module):
         raise TypeError(f"{cls.__name__} must define slots()")
 
     # From dense and back
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Return a dense layer, where code makes another layer of the kind that it has found.
+
+        PEFT's LoRA for convolutions does so. Converted layers are assembled, without arguments.
+        """
+        return cls.dense_class(*args, **options) if args or options else super().__new__(cls)
 
     @classmethod
     def from_dense(
@@ -312,11 +319,27 @@ class FactorisedLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("plans", ()):
+            if self._is_own_weight(name, value):
+                return  # PEFT does so when it takes an adapter away
             raise ConversionError(
                 f"{name} of this {self.kind} layer is composed from factors at each use and cannot "
                 f"be assigned: assign before convert() and use init='fit', or set its factors"
             )
         super().__setattr__(name, value)
+
+    def _is_own_weight(self, weight: str, value: Any) -> bool:
+        if not isinstance(value, ReadOnlyWeight):
+            return False
+        with torch.no_grad():
+            return torch.equal(value, self.composed_weight(weight))
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__.get("plans", ()):
+            raise ConversionError(
+                f"{name} of this {self.kind} layer is composed from factors at each use and cannot "
+                f"be removed, as PEFT's adapters of attention do: go back with to_dense() first"
+            )
+        super().__delattr__(name)
 
     def reset_parameters(self) -> None:
         """Draw shared factors anew, private ones from the seed, biases as the dense layer does."""

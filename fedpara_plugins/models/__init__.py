@@ -11,7 +11,7 @@ from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.models.checkpoints import load_factors, save_dense, save_factors
 from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.dense_copy import to_dense
-from fedpara_plugins.models.infinities import check_finite, restore_infinities
+from fedpara_plugins.models.infinities import check_finite, diverged, restore_infinities
 from fedpara_plugins.models.model_report import Report, report
 from fedpara_plugins.models.private_start import keep_own_values
 from fedpara_plugins.models.spec import ModelSpec
@@ -25,6 +25,7 @@ __all__ = [
     "check_finite",
     "config_of",
     "convert",
+    "diverged",
     "keep_own_values",
     "load_factors",
     "merge",

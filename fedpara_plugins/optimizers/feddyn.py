@@ -125,10 +125,9 @@ class FedDynServer:
             x: the state that the client started from.
             reply: the client's.
         """
-        return {
-            name: -self.alpha * (reply.arrays[name].double() - x[name].double())
-            for name in reply.names
-        }
+        after = {name: reply.arrays[name].double() for name in reply.names}
+        change = subtract(after, {name: x[name].double() for name in after})
+        return {name: -self.alpha * value for name, value in change.items()}
 
     def step(
         self,

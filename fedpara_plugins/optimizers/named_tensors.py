@@ -63,8 +63,15 @@ def zeros(like: Mapping[str, Tensor]) -> State:
 
 
 def subtract(after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> State:
-    """Return ``after - before`` for the names of ``before``."""
-    return {name: (after[name] - value).detach() for name, value in before.items()}
+    """Return ``after - before`` for the names of ``before``; 0 where both are one infinity."""
+    return {name: _difference(after[name], value) for name, value in before.items()}
+
+
+def _difference(after: Tensor, before: Tensor) -> Tensor:
+    change = (after - before).detach()
+    if change.is_floating_point() and not bool(torch.isfinite(change).all()):
+        change.masked_fill_(after == before, 0.0)
+    return change
 
 
 def add_scaled(start: Mapping[str, Tensor], by: Mapping[str, Tensor], factor: float) -> State:

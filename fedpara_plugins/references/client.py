@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fedpara_plugins.codecs import (
     PayloadHeader,
-    decode_payload,
     encode_payload,
     reference_hash,
 )
@@ -16,7 +16,12 @@ from fedpara_plugins.codecs.chain import Codec
 from fedpara_plugins.codecs.payload import open_payload
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.references.version_zero import reference_from_header
+from fedpara_plugins.references.version_zero import (
+    CostlyDrawError,
+    DerivedReference,
+    reference_from_header,
+)
+from fedpara_plugins.stages.handed_over import working_limit
 from fedpara_plugins.stages.stage import Tensors
 
 __all__ = ["ClientReferences", "DecodedDownlink", "LostReferenceError"]
@@ -78,7 +83,9 @@ class ClientReferences:
         *,
         limit: int,
         expect: ModelSpec | None = None,
+        own: Sequence[ModelSpec] = (),
         most_tensors: int | None = None,
+        working: int | None = None,
     ) -> DecodedDownlink:
         """Decode a downlink message.
 
@@ -88,7 +95,11 @@ class ClientReferences:
             limit: largest size of the state in bytes.
             expect: this side's model, if it is known; a message that describes another model is
                 refused before anything is derived or decoded.
+            own: this side's models, one of which it may be: version 0 of such a one is drawn
+                however long that takes.
             most_tensors: number of tensors that there may be, as for `decode_payload`.
+            working: bytes that all of this may take; one and a half times the limit, and 10 MiB, if
+                None.
 
         Raises:
             MismatchError: the message is of another model than expected.
@@ -100,32 +111,58 @@ class ClientReferences:
         header = opened.header
         if expect is not None:
             check_model(header, expect)
-        references: dict[str, Tensors] = {}
+        working = working_limit(limit) if working is None else working
+        references: Mapping[str, Tensors] = {}
         if header.reference is not None:
-            references = self._wanted(record, header, header.reference, limit, expect)
-        tensors = opened.decode(references=references).tensors
+            known = expect or _described(header, own)
+            derived = self._derived(record, header, limit, working, known)
+            if derived is None:
+                references = self._held(record, header.reference)
+            else:
+                references = {derived.reference: derived.tensors}
+                working -= derived.nbytes
+            if header.reference not in references:
+                what = "a reference" if derived is None else "version 0"
+                found = [] if derived is None else [derived.reference]
+                raise self._lost(record, header.reference, what, found)
+        tensors = opened.decode(references=references, working=working).tensors
         return DecodedDownlink(tensors, reference_hash(tensors), header)
 
-    def _wanted(
-        self, record: str, header: PayloadHeader, wanted: str, limit: int, expect: ModelSpec | None
-    ) -> dict[str, Tensors]:
-        """Return the state that a message is coded against, by its hash."""
-        derived = reference_from_header(header.extra, header.model, limit=limit, expect=expect)
-        if derived is not None:
-            what, known = "version 0", [derived.reference]
-            if derived.reference == wanted:
-                return {wanted: derived.tensors}
-        else:
-            what, known = "a reference", []
-            for key in self._keys(record):  # one state in memory at a time
-                state = self._state(key)
-                if state is None:
-                    continue
-                known.append(reference_hash(state))
-                if known[-1] == wanted:
-                    return {wanted: state}
-                del state
-        raise LostReferenceError(
+    def _derived(
+        self,
+        record: str,
+        header: PayloadHeader,
+        limit: int,
+        working: int,
+        known: ModelSpec | None,
+    ) -> DerivedReference | None:
+        """Return the state that a message describes, if it describes one."""
+        try:
+            return reference_from_header(
+                header.extra, header.model, limit=limit, expect=known, working=working
+            )
+        except CostlyDrawError as error:
+            # The server then sends what needs no draw.
+            raise LostReferenceError(f"record {record!r}: {error}", self.holds(record)) from error
+
+    def _held(self, record: str, wanted: str) -> Mapping[str, Tensors]:
+        """Return the held state of this hash, which is loaded when it is looked up.
+
+        Raises:
+            LostReferenceError: none has it.
+        """
+        known = []
+        for key in self._keys(record):  # one state in memory at a time
+            found = self._hash(key)
+            if found == wanted:
+                return _StoredState(wanted, partial(self._state, key))
+            known += [] if found is None else [found]
+        raise self._lost(record, wanted, "a reference", known)
+
+    def _lost(
+        self, record: str, wanted: str, what: str, known: Sequence[str]
+    ) -> LostReferenceError:
+        return LostReferenceError(
             f"record {record!r} is coded against {what} {wanted[:16]}, this client holds "
             f"{', '.join(name[:16] for name in known) or 'none'}; the server must send it again, "
             "coded against a state that the client holds",
@@ -160,6 +197,37 @@ class ClientReferences:
     def _state(self, key: str) -> Tensors | None:
         data = self._storage[key]
         try:
-            return decode_payload(data, limit=max(len(data), 1)).tensors
+            return open_payload(data, limit=max(len(data), 1)).decode(borrowed=True).tensors
         except PayloadError:
             return None  # a damaged state counts as not held; the server will be told
+
+
+class _StoredState(Mapping[str, Tensors]):
+    """One state by its hash, loaded at each look-up."""
+
+    def __init__(self, reference: str, load: Callable[[], Tensors | None]) -> None:
+        self._reference = reference
+        self._load = load
+
+    def __getitem__(self, reference: str) -> Tensors:
+        found = self._load() if reference == self._reference else None
+        if found is None:
+            raise KeyError(reference)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([self._reference])
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _described(header: PayloadHeader, own: Sequence[ModelSpec]) -> ModelSpec | None:
+    """Return the one of some models that a message describes; None if it describes another."""
+    for spec in own:
+        try:
+            spec.check_described(header.model or {}, here="this side", there="the sender")
+        except PayloadError:
+            continue
+        return spec
+    return None

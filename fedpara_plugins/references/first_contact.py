@@ -67,9 +67,14 @@ class DerivedReferences:
         """
         seeded = self.get(SEEDED, spec, state)
         gain = sum(
-            float((value.double().square() - (value.double() - drawn.double()).square()).sum())
+            _gain(value.double(), seeded.tensors[name].double())
             for name, value in state.items()
             if value.dtype in REAL_DTYPES
-            for drawn in [seeded.tensors[name]]
         )
         return seeded if gain > 0 else self.get(ZEROS, spec, state)
+
+
+def _gain(exact: Tensor, drawn: Tensor) -> float:
+    """Return by how much drawn values are nearer than zeros; infinities, as in a mask, count 0."""
+    nearer = exact.square() - (exact - drawn).square()
+    return float(nearer.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).sum())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedpara_plugins.stages.checks import all_finite
 from fedpara_plugins.stages.stage import REAL_DTYPES, Tensors
 
 __all__ = ["PublishedState", "publish"]
@@ -63,7 +64,7 @@ def publish(
             continue
         old = before.state[name].double()
         exact = state[name].double()
-        if not bool(torch.isfinite(exact).all()):
+        if not (all_finite(exact) and all_finite(old)):
             continue
         first = name not in before.exponents
         known = before.exponents.get(name)

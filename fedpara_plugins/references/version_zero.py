@@ -25,6 +25,7 @@ from fedpara_plugins.codecs.json_reader import json_cost, strict_json
 from fedpara_plugins.codecs.reference import reference_hash
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.factors.initialise import seeded_shared
+from fedpara_plugins.factors.seeded_gain import draw_bytes, draw_nanoseconds
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.spec_rows import plan_from_row
 from fedpara_plugins.stages.handed_over import working_limit
@@ -41,6 +42,7 @@ from fedpara_plugins.stages.stage import (
 __all__ = [
     "SEEDED",
     "ZEROS",
+    "CostlyDrawError",
     "DerivedKind",
     "DerivedReference",
     "derive_reference",
@@ -54,16 +56,22 @@ ZEROS: DerivedKind = "zeros"
 KEY = "base"
 LONGEST_LAYOUT = 4 * 2**20
 """Largest size in bytes of the layout's JSON, unpacked; a payload's whole table has the same."""
-DENSE_FACTOR = 64
-"""Deriving factors composes their weights once: entries allowed for each byte of the state."""
-ROW_ENTRIES, KERNEL_ENTRIES = 2**18, 2**21
-"""Entries of one composed row, and of a kernel's core times one side, that are allowed however
-small the state is: they are computed at a time, as float64."""
-DENSE_ENTRIES = 2**26
-"""Entries of composed weights that are allowed however small the state is."""
+ROW_ENTRIES = 2**18
+"""Entries of a composed weight at one place of its second side that are allowed however small the
+state is: they are computed at a time."""
+DRAW_TIME, DRAW_TIME_PER_BYTE = 30e6, 35e6 / 2**20
+"""Nanoseconds of one core that a draw may take, and those for each byte of the state: most of what
+decoding may take in all."""
 
 _Layout = Mapping[str, tuple[torch.dtype, list[int]]]
 """Dtype and shape by name."""
+
+
+class CostlyDrawError(PayloadError):
+    """A stranger's description of version 0 would take too long to draw.
+
+    It is forged, or of an unusual model that this side has not built yet.
+    """
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,12 @@ class DerivedReference:
     tensors: Tensors
     reference: str
     extra: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values in memory: zeros that nobody has written to take none."""
+        kind = self.extra[KEY]["kind"]
+        return 0 if kind == ZEROS else sum(value.nbytes for value in self.tensors.values())
 
 
 def derive_reference(
@@ -106,6 +120,7 @@ def reference_from_header(
     *,
     limit: int,
     expect: ModelSpec | None = None,
+    working: int | None = None,
 ) -> DerivedReference | None:
     """Derive the reference that a header describes; return None if it describes none.
 
@@ -113,10 +128,13 @@ def reference_from_header(
         extra: the header's field of that name.
         model: the header's field of that name.
         limit: largest size of the state in bytes.
-        expect: this side's model, if it is known; the header's must be equal.
+        expect: this side's model, if it is known; the header's must be equal. It may take as long
+            to draw as it does.
+        working: bytes that all of this may take; three times the limit, and 16 MiB, if None.
 
     Raises:
         MismatchError: the header's model is not the one expected.
+        CostlyDrawError: a model that is not known would take too long, or any too much memory.
         PayloadError: the description is malformed, or the state would exceed the limit.
     """
     if extra is None or KEY not in extra:
@@ -141,7 +159,8 @@ def reference_from_header(
     ) as error:
         raise PayloadError(f"the header's description of version 0 is malformed: {error}") from None
     if spec is not None:
-        _check_spec(spec, like)
+        most = 3 * limit + 2**24 if working is None else working
+        _check_spec(spec, like, known=expect is not None, working=most)
     tensors = _derived(kind, spec, like)
     return DerivedReference(tensors, reference_hash(tensors), {KEY: extra[KEY]})
 
@@ -206,13 +225,16 @@ def _fits(entry: tuple[torch.dtype, list[int]] | None, shape: tuple[int, ...]) -
     return entry is not None and entry[0] in REAL_DTYPES and tuple(entry[1]) == shape
 
 
-def _check_spec(spec: ModelSpec, like: _Layout) -> None:
+def _check_spec(spec: ModelSpec, like: _Layout, *, known: bool, working: int) -> None:
     """Raise unless sizes and deviations, which come from a stranger, are sound enough to draw.
 
     Raises:
+        CostlyDrawError: drawing would take too long, and the model is not known; or too much
+            memory.
         PayloadError: a number is out of range, or composed weights would be too large.
     """
     plans = {weight: spec.weights[weight] for weight in _drawn(spec, like)}
+    size = _size(like)
     for weight, plan in plans.items():
         numbers = [plan.scale, plan.factor_std, plan.variance]
         if plan.method.private:
@@ -222,21 +244,25 @@ def _check_spec(spec: ModelSpec, like: _Layout) -> None:
                 f"{weight[:200]!r}: no factors can have shape {plan.shape}, rank {plan.rank} and "
                 f"the numbers {numbers}"
             )
-        row, most = prod(plan.shape[1:]), max(ROW_ENTRIES, _size(like) // 8)
-        if plan.kernel:
-            row, most = plan.rank * row, max(KERNEL_ENTRIES, _size(like))
+        row, most = prod(plan.shape[2:]), max(ROW_ENTRIES, size // 8)
         if row > most:
             raise PayloadError(
-                f"{weight[:200]!r}: a row of the composed weight takes {row} entries; at most "
+                f"{weight[:200]!r}: a place of the composed weight has {row} entries; at most "
                 f"{most} are computed"
             )
-    entries = sum(prod(plan.shape) for plan in plans.values())
-    allowed = max(DENSE_ENTRIES, DENSE_FACTOR * _size(like))
-    if entries > allowed:
-        raise PayloadError(
-            f"version 0: its composed weights have {entries} entries, and at most {allowed} are "
-            f"computed for a state of {_size(like)} bytes: the message is forged, or its ranks are "
-            f"far too small to be useful"
+    needed = size + max(map(draw_bytes, plans.values()), default=0)
+    if needed > working:
+        raise CostlyDrawError(
+            f"version 0: drawing a state of {size} bytes would take {needed}, and {working} are "
+            f"allowed: the message is forged, or of a model that cannot start so"
+        )
+    cost = sum(map(draw_nanoseconds, plans.values()))
+    allowed = DRAW_TIME + DRAW_TIME_PER_BYTE * size
+    if cost > allowed and not known:
+        raise CostlyDrawError(
+            f"version 0: its {len(plans)} weights would take some {cost / 1e6:.3g} ms to draw, and "
+            f"{allowed / 1e6:.3g} ms are allowed for a state of {size} bytes: the message "
+            f"is forged, or its ranks are far too small to be useful"
         )
 
 

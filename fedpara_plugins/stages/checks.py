@@ -13,8 +13,9 @@ __all__ = [
     "MAX_DIMENSIONS",
     "all_finite",
     "check_dimensions",
+    "holds_infinity",
     "is_shape",
-    "not_finite",
+    "not_a_number",
     "unused_name",
 ]
 
@@ -56,17 +57,39 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or all(map(math.isfinite, torch.aminmax(tensor.detach())))
 
 
-def not_finite(name: str, tensor: torch.Tensor, trouble: str) -> PayloadError:
-    """Return the error for a tensor that a lossy stage refuses because of NaN or infinity.
+def holds_infinity(name: str, tensor: torch.Tensor, trouble: str) -> bool:
+    """Return whether a tensor holds infinities, which a lossy stage sends as they are.
+
+    They belong to a model: a mask of ``-inf``, say. Whether values *became* infinite is for the
+    sender to know, who has what it started from.
 
     Args:
         name: the tensor's name.
-        tensor: its values; the message says how many of them are NaN or infinite.
+        tensor: its values.
+        trouble: see `not_a_number`.
+
+    Raises:
+        PayloadError: it holds NaN.
+    """
+    if not tensor.numel():
+        return False
+    low, high = map(float, torch.aminmax(tensor.detach()))
+    if math.isnan(low) or math.isnan(high):
+        raise not_a_number(name, tensor, trouble)
+    return math.isinf(low) or math.isinf(high)
+
+
+def not_a_number(name: str, tensor: torch.Tensor, trouble: str) -> PayloadError:
+    """Return the error for a tensor that a lossy stage refuses because of NaN.
+
+    Args:
+        name: the tensor's name.
+        tensor: its values; the message says how many of them are NaN.
         trouble: a relative clause about such values, such as ``which 'quantise' cannot carry``.
     """
-    bad = int((~torch.isfinite(tensor)).sum())
+    bad = int(torch.isnan(tensor).sum())
     return PayloadError(
-        f"tensor {name!r}: {bad} of {tensor.numel()} values are NaN or infinite, {trouble}. "
+        f"tensor {name!r}: {bad} of {tensor.numel()} values are NaN, {trouble}. "
         "Training has probably diverged: lower the learning rate or clip gradients; codec "
         "'lossless' sends such values as they are"
     )

@@ -19,9 +19,11 @@ class DeltaStage(Stage):
     Both results are rounded once to the tensor's own dtype, float16 and bfloat16 included: a wider
     difference would double the bytes of a half-precision model if no quantiser follows. A decoded
     value is within eps * (|x| + |r|) of the original, and exact if x and r are within a factor of 2
-    of each other (Sterbenz's lemma). So the stage is not lossless. A zero-dimensional tensor that
-    would not be exact is sent whole; the notes list its place under ``whole``. Tensors that are not
-    float16, bfloat16, float32 or float64 pass unchanged.
+    of each other (Sterbenz's lemma). So the stage is not lossless. Where x and r are the same
+    infinity, or both are NaN, as in a mask, d = 0. A tensor is sent whole if it has no dimensions
+    and would not be exact, or if x or r has infinities or NaN where the other has something else;
+    the notes list its place under ``whole``. Tensors that are not float16, bfloat16, float32 or
+    float64 pass unchanged.
     """
 
     name = "delta"
@@ -42,13 +44,11 @@ class DeltaStage(Stage):
             coded[name] = tensor
             if tensor.dtype not in REAL_DTYPES:
                 continue
-            other = reference_tensor(name, tensor, reference)
-            delta = tensor - other
-            if tensor.ndim == 0 and tensor_bytes(other + delta) != tensor_bytes(tensor):
+            delta = _difference(name, tensor, reference_tensor(name, tensor, reference))
+            if delta is None:
                 whole.append(place)
-                continue
-            _check_overflow(name, tensor, delta)
-            coded[name] = delta
+            else:
+                coded[name] = delta
         return coded, {"whole": whole} if whole else {}
 
     def decode(
@@ -112,13 +112,26 @@ def reference_tensor(name: str, tensor: torch.Tensor, reference: Tensors | None)
     return other
 
 
-def _check_overflow(name: str, tensor: torch.Tensor, delta: torch.Tensor) -> None:
+def _difference(name: str, tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None:
+    """Return what leads from the reference's tensor to this one; None if no difference does.
+
+    Raises:
+        PayloadError: a difference of finite values overflows the dtype.
+    """
+    delta = tensor - other
+    if tensor.ndim == 0 and tensor_bytes(other + delta) != tensor_bytes(tensor):
+        return None
     if all_finite(delta):
-        return
+        return delta
     lost = ~torch.isfinite(delta)
-    count = int((lost & torch.isfinite(tensor)).sum())
+    count = int((lost & torch.isfinite(tensor) & torch.isfinite(other)).sum())
     if count:
         raise PayloadError(
             f"tensor {name!r}: {count} of {tensor.numel()} finite values have no finite difference "
             f"from the reference in {tensor.dtype}; check the reference, or use codec 'lossless'"
         )
+    same = (tensor == other) | (torch.isnan(tensor) & torch.isnan(other))
+    delta = delta.masked_fill(lost & same, 0.0)
+    back = other + delta
+    comes_back = (back == tensor) | torch.isnan(tensor) | ~lost
+    return delta if bool(comes_back.all()) else None

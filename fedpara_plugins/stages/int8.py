@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 import struct
 
 import torch
 
 from fedpara_plugins.errors import PayloadError
-from fedpara_plugins.stages.checks import not_finite
+from fedpara_plugins.stages.checks import holds_infinity
 from fedpara_plugins.stages.dtypes import (
     REAL_DTYPES,
     arithmetic_dtype,
@@ -31,8 +30,9 @@ class Int8Stage(Stage):
 
     Arithmetic is float32 (float64 for float64 tensors); the product is rounded once more to the
     tensor's dtype. Acts on float16, bfloat16, float32 and float64 tensors of at least one
-    dimension; all others pass unchanged. Scales are rounded towards zero so that no decoded value
-    exceeds the largest one sent, and are at least the smallest normal number.
+    dimension; all others pass unchanged, and so does a tensor with infinities. Scales are rounded
+    towards zero so that no decoded value exceeds the largest one sent, and are at least the
+    smallest normal number.
 
     Notes: ``dtypes`` and ``each`` (see `pack_dtypes`; ``-`` for a tensor passed unchanged) and
     ``scales``: base64 of one little-endian float64 for each quantised tensor, in order.
@@ -47,17 +47,18 @@ class Int8Stage(Stage):
         """Quantise.
 
         Raises:
-            PayloadError: a tensor to be quantised holds NaN or infinity.
+            PayloadError: a tensor to be quantised holds NaN.
         """
         coded: Tensors = {}
         dtypes: list[torch.dtype | None] = []
         scales: list[float] = []
         for name, tensor in tensors.items():
-            if tensor.dtype not in REAL_DTYPES or tensor.ndim == 0:
+            acts = tensor.dtype in REAL_DTYPES and tensor.ndim > 0
+            if not acts or holds_infinity(name, tensor, "which int8 cannot carry"):
                 coded[name] = tensor
                 dtypes.append(None)
                 continue
-            scale = _scale(name, tensor)
+            scale = _scale(tensor)
             coded[name] = _quantise(tensor, scale)
             dtypes.append(tensor.dtype)
             scales.append(scale)
@@ -81,15 +82,12 @@ class Int8Stage(Stage):
         )
 
 
-def _scale(name: str, tensor: torch.Tensor) -> float:
+def _scale(tensor: torch.Tensor) -> float:
     wide = arithmetic_dtype(tensor.dtype)
     smallest = torch.finfo(wide).tiny
     if tensor.numel() == 0:
         return smallest
-    # One pass and no copy; NaN and infinity both show in the result.
     low, high = (float(end) for end in torch.aminmax(tensor.detach()))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise not_finite(name, tensor, "which int8 cannot carry")
     peak = max(-low, high)
     scale = torch.tensor(peak / LARGEST_SYMBOL, dtype=wide)
     if LARGEST_SYMBOL * float(scale) > peak:

@@ -58,7 +58,8 @@ class QuantiseStage(Stage):
     Nothing is clipped, so |error| <= s / 2. Acts on float16, bfloat16, float32 and float64 tensors
     of at least one dimension; arithmetic is float32 (float64 for float64 tensors), and the product
     is rounded once more to the tensor's dtype. A tensor whose symbols would be wider than its
-    values is sent as it is. Tensors of one dimension always have 8-bit steps.
+    values, or that holds infinities, is sent as it is. Tensors of one dimension always have 8-bit
+    steps.
 
     Args:
         bits: s = max|x| / (2^(bits - 1) - 1), so that symbols have that many bits; 2 to 16.
@@ -121,7 +122,7 @@ class QuantiseStage(Stage):
         """Quantise.
 
         Raises:
-            PayloadError: a tensor to be quantised holds NaN or infinity.
+            PayloadError: a tensor to be quantised holds NaN.
         """
         generator = self.generator() if self.rounding == "stochastic" else None
         double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
@@ -179,7 +180,7 @@ class QuantiseStage(Stage):
         buffers: _ScratchBuffers,
         step_bytes: int,
     ) -> QuantisedTensor | None:
-        """Return symbols and steps; None if they would take more bytes than the values."""
+        """Return symbols and steps; None if they would take more bytes, or there are infinities."""
         flat = tensor.ndim == 1
         rule = StepRule(FLAT_BITS if flat else self.bits, None if flat else self.rms)
         exact = tensor.detach().to(arithmetic_dtype(tensor.dtype)).numpy()
@@ -187,6 +188,8 @@ class QuantiseStage(Stage):
         for scope in dict.fromkeys((wanted, PER_TENSOR)):
             rows = group(exact, scope, self.block)
             steps = rule.steps(name, rows, tensor)
+            if steps is None:
+                return None
             counts = _round_to_steps(rows, steps, generator, buffers.like(rows))
             counts = counts.reshape(-1)[: exact.size].reshape(exact.shape)
             symbols = narrowest_symbols(counts, max(step.largest_symbol for step in steps))

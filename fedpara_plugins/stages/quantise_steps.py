@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpara_plugins.stages.checks import not_finite
+from fedpara_plugins.stages.checks import not_a_number
 
 __all__ = ["PER_BLOCK", "PER_ROW", "PER_TENSOR", "QuantiserStep", "Rows", "StepRule", "group"]
 
@@ -48,8 +48,8 @@ class StepRule(NamedTuple):
     bits: int | None
     rms: float | None
 
-    def steps(self, name: str, rows: Rows, tensor: torch.Tensor) -> list[QuantiserStep]:
-        """Return the step of each row.
+    def steps(self, name: str, rows: Rows, tensor: torch.Tensor) -> list[QuantiserStep] | None:
+        """Return the step of each row; None if there are infinities, for which there is none.
 
         Args:
             name: the tensor's name, for messages.
@@ -57,11 +57,13 @@ class StepRule(NamedTuple):
             tensor: the values before grouping.
 
         Raises:
-            PayloadError: NaN or infinity among the values.
+            PayloadError: NaN among the values.
         """
         least, top = float(np.finfo(rows.dtype).tiny), torch.finfo(tensor.dtype).max
         round_down = float if rows.dtype == np.float64 else _float32_at_most
         peaks = _peaks(name, rows, tensor)
+        if math.inf in peaks:
+            return None
         if self.rms is None:
             half = 2 ** ((self.bits or 0) - 1) - 1
             return [
@@ -99,13 +101,13 @@ def _float32_at_most(value: float) -> float:
 
 
 def _peaks(name: str, rows: Rows, tensor: torch.Tensor) -> list[float]:
-    """Return the largest magnitude of each row."""
+    """Return the largest magnitude of each row, which may be infinite."""
     if rows.size == 0:
         return [0.0] * len(rows)
     # No copy; NaN and infinity both show in the result.
     low, high = rows.min(axis=1).tolist(), rows.max(axis=1).tolist()
-    if not all(map(math.isfinite, low + high)):
-        raise not_finite(name, tensor, "which 'quantise' cannot carry")
+    if any(map(math.isnan, low + high)):
+        raise not_a_number(name, tensor, "which 'quantise' cannot carry")
     return [max(-one, other) for one, other in zip(low, high, strict=True)]
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from fedpara_plugins.errors import ConfigError, PayloadError
-from fedpara_plugins.stages.checks import all_finite, is_shape, not_finite, unused_name
+from fedpara_plugins.stages.checks import holds_infinity, is_shape, unused_name
 from fedpara_plugins.stages.dtypes import REAL_DTYPES, byte_size
 from fedpara_plugins.stages.handed_over import HandedOver, take
 from fedpara_plugins.stages.options import (
@@ -35,8 +35,9 @@ class TopkStage(Stage):
     """The values of largest magnitude, with their positions as gaps; the rest becomes zero.
 
     Acts on float16, bfloat16, float32 and float64 tensors of two dimensions or more whose kept
-    values and positions take fewer bytes than the whole; all others pass unchanged. Kept values
-    are sent under the tensor's name, in row-major order, with shape (1, number of values).
+    values and positions take fewer bytes than the whole, and that hold no infinities; all others
+    pass unchanged. Kept values are sent under the tensor's name, in row-major order, with shape
+    (1, number of values).
 
     A gap is the number of values left out since the previous kept one. It is written as any number
     of bytes 255 and one byte below 255; their sum is the gap. The gaps of all tensors form one
@@ -81,19 +82,17 @@ class TopkStage(Stage):
         """Select the largest values.
 
         Raises:
-            PayloadError: a tensor to select from holds NaN or infinity.
+            PayloadError: a tensor to select from holds NaN.
         """
         coded: Tensors = {}
         shapes: list[list[int] | None] = []
         gaps = [np.empty(0, np.uint8)]
         for name, tensor in tensors.items():
             kept = self._number_kept(tensor)
-            if kept is None:
+            if kept is None or holds_infinity(name, tensor, "among which 'topk' finds no largest"):
                 coded[name] = tensor
                 shapes.append(None)
                 continue
-            if not all_finite(tensor):
-                raise not_finite(name, tensor, "among which 'topk' finds no largest")
             flat = tensor.detach().reshape(-1)
             # Not every version of torch has topk of float16 on a CPU.
             positions = torch.topk(flat.abs().float(), kept, sorted=False).indices.sort().values

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from fedpara_plugins import ConfigError, MismatchError, ModelSpec, PayloadError, TooLargeError
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec, peek_header
-from fedpara_plugins.exchange import ClientState, OwnModels
+from fedpara_plugins.exchange import ClientState, DownlinkEncoder, OwnModels
 from fedpara_plugins.exchange.outgoing import Outgoing
 from fedpara_plugins.exchange.records import plain_spec
 from fedpara_plugins.references import LostReferenceError
@@ -380,6 +382,33 @@ def test_only_what_was_decided_on_is_encoded(helpers):
     client_round = pair.received()
     payloads = client_round.encode({"model": Outgoing(pair.spec, {"2.bias": torch.ones(5)})})
     assert set(decode_payload(payloads["model"], limit=10**6).tensors) == {"2.bias"}
+
+
+def test_first_weights_may_hold_a_mask_and_no_nan(helpers):
+    """The client was sent no model: infinities are the model's own, NaN never is."""
+    pair = helpers.Pair()
+    for value, said in ((-math.inf, None), (math.nan, "'2.bias' holds 5 NaN")):
+        first = {**pair.state, "2.bias": torch.full((5,), value)}
+        client_round = pair.round()
+        if said is None:
+            assert client_round.prepare_reply({"model": first})
+            continue
+        with pytest.raises(PayloadError, match=said):
+            client_round.prepare_reply({"model": first})
+
+
+def test_infinities_that_were_received_are_no_divergence(helpers):
+    pair = helpers.Pair(codec="small")
+    pair.state["2.bias"][1] = -math.inf
+    pair.encoder = DownlinkEncoder(pair.settings)
+    pair.encoder.put("model", pair.state, pair.spec)
+    client_round = pair.received()
+    trained = dict(client_round.received["model"].user_tensors)
+    client_round.encode(client_round.prepare_reply({"model": trained}))
+    trained["2.bias"] = trained["2.bias"].clone()
+    trained["2.bias"][2] = math.inf
+    with pytest.raises(PayloadError, match=r"'2.bias' holds 1 NaN or infinite values of 5"):
+        client_round.prepare_reply({"model": trained})
 
 
 def test_records_of_ever_new_names_do_not_fill_a_clients_state(helpers):

@@ -205,6 +205,12 @@ def test_the_first_weights_bring_their_own_description(pair, helpers):
     diverged = {**pair.shared, "2.bias": torch.full((5,), float("nan"))}
     with pytest.raises(PayloadError, match="NaN"):
         reader.read_first("parameters", payload_of(diverged, model=pair.spec.to_json()))
+    masked = {**pair.shared, "2.bias": torch.full((5,), -float("inf"))}  # the model's own
+    reader.read_first("parameters", payload_of(masked, model=pair.spec.to_json()))
+    for value in (float("inf"), float("nan")):
+        factor = {**pair.shared, "0.x1": torch.full_like(pair.shared["0.x1"], value)}
+        with pytest.raises(PayloadError):
+            reader.read_first("parameters", payload_of(factor, model=pair.spec.to_json()))
     absurd = {**pair.shared, "0.x1": torch.full_like(pair.shared["0.x1"], 1e38)}
     with pytest.raises(PayloadError, match=r"'0\.weight' are too large"):
         reader.read_first("parameters", payload_of(absurd, model=pair.spec.to_json()))

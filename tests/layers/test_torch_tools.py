@@ -319,16 +319,23 @@ def test_an_adapter_over_a_converted_layer_is_merged_or_refused(safe_merge):
         converted.merge(safe_merge)
 
 
-def test_peft_itself_merges_or_refuses():
-    peft = pytest.importorskip("peft", reason="needs peft")
-    model = fedpara.convert(nn.Sequential(nn.Linear(32, 40), nn.Linear(40, 40)), gamma=0.2)
-    for target in (["0"], ["1"]):
-        config = peft.LoraConfig(target_modules=target, init_lora_weights=False)
-        adapted = peft.get_peft_model(copy.deepcopy(model), config)
-        with pytest.raises(ConversionError, match=r"to_dense\(\)"):
-            adapted.merge_and_unload()
-    dense = fedpara.to_dense(model)
-    adapted = peft.get_peft_model(dense, config)
-    x = torch.randn(3, 32)
-    expected = adapted(x)
-    torch.testing.assert_close(adapted.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-5)
+def test_a_layer_s_own_weight_may_be_assigned_and_none_removed():
+    """PEFT assigns a layer its own weight when it takes an adapter away."""
+    for build, name in WEIGHTS.values():
+        layer = fedpara.convert(build(), method="fedpara", gamma=0.2, min_size=0)
+        before = {k: v.clone() for k, v in layer.state_dict().items()}
+        setattr(layer, name, getattr(layer, name))
+        for other in (2 * getattr(layer, name), nn.Parameter(getattr(layer, name).detach())):
+            with pytest.raises(ConversionError, match=f"{name} of this .* cannot be assigned"):
+                setattr(layer, name, other)
+        with pytest.raises(ConversionError, match=f"{name} of this .* cannot be removed"):
+            delattr(layer, name)
+        torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
+def test_another_layer_of_a_converted_layer_s_class_is_dense(kind):
+    dense = WEIGHTS[kind][0]()
+    layer = fedpara.convert(copy.deepcopy(dense), method="fedpara", gamma=0.2, min_size=0)
+    sizes = {"linear": (5, 6), "conv": (5, 6, 3), "embedding": (5, 6)}[kind]
+    assert type(type(layer)(*sizes)) is type(dense)

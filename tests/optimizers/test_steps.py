@@ -10,7 +10,13 @@ from torch import nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import ConfigError, MismatchError
-from fedpara_plugins.optimizers import AddedGradient, LocalFedDyn, LocalScaffold, trained_parameters
+from fedpara_plugins.optimizers import (
+    AddedGradient,
+    LocalFedDyn,
+    LocalScaffold,
+    subtract,
+    trained_parameters,
+)
 
 
 def made():
@@ -304,3 +310,14 @@ def _step(model):
     gradients = [p.grad.clone() for p in model.parameters()]
     optimizer.step()
     return gradients
+
+
+def test_equal_infinities_differ_by_zero():
+    inf, nan = float("inf"), float("nan")
+    before = {"a": torch.tensor([-inf, 1.0, -inf, inf, 0.0]), "n": torch.tensor(3)}
+    after = {"a": torch.tensor([-inf, 3.0, inf, 2.0, nan]), "n": torch.tensor(5)}
+    found = subtract(after, before)
+    torch.testing.assert_close(
+        found["a"], torch.tensor([0.0, 2.0, inf, -inf, nan]), equal_nan=True, rtol=0, atol=0
+    )
+    assert found["n"] == 2

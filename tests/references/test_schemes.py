@@ -336,3 +336,39 @@ def test_memory_of_payloads_is_bounded(helpers):
     for seed in range(per_client_module.REMEMBERED + 3):
         exchange.round(str(seed))
     assert len(exchange.downlink._encoded) <= per_client_module.REMEMBERED
+
+
+@pytest.mark.parametrize("codec", ["small", "balanced", "int8"])
+def test_a_mask_in_the_model_arrives_and_changes_nothing_for_others(scheme, helpers, codec):
+    """The first message is coded against version 0 as ever, the next ones are updates."""
+    mask = torch.full((12, 12), -float("inf")).triu(1)
+    kinds, sizes = [], []
+    for own in ({}, {"mask": mask}):
+        model = helpers.small_model()
+        for name, value in own.items():
+            model.register_buffer(name, value)
+        exchange = helpers.Exchange(scheme(), model=model, codec=codec)
+        for number in range(3):
+            (message,), received = exchange.round("a")
+            kinds.append(message.kind)
+            sizes.append(len(message.payload))
+            assert own.keys() <= received.tensors.keys()
+            for name, value in received.tensors.items():
+                assert torch.equal(value, mask) if name in own else torch.isfinite(value).all()
+            exchange.state = {**helpers.moved(exchange.state, number), **own}
+    assert kinds[:3] == kinds[3:] == ["first", "update", "update"]
+    assert all(
+        with_mask < without + 400 for without, with_mask in zip(sizes[:3], sizes[3:], strict=True)
+    )
+
+
+def test_a_place_that_is_unmasked_is_published_exactly(scheme, helpers):
+    exchange = helpers.Exchange(scheme(), codec="small")
+    exchange.state = {**exchange.state, "2.bias": exchange.state["2.bias"].clone()}
+    exchange.state["2.bias"][0] = -float("inf")
+    exchange.round("a")
+    exchange.state = {**exchange.state, "2.bias": exchange.state["2.bias"].clone()}
+    exchange.state["2.bias"][0] = 0.25
+    _, received = exchange.round("a")
+    assert torch.isfinite(received.tensors["2.bias"]).all()
+    assert abs(received.tensors["2.bias"][0] - 0.25) < 0.01

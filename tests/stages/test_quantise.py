@@ -131,9 +131,9 @@ def test_without_a_seed_chance_differs_and_torchs_own_generator_stays_untouched(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_refused_with_the_tensors_name(value):
+@pytest.mark.parametrize("beside", [1.0, float("inf"), -float("inf")])
+def test_nan_is_refused_with_the_tensors_name(beside):
     tensor = torch.ones(20, 20)
-    tensor[3, 4] = value
+    tensor[3, 4], tensor[5, 6] = float("nan"), beside
     with pytest.raises(PayloadError, match="'layer'"):
         QuantiseStage(bits=4).encode({"layer": tensor}, reference=None)

@@ -13,6 +13,7 @@ there has been no release since February 2025. Each has a test in
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import queue
 import sys
@@ -37,6 +38,7 @@ from fedml.simulation.sp.fedavg.fedavg_api import FedAvgAPI
 
 __all__ = [
     "CHECK",
+    "FEDML_FINISH",
     "FEDML_TYPES",
     "MODEL_KEY",
     "ONLINE",
@@ -54,6 +56,7 @@ __all__ = [
     "evaluate_clients",
     "evaluate_validation_set",
     "generate_validation_set",
+    "guard_listeners",
     "is_default_trainer",
     "local_dp_is_on",
     "mlops",
@@ -287,6 +290,12 @@ Stands on: ``FedMLServerManager.handle_message_client_status_update``.
 Not public: as `READY`.
 """
 
+FEDML_FINISH: int = MyMessage.MSG_TYPE_S2C_FINISH
+"""Type of FedML's message by which a server ends its cross-silo clients.
+
+Stands on, not public: as `READY`.
+"""
+
 FEDML_TYPES = (1, 2, 3, 4, 5, 6, 7, 8)
 """All types of messages between FedML's own servers and clients.
 
@@ -321,6 +330,34 @@ def replace_queue(manager: Any, moved: Callable[[queue.Queue[Any]], queue.Queue[
         manager.q_receiver = moved(manager.q_receiver)
         for thread in receiving_threads(manager):
             thread.q = manager.q_receiver
+
+
+def guard_listeners(manager: Any, log: logging.Logger) -> None:
+    """Let MQTT's manager survive what it cannot read, such as the name of no object of the store.
+
+    Of such a message its sender alone is passed on, with a type that says so.
+
+    Stands on: ``_on_message_impl``, which ``_on_message`` looks up for each message; ``_notify``;
+    and ``mqtt_mgr._client``, paho's client, whose ``suppress_exceptions`` covers other listeners.
+    Not public: an error ends FedML's loop, and nothing comes to the process any more.
+    """
+    read = getattr(manager, "_on_message_impl", None)
+    if read is None:
+        return
+
+    def guarded(message: Any) -> None:
+        try:
+            read(message)
+        except Exception as error:
+            log.warning("fedpara: FedML cannot read a message: %r", error)
+            with contextlib.suppress(Exception):
+                fields = json.loads(message.payload)
+                names = (Message.MSG_ARG_KEY_SENDER, Message.MSG_ARG_KEY_RECEIVER)
+                kept = {name: fields[name] for name in names}
+                manager._notify({Message.MSG_ARG_KEY_TYPE: "not read by FedML", **kept})
+
+    manager._on_message_impl = guarded
+    manager.mqtt_mgr._client.suppress_exceptions = True
 
 
 def receiving_threads(manager: Any) -> list[Any]:

@@ -30,7 +30,7 @@ class FedMLSettings(ExchangeSettings):
         mend: whether the plugin's engine runs even with method and codec ``none``, as the dense
             baseline of a comparison, with optimizers as published.
         min_clients: number of usable replies, and of client processes, below which the run ends. 0
-            requires one reply a round, and all processes.
+            is 1.
         weighting: how SCAFFOLD, FedDyn and Mime weigh clients: ``uniform``, as published, or
             ``examples``; "" leaves it to the optimizer.
         scaffold_option: the new variate of SCAFFOLD's clients: ``II``, from their steps, or ``I``,
@@ -42,6 +42,8 @@ class FedMLSettings(ExchangeSettings):
         guard_collect: see `Guard`; None for one pass over the clients.
         timeout: seconds without a message after which a process counts as gone.
         start_timeout: seconds within which all processes must be connected.
+        round_timeout: seconds within which clients must answer in a round; 0 waits for all that are
+            heard.
         server_rule: the rules that FedOpt's ``server_optimizer`` names: ``torch``, as in FedML, or
             ``flower``, which both frameworks can be set to.
         server_beta_1: of adaptive server optimizers; None for the rule's default.
@@ -59,6 +61,7 @@ class FedMLSettings(ExchangeSettings):
     guard_collect: int | None = None
     timeout: float = 40.0
     start_timeout: float = 600.0
+    round_timeout: float = 0.0
     server_rule: str = "torch"
     server_beta_1: float | None = None
     server_beta_2: float | None = None
@@ -76,6 +79,8 @@ class FedMLSettings(ExchangeSettings):
         for name in ("timeout", "start_timeout"):
             value = getattr(self, name)
             _check(name, 0 < value < 2**31, "seconds above 0", value)
+        limit = self.round_timeout
+        _check("round_timeout", 0 <= limit < 2**31, "seconds, or 0 for no limit", limit)
         rules = "'torch' or 'flower'"
         _check("server_rule", self.server_rule in ("torch", "flower"), rules, self.server_rule)
         for name in ("server_beta_1", "server_beta_2"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
 from fedpara_plugins_fedml.messages.envelope import FIXED, pack, unpack
 
-__all__ = ["ENVELOPES", "GRADIENTS", "STEPS", "VARIATES", "Attack"]
+__all__ = ["ENVELOPES", "GRADIENTS", "STEPS", "VARIATES", "Attack", "tensors"]
 
 Attack = Callable[[bytes], Any]
 """Maps an honest message to what is sent in its place."""

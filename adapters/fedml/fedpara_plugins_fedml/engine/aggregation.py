@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedpara_plugins import MismatchError, ModelSpec
 from fedpara_plugins.exchange import cast
+from fedpara_plugins.models import restore_infinities
 from fedpara_plugins_fedml.engine.models import plain_state, to_state
 from fedpara_plugins_fedml.rules import ClientReply, Rule, State
 from fedpara_plugins_fedml.seams import averaging, note_client_models
@@ -100,7 +101,8 @@ class Aggregation:
         return {k: cast(found[k].detach().cpu(), value.dtype) for k, value in x.items()}
 
     def _sound(self, x: State, found: Mapping[str, Any]) -> State:
-        new = self._named(x, found)
+        # Differences of a mask's infinities are NaN for most rules.
+        new = restore_infinities(self._named(x, found), x, only_nan=True)
         for name, value in new.items():
             if value.shape != x[name].shape:
                 raise MismatchError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from uuid import uuid4
 
 from fedpara_plugins import FedParaError, MismatchError
 from fedpara_plugins_fedml.engine.client import ClientEngine
@@ -11,9 +12,21 @@ from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.modes.handshake import SERVER, connect, leave, refuse
 from fedpara_plugins_fedml.seams import client_status_training, mlops
 from fedpara_plugins_fedml.transport.peers import Endpoint
-from fedpara_plugins_fedml.transport.protocol import CLOSE, FINISH, REPLY, TASK, WELCOME, Event
+from fedpara_plugins_fedml.transport.protocol import (
+    CLOSE,
+    FINISH,
+    HELLO,
+    REPLY,
+    TASK,
+    UNREADABLE,
+    WELCOME,
+    Event,
+)
 
 __all__ = ["TESTS", "ClientManager"]
+
+MOST_UNREAD = 5
+"""Messages that a client asks for once more because it could not read them."""
 
 TESTS = ("no", "before_aggregation", "after_aggregation", "both")
 """Values of the key ``test_on_clients``."""
@@ -43,6 +56,7 @@ class ClientManager:
         self._engine = engine
         (_, _, _, _, self._sizes, self._train, self._test, _) = dataset
         self._start_timeout = start_timeout
+        self._unread = 0
         self._tests = str(getattr(args, "test_on_clients", None) or "no")
 
     def run(self) -> None:
@@ -73,6 +87,12 @@ class ClientManager:
             if event.data is None:
                 return True
             self._take_final(event)
+        elif event.kind == UNREADABLE and self._unread < MOST_UNREAD:
+            self._unread += 1
+            log.warning(
+                "fedpara: %s came from the server, which is asked to send it again", event.name
+            )
+            self._endpoint.send(SERVER, HELLO, session=uuid4().hex)
         else:
             refuse(self._endpoint, event)
         return False

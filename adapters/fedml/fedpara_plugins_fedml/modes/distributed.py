@@ -15,7 +15,7 @@ from fedpara_plugins_fedml.engine.models import client_model, converted, server_
 from fedpara_plugins_fedml.engine.server import ServerEngine
 from fedpara_plugins_fedml.logs import log
 from fedpara_plugins_fedml.modes.client_manager import TESTS, ClientManager
-from fedpara_plugins_fedml.modes.handshake import connect
+from fedpara_plugins_fedml.modes.handshake import take_no_part
 from fedpara_plugins_fedml.modes.placement import SiloPlacement
 from fedpara_plugins_fedml.modes.run_end import announce_failure
 from fedpara_plugins_fedml.modes.server_manager import ServerManager
@@ -98,7 +98,12 @@ class Distributed:
         aggregator.model = own
         aggregator.set_id(0 if args.training_type == "cross_silo" else -1)
         engine = ServerEngine(settings, args, self._device, self._dataset, aggregator, rule)
-        placement = SiloPlacement(total, per_round, keep=total > per_round)
+        placement = SiloPlacement(
+            total,
+            per_round,
+            keep=total > per_round,
+            movable=args.training_type == "simulation",
+        )
         evaluation = ServerEvaluation(args, self._device, self._dataset, aggregator, per_round)
         return lambda endpoint: ServerManager(
             args, endpoint, engine, placement, evaluation, settings.start_timeout
@@ -150,14 +155,20 @@ class reporting_errors:  # noqa: N801
             log.warning("fedpara: the other processes cannot be notified: %s", other)
             return
         _run_and_close(endpoint, lambda: _report(endpoint, error))
+        # Here only under ``mpirun``, which ends all others if one ends with another code than 0.
+        end_process(str(error).removeprefix("fedpara: "), code=0)
 
 
 def _report(endpoint: Endpoint, error: Exception) -> None:
-    """Send an error to the clients that come, or to the server, and raise it."""
+    """Send an error to the clients that come, or to the server, and raise it.
+
+    It is not raised where the run has gone on, and ended well, without this client.
+    """
     text = str(error).removeprefix("fedpara: ")
-    if endpoint.own != 0:
-        connect(endpoint, endpoint.timeout, error=text)
-    announce_failure(endpoint, endpoint.peers, FedParaError(text))
+    if endpoint.own == 0:
+        announce_failure(endpoint, endpoint.peers, FedParaError(text))
+    elif take_no_part(endpoint, text):
+        return
     raise error
 
 

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from fedpara_plugins import FedParaError, MismatchError
 from fedpara_plugins_fedml.logs import log
+from fedpara_plugins_fedml.modes.run_end import announce_failure
 from fedpara_plugins_fedml.transport.peers import Endpoint
 from fedpara_plugins_fedml.transport.protocol import (
     BYE,
@@ -15,12 +16,15 @@ from fedpara_plugins_fedml.transport.protocol import (
     CLOSE,
     FAILED,
     FEDML_TYPES,
+    FINISH,
     GONE,
     HELLO,
+    UNREADABLE,
+    WELCOME,
     Event,
 )
 
-__all__ = ["SERVER", "connect", "leave", "refuse"]
+__all__ = ["SERVER", "connect", "leave", "refuse", "take_no_part"]
 
 SERVER = 0
 
@@ -98,7 +102,7 @@ def refuse(endpoint: Endpoint, event: Event) -> None:
     """Raise for an event that ends the run; drop any other message.
 
     Raises:
-        FedParaError: if the server has failed or is gone.
+        FedParaError: if the server has failed or is gone, or what it sends cannot be read.
         MismatchError: if it runs without the plugin.
     """
     if event.kind == FAILED:
@@ -112,6 +116,8 @@ def refuse(endpoint: Endpoint, event: Event) -> None:
             f"the server runs without the plugin (it sent FedML's own message {event.kind}), "
             f"client {endpoint.own} with it",
         )
+    if event.kind == UNREADABLE:
+        raise FedParaError(f"fedpara: {event.name} came from the server, again and again")
     log.info("fedpara: a message of type %d is dropped", event.kind)
 
 
@@ -127,6 +133,32 @@ def _end_mismatch(endpoint: Endpoint, reason: str) -> NoReturn:
     while time.monotonic() < end and endpoint.next(QUIET_PERIOD) is not None:
         pass
     raise MismatchError(f"fedpara: {text}")
+
+
+def take_no_part(endpoint: Endpoint, reason: str) -> bool:
+    """Send the server the reason why this client cannot take part, and stay as long as it must.
+
+    Args:
+        endpoint: to the server.
+        reason: in words.
+
+    Returns:
+        Whether it has stayed until the run has ended well: under ``mpirun``, whose processes can
+        only end together.
+
+    Raises:
+        FedParaError, MismatchError: see `connect`.
+    """
+    event: Event | None = connect(endpoint, endpoint.timeout, error=reason)
+    if event is not None and event.kind == WELCOME:
+        log.critical("fedpara: %s. The run goes on without this client, which waits", reason)
+    while event is None or event.kind in (WELCOME, CLOSE):
+        event = endpoint.next()
+    if event.kind in FEDML_TYPES:
+        announce_failure(endpoint, [SERVER], FedParaError(reason))
+    elif event.kind != GONE:
+        leave(endpoint)
+    return event.kind == FINISH and endpoint.backend == "MPI"
 
 
 def leave(endpoint: Endpoint) -> None:

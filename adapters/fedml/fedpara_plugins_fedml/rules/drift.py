@@ -161,8 +161,8 @@ class DriftRule(Rule):
             )
         if reply.report["kept"] == 0:
             return "its training gave NaN or infinity"
-        if not finite([*(reply.state[name] for name in self.trained), *change.values()]):
-            return "it holds NaN or infinity"
+        if not finite(change.values()):  # the model has passed the gate
+            return "the change of its variate holds NaN or infinity"
         if self.needs_change and change.keys() != self.trained:
             return "its variate's names are not those of its trained parameters"
         if any(value.shape != reply.state[name].shape for name, value in change.items()):

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedpara_plugins import ConfigError
+from fedpara_plugins.models import diverged
 from fedpara_plugins.optimizers import (
     AddedGradient,
     copied,
-    finite,
     subtract,
     trained_parameters,
 )
@@ -79,15 +79,14 @@ class FedNova(Rule):
             old = x[name].to(torch.float64)
             step = torch.zeros_like(old)
             for p, size, _, state in parts:
-                step += tau * p / size * (old - state[name].to(torch.float64))
+                move = subtract({name: old}, {name: state[name].to(torch.float64)})[name]
+                step += tau * p / size * move
             if self.gmf:
                 step += self.gmf * self._buffer.get(name, torch.zeros_like(step))
             moves[name] = step
             new[name] = (old - step).to(x[name].dtype)
-        if self.gmf and finite(
-            new[name] for name in moves
-        ):  # else the engine keeps x, and the momentum stays
-            self._buffer = moves
+        if self.gmf and not any(diverged(new[name], x[name]) for name in moves):
+            self._buffer = moves  # else the engine keeps x, and the momentum stays
         return new
 
     def state_dict(self) -> dict[str, Any]:

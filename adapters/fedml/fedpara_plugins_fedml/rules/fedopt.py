@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fedpara_plugins import ConfigError
-from fedpara_plugins.optimizers import finite
+from fedpara_plugins.models import diverged
+from fedpara_plugins.optimizers import subtract
 from fedpara_plugins_fedml.rules.base import ClientReply, Mean, Rule, State
 from fedpara_plugins_fedml.rules.keys import number, text
 from fedpara_plugins_fedml.rules.server_optimizers import (
@@ -52,10 +53,10 @@ class FedOpt(Rule):
     def step(self, x: State, replies: Sequence[ClientReply], mean: Mean) -> State:
         """Return x after one step of the server's optimizer."""
         average = mean(replies)
-        if not finite(average[name] for name in self.trained if name in average):
+        if any(diverged(average[name], x[name]) for name in self.trained if name in average):
             return average  # the engine then keeps x; the optimizer's state must not change
         wide = {name: x[name].to(torch.float64) for name in x if name in self.trained}
-        gradient = {name: value - average[name].to(torch.float64) for name, value in wide.items()}
+        gradient = subtract(wide, {name: average[name].to(torch.float64) for name in wide})
         new = self.optimizer.step(wide, gradient)
         return {name: new[name].to(x[name].dtype) if name in new else average[name] for name in x}
 

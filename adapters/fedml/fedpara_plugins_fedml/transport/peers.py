@@ -12,35 +12,41 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fedpara_plugins import FedParaError
+from fedpara_plugins.support import shortened
 from fedpara_plugins_fedml.logs import log
-from fedpara_plugins_fedml.seams import MODEL_KEY, FedMLCommManager
+from fedpara_plugins_fedml.seams import MODEL_KEY, FedMLCommManager, guard_listeners
 from fedpara_plugins_fedml.transport.blocking_queue import use_blocking_queue
 from fedpara_plugins_fedml.transport.peer_status import PeerStatus
 from fedpara_plugins_fedml.transport.protocol import (
     BROKEN,
     CHECK,
     FAILED,
+    FEDML_FINISH,
     FEDML_TYPES,
     GONE,
     HEARTBEAT,
     HELLO,
     READY,
     TYPE_NAMES,
+    UNREADABLE,
     Event,
 )
 from fedpara_plugins_fedml.transport.shutdown import close_transport, end_process
 from fedpara_plugins_fedml.transport.wire import (
-    MessageHandlers,
     OutgoingMessage,
     failure_reason,
     message_type,
+    sender_of,
 )
 
 __all__ = ["Endpoint"]
+
+SENT_ONCE = (HEARTBEAT, HELLO, CHECK, FAILED, FEDML_FINISH)
+"""Messages that are not sent again after an error: they are repeated, or nobody may be there."""
 
 EXIT_DELAY = 10.0
 """Seconds that a client's main thread has to react to the end of the run."""
@@ -91,7 +97,8 @@ class Endpoint(FedMLCommManager):  # type: ignore[misc]
         super().__init__(args, args.comm, rank, size, args.backend)
         watch.cancel()
         self.since = time.monotonic()
-        use_blocking_queue(self.com_manager)
+        use_blocking_queue(self.com_manager, self._accepts)
+        guard_listeners(self.com_manager, log)
         self._receiver = self._started(self._receive, "receive")
         self._monitor = self._started(self._watch_peers, "heartbeat")
         self._senders = [self._started(self._deliver, f"to-{peer}", peer) for peer in peers]
@@ -148,33 +155,48 @@ class Endpoint(FedMLCommManager):  # type: ignore[misc]
     # FedML's interface
 
     def register_message_receive_handlers(self) -> None:
-        """Register handlers for all messages, the plugin's and FedML's own."""
-        self.register_message_receive_handler(READY, lambda message: self._ready.set())
-        for kind in (*FEDML_TYPES, *TYPE_NAMES):
-            self.register_message_receive_handler(kind, self._received)
-        # All other types too: an unknown type ends FedML's loop.
-        known: Mapping[Any, Any] = self.message_handler_dict
-        self.message_handler_dict: Any = MessageHandlers(known, self._received)
+        """Register nothing: `receive_message` takes all messages."""
+
+    def receive_message(self, msg_type: Any, msg_params: Any) -> None:
+        """Handle a message in FedML's loop, which an exception would end without a trace.
+
+        FedML's own method raises for a type without a handler, and for a sender that is text.
+
+        Args:
+            msg_type: the type, as it was received.
+            msg_params: FedML's message.
+        """
+        if type(msg_type) is int and msg_type == READY:
+            self._ready.set()
+        else:
+            self._received(msg_params)
+
+    def _accepts(self, entry: Any) -> bool:
+        """Return whether FedML's loop can read an entry of its queue, and it is a peer's."""
+        return sender_of(entry) in self._outgoing
 
     def _received(self, message: Any) -> None:
-        """Handle a message in FedML's loop, which an exception would end without a trace."""
+        """Pass a message on to the main thread; whatever it is, it ends nothing here."""
         try:
-            fields = message.get_params()
-            peer, kind = int(message.get_sender_id()), message_type(message.get_type(), fields)
-        except (TypeError, ValueError, OverflowError) as error:
-            log.warning("fedpara: a message without sender or type is dropped: %s", error)
+            peer = int(message.get_sender_id())
+        except Exception as error:
+            log.warning("fedpara: a message without a sender is dropped: %s", error)
             return
         if peer not in self._outgoing:
-            log.warning(
-                "fedpara: a message of type %d from the unknown process %d is dropped", kind, peer
-            )
+            log.warning("fedpara: a message of the unknown process %d is dropped", peer)
             return
-        self.status.heard(peer, with_plugin=kind not in FEDML_TYPES)
+        try:
+            fields = dict(message.get_params())
+            kind = message_type(message.get_type(), fields)
+        except Exception as error:
+            kind, reason = UNREADABLE, f"a message of no known type ({shortened(str(error), 80)})"
+            fields = {"reason": reason}
+        self.status.heard(peer, with_plugin=kind not in (*FEDML_TYPES, UNREADABLE))
         if self._ended.is_set():
             return
         if self.status.is_gone(peer):
             self.status.mark_back(peer)
-            if kind != HELLO:  # the peer was only slow
+            if kind not in (HELLO, UNREADABLE, *FEDML_TYPES):  # the peer was only slow
                 self._events.put(Event(HELLO, peer, fields={"session": "back"}))
         if kind == HEARTBEAT:
             return
@@ -218,7 +240,7 @@ class Endpoint(FedMLCommManager):  # type: ignore[misc]
             except Exception as error:
                 if first:
                     self.status.not_sent(peer)
-                if outgoing.kind in (HEARTBEAT, HELLO, CHECK, FAILED) or self._ended.is_set():
+                if outgoing.kind in SENT_ONCE or self._ended.is_set():
                     return
                 if time.monotonic() > deadline:
                     name = TYPE_NAMES[outgoing.kind]

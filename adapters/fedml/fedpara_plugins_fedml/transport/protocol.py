@@ -14,6 +14,7 @@ HEARTBEAT. FAILED has the reason in the place of its type if the receiver may la
 logs an unknown type, and ends.
 
     client                        server
+    HEARTBEAT <-------------->    HEARTBEAT  sent all the time
     HELLO     --------------->               who I am; repeated until
               <---------------    WELCOME
               <---------------    TASK       a round's model, for one data silo
@@ -21,7 +22,10 @@ logs an unknown type, and ends.
               <---------------    FINISH     the last model        (or FAILED: why the run ends)
     BYE       --------------->
               <---------------    CLOSE      all clients have sent BYE
-    HEARTBEAT <-------------->    HEARTBEAT  sent all the time
+
+A HELLO may carry the reason why its process cannot take part. FAILED answers it, and the process
+ends; under ``mpirun``, which would end all others then, WELCOME does, and it waits for FINISH. For
+the same reason FedML's own process gets FedML's own FINISH there, when all others have ended.
 """
 
 from __future__ import annotations
@@ -32,12 +36,19 @@ from types import MappingProxyType
 from typing import Any
 
 from fedpara_plugins.support import printable
-from fedpara_plugins_fedml.seams import CHECK, FEDML_TYPES, ONLINE, ONLINE_STATUS, READY
+from fedpara_plugins_fedml.seams import (
+    CHECK,
+    FEDML_FINISH,
+    FEDML_TYPES,
+    ONLINE,
+    ONLINE_STATUS,
+    READY,
+)
 
 __all__ = [
-    "BROKEN", "BYE", "CHECK", "CLOSE", "FAILED", "FEDML_TYPES", "FINISH", "GONE", "HEARTBEAT",
-    "HELLO", "ONLINE", "PLUGIN_FIELDS", "READY", "REASON_PREFIX", "REPLY", "TASK", "TYPE_NAMES",
-    "WELCOME", "Event",
+    "BROKEN", "BYE", "CHECK", "CLOSE", "FAILED", "FEDML_FINISH", "FEDML_TYPES", "FINISH", "GONE",
+    "HEARTBEAT", "HELLO", "ONLINE", "PLUGIN_FIELDS", "READY", "REASON_PREFIX", "REPLY", "TASK",
+    "TYPE_NAMES", "UNREADABLE", "WELCOME", "Event",
 ]  # fmt: skip
 
 PLUGIN_FIELDS: Mapping[str, str] = MappingProxyType({**ONLINE_STATUS, "fedpara": "hello"})
@@ -48,8 +59,9 @@ REASON_PREFIX = "fedpara: "
 
 HELLO, WELCOME, TASK, REPLY, FINISH, FAILED, BYE, CLOSE, HEARTBEAT = range(9001, 9010)
 
-GONE, BROKEN = -1, -2
-"""Events without a message: a peer is silent, or this process's transport has ended."""
+GONE, BROKEN, UNREADABLE = -1, -2, -3
+"""Events without a known message: a peer is silent, this process's transport has ended, or a peer
+has sent something of another type."""
 
 TYPE_NAMES: Mapping[int, str] = MappingProxyType(
     {
@@ -81,6 +93,15 @@ class Event:
     peer: int
     data: Any = None
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What it is, in words."""
+        if self.kind == UNREADABLE:
+            return self.text("reason")
+        if self.kind in FEDML_TYPES:
+            return f"FedML's own message {self.kind}"
+        return f"a {TYPE_NAMES.get(self.kind, self.kind)}"
 
     def text(self, key: str) -> str:
         """Return a short text, as one line; "" if there is none, or something else."""

@@ -5,6 +5,7 @@ Some messages are made so that a process without the plugin understands them, se
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from fedpara_plugins_fedml.transport.protocol import (
     TYPE_NAMES,
 )
 
-__all__ = ["MessageHandlers", "OutgoingMessage", "failure_reason", "message_type"]
+__all__ = ["OutgoingMessage", "failure_reason", "message_type", "sender_of"]
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,17 @@ class OutgoingMessage:
         return message
 
 
-class MessageHandlers(dict[Any, Any]):
-    """Handlers of messages by type, with one for all other types.
+def sender_of(entry: Any) -> int | None:
+    """Return the sender of what a transport has received; None if FedML's loop cannot read it.
 
     Args:
-        known: handlers by type.
-        other: the handler of all other types. Without it an unknown type ends FedML's loop.
+        entry: a message, or with gRPC its pickle, which FedML's loop loads as well.
     """
-
-    def __init__(self, known: Mapping[Any, Any], other: Any) -> None:
-        super().__init__(known)
-        self._other = other
-
-    def __missing__(self, kind: Any) -> Any:
-        return self._other
+    try:
+        found = pickle.loads(entry) if isinstance(entry, bytes) else entry
+        return int(found.get_sender_id()) if isinstance(found, Message) else None
+    except Exception:
+        return None
 
 
 def message_type(kind: Any, fields: Mapping[str, Any]) -> int:

@@ -64,6 +64,13 @@ def check_clipping_mods(
         return
     _check_local(settings, f"Flower's {name}")
     _check_lossless(settings, f"Flower's {name}")
+    masks = [key for key, value in received.items() if _holds_infinity(value)]
+    if masks:
+        raise ConfigError(
+            f"fedpara: Flower's {name} cannot clip a model that holds infinities, because the norm "
+            f"of its update is not a number: {', '.join(masks[:3])}. Keep a mask out of the state: "
+            f"register_buffer(..., persistent=False)"
+        )
     left = [
         key for key, value in received.items() if not (value.dim() and value.is_floating_point())
     ]
@@ -74,6 +81,10 @@ def check_clipping_mods(
             f"Use a normalisation without counters (GroupNorm), or BatchNorm with "
             f"track_running_stats=False"
         )
+
+
+def _holds_infinity(value: Tensor) -> bool:
+    return value.is_floating_point() and bool(value.double().isinf().any())
 
 
 def _check_local(settings: FlowerSettings, who: str) -> None:

@@ -25,6 +25,7 @@ from fedpara_plugins_flower.server.final_state import FinalState
 from fedpara_plugins_flower.server.grid import CodecGrid
 from fedpara_plugins_flower.server.legacy_metrics import guard_metrics
 from fedpara_plugins_flower.server.observing_grid import ObservingGrid
+from fedpara_plugins_flower.server.own_infinities import keep_infinities, keep_infinities_of_legacy
 from fedpara_plugins_flower.server.paths import log_relative_paths
 from fedpara_plugins_flower.server.resume import ResumableRounds
 from fedpara_plugins_flower.server.round_checks import guarded_aggregation
@@ -66,12 +67,18 @@ def _subclass(base: type[Any], options: Mapping[str, Any]) -> type[Any]:
 
         def __call__(self, grid: Grid, context: Context) -> None:
             settings = FlowerSettings.from_run_config(context.run_config, options)
-            with seen_components(self, guard_metrics if settings.active else _pass_over):
+            with seen_components(self, _prepare if settings.active else _pass_over):
                 _run_app(super().__call__, grid, context, settings)
 
     ServerAppWithPlugin.__name__ = base.__name__
     ServerAppWithPlugin.__qualname__ = base.__qualname__
     return ServerAppWithPlugin
+
+
+def _prepare(components: Any) -> None:
+    """Prepare the strategy of a legacy app."""
+    guard_metrics(components)
+    keep_infinities_of_legacy(components)
 
 
 def _pass_over(components: Any) -> None:
@@ -129,6 +136,7 @@ def _add_hooks(run: Run, accounting: Accounting) -> None:
     if settings.active:
         run.on_start.append(record_strategy(run))
         run.on_start.append(guarded_aggregation(run))
+        run.on_start.append(keep_infinities)
     if settings.ledger is not None:
         run.on_evaluated = accounting.ledger.log
         run.on_start.append(record_evaluations(run.on_evaluated))

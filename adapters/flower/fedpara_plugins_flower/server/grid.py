@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedpara_plugins import FedParaError
 from fedpara_plugins.exchange import Size
+from fedpara_plugins.models import restore_infinities
 from fedpara_plugins_flower.messages import legacy_lists
 from fedpara_plugins_flower.messages.records import is_optimizer_record, with_content
 from fedpara_plugins_flower.privacy import secagg
@@ -131,6 +132,9 @@ class CodecGrid(ForwardingGrid):
             }
             reader = self._outbox.reader(Request("train", legacy=True, masked=True))
             full = reader.completed(legacy_lists.PARAMETERS, tensors)
+            # Masked numbers are clipped, and come back finite.
+            sent = self._outbox.content(legacy_lists.PARAMETERS)
+            full = restore_infinities(full, sent)
             return [value.numpy() for value in full.values()]
 
     def _begin(self, messages: Sequence[Message], *, alone: bool) -> None:

@@ -90,6 +90,8 @@ class ReplyDecoder:
     def read(self, reply: Message) -> ReadReply:
         """Read a reply, whose sender is not trusted; whatever goes wrong is its own reason."""
         known = _Progress()
+        if reply.has_error() and reply.metadata.src_node_id == reply.metadata.dst_node_id:
+            return ReadReply(reply)  # the SuperLink's own, for a node that is gone
         try:
             known.request = self._requests.take(reply)
             return self._read(reply, known)

@@ -13,7 +13,13 @@ from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.run import Run, Start, StartHook
 from fedpara_plugins_flower.seams import SCALAR_ERROR
 
-__all__ = ["averageable", "record_strategy", "warn_about_integers", "with_remedy"]
+__all__ = [
+    "averageable",
+    "record_strategy",
+    "takes_norms",
+    "warn_about_integers",
+    "with_remedy",
+]
 
 EXACT = 2**53
 """Bound up to which all integers are float64 values."""
@@ -53,7 +59,7 @@ def warn_about_integers(tensors: Mapping[str, Tensor], strategy: object | None) 
         strategy: Flower's, possibly a wrapper; None if it is not known.
     """
     names = [name for name, value in tensors.items() if _integer(value)]
-    if names and (strategy is None or _takes_norms(strategy)):
+    if names and (strategy is None or takes_norms(strategy)):
         log.warning(
             "fedpara: %d integer tensors (%s%s) are passed to the strategy like weights. A "
             "rule that takes a norm over all tensors (QFedAvg, Krum, Bulyan, clipping) counts "
@@ -65,7 +71,8 @@ def warn_about_integers(tensors: Mapping[str, Tensor], strategy: object | None) 
         )
 
 
-def _takes_norms(strategy: object) -> bool:
+def takes_norms(strategy: object) -> bool:
+    """Return whether a strategy of Flower takes norms over all tensors of a client's reply."""
     return any(
         base.__name__.startswith(NORMS) and "ClientSide" not in base.__name__
         for base in type(strategy).__mro__

@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 
 from fedpara_plugins import PayloadError
 from fedpara_plugins.exchange import examples_of
+from fedpara_plugins.models import check_finite
 from fedpara_plugins.optimizers import ClientUpdate, State, finite
 from fedpara_plugins_flower.messages.drift_records import ClientReport, from_bitmap
 from fedpara_plugins_flower.messages.records import to_tensors
@@ -92,8 +93,9 @@ def _check(
 ) -> None:
     if report.kept == 0.0:
         raise PayloadError("its training gave NaN or infinity")
-    if not finite([*arrays.values(), *change.values()]):
-        raise PayloadError("it holds NaN or infinity")
+    check_finite(arrays, model)
+    if not finite(change.values()):
+        raise PayloadError("the change of its variate holds NaN or infinity")
     for name, value in [*((name, arrays[name]) for name in names), *change.items()]:
         if name not in model or model[name].shape != value.shape:
             raise PayloadError(f"its {name!r} is not what was sent")
