@@ -67,7 +67,7 @@ def wait_for_byes(
     peers: set[int],
     on_other: Callable[[Event], None],
     deadline: Callable[[], float] | None,
-) -> set[int]:
+) -> None:
     """Wait until each of some clients has sent BYE, and send them CLOSE.
 
     Args:
@@ -76,9 +76,6 @@ def wait_for_byes(
         on_other: called with all other events.
         deadline: returns the monotonic time at which to give up; None to wait until each has sent
             BYE or is gone.
-
-    Returns:
-        The clients that have not.
     """
     heard: set[int] = set()
     while peers - heard:
@@ -94,4 +91,3 @@ def wait_for_byes(
             on_other(event)
     for peer in heard:
         endpoint.send(peer, CLOSE)
-    return peers - heard

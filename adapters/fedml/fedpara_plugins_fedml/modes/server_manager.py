@@ -42,7 +42,7 @@ NOT_A_CLIENTS = (WELCOME, TASK, FINISH, CLOSE, UNREADABLE)
 """Messages that no client sends; one in the place of a reply counts as one that is of no use."""
 
 MOST_SENT = 8
-"""Number of times that a silo's task is sent in a round, to a process that has come back, too."""
+"""Number of times that a task is sent in a round; its process may come back, and ask again."""
 
 CHECK_INTERVAL = 5.0
 """Seconds between the questions of a waiting server to clients that it has never heard."""
@@ -125,7 +125,7 @@ class ServerManager:
             event = self._endpoint.next(seconds)
             if event is not None:
                 self._handle(event)
-            if time.monotonic() >= deadline:  # also where messages never cease
+            if time.monotonic() >= deadline:  # however many messages come
                 limit = f"{self._start_timeout:.0f} s (fedpara_start_timeout)"
                 for peer in self._roster.awaited:
                     self._roster.leave_out(peer, f"has not come within {limit}")
@@ -246,10 +246,10 @@ class ServerManager:
         reason = self._roster.out.get(peer)
         if reason is None and self._late[peer]:
             reason = "still works on an earlier round"
-        if reason is None and self._sent[silo] == MOST_SENT:
-            reason = f"was sent the task {MOST_SENT} times"
+        self._sent[silo] += 1
+        if reason is None and self._sent[silo] > MOST_SENT:
+            reason = f"was sent its task {MOST_SENT} times"
         if reason is None:
-            self._sent[silo] += 1
             self._endpoint.send(peer, TASK, self._engine.message(str(silo)), silo=silo)
             return
         self._waiting.pop(silo)
@@ -295,11 +295,7 @@ class ServerManager:
         if self._endpoint.backend == "MPI":  # its processes can only end together
             self._left |= out.keys() - plain - self._endpoint.status.gone()
         end = time.monotonic() + self._start_timeout
-        silent = wait_for_byes(
-            self._endpoint, self._left, self._handle_after_last_round, lambda: end
-        )
-        if silent:
-            log.warning("fedpara: clients %s have not confirmed the end of the run", sorted(silent))
+        wait_for_byes(self._endpoint, self._left, self._handle_after_last_round, lambda: end)
         for peer, reason in out.items():
             log.warning("fedpara: the run has ended without client %d: it %s", peer, reason)
 

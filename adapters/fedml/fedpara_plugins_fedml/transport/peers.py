@@ -203,10 +203,8 @@ class Endpoint(FedMLCommManager):  # type: ignore[misc]
         data = fields.get(MODEL_KEY)
         if kind == FAILED:
             fields = {"reason": failure_reason(message)}
-        event = Event(kind, peer, data, fields)
-        if kind == FAILED:
-            self._schedule_exit(event.text("reason"))
-        self._events.put(event)
+            self._schedule_exit(str(fields.get("reason")))
+        self._events.put(Event(kind, peer, data, fields))
 
     # Threads
 
