@@ -9,6 +9,10 @@ import ast
 import functools
 import inspect
 import logging
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from importlib.util import find_spec
@@ -512,3 +516,30 @@ def test_the_last_stage_gives_the_sum_to_the_strategy(monkeypatch: pytest.Monkey
     seams.wrap_unmask_stage(lambda method: lambda *args: None)
     stage: Any = SecAggPlusWorkflow.unmask_stage
     assert stage("self", "grid", "context", "state")[:2] == ("wrapped", True)
+
+
+ASKING = """
+import os, subprocess, sys
+if sys.argv[1:2] != ["inner"]:
+    subprocess.run([sys.executable, "-c", os.environ["ASKING"], "inner"], check=True)
+else:
+    from fedpara_plugins_flower.seams import supernode_of_this_process
+    print(os.getppid(), supernode_of_this_process())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("name", ["flower-supernode", "another"])
+@pytest.mark.parametrize(("words", "link"), [(("--superlink", "a:1"), "a:1"), ((), "")])
+def test_the_supernode_of_a_process(
+    tmp_path: Path, name: str, words: tuple[str, ...], link: str
+) -> None:
+    """The process of a message is a child of it, or a child's child."""
+    program = tmp_path / name
+    program.write_text(ASKING)
+    env = {**os.environ, "ASKING": ASKING}
+    command = [sys.executable, str(program), *words]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    pid, _, answer = found.strip().partition(" ")
+    assert answer == (str((int(pid), link)) if name == "flower-supernode" else "None")
+    assert shutil.which("flower-supernode", path=str(Path(sys.executable).parent))

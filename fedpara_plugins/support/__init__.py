@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from fedpara_plugins.support.database import Database, open_database
 from fedpara_plugins.support.findings import Finding, Level, satisfies
+from fedpara_plugins.support.os_locks import parent_of, started_at
 from fedpara_plugins.support.outages import Outages, cause_of, is_misplaced
 from fedpara_plugins.support.private_files import (
     check_own_file,
@@ -17,7 +18,7 @@ from fedpara_plugins.support.private_files import (
     remove_leftovers,
     replace_file,
 )
-from fedpara_plugins.support.state_dir import StateDirHold, hold_state_dir
+from fedpara_plugins.support.state_dir import Keeper, StateDirHold, hold_state_dir
 from fedpara_plugins.support.storage import (
     BackedStorage,
     FileStorage,
@@ -32,6 +33,7 @@ __all__ = [
     "Database",
     "FileStorage",
     "Finding",
+    "Keeper",
     "Level",
     "MemoryStorage",
     "Outages",
@@ -45,9 +47,11 @@ __all__ = [
     "is_misplaced",
     "make_private_folder",
     "open_database",
+    "parent_of",
     "printable",
     "remove_leftovers",
     "replace_file",
     "satisfies",
     "shortened",
+    "started_at",
 ]

@@ -5,6 +5,8 @@
 
 Each process that uses a state-dir keeps a file in ``locks/`` there, locked by the operating system,
 which says its run, host and process id. The lock ends with the process, however it ends.
+
+A process that lives for one message alone names its `Keeper`, which holds the folder between them.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from fedpara_plugins.errors import ConfigError
-from fedpara_plugins.support.os_locks import try_lock
+from fedpara_plugins.support.os_locks import started_at, try_lock
 from fedpara_plugins.support.outages import Outages
 from fedpara_plugins.support.private_files import (
     check_own_file,
@@ -33,20 +36,40 @@ from fedpara_plugins.support.private_files import (
     make_private_folder,
     new_private_file,
     remove_leftovers,
+    replace_file,
 )
 from fedpara_plugins.text import printable, shortened
 
-__all__ = ["StateDirHold", "hold_state_dir"]
+__all__ = ["Keeper", "StateDirHold", "hold_state_dir"]
 
 log = logging.getLogger("fedpara")
 
 LOCKS = "locks"
+KEEPER = ".keeper"
 PARTS = ("server", "clients", LOCKS)
 """The folders in a state-dir, all of them private."""
 
 LEFTOVERS = ("*.partial", "*.tmp", ".tmp*")
 PATIENCE = 60.0
 """Seconds to wait for another process that is joining or leaving."""
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """A process that holds a state-dir as long as it lives, for short-lived ones that it starts.
+
+    Attributes:
+        pid: its id.
+        started: see `started_at`.
+        group: what it belongs to; keepers of one group share a state-dir, and each other one is
+            refused, whatever its run.
+        what: in words, for the error.
+    """
+
+    pid: int
+    started: str
+    group: str
+    what: str = ""
 
 
 class StateDirHold:
@@ -76,7 +99,12 @@ class StateDirHold:
 
 
 def hold_state_dir(
-    folder: Path, *, run: str, role: str = "", outages: Outages | None = None
+    folder: Path,
+    *,
+    run: str,
+    role: str = "",
+    keeper: Keeper | None = None,
+    outages: Outages | None = None,
 ) -> StateDirHold:
     """Take part in a run that uses a state-dir.
 
@@ -87,10 +115,11 @@ def hold_state_dir(
         folder: the state-dir, made if it is missing.
         run: the run's id; processes that name the same one share the folder.
         role: what this process is in the run, where only one process may be; "" for any number.
+        keeper: the process that goes on holding the folder when this one has ended.
         outages: gets what cannot be written; None logs it alone.
 
     Raises:
-        ConfigError: another run uses the folder, or another process has the same role in this one;
+        ConfigError: another run or keeper uses the folder, or another process has the same role;
             something else is in the place of a folder; or others can read it and that cannot be
             changed.
     """
@@ -98,7 +127,7 @@ def hold_state_dir(
     try:
         _prepare(folder)
         with _process_lock:
-            return StateDirHold(_joined(folder, run, role), role)
+            return StateDirHold(_joined(folder, run, role, keeper), role)
     except OSError as error:
         outages.note(
             "the lock of the state-dir",
@@ -179,12 +208,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_members)
 
 
-def _joined(folder: Path, run: str, role: str) -> _Member:
+def _joined(folder: Path, run: str, role: str, keeper: Keeper | None) -> _Member:
     key = os.path.realpath(folder)
     member = _members.get(key)
     if member is not None:
         if member.run != run:
             raise _refusal(folder, {"run": member.run, "pid": os.getpid()}, run, role)
+        if keeper is not None:
+            with _mutex(folder / LOCKS):
+                _keep(folder, run, keeper)
         member.add(role)
         return member
     locks = folder / LOCKS
@@ -193,12 +225,32 @@ def _joined(folder: Path, run: str, role: str) -> _Member:
         for about in others:
             if about.get("run") != run or (role and role in (about.get("roles") or ())):
                 raise _refusal(folder, about, run, role)
+        if keeper is not None:
+            _keep(folder, run, keeper)
         if not others:
             _tidy(folder)
         member = _Member(key, locks, run)
         member.add(role)
         _members[key] = member
         return member
+
+
+def _keep(folder: Path, run: str, keeper: Keeper) -> None:
+    """Note that a process holds the folder from now on, unless one of another group does."""
+    host = socket.gethostname()
+    mine = {"run": run, "host": host, **asdict(keeper)}
+    for path in (folder / LOCKS).glob(f"*{KEEPER}"):
+        about = _about(path.read_bytes())
+        here, pid = about.get("host") == host, about.get("pid")
+        alive = type(pid) is int and (not here or started_at(pid) == about.get("started"))
+        if not alive:
+            path.unlink(missing_ok=True)
+        elif about == mine:
+            return
+        elif about.get("group") != keeper.group:
+            raise _refusal(folder, about if here else {**about, "file": path}, run, "")
+    name = f"{host}-{keeper.pid}".replace(os.sep, "_")
+    replace_file(folder / LOCKS / f"{name}{KEEPER}", json.dumps(mine).encode(), private=True)
 
 
 def _living(path: Path) -> Mapping[str, Any] | None:
@@ -255,8 +307,11 @@ def _refusal(folder: Path, about: Mapping[str, Any], run: str, role: str) -> Con
         f"run {other if other is not None else 'of unknown id'}, host "
         f"{about.get('host', socket.gethostname())}, process {about.get('pid', 'of unknown id')}"
     )
-    holder = printable(shortened(holder, 200))
     mend = "Choose another state-dir, or wait until that run has ended"
+    if what := about.get("what"):
+        holder += f" ({what})"
+        mend = "Choose another state-dir, or end that process"
+    holder = printable(shortened(holder, 200))
     if (file := about.get("file")) is not None:
         mend += f"; its file system has no locks: if that process is gone, remove {file}"
     what = f"run {run}" if other != run else f"a second {role} of run {run}"

@@ -136,6 +136,79 @@ def test_a_holder_that_cannot_be_named_still_holds(tmp_path, held, content):
     assert told.isprintable()
 
 
+@pytest.fixture
+def keepers():
+    """Long-lived processes; each call starts one and returns it as a keeper."""
+    processes = []
+
+    def keeper(group):
+        processes.append(subprocess.Popen(["sleep", "600"]))
+        pid = processes[-1].pid
+        return module.Keeper(pid, os_locks.started_at(pid), group, f"a node of {group}")
+
+    keeper.kill = lambda place: (processes[place].kill(), processes[place].wait())
+    yield keeper
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+
+
+@needs_proc
+def test_a_keeper_holds_it_between_messages_and_until_it_ends(tmp_path, keepers):
+    folder = tmp_path / "state"
+    mine, friend, other = keepers("a:1"), keepers("a:1"), keepers("b:2")
+    hold_state_dir(folder, run="17", keeper=mine).release()
+    hold_state_dir(folder, run="18", keeper=mine).release()
+    hold_state_dir(folder, run="18", keeper=friend).release()
+    with pytest.raises(ConfigError) as found:
+        hold_state_dir(folder, run="99", keeper=other)
+    text = str(found.value)
+    assert "in use by run 18" in text
+    assert f"host {socket.gethostname()}" in text
+    assert any(f"process {each.pid} (a node of a:1)" in text for each in (mine, friend))
+    assert "refused to run 99" in text
+    keepers.kill(0)
+    with pytest.raises(ConfigError, match=f"process {friend.pid} "):
+        hold_state_dir(folder, run="99", keeper=other)
+    keepers.kill(1)
+    hold_state_dir(folder, run="99", keeper=other).release()
+    with pytest.raises(ConfigError, match="run 99"):
+        hold_state_dir(folder, run="18", keeper=keepers("a:1"))
+    hold_state_dir(folder, run="100", role="server").release()  # it knows no group
+
+
+@needs_proc
+@pytest.mark.parametrize("content", [*ODD, b'{"pid": 1, "started": "0"}'])
+def test_an_odd_entry_of_a_keeper_is_none(tmp_path, keepers, content):
+    hold_state_dir(tmp_path / "state", run="17").release()
+    (tmp_path / "state" / "locks" / "x.keeper").write_bytes(
+        content.replace(b"{", b'{"host": "%s", ' % socket.gethostname().encode())
+    )
+    hold_state_dir(tmp_path / "state", run="18", keeper=keepers("a:1")).release()
+
+
+def test_a_keeper_of_another_host_counts_as_alive(tmp_path):
+    hold_state_dir(tmp_path / "state", run="17").release()
+    path = tmp_path / "state" / "locks" / "far-7.keeper"
+    path.write_text(json.dumps({"host": "far", "pid": 7, "group": "a:1", "run": "17"}))
+    with pytest.raises(ConfigError, match="host far, process 7") as found:
+        hold_state_dir(tmp_path / "state", run="18", keeper=module.Keeper(1, "1", "b:2"))
+    assert str(path) in str(found.value)
+
+
+@needs_proc
+def test_when_a_process_started_and_by_which():
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert os_locks.started_at(os.getpid()) == os_locks.started_at(os.getpid()) is not None
+    assert os_locks.parent_of(os.getpid()) == os.getppid()
+    assert os_locks.started_at(ended.pid) is None
+    assert os_locks.parent_of(ended.pid) is None
+
+
 def test_a_release_happens_once(tmp_path):
     hold = hold_state_dir(tmp_path / "state", run="1")
     other = hold_state_dir(tmp_path / "state", run="1")

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -24,6 +26,8 @@ from flwr.common import Parameters, ndarrays_to_parameters, parameters_to_ndarra
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Strategy
+
+from fedpara_plugins.support import parent_of
 
 __all__ = [
     "CLIPPING_MODS",
@@ -58,6 +62,7 @@ __all__ = [
     "running_app",
     "seen_components",
     "strategy_attributes",
+    "supernode_of_this_process",
     "wrap_strategy_start",
     "wrap_unmask_stage",
 ]
@@ -380,6 +385,43 @@ def is_legacy(message: Message) -> bool:
 # Stands on: ``flwr.common``.
 # Not public: documented there alone, and moving (``flwr.compat`` in 1.42).
 # Seen: flwr 1.22 to 1.42.
+
+# Processes ----------------------------------------------------------------------------------------
+
+SUPERNODE = "flower-supernode"
+
+
+def supernode_of_this_process() -> tuple[int, str] | None:
+    """Return the SuperNode for which this process runs a ClientApp: its id, and its SuperLink.
+
+    Stands on: ``flower-supernode`` starts, directly or through ``flower-superexec``, the process of
+    each message; the command's option ``--superlink``, and ``/proc``.
+    Not public: a ClientApp is told of neither.
+    Seen: flwr 1.42.
+
+    Returns:
+        None if no ancestor is one, or the platform does not say.
+    """
+    pid = parent_of(os.getpid())
+    while pid is not None and pid > 1:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            return None
+        if any(Path(word).name == SUPERNODE for word in words[:3]):
+            return pid, _option(words, "--superlink")
+        pid = parent_of(pid)
+    return None
+
+
+def _option(words: Sequence[str], name: str) -> str:
+    for place, word in enumerate(words):
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+        if word == name and place + 1 < len(words):
+            return words[place + 1]
+    return ""
+
 
 # Secure aggregation -------------------------------------------------------------------------------
 

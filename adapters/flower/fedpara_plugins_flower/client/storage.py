@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, RecordDict
 
 from fedpara_plugins import ConfigError
 from fedpara_plugins.exchange import ClientState
-from fedpara_plugins.support import BackedStorage, Outages, StateDirHold, Storage, hold_state_dir
+from fedpara_plugins.support import (
+    BackedStorage,
+    Keeper,
+    Outages,
+    StateDirHold,
+    Storage,
+    hold_state_dir,
+    started_at,
+)
 from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.messages.records import carried_payload, payload_record
+from fedpara_plugins_flower.seams import supernode_of_this_process
 
 __all__ = [
     "OUTAGES",
@@ -63,12 +73,26 @@ def client_storage(context: Context, state_dir: Path | None) -> Storage:
     if state_dir is None:
         return in_context
     path = state_file(context, state_dir)
-    hold = hold_state_dir(state_dir, run=str(context.run_id), outages=OUTAGES)
+    hold = hold_state_dir(state_dir, run=str(context.run_id), keeper=_supernode(), outages=OUTAGES)
     try:
         return _HeldStorage(path, in_context, hold)
     except BaseException:
         hold.release()
         raise
+
+
+@cache
+def _supernode() -> Keeper | None:
+    """Return the SuperNode that this process works for, which holds the state-dir while it lives.
+
+    None in simulation, and where it cannot be known: the state-dir is free between messages then.
+    """
+    found = supernode_of_this_process()
+    if found is None:
+        return None
+    pid, superlink = found
+    what = f"a SuperNode of {superlink or 'the default SuperLink'}"
+    return Keeper(pid, started_at(pid) or "", superlink, what)
 
 
 def client_state(context: Context, state_dir: Path | None, storage: Storage) -> ClientState:
