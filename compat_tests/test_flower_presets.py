@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import fedpara_plugins_flower.client.mod as client_side
+import fedpara_plugins.exchange.client_round as client_round
 from fedpara_plugins.codecs import decoders, peek_header
 from fedpara_plugins.exchange import ClientState
 from harness.cells.flower import GAMMA
@@ -66,7 +66,7 @@ def test_the_entropy_coder_is_zlib_until_the_other_side_is_known() -> None:
 def test_a_side_without_the_better_coders_gets_what_it_can_decode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client_side, "decoders", lambda: ("zlib",))
+    monkeypatch.setattr(client_round, "readable", lambda: ("zlib",))
     outcome = _run("small", task=TrainingTask(rounds=2, epochs=1))
     assert all(_codec(s) == "delta+quantise+zlib" for s in _train(outcome, "down", 2))
 

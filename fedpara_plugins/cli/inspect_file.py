@@ -9,7 +9,16 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from fedpara_plugins.codecs import Notes, Stage, Tensors, decode_payload, peek_header
+from fedpara_plugins.codecs import (
+    Notes,
+    PayloadHeader,
+    Stage,
+    Tensors,
+    decode_payload,
+    peek_header,
+)
+from fedpara_plugins.codecs.compact import MAGIC
+from fedpara_plugins.codecs.description import NO_DESCRIPTION
 from fedpara_plugins.errors import FedParaError, PayloadError
 from fedpara_plugins.ledger import CSV_HEAD, Direction, LedgerTotals
 from fedpara_plugins.ledger.page import DIRECTIONS, read_run
@@ -51,6 +60,8 @@ def inspect_file(path: Path | str) -> str:
     try:
         if start[:1] == b"{" or start == CSV_HEAD[:9].encode():
             lines = list(_ledger_lines(path))
+        elif start[: len(MAGIC)] == MAGIC:
+            lines = list(_payload_lines(path))
         elif start[8:9] == b"{":
             lines = list(_safetensors_lines(path))
         else:
@@ -118,13 +129,16 @@ def _stored_size(part: Any) -> int | None:
 def _payload_lines(path: Path) -> Iterator[str]:
     data = path.read_bytes()
     header = peek_header(data)
+    version = f"payload of format version {header.version}"
+    yield f"{printable(path.name)}: {version}, {len(data):,} bytes"
+    yield f"  sender: fedpara-plugins {_short(header.plugin_version)}"
+    if header.description not in (None, NO_DESCRIPTION):
+        yield from _partial_lines(header)
+        return
     limit = min(EXPANSION * len(data) + 2**20, max(2 * len(data), MOST_DECODED))
     payload = decode_payload(data, limit=limit, stages=_without_references(stages()))
     tensors = payload.tensors
     size = sum(byte_size(t.dtype, t.shape) for t in tensors.values())
-    version = f"payload of format version {header.version}"
-    yield f"{printable(path.name)}: {version}, {len(data):,} bytes"
-    yield f"  sender: fedpara-plugins {_short(header.plugin_version)}"
     yield f"  codec: {_short(header.codec)}, for tensors of {size:,} bytes"
     yield f"  reference: {_short(header.reference or 'none')}"
     if header.extra is not None:
@@ -136,6 +150,18 @@ def _payload_lines(path: Path) -> Iterator[str]:
     if header.reference is not None:
         yield "  The tensors are differences from the reference."
     yield from _table(_row_of(name, tensor) for name, tensor in tensors.items())
+
+
+def _partial_lines(header: PayloadHeader) -> Iterator[str]:
+    """Yield what a header says without the description that it refers to."""
+    yield f"  codec: {_short(header.codec)}"
+    yield f"  reference: {_short(header.reference or 'none')}"
+    if header.extra is not None:
+        yield f"  extra: {_short(str(dict(header.extra)))}"
+    yield (
+        f"  description: {header.description}; it holds the model and the tensors' names and "
+        f"shapes, and lies with the sides that exchanged this payload"
+    )
 
 
 class _PassThrough(Stage):

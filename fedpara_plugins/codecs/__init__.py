@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING
 
 from fedpara_plugins._moved import serve_old_names
 from fedpara_plugins.codecs.chain import Codec
+from fedpara_plugins.codecs.description import Description, HeaderForm, LostDescriptionError
 from fedpara_plugins.codecs.feedback import encode_with_feedback
 from fedpara_plugins.codecs.json_reader import strict_json
 from fedpara_plugins.codecs.payload import (
+    COMPACT,
     DecodedPayload,
     PayloadHeader,
     decode_payload,
     encode_payload,
     peek_header,
+    readable,
 )
 from fedpara_plugins.codecs.reference import reference_hash
 from fedpara_plugins.codecs.text import PRESETS, parse_codec
@@ -33,9 +36,13 @@ from fedpara_plugins.stages.stage import check_limit, check_notes
 
 __all__ = [
     "BUILTIN_STAGES",
+    "COMPACT",
     "PRESETS",
     "Codec",
     "DecodedPayload",
+    "Description",
+    "HeaderForm",
+    "LostDescriptionError",
     "Notes",
     "PayloadHeader",
     "Stage",
@@ -50,6 +57,7 @@ __all__ = [
     "pack_dtypes",
     "parse_codec",
     "peek_header",
+    "readable",
     "reference_hash",
     "strict_json",
     "unpack_dtypes",

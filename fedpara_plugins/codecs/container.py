@@ -22,7 +22,16 @@ from fedpara_plugins.stages.dtypes import DTYPES, byte_size, check_booleans, emp
 from fedpara_plugins.stages.handed_over import HandedOver, working_limit
 from fedpara_plugins.stages.stage import Tensors, check_count, check_limit
 
-__all__ = ["CHECKSUM_BLANK", "Container", "load_tensors", "open_container", "write_container"]
+__all__ = [
+    "CHECKSUM_BLANK",
+    "Container",
+    "check_body_size",
+    "checked_cost",
+    "checked_dtypes",
+    "load_tensors",
+    "open_container",
+    "write_container",
+]
 
 MAX_HEADER = 4 * 2**20
 """Most bytes of safetensors' header with the names of all tensors: enough for 20,000 tensors."""
@@ -47,12 +56,7 @@ def write_container(tensors: Tensors, header: str) -> bytes:
     """
     if "__metadata__" in tensors:
         raise PayloadError("a tensor cannot be called '__metadata__': safetensors reserves it")
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES.values():
-            raise PayloadError(
-                f"tensor {name!r}: dtype {tensor.dtype} cannot be stored in a safetensors file by "
-                "itself; use codec 'lossless', whose stream can hold it"
-            )
+    checked_dtypes(tensors)
     try:
         data = memoryview(safetensors.torch.save(tensors, metadata={_KEY: header}))
     except Exception as error:
@@ -61,6 +65,20 @@ def write_container(tensors: Tensors, header: str) -> bytes:
     place = _checksum_place(data, size)
     digits = b"%08x" % _checksum(data, place)
     return b"".join((data[:place], digits, data[place + len(digits) :]))
+
+
+def checked_dtypes(tensors: Tensors) -> None:
+    """Raise unless a container can hold tensors of these dtypes.
+
+    Raises:
+        PayloadError: names the first that it cannot hold.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise PayloadError(
+                f"tensor {name!r}: dtype {tensor.dtype} cannot be stored in a safetensors file by "
+                "itself; use codec 'lossless', whose stream can hold it"
+            )
 
 
 class Container(NamedTuple):
@@ -93,8 +111,7 @@ def open_container(data: bytes, limit: int | None) -> Container:
         raise PayloadError(f"expected bytes, got {type(data).__name__}")
     view = memoryview(data).cast("B")
     size = _header_size(view)
-    if limit is not None:
-        check_limit(len(view) - 8 - size, _container_limit(limit), "the container's body")
+    check_body_size(len(view) - 8 - size, limit)
     place = _checksum_place(view, size)
     found, expected = bytes(view[place : place + 8]), b"%08x" % _checksum(view, place)
     if found != expected:
@@ -105,7 +122,7 @@ def open_container(data: bytes, limit: int | None) -> Container:
         text = bytes(view[8 : 8 + size]).decode("utf-8")
     except UnicodeDecodeError as error:
         raise PayloadError(f"the container's header is not UTF-8: {error}") from error
-    cost = _checked_cost(text, limit)
+    cost = checked_cost(text, limit)
     outer = strict_json(text)
     metadata = outer.pop("__metadata__", None) if isinstance(outer, dict) else None
     header = metadata.get(_KEY) if isinstance(metadata, dict) else None
@@ -113,11 +130,19 @@ def open_container(data: bytes, limit: int | None) -> Container:
         raise PayloadError(f"the container has no metadata {_KEY!r}: not a payload")
     check_count(len(outer), "the container's table")
     # Escapes may hide from the first look what the text holds.
-    return Container(header, outer, view[8 + size :], max(cost, _checked_cost(header, limit)))
+    return Container(header, outer, view[8 + size :], max(cost, checked_cost(header, limit)))
 
 
-def _checked_cost(text: str, limit: int | None) -> int:
-    """Return the memory that the text's objects take; raise if that is too much for the limit."""
+def checked_cost(text: str, limit: int | None) -> int:
+    """Return the memory that the objects of a header's text take.
+
+    Args:
+        text: JSON.
+        limit: bytes that the tensors may have; None for no limit.
+
+    Raises:
+        PayloadError: that is too much for the limit.
+    """
     cost = json_cost(text)
     if limit is not None:
         check_limit(cost, working_limit(limit), "the objects of the payload's header")
@@ -148,9 +173,18 @@ def _checksum(data: memoryview, place: int) -> int:
     return zlib.crc32(data[place + 8 :], zlib.crc32(_BLANK, before))
 
 
-def _container_limit(limit: int) -> int:
-    """Return the most bytes of the container's body; incompressible data grows a little by zlib."""
-    return limit + limit // 64 + 1024
+def check_body_size(size: int, limit: int | None) -> None:
+    """Raise if the tensors' bytes are too many; incompressible data grows a little by zlib.
+
+    Args:
+        size: of the container's body.
+        limit: bytes that the tensors may have; None for no limit.
+
+    Raises:
+        PayloadError: they are.
+    """
+    if limit is not None:
+        check_limit(size, limit + limit // 64 + 1024, "the container's body")
 
 
 def load_tensors(container: Container, order: Sequence[int] | None, *, working: int) -> HandedOver:

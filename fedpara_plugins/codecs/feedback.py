@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fedpara_plugins.codecs.chain import Codec
+from fedpara_plugins.codecs.description import HeaderForm
 from fedpara_plugins.codecs.payload import choose_codec, write_payload
 from fedpara_plugins.codecs.plain import plain_tensors
 from fedpara_plugins.stages.dtypes import REAL_DTYPES, arithmetic_dtype, byte_size
@@ -37,6 +38,7 @@ def encode_with_feedback(
     digest: str | None = None,
     model: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
+    form: HeaderForm | None = None,
 ) -> tuple[bytes, Tensors]:
     """Encode named tensors as bytes, and return what was lost.
 
@@ -52,6 +54,7 @@ def encode_with_feedback(
         digest: as for `encode_payload`.
         model: JSON for the receiver to compare with its own model.
         extra: any other JSON of the caller.
+        form: as for `encode_payload`.
 
     Returns:
         The payload; and for each floating-point tensor that lost something, the exact tensor minus
@@ -69,7 +72,7 @@ def encode_with_feedback(
     coded, notes = lossy.encode(wanted, reference=against)
     stream, more = coder.encode(coded, reference=against)
     payload = write_payload(
-        stream, [*notes, *more], codec=chain, reference=named, model=model, extra=extra
+        stream, [*notes, *more], codec=chain, reference=named, model=model, extra=extra, form=form
     )
     if not codec.feedback or chain.lossless:
         return payload, {}

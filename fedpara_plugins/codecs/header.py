@@ -12,9 +12,20 @@ from fedpara_plugins.codecs.json_reader import strict_json
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.stages.stage import Notes
 
-__all__ = ["FORMAT_VERSION", "PayloadHeader", "header_text", "parse_header", "version_hint"]
+__all__ = [
+    "COMPACT_VERSION",
+    "FORMAT_VERSION",
+    "PayloadHeader",
+    "compact_header",
+    "header_text",
+    "parse_header",
+    "version_hint",
+]
 
 FORMAT_VERSION = 1
+"""Of a header that stands in safetensors' metadata; every release reads it."""
+COMPACT_VERSION = 2
+"""Of a header that is compressed, for a receiver that says that it reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +42,8 @@ class PayloadHeader:
         order: for each tensor in the sender's order, its place among the container's sorted names;
             None if the sorted order is the sender's.
         notes: notes of each stage, in the order of encoding.
+        description: hash of the description that the header refers to, all zeros if it is written
+            whole; None in version 1.
     """
 
     version: int
@@ -41,6 +54,7 @@ class PayloadHeader:
     extra: Mapping[str, Any] | None
     order: Sequence[int] | None
     notes: Sequence[Notes]
+    description: str | None = None
 
 
 _FIELDS: Mapping[str, tuple[type, ...]] = {
@@ -53,6 +67,9 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "extra": (dict, type(None)),
     "order": (list, type(None)),
     "notes": (list,),
+}
+_COMPACT_FIELDS = {
+    name: kinds for name, kinds in _FIELDS.items() if name not in ("crc32", "version", "order")
 }
 
 
@@ -97,25 +114,57 @@ def parse_header(text: str) -> PayloadHeader:
             f"{str(header.get('plugin'))[:40]}), this side reads version {FORMAT_VERSION} "
             f"(fedpara-plugins {__version__}); install the same version on both sides"
         )
-    types = {key: type(value) for key, value in header.items()}
-    if types.keys() != _FIELDS.keys() or any(types[key] not in _FIELDS[key] for key in types):
-        raise PayloadError(
-            f"header fields: expected {', '.join(_FIELDS)}, got "
-            f"{ {key: kind.__name__ for key, kind in list(types.items())[:12]} }"
-            f"{version_hint(header.get('plugin'))}"
-        )
-    order, notes = header["order"], header["notes"]
+    _check_fields(header, _FIELDS)
+    order = header["order"]
     if order is not None and not all(type(place) is int for place in order):
         raise PayloadError("the header's order is not a list of integers")
-    if not all(isinstance(note, dict) for note in notes):
+    return _header(header, version=version, order=order)
+
+
+def compact_header(
+    fields: Mapping[str, Any], order: Sequence[int] | None, description: str
+) -> PayloadHeader:
+    """Return the header of version 2 that these fields describe.
+
+    Args:
+        fields: parsed, without those of the tensors.
+        order: as in `PayloadHeader`.
+        description: hash of the description that it refers to.
+
+    Raises:
+        PayloadError: a field is missing, unknown or of another type.
+    """
+    _check_fields(fields, _COMPACT_FIELDS)
+    return _header(fields, version=COMPACT_VERSION, order=order, description=description)
+
+
+def _check_fields(fields: Mapping[str, Any], known: Mapping[str, tuple[type, ...]]) -> None:
+    types = {key: type(value) for key, value in fields.items()}
+    if types.keys() != known.keys() or any(types[key] not in known[key] for key in types):
+        raise PayloadError(
+            f"header fields: expected {', '.join(known)}, got "
+            f"{ {key: kind.__name__ for key, kind in list(types.items())[:12]} }"
+            f"{version_hint(fields.get('plugin'))}"
+        )
+    if not all(isinstance(note, dict) for note in fields["notes"]):
         raise PayloadError("the header's notes are not a list of objects")
+
+
+def _header(
+    fields: Mapping[str, Any],
+    *,
+    version: int,
+    order: Sequence[int] | None,
+    description: str | None = None,
+) -> PayloadHeader:
     return PayloadHeader(
         version=version,
-        plugin_version=header["plugin"],
-        codec=header["codec"],
-        reference=header["reference"],
-        model=header["model"],
-        extra=header["extra"],
+        plugin_version=fields["plugin"],
+        codec=fields["codec"],
+        reference=fields["reference"],
+        model=fields["model"],
+        extra=fields["extra"],
         order=order,
-        notes=notes,
+        notes=fields["notes"],
+        description=description,
     )

@@ -1,4 +1,4 @@
-"""The payload: a safetensors file whose metadata holds one versioned header.
+"""The payload: encoded tensors and one versioned header that says how they are encoded.
 
 ``docs/payload.md`` specifies the format. This module joins its parts: a codec maps tensors to
 encoded tensors and notes, the header describes them, and the container is one file of both.
@@ -20,6 +20,7 @@ from fedpara_plugins.codecs.agreement import (
     held_reference,
 )
 from fedpara_plugins.codecs.chain import Codec
+from fedpara_plugins.codecs.compact import is_compact, open_compact, peek_compact, write_compact
 from fedpara_plugins.codecs.container import (
     CHECKSUM_BLANK,
     Container,
@@ -27,6 +28,7 @@ from fedpara_plugins.codecs.container import (
     open_container,
     write_container,
 )
+from fedpara_plugins.codecs.description import Description, HeaderForm
 from fedpara_plugins.codecs.header import (
     FORMAT_VERSION,
     PayloadHeader,
@@ -39,10 +41,12 @@ from fedpara_plugins.codecs.reference import digest_of
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.stages.dtypes import byte_size
+from fedpara_plugins.stages.entropy_decoders import decoders
 from fedpara_plugins.stages.handed_over import HandedOver, working_limit
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit
 
 __all__ = [
+    "COMPACT",
     "ChosenCodec",
     "DecodedPayload",
     "OpenedPayload",
@@ -52,8 +56,12 @@ __all__ = [
     "encode_payload",
     "open_payload",
     "peek_header",
+    "readable",
     "write_payload",
 ]
+
+COMPACT = "payload2"
+"""How a side says, among what it can decode, that it reads headers of version 2."""
 
 _ADDED = 3
 """Tensors that stages may add to those of the sender."""
@@ -94,6 +102,7 @@ def encode_payload(
     digest: str | None = None,
     model: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
+    form: HeaderForm | None = None,
 ) -> bytes:
     """Encode named tensors as bytes.
 
@@ -107,6 +116,7 @@ def encode_payload(
             decodes it against another state.
         model: JSON for the receiver to compare with its own model.
         extra: any other JSON of the caller.
+        form: of a header of version 2, for a receiver that reads it; version 1 by default.
 
     Raises:
         PayloadError: a tensor or ``model`` or ``extra`` cannot be sent, or the digest is no hash.
@@ -114,7 +124,9 @@ def encode_payload(
     """
     codec, against, named = choose_codec(codec, reference, digest)
     coded, notes = codec.encode(plain_tensors(tensors), reference=against)
-    return write_payload(coded, notes, codec=codec, reference=named, model=model, extra=extra)
+    return write_payload(
+        coded, notes, codec=codec, reference=named, model=model, extra=extra, form=form
+    )
 
 
 def choose_codec(
@@ -147,6 +159,7 @@ def write_payload(
     reference: str | None,
     model: Mapping[str, Any] | None,
     extra: Mapping[str, Any] | None,
+    form: HeaderForm | None = None,
 ) -> bytes:
     """Return the payload of what ``codec.encode`` returned.
 
@@ -157,18 +170,24 @@ def write_payload(
         reference: hash of the reference in use.
         model: as for `encode_payload`.
         extra: as for `encode_payload`.
+        form: as for `encode_payload`.
 
     Raises:
         PayloadError: a tensor or ``model`` or ``extra`` cannot be sent.
     """
-    header = {
-        "crc32": CHECKSUM_BLANK,  # first, so that it is found without parsing
-        "version": FORMAT_VERSION,
+    fields = {
         "plugin": __version__,
         "codec": codec.stage_names,
         "reference": reference,
         "model": model,
         "extra": extra,
+    }
+    if form is not None:
+        return write_compact(coded, {**fields, "notes": list(notes)}, form)
+    header = {
+        "crc32": CHECKSUM_BLANK,  # first, so that it is found without parsing
+        "version": FORMAT_VERSION,
+        **fields,
         "order": _order(coded),
         "notes": list(notes),
     }
@@ -185,6 +204,7 @@ def decode_payload(
     expect: ModelSpec | None = None,
     like: Mapping[str, torch.Tensor] | None = None,
     most_tensors: int | None = None,
+    descriptions: Mapping[str, Description] | None = None,
 ) -> DecodedPayload:
     """Decode bytes that anyone may have sent.
 
@@ -202,13 +222,14 @@ def decode_payload(
             the same shapes and dtypes.
         most_tensors: number of tensors that there may be. Each takes some 0.1 ms, however small it
             is, so set it where this side knows how many to expect.
+        descriptions: those that this side holds, by hash, for headers of version 2.
 
     Raises:
         MismatchError: the payload is sound, but of another format version, another model, a stage
-            that is not installed here, or a reference that this side does not hold.
+            that is not installed here, or a reference or description that this side does not hold.
         PayloadError: anything else is wrong; no other error passes.
     """
-    opened = open_payload(data, limit=limit, most_tensors=most_tensors)
+    opened = open_payload(data, limit=limit, most_tensors=most_tensors, descriptions=descriptions)
     return opened.decode(
         reference=reference, references=references, stages=stages, expect=expect, like=like
     )
@@ -275,23 +296,39 @@ class OpenedPayload:
         return DecodedPayload(decoded if borrowed else _own(decoded), header)
 
 
-def open_payload(data: bytes, *, limit: int, most_tensors: int | None = None) -> OpenedPayload:
+def open_payload(
+    data: bytes,
+    *,
+    limit: int,
+    most_tensors: int | None = None,
+    descriptions: Mapping[str, Description] | None = None,
+) -> OpenedPayload:
     """Check a payload as a whole, and read its header, for a caller that needs it first.
 
     Args:
         data: as for `decode_payload`.
         limit: as for `decode_payload`.
         most_tensors: as for `decode_payload`.
+        descriptions: as for `decode_payload`.
 
     Raises:
+        LostDescriptionError: the header refers to a description that this side does not hold.
         MismatchError: another format version.
         PayloadError: not a payload, a damaged one, or one that exceeds a limit.
     """
-    container = open_container(data, limit)
-    header = parse_header(container.header)
+    container, header = _opened(data, limit, descriptions)
     if most_tensors is not None:
         _check_tensor_count(container, header, most_tensors)
     return OpenedPayload(header, container, limit)
+
+
+def _opened(
+    data: bytes, limit: int | None, descriptions: Mapping[str, Description] | None
+) -> tuple[Container, PayloadHeader]:
+    if is_compact(data):
+        return open_compact(data, limit, descriptions)
+    container = open_container(data, limit)
+    return container, parse_header(container.header)
 
 
 def _check_tensor_count(container: Container, header: PayloadHeader, most: int) -> None:
@@ -316,19 +353,36 @@ def _own(tensors: Tensors) -> Tensors:
     }
 
 
-def peek_header(data: bytes, *, limit: int | None = None) -> PayloadHeader:
+def peek_header(
+    data: bytes,
+    *,
+    limit: int | None = None,
+    descriptions: Mapping[str, Description] | None = None,
+) -> PayloadHeader:
     """Return the header of a payload, after verifying the checksum, without decoding a tensor.
 
     Args:
         data: what `encode_payload` returned.
         limit: bytes that the tensors may have, as for `decode_payload`, which bounds the header
             too. None allows any header of 4 MiB.
+        descriptions: as for `decode_payload`. Without them, a header that refers to a description
+            comes without what it takes from there: the model, the order, names and shapes in notes.
 
     Raises:
-        MismatchError: another format version.
+        MismatchError: another format version, or a description that is not among those given.
         PayloadError: not a payload, or a damaged one.
     """
-    return parse_header(open_container(data, limit).header)
+    if descriptions is None and is_compact(data):
+        return peek_compact(data, limit)
+    return _opened(data, limit, descriptions)[1]
+
+
+def readable() -> tuple[str, ...]:
+    """Return what this side says that it can decode: entropy stages, and versions of headers.
+
+    Releases that know none but version 1 pass over names that they do not know.
+    """
+    return (*decoders(), COMPACT)
 
 
 def _order(tensors: Tensors) -> list[int] | None:

@@ -16,13 +16,19 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from fedpara_plugins.codecs import peek_header
+from fedpara_plugins.codecs import peek_header, readable
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.exchange.budget import MessageBudget
 from fedpara_plugins.exchange.client_state import ClientState, PrivateParts
 from fedpara_plugins.exchange.coding import CodedRecord, encode_record, update_codec
 from fedpara_plugins.exchange.dense_round import DenseRound
-from fedpara_plugins.exchange.headers import check_codecs, decoders_of, first_model_limit, plans_of
+from fedpara_plugins.exchange.headers import (
+    check_codecs,
+    decoders_of,
+    first_model_limit,
+    plans_of,
+    reply_form,
+)
 from fedpara_plugins.exchange.incoming import ReceivedRecord, read_model, read_side
 from fedpara_plugins.exchange.outgoing import Outgoing, select_outgoing
 from fedpara_plugins.exchange.own_models import OwnModels
@@ -84,6 +90,7 @@ class ClientRound:
         self._asked: tuple[str, ...] = ()
         self._private = PrivateParts()
         self._residuals: dict[str, State] = {}
+        self._named: set[str] = set()
 
     # In
 
@@ -133,7 +140,7 @@ class ClientRound:
             PayloadError: a payload is damaged.
         """
         return [
-            plans_of(peek_header(payload))
+            plans_of(peek_header(payload, descriptions=self._state.references.descriptions(name)))
             for name, payload in payloads.items()
             if self._kind_of(name) == "model"
         ]
@@ -173,8 +180,27 @@ class ClientRound:
 
     @property
     def received_hashes(self) -> dict[str, str]:
-        """By record, the hash of what the client has received."""
-        return {name: part.held.reference for name, part in self.received.items()}
+        """By record, the hash of what the client has received.
+
+        Where the server is known to read version 2 of headers, those are left out that a payload of
+        the reply names itself: `ReplyReader.references` has them.
+        """
+        hashes = {name: part.held.reference for name, part in self.received.items()}
+        if not self._is_known:
+            return hashes
+        return {name: value for name, value in hashes.items() if name not in self._named}
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """What this side decodes, for the server; () where its message shows that it knows."""
+        return () if self._is_known else readable()
+
+    @property
+    def _is_known(self) -> bool:
+        """Whether the server has heard what this client decodes: it wrote version 2."""
+        return bool(self.received) and all(
+            part.held.header.version > 1 for part in self.received.values()
+        )
 
     @property
     def fresh(self) -> bool:
@@ -271,7 +297,10 @@ class ClientRound:
             received=None if part is None else part.held,
             residual=self._state.residual(name) if codec.feedback else None,
             with_loss=with_loss,
+            form=reply_form(None if told is None else told.held),
         )
+        if coded.reference is not None:
+            self._named.add(name)
         if codec.feedback:
             self._residuals[name] = coded.residual
         return coded
@@ -290,8 +319,10 @@ class ClientRound:
         self._state.remember(self._own.built, self._settings.config)
         for name, residual in self._residuals.items():
             self._state.keep_residual(name, residual)
-        if self._settings.downlink.needs_reference:
-            for name, part in self.received.items():
+        for name, part in self.received.items():
+            if self._settings.downlink.needs_reference:
                 self._state.references.keep(name, part.held)
+            else:
+                self._state.references.keep_description(name, part.held)
         self._state.keep_few({*self.received, *self._residuals})
         self._state.keep_steps(steps)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fedpara_plugins.codecs import Codec, encode_with_feedback
+from fedpara_plugins.codecs import Codec, HeaderForm, encode_with_feedback
 from fedpara_plugins.exchange.headers import header_extra
 from fedpara_plugins.exchange.outgoing import Outgoing
 from fedpara_plugins.exchange.records import State
@@ -23,6 +23,7 @@ class CodedRecord:
     Attributes:
         payload: the bytes.
         residual: the error that the next payload makes up for; empty without error feedback.
+        reference: hash of what the client received, if the payload names it.
         lost: the tensors given minus those that the receiver decodes. Known where the codec has
             error feedback or `encode_record` was asked for it; a tensor that lost nothing is
             missing.
@@ -31,6 +32,7 @@ class CodedRecord:
     payload: bytes
     residual: State
     lost: State
+    reference: str | None = None
 
 
 def encode_record(
@@ -40,10 +42,12 @@ def encode_record(
     received: DecodedDownlink | None = None,
     residual: Mapping[str, Tensor] | None = None,
     with_loss: bool = False,
+    form: HeaderForm | None = None,
 ) -> CodedRecord:
     """Encode a record that leaves a client.
 
-    The header lists the entropy decoders of this side, so that the other may use them.
+    A header of version 1 lists what this side decodes. Version 2 is read by a server that knows it
+    from the reply's own fields.
 
     Args:
         record: what may leave.
@@ -52,6 +56,7 @@ def encode_record(
             it, or with other names, shapes or dtypes in it, the chain for a first contact is used.
         residual: what was lost last time, where the codec has error feedback.
         with_loss: find out what is lost even without error feedback.
+        form: of the header, for a server that reads version 2; version 1 by default.
 
     Raises:
         PayloadError: a tensor cannot be encoded.
@@ -64,10 +69,12 @@ def encode_record(
         digest=None if usable is None else usable.reference,
         residual=residual,
         model=record.spec.to_json(),
-        extra=header_extra(),
+        extra=header_extra() if form is None else None,
+        form=form,
     )
     before = {} if residual is None else _fitting(residual, record.shared)
-    return CodedRecord(payload, rest, _change(rest, before))
+    named = None if usable is None or not codec.needs_reference else usable.reference
+    return CodedRecord(payload, rest, _change(rest, before), named)
 
 
 def update_codec(codec: Codec) -> Codec:

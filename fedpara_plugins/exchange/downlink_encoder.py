@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedpara_plugins.codecs import Codec, reference_hash
-from fedpara_plugins.exchange.headers import header_extra
+from fedpara_plugins.codecs import Codec, Description, reference_hash
+from fedpara_plugins.exchange.descriptions import SharedDescriptions
+from fedpara_plugins.exchange.headers import downlink_form, header_extra
 from fedpara_plugins.exchange.outliers import update_norm
 from fedpara_plugins.exchange.records import State
 from fedpara_plugins.exchange.settings import ExchangeSettings
@@ -47,6 +48,7 @@ class DownlinkEncoder:
         self._downlink = downlink_of(settings, outages)
         self._contents: dict[str, _Content] = {}
         self._decoders: dict[str, tuple[str, ...]] = {}
+        self._descriptions = SharedDescriptions()
         self._announced: set[str] = set()
         self._told: Counter[str] = Counter()
         self._norms: dict[str, tuple[str, float]] = {}
@@ -73,8 +75,9 @@ class DownlinkEncoder:
             PayloadError: values became NaN or infinite since the first ones.
         """
         full = self._infinities.setdefault(record, OwnInfinities()).restored(full)
-        digest = reference_hash(shared_tensors(spec, full))
-        self._contents[record] = _Content(spec, full, digest, sized_as or spec)
+        shared = shared_tensors(spec, full)
+        self._contents[record] = _Content(spec, full, reference_hash(shared), sized_as or spec)
+        self._descriptions.put(record, Description.of(spec.to_json(), shared))
 
     @property
     def records(self) -> tuple[str, ...]:
@@ -116,16 +119,21 @@ class DownlinkEncoder:
         # A client that has answered once has compared our codecs with its own.
         codecs = () if client in self._decoders else self._settings.codec_names
         current = self._contents[record]
+        decoders = self._decoders.get(client)
+        described = self._descriptions.current(record)
+        form = downlink_form(decoders, described, self._descriptions.held(client, record))
         coded = self._downlink.encode(
             client,
             record,
             current.full,
             spec=current.spec,
             codec=self._codec_for(client),
-            decoders=self._decoders.get(client),
+            decoders=decoders,
             extra=header_extra(codecs),
             content=current.hash,
+            form=form,
         )
+        self._descriptions.note_sent(client, record)
         return coded.payload
 
     def _codec_for(self, client: str) -> Codec:
@@ -143,6 +151,11 @@ class DownlinkEncoder:
         """By hash, everything that some client may have taken a delta against."""
         return self._downlink.references
 
+    @property
+    def descriptions(self) -> Mapping[str, Description]:
+        """By hash, the descriptions of what was sent, to which headers of replies may refer."""
+        return self._descriptions.known
+
     def acknowledge(
         self, client: str, holds: Mapping[str, str], decoders: Collection[str] = ()
     ) -> None:
@@ -151,24 +164,40 @@ class DownlinkEncoder:
         Args:
             client: its name.
             holds: by record, the hash of what it holds.
-            decoders: names of the entropy stages that it can decode; () if it did not say.
+            decoders: names of what it can decode; () if it did not say.
         """
         if decoders:
             self._decoders[client] = tuple(decoders)
         for record, reference in holds.items():
             self._downlink.acknowledge(client, record, reference)
+            self._descriptions.note_held(client, record)
 
     def note_refusal(self, client: str, has: Mapping[str, Sequence[str]]) -> None:
         """Record that a client lost the reference that a message was coded against.
+
+        The next header for it is written whole.
 
         Args:
             client: its name.
             has: by record, the hashes that it has. Records that were never sent are ignored, since
                 a client may name as many as it likes.
         """
+        self._descriptions.forget(client)
         for record, held in has.items():
             if record in self._contents:
                 self._downlink.refused(client, record, held)
+
+    def note_failure(self, client: str) -> None:
+        """Record that a client answered with an error.
+
+        Its program may be an older release by now, so nothing is known of what it decodes until it
+        says so again.
+
+        Args:
+            client: its name.
+        """
+        self._descriptions.forget(client)
+        self._decoders.pop(client, None)
 
     def log_first_contacts(self) -> None:
         """Log how many clients got a whole model instead of an update since the last call."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from fedpara_plugins.codecs import PayloadHeader, decoders
+from fedpara_plugins.codecs import COMPACT, Description, HeaderForm, PayloadHeader, readable
 from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.exchange.settings import codecs_in_words
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.spec_rows import plan_from_row
+from fedpara_plugins.references import DecodedDownlink
 
 __all__ = [
     "check_codecs",
     "decoders_of",
+    "downlink_form",
     "first_model_limit",
     "header_extra",
     "plans_of",
+    "reply_form",
     "spec_of",
 ]
 
@@ -28,19 +31,46 @@ hardly compressible, but parts of them may all be equal."""
 
 
 def header_extra(codecs: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Return this side's fields of a payload's header: its decoders, and its codecs if given.
+    """Return this side's fields of a payload's header: what it decodes, and its codecs if given.
 
     Args:
         codecs: its settings, for a receiver that is to compare them with its own; () leaves them
             out.
     """
-    words = {DECODERS: list(decoders())}
+    words = {DECODERS: list(readable())}
     return {**words, CODECS: list(codecs)} if codecs else words
 
 
 def decoders_of(header: PayloadHeader) -> tuple[str, ...]:
-    """Return the entropy decoders that the sender of a payload has."""
+    """Return what the sender of a payload can decode: entropy stages, versions of headers."""
     return _texts(header, DECODERS)
+
+
+def downlink_form(
+    decoders: Collection[str] | None, description: Description, held: str | None
+) -> HeaderForm | None:
+    """Return how the header of a message to a client is written.
+
+    Args:
+        decoders: what the client says that it can decode; None if it has not said anything. Then
+            version 1 is written, which every release reads.
+        description: of the record.
+        held: hash of the description that the client holds of the record.
+    """
+    if COMPACT not in (decoders or ()):
+        return None
+    return HeaderForm(description if held == description.digest else None)
+
+
+def reply_form(answered: DecodedDownlink | None) -> HeaderForm | None:
+    """Return how the header of a reply is written; the sender of a message holds its description.
+
+    Args:
+        answered: the message of which the reply's header may repeat something; None for none.
+    """
+    if answered is None or COMPACT not in decoders_of(answered.header):
+        return None
+    return HeaderForm(Description.of(answered.header.model, answered.tensors))
 
 
 def check_codecs(header: PayloadHeader, mine: tuple[str, str], *, remedy: str) -> None:

@@ -92,6 +92,7 @@ class ReplyReader:
 
     Attributes:
         size: of everything that was decoded, refused records included.
+        references: by record, the hash of what the client has received, where its payload names it.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class ReplyReader:
         own: bool = True,
     ) -> None:
         self.size = Size()
+        self.references: dict[str, str] = {}
         self._sent = sent
         self._kind_of = kind_of
         self._model_of = model_of
@@ -148,7 +150,10 @@ class ReplyReader:
         kind = self._kind_of(record)
         if kind != "model" and record not in self._asked:
             raise MismatchError(f"the client answers with a record {record[:80]!r} unasked")
-        shared = self._decoded(record, payload, self.budget.left).tensors
+        decoded = self._decoded(record, payload, self.budget.left)
+        if decoded.header.reference is not None:
+            self.references[record] = decoded.header.reference
+        shared = decoded.tensors
         self.budget.spend(tensor_bytes(shared))
         if kind != "model":
             return self._read_side(record, shared)
@@ -248,6 +253,7 @@ class ReplyReader:
         decoded = decode_payload(
             payload,
             references=self._sent.references,
+            descriptions=self._sent.descriptions,
             limit=limit,
             most_tensors=max(names) + MORE_TENSORS if names else None,
         )

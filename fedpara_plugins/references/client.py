@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from fedpara_plugins.codecs import (
+    Description,
+    LostDescriptionError,
     PayloadHeader,
     encode_payload,
     reference_hash,
@@ -28,10 +30,11 @@ __all__ = ["ClientReferences", "DecodedDownlink", "LostReferenceError"]
 
 LAST = "last"
 BEFORE = "before"
+DESCRIPTION = "description"
 
 
 class LostReferenceError(MismatchError):
-    """A sound message is coded against a state that this client does not hold.
+    """A sound message refers to a state or a description that this client does not hold.
 
     Attributes:
         holds: the states that it holds, by hash, for the server's ``refused``.
@@ -61,7 +64,8 @@ class ClientReferences:
     """What a client holds of each record: the last state, and the one it was coded against.
 
     Both are needed: a server that never received the answer codes its next message against the
-    older state. Nothing changes before `keep`, so a round that fails leaves no trace.
+    older state. Beside them stands the record's last description, to which headers refer. Nothing
+    changes before `keep`, so a round that fails leaves no trace.
 
     Args:
         storage: bytes by key that survive between rounds in the framework at hand; by default a
@@ -103,11 +107,19 @@ class ClientReferences:
 
         Raises:
             MismatchError: the message is of another model than expected.
-            LostReferenceError: the state is missing; do no work and answer with the error's
-                ``holds``, so that the server sends the message again.
+            LostReferenceError: the state or the description is missing; do no work and answer with
+                the error's ``holds``, so that the server sends the message again.
             PayloadError: the payload is damaged or exceeds the limit.
         """
-        opened = open_payload(payload, limit=limit, most_tensors=most_tensors)
+        try:
+            opened = open_payload(
+                payload,
+                limit=limit,
+                most_tensors=most_tensors,
+                descriptions=self.descriptions(record),
+            )
+        except LostDescriptionError as error:
+            raise LostReferenceError(f"record {record!r}: {error}", self.holds(record)) from error
         header = opened.header
         if expect is not None:
             check_model(header, expect)
@@ -169,8 +181,21 @@ class ClientReferences:
             self.holds(record),
         )
 
+    def descriptions(self, record: str) -> dict[str, Description]:
+        """Return the description that is held of a record, by its hash; empty for none."""
+        stored = self._storage.get(f"{record}/{DESCRIPTION}")
+        known = None if stored is None else Description.from_bytes(stored)
+        return {} if known is None else {known.digest: known}
+
+    def keep_description(self, record: str, received: DecodedDownlink) -> None:
+        """Hold the received record's description, so that later headers may refer to it."""
+        new = Description.of(received.header.model, received.tensors)
+        if new.digest not in self.descriptions(record):
+            self._storage[f"{record}/{DESCRIPTION}"] = new.to_bytes()
+
     def keep(self, record: str, received: DecodedDownlink) -> None:
         """Hold the received state, and the one it was coded against if that was held."""
+        self.keep_description(record, received)
         against = received.header.reference
         before = next((key for key in self._keys(record) if self._hash(key) == against), None)
         older = None if before is None else self._storage[before]
@@ -184,8 +209,8 @@ class ClientReferences:
 
     def forget(self, record: str) -> None:
         """Drop everything that is held of a record."""
-        for key in self._keys(record):
-            del self._storage[key]
+        for key in (*self._keys(record), f"{record}/{DESCRIPTION}"):
+            self._storage.pop(key, None)
 
     def _keys(self, record: str) -> list[str]:
         return [key for part in (LAST, BEFORE) if (key := f"{record}/{part}") in self._storage]

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from fedpara_plugins.codecs.chain import Codec
+from fedpara_plugins.codecs.description import HeaderForm
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.state_split import shared_names
 from fedpara_plugins.stages.stage import Tensors
@@ -50,6 +51,7 @@ class Downlink(Protocol):
         decoders: Collection[str] | None = None,
         extra: Mapping[str, Any] | None = None,
         content: str | None = None,
+        form: HeaderForm | None = None,
     ) -> EncodedDownlink:
         """Encode ``tensors`` for one client."""
 

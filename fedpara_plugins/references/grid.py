@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedpara_plugins.codecs import decode_payload, encode_payload, reference_hash
 from fedpara_plugins.codecs.chain import Codec
+from fedpara_plugins.codecs.description import HeaderForm
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references.downlink import (
     EncodedDownlink,
@@ -107,6 +108,7 @@ class GridDownlink:
         decoders: Collection[str] | None = None,
         extra: Mapping[str, Any] | None = None,
         content: str | None = None,
+        form: HeaderForm | None = None,
         holds: str | None = None,
     ) -> EncodedDownlink:
         """Encode a state for one client; new content becomes a version.
@@ -120,6 +122,7 @@ class GridDownlink:
             decoders: the entropy decoders that the client has, if it named them.
             extra: the caller's own JSON for the header.
             content: `reference_hash` of the shared ``tensors``, if the caller knows it.
+            form: of the header, for a client that reads version 2; version 1 by default.
             holds: the hash that the client named, "" for nothing at all; by default what it named
                 last, if that is remembered.
 
@@ -130,7 +133,7 @@ class GridDownlink:
             shared = shared_tensors(spec, tensors)
             codec = codec.resolved(decoders)
             content = content or reference_hash(shared)
-            request = EncodeRequest(record, shared, content, spec, codec, dict(extra or {}))
+            request = EncodeRequest(record, shared, content, spec, codec, dict(extra or {}), form)
             version = self._version(request)
             held = self._index.held(client, record) if holds is None else holds
             message = self._message(request, version, held)
@@ -218,6 +221,7 @@ class GridDownlink:
             digest=digest,
             model=request.spec.to_json(),
             extra=dict(extra) or None,
+            form=request.form,
         )
 
     # Receiving

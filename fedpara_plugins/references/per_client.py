@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedpara_plugins.codecs import decode_payload, encode_payload, reference_hash
 from fedpara_plugins.codecs.chain import Codec
+from fedpara_plugins.codecs.description import HeaderForm
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references.downlink import (
     EncodedDownlink,
@@ -90,6 +91,7 @@ class PerClientDownlink:
         decoders: Collection[str] | None = None,
         extra: Mapping[str, Any] | None = None,
         content: str | None = None,
+        form: HeaderForm | None = None,
     ) -> EncodedDownlink:
         """Encode a state for one client, whose answer is awaited from now on.
 
@@ -103,6 +105,7 @@ class PerClientDownlink:
             decoders: the entropy decoders that the client has, if it named them.
             extra: the caller's own JSON for the header.
             content: `reference_hash` of the shared ``tensors``, if the caller knows it.
+            form: of the header, for a client that reads version 2; version 1 by default.
 
         Raises:
             PayloadError: a tensor cannot be coded.
@@ -111,7 +114,7 @@ class PerClientDownlink:
             shared = shared_tensors(spec, tensors)
             codec = codec.resolved(decoders)
             content = content or reference_hash(shared)
-            request = EncodeRequest(record, shared, content, spec, codec, dict(extra or {}))
+            request = EncodeRequest(record, shared, content, spec, codec, dict(extra or {}), form)
             held = _HeldState(NOTHING, None)
             if codec.needs_reference:
                 held = self._held_state(self._index.held(client, record), shared)
@@ -172,10 +175,16 @@ class PerClientDownlink:
             digest=digest,
             model=request.spec.to_json(),
             extra=extra or None,
+            form=request.form,
         )
         # Decoded here as well, since after a lossy codec the client has other values.
         references = {digest: reference} if digest and reference is not None else None
-        received = decode_payload(payload, references=references, limit=OWN_MESSAGE).tensors
+        received = decode_payload(
+            payload,
+            references=references,
+            limit=OWN_MESSAGE,
+            descriptions=request.descriptions,
+        ).tensors
         message = EncodedDownlink(payload, self._store.add(received), kind)
         if kind in ("first", "full"):
             log_whole_model(message)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpara_plugins.codecs.chain import Codec
+from fedpara_plugins.codecs.description import Description, HeaderForm
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references.downlink import EncodedDownlink, MessageKind
 from fedpara_plugins.stages.stage import Tensors
@@ -30,6 +31,7 @@ class EncodeRequest:
         spec: the model.
         codec: the run's codec for downlinks, with an entropy coder that the client has.
         extra: the caller's own JSON for the header.
+        form: of the header.
     """
 
     record: str
@@ -38,10 +40,18 @@ class EncodeRequest:
     spec: ModelSpec
     codec: Codec
     extra: dict[str, Any]
+    form: HeaderForm | None = None
+
+    @property
+    def descriptions(self) -> dict[str, Description]:
+        """Return the description that the header refers to, by its hash; empty for none."""
+        known = None if self.form is None else self.form.usable
+        return {} if known is None else {known.digest: known}
 
     def key(self, kind: MessageKind, held: str | None) -> str:
         """Return a text that is equal for messages of one content that have the same bytes."""
-        return json.dumps([kind, held, self.codec.name, self.spec.fingerprint, self.extra])
+        form = None if self.form is None else self.form.digest
+        return json.dumps([kind, held, self.codec.name, self.spec.fingerprint, self.extra, form])
 
 
 class EncodedCache:

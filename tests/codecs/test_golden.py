@@ -1,4 +1,4 @@
-"""Golden bytes of every stage: written once by version 1, read for ever.
+"""Golden bytes of every stage and of both versions of headers: written once, read for ever.
 
 `write_golden` says how the files came to be; they are never written again. What an encoder makes of
 the same tensors may change, what these bytes mean may not.
@@ -11,10 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from page_decoder import LETTERS, by_the_page, reference_by_the_page
+from page_decoder import (
+    LETTERS,
+    by_the_page,
+    description_by_the_page,
+    reference_by_the_page,
+)
 
 from fedpara_plugins.codecs import (
     BUILTIN_STAGES,
+    Description,
+    HeaderForm,
     decode_payload,
     encode_payload,
     parse_codec,
@@ -118,6 +125,38 @@ MEANT = {
 """The `reference_hash` of what each file decodes to."""
 
 
+COMPACT = {
+    "v2_whole_ans": (sent, "delta+quantise:rms=0.05+ans", False),
+    "v2_quantise_ans": (sent, "delta+quantise:rms=0.05+ans", True),
+    "v2_rows_zstd": (sent, "delta+quantise:rms=0.01,scope=row+zstd", True),
+    "v2_planes_zlib": (sent, "planes+zlib", True),
+    "v2_int8": (sent, "delta+int8", True),
+    "v2_grid_ans": (stepped, "grid+ans", True),
+}
+COMPACT_MEANT = {
+    "v2_whole_ans": "f5ae58e4519c6df8b2c2eed9a1440d718919fe9151f7e941bc9ed3856174205b",
+    "v2_quantise_ans": "f5ae58e4519c6df8b2c2eed9a1440d718919fe9151f7e941bc9ed3856174205b",
+    "v2_rows_zstd": "eff9f7f81b5b3350b4ce342b1ff2f85680c3b72d73d678577bba82165638a0ef",
+    "v2_planes_zlib": "d6436afb177306b8ed3ee59021cb083a8b527397cb69dacd9b044abc05a20fa3",
+    "v2_int8": "6eb3ee20ad79dcffec0637a9069f58932b3146f7f1dc8dd88453d97fd14b0ca7",
+    "v2_grid_ans": "a12b39eb1b49215409e8574edc88dbc3b0e30736814382e47413e7da403aca88",
+}
+MODEL = {"seed": 3, "weights": [["conv.weight", "fedpara", [4, 27], 2, [0.5, 1e-05], 0.0]]}
+DESCRIPTION = "32f7e4958472f3c7560b7f2dfb27a5b5"
+"""The hash of the description of `MODEL` and `held`."""
+
+
+def write_compact_golden():
+    """How the files of version 2 came to be."""
+    known = held()
+    for name, (state, codec, described) in COMPACT.items():
+        form = HeaderForm(Description.of(MODEL, known) if described else None)
+        data = encode_payload(
+            state(), codec=parse_codec(codec), reference=known, model=MODEL, form=form
+        )
+        (GOLDEN / f"{name}.fpp2").write_bytes(data)
+
+
 def write_golden():
     """How the files came to be."""
     known = held()
@@ -206,3 +245,35 @@ def test_golden_bytes_hold_escapes_wide_symbols_rows_and_blocks():
     assert any(note["far"] for note in quantised)
     kinds = {kind for some in notes.values() for kind in some[-1].get("dtypes", [])}
     assert {"I8", "I16", "F64", "C128"} <= kinds
+
+
+def compact(name):
+    return (GOLDEN / f"{name}.fpp2").read_bytes()
+
+
+@pytest.mark.parametrize("name", COMPACT)
+def test_golden_bytes_of_version_2_mean_what_they_meant(name):
+    known = Description.of(MODEL, held())
+    assert known.digest == DESCRIPTION
+    back = decode_payload(
+        compact(name), reference=held(), limit=10**5, descriptions={DESCRIPTION: known}
+    )
+    stages = [item.partition(":")[0] for item in COMPACT[name][1].split("+")]
+    assert (back.header.version, back.header.codec.split("+")) == (2, stages)
+    assert back.header.model == MODEL
+    assert back.header.description == (DESCRIPTION if COMPACT[name][2] else "0" * 32)
+    assert reference_hash(back.tensors) == COMPACT_MEANT[name]
+
+
+@pytest.mark.parametrize("name", COMPACT)
+def test_the_page_is_enough_to_decode_golden_bytes_of_version_2(name):
+    reference = by_the_page(read(REFERENCE))
+    digest, text = description_by_the_page(MODEL, reference)
+    assert digest.hex() == DESCRIPTION
+    found = by_the_page(compact(name), reference, {digest: text})
+    known = {DESCRIPTION: Description.of(MODEL, held())}
+    ours = decode_payload(compact(name), reference=held(), limit=10**5, descriptions=known).tensors
+    assert list(found) == list(ours)
+    for key, (kind, shape, values) in found.items():
+        assert (kind, tuple(shape)) == (NAMES[ours[key].dtype], ours[key].shape), key
+        assert repr(values) == repr(values_of(ours[key])), key

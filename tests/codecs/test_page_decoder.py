@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from page_decoder import LETTERS, by_the_page
+from page_decoder import LETTERS, by_the_page, description_by_the_page, dictionary
 
-from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
+from fedpara_plugins.codecs import (
+    Description,
+    HeaderForm,
+    decode_payload,
+    encode_payload,
+    parse_codec,
+)
+from fedpara_plugins.codecs.header_packing import WORDS
 from fedpara_plugins.stages.stage import DTYPES
 from fedpara_plugins.testing.samples import SAMPLE_NAMES, finite_sample, nearby
 
@@ -24,34 +31,32 @@ def heavy():
 STATES = {**{name: lambda name=name: finite_sample(name) for name in SAMPLE_NAMES}, "heavy": heavy}
 
 
-@pytest.mark.parametrize("name", STATES)
-@pytest.mark.parametrize(
-    "codec",
-    [
-        "quantise:bits=5",
-        "quantise:rms=0.05+zlib",
-        "quantise:rms=2,scope=row+zlib",
-        "quantise:bits=12,scope=block,block=16,rounding=stochastic+zlib",
-        "topk:share=0.1+quantise:rms=0.05,scope=row",
-        "topk:count=2+zlib",
-        "cast:to=bf16+zlib",
-        "delta+quantise:rms=0.05+ans",
-        "delta+quantise:bits=12,scope=row+zstd",
-        "delta+int8+ans",
-        "delta+cast:to=fp16+planes+zlib",
-        "planes+zstd",
-        "grid+ans",
-    ],
-)
-def test_the_page_is_enough_to_decode(name, codec):
+CODECS = [
+    "quantise:bits=5",
+    "quantise:rms=0.05+zlib",
+    "quantise:rms=2,scope=row+zlib",
+    "quantise:bits=12,scope=block,block=16,rounding=stochastic+zlib",
+    "topk:share=0.1+quantise:rms=0.05,scope=row",
+    "topk:count=2+zlib",
+    "cast:to=bf16+zlib",
+    "delta+quantise:rms=0.05+ans",
+    "delta+quantise:bits=12,scope=row+zstd",
+    "delta+int8+ans",
+    "delta+cast:to=fp16+planes+zlib",
+    "planes+zstd",
+    "grid+ans",
+]
+
+
+def sample(name, codec):
     tensors = STATES[name]()
     if "cast" in codec and name == "extremes":
         # Beyond bfloat16 by intent, and beyond float16.
         tensors["large"] = tensors["large"] / (2 if "bf16" in codec else 2.0**113)
-    reference = nearby(tensors)
-    data = encode_payload(tensors, codec=parse_codec(codec), reference=reference)
-    ours = decode_payload(data, reference=reference, limit=10**6).tensors
-    found = by_the_page(data, by_the_page(encode_payload(reference, codec=parse_codec("none"))))
+    return tensors, nearby(tensors)
+
+
+def check_same(found, ours, tensors):
     assert list(found) == list(ours) == list(tensors)
     for key, (kind, shape, values) in found.items():
         assert (kind, tuple(shape)) == (NAMES[ours[key].dtype], ours[key].shape)
@@ -59,6 +64,46 @@ def test_the_page_is_enough_to_decode(name, codec):
         if kind not in LETTERS and kind != "BF16":
             flat = flat.view(torch.uint8)
         assert values == flat.tolist(), key
+
+
+def held(reference):
+    return by_the_page(encode_payload(reference, codec=parse_codec("none")))
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_page_is_enough_to_decode(name, codec):
+    tensors, reference = sample(name, codec)
+    data = encode_payload(tensors, codec=parse_codec(codec), reference=reference)
+    ours = decode_payload(data, reference=reference, limit=10**6).tensors
+    check_same(by_the_page(data, held(reference)), ours, tensors)
+
+
+MODEL = {"seed": 3, "weights": [["a\u00e9\n\U0001f600", [1e-05, 2.0, 0.1]]], "x\x7f": [True, None]}
+
+
+@pytest.mark.parametrize("described", [True, False])
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_page_is_enough_to_decode_version_2(name, codec, described):
+    tensors, reference = sample(name, codec)
+    digest, text = description_by_the_page(MODEL, held(reference))
+    known = Description.of(MODEL, reference)
+    assert (known.digest, known.text) == (digest.hex(), text.decode())
+    form = HeaderForm(known if described else None)
+    data = encode_payload(
+        tensors, codec=parse_codec(codec), reference=reference, model=MODEL, form=form
+    )
+    assert data[12:28] == (digest if described else bytes(16))
+    ours = decode_payload(
+        data, reference=reference, limit=10**6, descriptions={known.digest: known}
+    )
+    assert (ours.header.model, ours.header.version) == (MODEL, 2)
+    check_same(by_the_page(data, held(reference), {digest: text}), ours.tensors, tensors)
+
+
+def test_the_dictionary_is_the_pages():
+    assert dictionary() == WORDS
 
 
 def test_the_sample_with_far_values_does_escape():

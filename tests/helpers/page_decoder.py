@@ -11,10 +11,12 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import struct
 import zlib
+from pathlib import Path
 
-__all__ = ["LETTERS", "by_the_page", "reference_by_the_page"]
+__all__ = ["LETTERS", "by_the_page", "description_by_the_page", "reference_by_the_page"]
 
 LETTERS = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b"}
 LETTERS |= {"U64": "Q", "U32": "I", "U16": "H", "U8": "B", "BOOL": "?"}
@@ -252,13 +254,81 @@ def opened(data):
     return header, tensors
 
 
-def by_the_page(data, reference=None):
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "payload.md"
+PICTURES = {0x2400 + byte: byte for byte in range(1, 8)}
+
+
+def dictionary():
+    """The page's dictionary."""
+    _, _, rest = PAGE.read_text().partition("**The dictionary** is these lines")
+    lines = itertools.takewhile(lambda line: line.startswith("    "), rest.split("\n")[2:])
+    return "".join(line[4:] for line in lines).translate(PICTURES).encode()
+
+
+def unpacked(packed, lines):
+    """The header in a packed one."""
+    stream = zlib.decompressobj(wbits=-15, zdict=dictionary())
+    plain = stream.decompress(packed)
+    assert stream.eof
+    assert stream.unused_data == bytes(len(stream.unused_data)) < bytes(8)
+    text, _, raw = plain.partition(b"\0")
+
+    def taken(found):
+        nonlocal raw
+        size = 32 if found[1] is None else int(found[1])
+        part, raw = raw[:size], raw[size:]
+        assert len(part) == size
+        return part.hex().encode() if found[1] is None else base64.b64encode(part)
+
+    text = re.sub(rb"\x05([0-9]{1,9})\x06|\x07", taken, text)
+    assert not raw
+    assert text.isascii()
+    for byte, line in enumerate(lines, 1):
+        text = text.replace(bytes([byte]), line)
+    return json.loads(text)
+
+
+def opened_2(data, descriptions):
+    """The same of a payload of version 2."""
+    checksum, size, digest = struct.unpack("<II16s", data[4:28])
+    assert checksum == zlib.crc32(data[8:])
+    lines = descriptions[digest].split(b"\n") if any(digest) else ()
+    header = unpacked(data[28 : 28 + size], lines)
+    layout, tensors, at = laid_out(header), {}, 28 + size
+    for name, kind, shape in sorted(layout, key=lambda entry: -min(WIDTHS[entry[1]], 8)):
+        end = at + WIDTHS[kind] * math.prod(shape)
+        tensors[name] = (kind, shape, plain(data[at:end], kind, math.prod(shape)))
+        at = end
+    assert at == len(data)
+    return header, {name: tensors[name] for name, _, _ in layout}
+
+
+def description_by_the_page(model, tensors):
+    """Hash and text of a description, from the model and decoded tensors (as `by_the_page`)."""
+    more = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16")
+    shapes = [list(shape) for _, shape, _ in tensors.values()]
+    planes = [
+        [WIDTHS[kind], *shape] if kind in more and shape else list(shape)
+        for kind, shape, _ in tensors.values()
+    ]
+    written = [json.dumps(part).replace(", ", ",") for part in (shapes, planes)]
+    names = ",".join(json.dumps(name) for name in tensors)
+    model = json.dumps(model, separators=(",", ":"))
+    text = "\n".join([model, names, *(part[1:-1] for part in written)]).encode()
+    return hashlib.sha256(text).digest()[:16], text
+
+
+def by_the_page(data, reference=None, descriptions=None):
     """Name to (dtype's name, sizes, values) of a payload.
 
-    ``reference`` is the decoder's answer to another payload, that of the state coded against.
+    ``reference`` is the decoder's answer to another payload, that of the state coded against;
+    ``descriptions`` are texts by their hash.
     """
-    header, tensors = opened(data)
-    assert header["version"] == 1
+    if data[:4] == b"FPP2":
+        header, tensors = opened_2(data, descriptions or {})
+    else:
+        header, tensors = opened(data)
+        assert header["version"] == 1
     stages = [] if header["codec"] == "none" else header["codec"].split("+")
     for stage, note in zip(reversed(stages), reversed(header["notes"]), strict=True):
         tensors = UNDO[stage](tensors, note, reference)

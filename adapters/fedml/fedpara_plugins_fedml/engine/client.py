@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from fedpara_plugins import ConfigError, ConversionError, FedParaError, MismatchError
-from fedpara_plugins.codecs import decoders
 from fedpara_plugins.exchange import ClientRound, ClientState
 from fedpara_plugins.references import LostReferenceError
 from fedpara_plugins.support import PrefixView, Storage
@@ -181,7 +180,7 @@ class ClientEngine(ClientModels):
             purpose=head.purpose,
             examples=examples,
             holds=client_round.received_hashes,
-            decoders=list(decoders()),
+            decoders=client_round.decoders,
             fresh=client_round.fresh,
             report=work.report,
         )

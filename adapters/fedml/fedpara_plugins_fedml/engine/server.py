@@ -181,6 +181,8 @@ class ServerEngine:
             if head.lost:
                 self._encoder.note_refusal(client, head.has)
                 return False
+            if head.error:
+                self._encoder.note_failure(client)
             head.raise_error(client)
             self._take(client, head, reader, envelope)
             return True
@@ -223,11 +225,12 @@ class ServerEngine:
             raise PayloadError("the reply holds no model")
         state = self._x if model is None else model.state
         records = {name: record.state for name, record in read.items()}
-        received = reader.received(MODEL, head.holds.get(MODEL, ""))
+        holds = {**reader.references, **head.holds}
+        received = reader.received(MODEL, holds.get(MODEL, ""))
         reply = ClientReply(client, examples, state, records, head.report, received)
         self._replies.take(reply, model)
         self._fresh += head.fresh
-        self._encoder.acknowledge(client, head.holds, head.decoders)
+        self._encoder.acknowledge(client, holds, head.decoders)
 
     def exclude(self, client: str, reason: object) -> None:
         """Leave a client out of this round, with a line in the log that names it."""

@@ -11,7 +11,7 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 
 from fedpara_plugins import ConfigError, FedParaError, PayloadError
-from fedpara_plugins.codecs import decoders
+from fedpara_plugins.codecs import readable
 from fedpara_plugins.exchange import ClientRound, OwnModels, ReceivedRecord
 from fedpara_plugins.references import LostReferenceError
 from fedpara_plugins.support import Storage
@@ -160,7 +160,7 @@ def _answer(
         received = arrival.received()
     except LostReferenceError as error:
         log.warning("fedpara: the server is asked to send again: %s", error)
-        lost = Marker(lost=True, has=client_round.known_hashes(), decoders=decoders())
+        lost = Marker(lost=True, has=client_round.known_hashes(), decoders=readable())
         return Message(lost.attached_to(RecordDict()), reply_to=message)
     _name_arrays(reply, received, run)
     export(message, context, settings, client_round)
@@ -249,6 +249,8 @@ def _encode_in_place(reply: Message, client_round: ClientRound, run: Run, *, mas
     for name, payload in coded.items():
         reply.content[name] = payload_record(payload)
     marker = Marker(
-        holds=client_round.received_hashes, fresh=client_round.fresh, decoders=decoders()
+        holds=client_round.received_hashes,
+        fresh=client_round.fresh,
+        decoders=client_round.decoders,
     )
     reply.content = marker.attached_to(reply.content)

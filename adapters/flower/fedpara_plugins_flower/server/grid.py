@@ -269,6 +269,7 @@ class CodecGrid(ForwardingGrid):
             return read
         follow(self._final, reply, "up")
         if reply.has_error():
+            self._outbox.note_failure(str(read.node))
             self._first.failed(read.node, reply.error.code, reply.error.reason or "")
         elif read.marker is not None:
             if not read.marker.lost:

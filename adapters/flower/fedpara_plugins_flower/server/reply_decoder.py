@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
@@ -66,6 +66,7 @@ class _Progress:
 
     request: Request | None = None
     size: Size = field(default_factory=Size)
+    references: Mapping[str, str] = field(default_factory=dict)
 
 
 class ReplyDecoder:
@@ -113,6 +114,8 @@ class ReplyDecoder:
             content, found = self._decoded(reply, request, known)
         finally:
             self._count(reply, known.size)
+        # A reply does not repeat the hashes that its payloads name.
+        marker = replace(marker, holds={**known.references, **marker.holds})
         for name, reference in marker.holds.items():
             self._outbox.reader(request).received(name, reference)
         reply.content = content
@@ -150,7 +153,7 @@ class ReplyDecoder:
                     content[name] = to_record(averageable(record.state))
                     found.append(record)
         finally:
-            known.size = reader.size
+            known.size, known.references = reader.size, reader.references
         legacy_lists.unname_reply(content, request.kind)
         return content, found
 
