@@ -76,7 +76,7 @@ __all__ = [
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
-# Names that torch exports and does not document, torch 2.4.0 to 2.13.0.
+# Names that torch exports and does not document, torch 2.4.0 to 2.14.1.
 #
 # `NonDynamicallyQuantizableLinear`: the class of `nn.MultiheadAttention.out_proj`. Conversion
 # matches classes exactly, so it needs the name.
@@ -90,34 +90,34 @@ T = TypeVar("T")
 # Functions of torch's C++ part
 
 is_tracing = torch._C._is_tracing
-"""Return whether `torch.jit.trace` runs. Seen in torch 2.4.0 to 2.13.0.
+"""Return whether `torch.jit.trace` runs. Seen in torch 2.4.0 to 2.14.1.
 
 The public `torch.jit.is_tracing` asks the same through two more functions of Python; this one is
 asked before each use of a weight.
 """
 
 are_functorch_transforms_active = torch._C._are_functorch_transforms_active
-"""Return whether a transform of `torch.func` runs. Seen in torch 2.4.0 to 2.13.0.
+"""Return whether a transform of `torch.func` runs. Seen in torch 2.4.0 to 2.14.1.
 
 No public function says so. `torch.autograd.Function.apply` asks this one.
 """
 
 count_dispatch_modes = torch._C._len_torch_dispatch_stack
-"""Return how many modes of dispatch are active. Seen in torch 2.4.0 to 2.13.0.
+"""Return how many modes of dispatch are active. Seen in torch 2.4.0 to 2.14.1.
 
 Fake tensors, counters of operations and selective checkpoints are such modes. No public function
 counts them.
 """
 
 is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
-"""Return whether a tensor stands for many. Seen in torch 2.4.0 to 2.13.0.
+"""Return whether a tensor stands for many. Seen in torch 2.4.0 to 2.14.1.
 
 Gradients do under ``torch.autograd.grad(..., is_grads_batched=True)``, which is no transform of
 `torch.func`. They look like ordinary tensors otherwise.
 """
 
 saved_tensors_hooks_are_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
-"""Return whether hooks on saved tensors may be in force. Seen in torch 2.4.0 to 2.13.0.
+"""Return whether hooks on saved tensors may be in force. Seen in torch 2.4.0 to 2.14.1.
 
 Publicly such hooks can be set and forbidden, and not asked about.
 """
@@ -125,14 +125,14 @@ Publicly such hooks can be set and forbidden, and not asked about.
 disabled_torch_function = torch._C._disabled_torch_function_impl
 """The ``__torch_function__`` of a tensor's subclass whose results are plain tensors.
 
-Seen in torch 2.4.0 to 2.13.0. `nn.Parameter` has it. A public one would run for every operation,
+Seen in torch 2.4.0 to 2.14.1. `nn.Parameter` has it. A public one would run for every operation,
 and torch's own checks would take the tensor for a foreign one.
 """
 
 tanh_backward = torch.ops.aten.tanh_backward
 """Return the gradient before tanh, from that behind it and tanh's result.
 
-Seen in torch 2.4.0 to 2.13.0. One pass through memory, where ``gradient * (1 - result**2)`` from
+Seen in torch 2.4.0 to 2.14.1. One pass through memory, where ``gradient * (1 - result**2)`` from
 public functions takes three.
 """
 
@@ -141,7 +141,7 @@ public functions takes three.
 HOT_ATTRIBUTES = {nn.Module: ("_parameters",), Tensor: ("_version",)}
 """Private attributes that layers read at each use of a weight, without a function between.
 
-Seen in torch 2.4.0 to 2.13.0. ``Module._parameters`` is the dictionary behind `own_parameters`.
+Seen in torch 2.4.0 to 2.14.1. ``Module._parameters`` is the dictionary behind `own_parameters`.
 ``Tensor._version`` counts changes in place; autograd checks saved tensors by it, and no public
 function returns it.
 """
@@ -160,7 +160,7 @@ OVERRIDDEN_NAMES = {
 }
 """Methods and attributes that factorised layers replace, or maintain for torch, by name.
 
-Seen in torch 2.4.0 to 2.13.0. ``_apply`` is how ``to``, ``double`` and ``cuda`` write parameters,
+Seen in torch 2.4.0 to 2.14.1. ``_apply`` is how ``to``, ``double`` and ``cuda`` write parameters,
 and tells nobody else. ``RNNBase`` hands ``_flat_weights`` to its kernels, a list that it fills by
 ``_flat_weights_names`` in ``__init__`` and ``_init_flat_weights``; it has no other place for a
 weight that is no parameter.
@@ -168,7 +168,7 @@ weight that is no parameter.
 """
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-"""What torch itself keeps in every module. Seen in torch 2.4.0 to 2.13.0.
+"""What torch itself keeps in every module. Seen in torch 2.4.0 to 2.14.1.
 
 All else in a module's ``__dict__`` is its author's. torch has no list of its own.
 """
@@ -176,13 +176,13 @@ All else in a module's ``__dict__`` is its author's. torch has no list of its ow
 FX_LEAF = {"__module__": "torch.nn.modules"}
 """The attribute of a module that `torch.fx` keeps whole in its graphs.
 
-Seen in torch 2.4.0 to 2.13.0. ``Tracer.is_leaf_module`` asks the instance for ``__module__``, and
+Seen in torch 2.4.0 to 2.14.1. ``Tracer.is_leaf_module`` asks the instance for ``__module__``, and
 keeps modules of ``torch.nn``. Publicly only the author of a tracer can say which modules to keep.
 Classes are found by the ``__module__`` of the class, which stays.
 """
 
 _COMPILED_CALL = "_compiled_call_impl"
-"""Where ``Module.compile`` puts the compiled call. Seen in torch 2.4.0 to 2.13.0.
+"""Where ``Module.compile`` puts the compiled call. Seen in torch 2.4.0 to 2.14.1.
 
 There is no public way to clear it.
 """
@@ -191,28 +191,31 @@ There is no public way to clear it.
 # Autograd
 
 
+is_symbolically_tracing = getattr(
+    _symbolic_trace,
+    "_get_is_fx_tracing",
+    lambda: _symbolic_trace._is_fx_tracing_flag,
+)
+"""Return whether `torch.fx` traces, so that values may be proxies. Seen in torch 2.4.0 to 2.14.1.
+
+The flag is one of the process up to 2.13, and one of each thread since. The function of that name
+in ``torch.fx`` is no more public than the flag, and warns in some versions.
+"""
+
+
 def in_forward_mode() -> bool:
     """Return whether `torch.autograd.forward_ad.dual_level` is open.
 
-    Seen in torch 2.4.0 to 2.13.0. The level is a private global of the module; nothing public
+    Seen in torch 2.4.0 to 2.14.1. The level is a private global of the module; nothing public
     returns it.
     """
     return forward_ad._current_level >= 0
 
 
-def is_symbolically_tracing() -> bool:
-    """Return whether `torch.fx` traces, so that values may be proxies.
-
-    Seen in torch 2.4.0 to 2.13.0. The function of that name in ``torch.fx`` is no more public than
-    the flag, and warns in some versions.
-    """
-    return _symbolic_trace._is_fx_tracing_flag
-
-
 def has_hooks(tensor: Tensor) -> bool:
     """Return whether ``register_hook`` or ``register_post_accumulate_grad_hook`` was called on it.
 
-    Seen in torch 2.4.0 to 2.13.0. The public methods add and remove hooks, and do not tell of them.
+    Seen in torch 2.4.0 to 2.14.1. The public methods add and remove hooks, and do not tell of them.
     """
     accumulated = getattr(tensor, "_post_accumulate_grad_hooks", None)
     return bool(tensor._backward_hooks or accumulated)
@@ -224,7 +227,7 @@ def has_hooks(tensor: Tensor) -> bool:
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Return a module's own parameters by attribute, the very dictionary that torch keeps.
 
-    Seen in torch 2.4.0 to 2.13.0. ``named_parameters(recurse=False)`` is public; it leaves out
+    Seen in torch 2.4.0 to 2.14.1. ``named_parameters(recurse=False)`` is public; it leaves out
     parameters that are None, a user's class may override it, and nothing can be put back through
     it.
     """
@@ -234,7 +237,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """Return a module's own buffers by attribute, the very dictionary that torch keeps.
 
-    Seen in torch 2.4.0 to 2.13.0. See `own_parameters` for why ``named_buffers`` does not do.
+    Seen in torch 2.4.0 to 2.14.1. See `own_parameters` for why ``named_buffers`` does not do.
     """
     return module._buffers
 
@@ -242,7 +245,7 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
     """Return a module's children by attribute, one that has two names under both.
 
-    Seen in torch 2.4.0 to 2.13.0. ``named_children`` gives such a child once.
+    Seen in torch 2.4.0 to 2.14.1. ``named_children`` gives such a child once.
     """
     return module._modules
 
@@ -250,7 +253,7 @@ def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return the own buffers that ``state_dict`` holds.
 
-    Seen in torch 2.4.0 to 2.13.0. Nothing public tells persistent buffers from others but a whole
+    Seen in torch 2.4.0 to 2.14.1. Nothing public tells persistent buffers from others but a whole
     ``state_dict``, which hooks may change.
     """
     skipped = module._non_persistent_buffers_set
@@ -260,7 +263,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 def attributes_of(module: nn.Module) -> dict[str, Any]:
     """Return all attributes of a module but its compiled call, which would run the old module.
 
-    Seen in torch 2.4.0 to 2.13.0. Parameters, buffers, children and hooks are entries of
+    Seen in torch 2.4.0 to 2.14.1. Parameters, buffers, children and hooks are entries of
     ``__dict__``; torch's ``__getstate__`` leaves the compiled call out as well.
     """
     attributes = module.__dict__.copy()
@@ -273,7 +276,7 @@ def assembled_module(
 ) -> M:
     """Return a module of a class with these attributes and parameters, without its ``__init__``.
 
-    Seen in torch 2.4.0 to 2.13.0. A module is what its ``__dict__`` holds. ``__init__`` would draw
+    Seen in torch 2.4.0 to 2.14.1. A module is what its ``__dict__`` holds. ``__init__`` would draw
     weights only to drop them, and ``copy`` cannot change the class.
 
     Args:
@@ -289,7 +292,7 @@ def assembled_module(
 def multi_head_attention_forward(*args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
     """Compute what `nn.MultiheadAttention` computes, from given weights.
 
-    Seen in torch 2.4.0 to 2.13.0, exported and not documented. The documented
+    Seen in torch 2.4.0 to 2.14.1, exported and not documented. The documented
     ``scaled_dot_product_attention`` is a part of it, without projections and attention weights.
     The name is looked up at each call, as `nn.MultiheadAttention` does it.
     """
@@ -314,7 +317,7 @@ def convolve(layer: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | No
 def projects_jointly(attention: nn.MultiheadAttention) -> bool:
     """Return whether queries, keys and values have one projection matrix between them.
 
-    Seen in torch 2.4.0 to 2.13.0. The public sizes say so as well, and torch's forward asks this
+    Seen in torch 2.4.0 to 2.14.1. The public sizes say so as well, and torch's forward asks this
     flag.
     """
     jointly: bool = attention._qkv_same_embed_dim
@@ -324,7 +327,7 @@ def projects_jointly(attention: nn.MultiheadAttention) -> bool:
 def register_load_state_dict_pre_hook(module: nn.Module, hook: Callable[..., None]) -> None:
     """Call a hook with the module, the state and the prefix before a module loads its own part.
 
-    Seen in torch 2.4.0 to 2.13.0. The public method of this name came with torch 2.6.
+    Seen in torch 2.4.0 to 2.14.1. The public method of this name came with torch 2.6.
     """
     module._register_load_state_dict_pre_hook(hook, with_module=True)  # type: ignore[no-untyped-call]
 
@@ -335,7 +338,7 @@ def register_load_state_dict_pre_hook(module: nn.Module, hook: Callable[..., Non
 def weight_hooks(layer: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield module and class of each hook of `torch.nn.utils` that computes a weight.
 
-    Seen in torch 2.4.0 to 2.13.0. ``weight_norm``, ``spectral_norm`` and ``prune`` register an
+    Seen in torch 2.4.0 to 2.14.1. ``weight_norm``, ``spectral_norm`` and ``prune`` register an
     object of such a class to run before the forward; only ``prune`` has a public question for it.
     """
     for hook in layer._forward_pre_hooks.values():
@@ -347,7 +350,7 @@ def weight_hooks(layer: nn.Module) -> Iterator[tuple[str, str]]:
 def is_quantised(layer: nn.Module) -> bool:
     """Return whether a layer is one of torch's quantised ones, whose weight is no parameter.
 
-    Seen in torch 2.4.0 to 2.13.0. These classes share no base class and no flag; they share the
+    Seen in torch 2.4.0 to 2.14.1. These classes share no base class and no flag; they share the
     word ``quantized`` in their modules' names.
     """
     kind = type(layer)
@@ -358,7 +361,7 @@ def is_quantised(layer: nn.Module) -> bool:
 def trains_for_quantisation(layer: nn.Module) -> bool:
     """Return whether a layer is one of torch's for quantisation-aware training.
 
-    Seen in torch 2.4.0 to 2.13.0. See `is_quantised`; here the modules' names hold ``qat``.
+    Seen in torch 2.4.0 to 2.14.1. See `is_quantised`; here the modules' names hold ``qat``.
     """
     return ".qat." in f"{type(layer).__module__}."
 
@@ -368,14 +371,14 @@ def trains_for_quantisation(layer: nn.Module) -> bool:
 _STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 """The function that torch puts around each optimizer's ``step``, which calls the hooks.
 
-Seen in torch 2.4.0 to 2.13.0. It calls the optimizer ``self``. If a step ends by an error, no hook
+Seen in torch 2.4.0 to 2.14.1. It calls the optimizer ``self``. If a step ends by an error, no hook
 is called, so nothing but the stack says whether a step still runs.
 """
 
 _ABOVE = 16
 """How many functions may stand between `GradScaler.step` and the optimizer's.
 
-Seen in torch 2.4.0 to 2.13.0: two. Schedulers of learning rates and tools such as accelerate put
+Seen in torch 2.4.0 to 2.14.1: two. Schedulers of learning rates and tools such as accelerate put
 some there.
 """
 
@@ -383,7 +386,7 @@ some there.
 def steps_on_stack(optimizer: Optimizer) -> int:
     """Return how many calls of an optimizer's ``step`` run in this thread, one inside another.
 
-    Seen in torch 2.4.0 to 2.13.0. A subclass that calls ``super().step()`` has two, and torch
+    Seen in torch 2.4.0 to 2.14.1. A subclass that calls ``super().step()`` has two, and torch
     calls the hooks for both.
     """
     return sum(
@@ -394,7 +397,7 @@ def steps_on_stack(optimizer: Optimizer) -> int:
 def functions_above(optimizer: Optimizer) -> list[tuple[str, str]]:
     """Return the functions above an optimizer's ``step``, each with the class of its object.
 
-    Seen in torch 2.4.0 to 2.13.0. See `steps_on_stack`.
+    Seen in torch 2.4.0 to 2.14.1. See `steps_on_stack`.
     """
     found, above = [], False
     for frame in _frames():
@@ -408,7 +411,7 @@ def functions_above(optimizer: Optimizer) -> list[tuple[str, str]]:
 def stepping_scaler(optimizer: Optimizer) -> GradScaler | None:
     """Return the `GradScaler` whose ``step`` is stepping this optimizer; None without one.
 
-    Seen in torch 2.4.0 to 2.13.0. A scaler leaves no trace at an ordinary optimizer: it unscales
+    Seen in torch 2.4.0 to 2.14.1. A scaler leaves no trace at an ordinary optimizer: it unscales
     the gradients, and calls ``step``.
     """
     for depth, frame in enumerate(_frames()):
@@ -424,7 +427,7 @@ def stepping_scaler(optimizer: Optimizer) -> GradScaler | None:
 def scaler_round(scaler: GradScaler) -> object:
     """Return an object that is another one after each ``scaler.update()``.
 
-    Seen in torch 2.4.0 to 2.13.0. A scaler replaces what it knows of its optimizers in each update.
+    Seen in torch 2.4.0 to 2.14.1. A scaler replaces what it knows of its optimizers in each update.
     """
     return scaler._per_optimizer_states
 
@@ -432,7 +435,7 @@ def scaler_round(scaler: GradScaler) -> object:
 def _frames() -> Iterator[FrameType]:
     """Yield the functions that run in this thread, innermost first.
 
-    Python's, as it was with torch 2.4.0 to 2.13.0; the seams above look for torch's among them.
+    Python's, as it was with torch 2.4.0 to 2.14.1; the seams above look for torch's among them.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -443,7 +446,7 @@ def _frames() -> Iterator[FrameType]:
 def forget_curvature(optimizer: torch.optim.LBFGS) -> None:
     """Let LBFGS start anew at its next step.
 
-    Seen in torch 2.4.0 to 2.13.0. LBFGS keeps earlier directions in its state and drops them where
+    Seen in torch 2.4.0 to 2.14.1. LBFGS keeps earlier directions in its state and drops them where
     the state's ``n_iter`` is 0.
     """
     for state in optimizer.state.values():
@@ -452,7 +455,7 @@ def forget_curvature(optimizer: torch.optim.LBFGS) -> None:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place. Seen in torch 2.4.0 to 2.13.0.
+    """Return how often a tensor was changed in place. Seen in torch 2.4.0 to 2.14.1.
 
     See `HOT_ATTRIBUTES`. A backward pass that adds to a gradient changes it in place.
     """
@@ -460,7 +463,7 @@ def version_of(tensor: Tensor) -> int:
 
 
 def in_backward() -> bool:
-    """Return whether this thread is amid a backward pass. Seen in torch 2.4.0 to 2.13.0.
+    """Return whether this thread is amid a backward pass. Seen in torch 2.4.0 to 2.14.1.
 
     Hooks of tensors run there. No public function says so.
     """
@@ -470,7 +473,7 @@ def in_backward() -> bool:
 def run_eagerly(function: Callable[..., T], *args: Any) -> T:
     """Call a function without tracing it, from code that `torch.compile` traces.
 
-    Seen in torch 2.4.0 to 2.13.0. Public, and without annotations. Call `break_graph` first: what
+    Seen in torch 2.4.0 to 2.14.1. Public, and without annotations. Call `break_graph` first: what
     `torch.compiler.disable` returns cannot be part of a graph.
     """
     result: T = torch.compiler.disable(function)(*args)  # type: ignore[no-untyped-call]
@@ -480,7 +483,7 @@ def run_eagerly(function: Callable[..., T], *args: Any) -> T:
 def break_graph(reason: str) -> None:
     """Leave the graph that `torch.compile` is tracing, or end the compilation of a full graph.
 
-    Seen in torch 2.4.0 to 2.13.0. The public `torch.compiler` only marks whole functions, and its
+    Seen in torch 2.4.0 to 2.14.1. The public `torch.compiler` only marks whole functions, and its
     import takes seconds. The reason is in the error of a full graph where torch takes one.
     """
     from torch._dynamo.decorators import graph_break

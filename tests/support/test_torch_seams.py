@@ -397,7 +397,7 @@ def test_every_entry_says_where_it_was_seen():
         "register_optimizer_step_pre_hook",
     }
     assert set(seams.__all__) == {name for name in texts if name[0] != "_"} | exported
-    assert [name for name, text in texts.items() if "orch 2.4.0 to 2.13.0" not in text] == []
+    assert [name for name, text in texts.items() if "orch 2.4.0 to 2.14.1" not in text] == []
 
 
 # Optimizer steps
