@@ -97,8 +97,8 @@ class FedParaConfig:
             last ``nn.Linear``.
         base: what factors compose: the weight itself (``factors``), or an update of a weight that
             stays as it is and is never trained (``frozen``, the residual form; with ``lowrank`` it
-            is LoRA, with ``fedpara`` LoHa). The update starts at zero. None is ``frozen`` if
-            ``init`` finds the weights trained, else ``factors``.
+            is LoRA, with ``fedpara`` LoHa). The update starts at zero. None is ``frozen`` with
+            ``init="auto"`` and weights that look trained, else ``factors``.
         train: with ``base="frozen"``, ``both`` sides of a product, or the ``right`` one alone, as
             in FFA-LoRA: X of the first operand (LoRA's B). The other shared factors are drawn from
             ``seed`` and fixed, and the average of clients' updates is exact.
@@ -109,10 +109,9 @@ class FedParaConfig:
         core: whether a kernel's operands have a core; None is true, but not for the residual form
             of ``lowrank``, which is LoRA's. False needs ``base="frozen"``.
         init: first values: ``auto`` (``seeded`` for fresh weights, ``base="frozen"`` for trained
-            ones), ``random`` (fresh factors), ``seeded`` (fresh factors that every client derives
-            from ``seed``, so that they need not be sent) or ``fit`` (the closest factors to the
-            model's weights; a relative error above 0.1 is warned of). None is ``auto``, but where
-            no run is active fresh factors are ``random``.
+            ones), ``seeded`` (fresh factors that every side derives from ``seed``, so that they
+            need not be sent), ``random`` (fresh factors from torch's global generator) or ``fit``
+            (the closest factors to the model's weights; a relative error above 0.1 is warned of).
         trained: what happens if ``init`` would replace weights that look trained: ``keep`` (an
             error says so), or ``discard`` (they are replaced).
         seed: seed of the private factors' initial values, which every client derives by itself,
@@ -154,7 +153,7 @@ class FedParaConfig:
     train: str = "both"
     trainable: tuple[str, ...] = EVERYTHING
     core: bool | None = None
-    init: str | None = None
+    init: str = "auto"
     trained: str = "keep"
     seed: int = 0
     private: tuple[str, ...] = ()
@@ -200,7 +199,7 @@ class FedParaConfig:
             object.__setattr__(self, "trainable", ())
         self._check("base", self.base in (None, "factors", "frozen"), "'factors' or 'frozen'")
         self._check("train", self.train in ("both", "right"), "'both' or 'right'")
-        inits = (None, "auto", "random", "seeded", "fit")
+        inits = ("auto", "random", "seeded", "fit")
         self._check("init", self.init in inits, "'auto', 'random', 'seeded' or 'fit'")
         self._check("trained", self.trained in ("keep", "discard"), "'keep' or 'discard'")
         if self.base == "frozen" and self.init == "fit":
@@ -251,7 +250,7 @@ class FedParaConfig:
         They are drawn, and weights may look trained; but where ``base`` is left to the weights, it
         still is.
         """
-        undecided = self.base is None and self.init in (None, "auto") and self.local == "factors"
+        undecided = self.base is None and self.init == "auto" and self.local == "factors"
         if undecided and self.trained == "keep":
             return self
         return replace(self, init="random", trained="discard")

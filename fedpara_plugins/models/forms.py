@@ -48,7 +48,7 @@ def decide_form(
     replaces = config.base != "frozen" and config.init != "fit" and config.trained == "keep"
     signs = list(islice(_signs_of_training(found), SIGNS_SHOWN)) if replaces else []
     count = sum(len(decision.plans) for decision in found)
-    decides = config.base is None and config.init in (None, "auto") and config.local == "factors"
+    decides = config.base is None and config.init == "auto" and config.local == "factors"
     if not signs or not decides:
         if signs:
             raise ConfigError(_refusal(config, signs, count))
@@ -91,7 +91,7 @@ def _note(signs: Sequence[str]) -> str:
 
 
 def _refusal(config: FedParaConfig, signs: Sequence[str], count: int) -> str:
-    asked = f"init={config.init!r}" if config.init else "base='factors'"
+    asked = f"init={config.init!r}" if config.base is None else f"base={config.base!r}"
     dense = " (with local='factors')" if config.local == "dense" else ""
     return (
         f"option 'init': the model looks trained ({'; '.join(signs)}), and {asked} would replace "

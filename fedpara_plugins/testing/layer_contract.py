@@ -254,7 +254,7 @@ class LayerContract:
         for dense, _ in self.cases():
             slopes: dict[str, list[float]] = {}
             for _ in range(8):
-                model = self._converted_copy(dense, method, **more)
+                model = self._converted_copy(dense, method, init="random", **more)
                 for path, layer, weight, _ in factorised_weights(model):
                     slopes.setdefault(f"{path}.{weight}", []).append(_slope(layer, weight))
             for path, _, weight, plan in factorised_weights(model):

@@ -61,14 +61,13 @@ def test_trained_weights_are_not_replaced_in_silence(options):
     assert "0.weight_base" not in dense.state_dict()
 
 
-@pytest.mark.parametrize("init", [None, "auto"])
-def test_trained_weights_stay_unless_options_say_otherwise(init, caplog):
+def test_trained_weights_stay_unless_options_say_otherwise(caplog):
     dense = trained()
     x = torch.randn(4, 16, 6, 6)
     expected, weight = dense(x), dense[0].weight.detach().clone()
     conversion._notes_told.clear()
     with caplog.at_level("INFO", logger="fedpara"):
-        model = fedpara.convert(dense, method="fedpara", init=init)
+        model = fedpara.convert(dense, method="fedpara")
     assert torch.equal(model(x), expected)
     assert torch.equal(model[0].weight_base, weight)
     assert fedpara.models.config_of(model).base == "frozen"

@@ -176,7 +176,7 @@ class Run:
         """Return the config; only the model that the run starts from keeps its values."""
         config = self.settings.config
         if (self.side == "server" or self.starts) and not self.specs:
-            return config if config.init is not None else replace(config, init="auto")
+            return config
         return agreed_config(config, (*self.plans, *self.specs.values()))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedpara_plugins import ConversionError, FedParaConfig, ModelSpec, convert
+from fedpara_plugins import ConversionError, ModelSpec, convert
 from fedpara_plugins.exchange import converted_copy, log_idle_options, zero_private_factors
 from fedpara_plugins_fedml.settings import FedMLSettings, naming_keys
 
@@ -42,13 +42,7 @@ def converted(model: Any, settings: FedMLSettings) -> nn.Module:
             f"torch.nn.Module. Remove the fedpara_* keys from the YAML for other engines"
         )
     with naming_keys():
-        return convert(model, _config(settings))
-
-
-def _config(settings: FedMLSettings) -> FedParaConfig:
-    """Return the options; each party's own weights decide about ``base`` where it is unset."""
-    config = settings.config
-    return config if config.init is not None else replace(config, init="auto")
+        return convert(model, settings.config)
 
 
 def client_model(model: Any, settings: FedMLSettings) -> tuple[nn.Module, nn.Module]:
@@ -64,7 +58,7 @@ def client_model(model: Any, settings: FedMLSettings) -> tuple[nn.Module, nn.Mod
         return own, own
     log_idle_options(settings.config)
     with naming_keys():
-        return model, converted_copy(model, _config(settings))
+        return model, converted_copy(model, settings.config)
 
 
 def server_copy(model: nn.Module) -> nn.Module:
