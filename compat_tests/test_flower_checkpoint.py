@@ -34,7 +34,7 @@ def _factorised(task: TrainingTask, method: str) -> nn.Module:
     net = task.net()
     if method == "none":
         return net
-    return fedpara.convert(net, method=method, gamma=GAMMA, init="random")
+    return fedpara.convert(net, method=method, gamma=GAMMA)
 
 
 @torch.no_grad()

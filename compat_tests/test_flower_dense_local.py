@@ -43,7 +43,7 @@ def _section(method: str = "fedpara", codec: str = "none", **options: Any) -> di
 
 def _build(task: TrainingTask, method: str, private: tuple[str, ...] = ()) -> nn.Module:
     net = task.net()
-    model = fedpara.convert(net, method=method, gamma=GAMMA, init="random", private=private)
+    model = fedpara.convert(net, method=method, gamma=GAMMA, private=private)
     if private:  # which every client starts from values that it derives by itself
         model.load_state_dict(fedpara.ModelSpec.of(model).initial_private(), strict=False)
     return model

@@ -122,7 +122,7 @@ def test_without_private_factors_the_run_is_that_of_a_converted_model(
     task = _task(strategy)
 
     def converted() -> nn.Module:
-        return fedpara.convert(task.net(), method=method, gamma=GAMMA, init="random")
+        return fedpara.convert(task.net(), method=method, gamma=GAMMA)
 
     by_hand = federate(plain_apps(Experiment(task, strategy), converted))
     plugged = _run(strategy, method)

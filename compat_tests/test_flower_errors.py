@@ -350,7 +350,7 @@ def _check_as_without_the_client(outcome: Outcome, method: str, codec: str) -> N
 
 
 def _build(method: str) -> nn.Module:
-    return fedpara.convert(TASK.net(), method=method, gamma=GAMMA, init="random")
+    return fedpara.convert(TASK.net(), method=method, gamma=GAMMA)
 
 
 def _reference(method: str, *, missing: bool = True) -> PlainResult:

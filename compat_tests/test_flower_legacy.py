@@ -52,7 +52,7 @@ def _run(experiment: LegacyExperiment, section: Mapping[str, Any], **options: An
 
 def _build(task: TrainingTask, method: str, private: tuple[str, ...] = ()) -> nn.Module:
     net = task.net()
-    return fedpara.convert(net, method=method, gamma=GAMMA, init="random", private=private)
+    return fedpara.convert(net, method=method, gamma=GAMMA, private=private)
 
 
 def _private(task: TrainingTask, method: str, private: tuple[str, ...] = ()) -> State:

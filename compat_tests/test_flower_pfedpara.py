@@ -86,7 +86,7 @@ def _private(diary: Diary) -> Canaries:
 
 
 def _converted() -> nn.Module:
-    return fedpara.convert(TASK.net(), method="pfedpara", gamma=GAMMA, init="random")
+    return fedpara.convert(TASK.net(), method="pfedpara", gamma=GAMMA)
 
 
 def test_no_byte_of_a_private_factor_is_on_the_wire() -> None:
@@ -317,7 +317,7 @@ def test_a_client_without_state_starts_from_the_seeded_private_factors() -> None
     for start in starts[1:]:
         _assert_equal(start, starts[0])
     assert any(bool(value.any()) for value in starts[0].values())
-    elsewhere = fedpara.convert(TASK.net(), method="pfedpara", gamma=GAMMA, init="random", seed=1)
+    elsewhere = fedpara.convert(TASK.net(), method="pfedpara", gamma=GAMMA, seed=1)
     other = fedpara.split(elsewhere).private
     assert not all(torch.equal(other[key], value) for key, value in starts[0].items())
 

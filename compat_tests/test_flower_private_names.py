@@ -51,9 +51,7 @@ def test_it_equals_a_plain_loop_that_keeps_those_names(
     outcome, after = _run(task, _section(method, private))
 
     def build() -> nn.Module:
-        net = fedpara.convert(
-            task.net(), method=method, gamma=GAMMA, init="random", private=(private,)
-        )
+        net = fedpara.convert(task.net(), method=method, gamma=GAMMA, private=(private,))
         first = fedpara.ModelSpec.of(net).initial_private()
         net.load_state_dict({**net.state_dict(), **first})
         return net

@@ -75,7 +75,7 @@ def _run(experiment: LegacyExperiment, section: dict[str, Any], **options: Any) 
 
 
 def _build(method: str) -> nn.Module:
-    return core.convert(TASK.net(), method=method, gamma=GAMMA, init="random")
+    return core.convert(TASK.net(), method=method, gamma=GAMMA)
 
 
 def _plain_loop(method: str) -> PlainResult:

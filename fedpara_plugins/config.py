@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import inf
@@ -33,8 +33,10 @@ LAYER_OPTIONS = frozenset(
         "private_speed",
         "tanh",
         "recompute",
+        "core",
     }
 )
+EVERYTHING = ("*",)
 VARIANCE_RULES = ("default", "he")
 VARIANCES = (1e-9, 1e4)
 SPEEDS = (1e-3, 1e3)
@@ -93,10 +95,25 @@ class FedParaConfig:
             prediction, with any method and schedule.
         head: name of the layer that ``private_head`` and ``label_prior`` are about; by default the
             last ``nn.Linear``.
-        init: ``random`` (fresh factors), ``seeded`` (fresh factors that every client derives from
-            ``seed``, so that they need not be sent) or ``fit`` (the closest factors to the model's
-            weights; a relative error above 0.1 is warned of). None is ``random``, with a warning if
-            the weights look trained.
+        base: what factors compose: the weight itself (``factors``), or an update of a weight that
+            stays as it is and is never trained (``frozen``, the residual form; with ``lowrank`` it
+            is LoRA, with ``fedpara`` LoHa). The update starts at zero. None is ``frozen`` with
+            ``init="auto"`` and weights that look trained, else ``factors``.
+        train: with ``base="frozen"``, ``both`` sides of a product, or the ``right`` one alone, as
+            in FFA-LoRA: X of the first operand (LoRA's B). The other shared factors are drawn from
+            ``seed`` and fixed, and the average of clients' updates is exact.
+        trainable: with ``base="frozen"``, name patterns of the other parameters that are trained,
+            such as ``head.*,*norm*``; all others are frozen. Those that match only ``*``, the
+            default, stay as the model has them; ``none`` freezes all. Those that ``private`` names
+            are trained as well.
+        core: whether a kernel's operands have a core; None is true, but not for the residual form
+            of ``lowrank``, which is LoRA's. False needs ``base="frozen"``.
+        init: first values: ``auto`` (``seeded`` for fresh weights, ``base="frozen"`` for trained
+            ones), ``seeded`` (fresh factors that every side derives from ``seed``, so that they
+            need not be sent), ``random`` (fresh factors from torch's global generator) or ``fit``
+            (the closest factors to the model's weights; a relative error above 0.1 is warned of).
+        trained: what happens if ``init`` would replace weights that look trained: ``keep`` (an
+            error says so), or ``discard`` (they are replaced).
         seed: seed of the private factors' initial values, which every client derives by itself,
             and of the shared factors with ``init="seeded"``.
         private: name patterns of further tensors that stay on the device: ``head.*`` is FedPer,
@@ -132,7 +149,12 @@ class FedParaConfig:
     private_head: bool = False
     label_prior: bool = False
     head: str = ""
-    init: str | None = None
+    base: str | None = None
+    train: str = "both"
+    trainable: tuple[str, ...] = EVERYTHING
+    core: bool | None = None
+    init: str = "auto"
+    trained: str = "keep"
     seed: int = 0
     private: tuple[str, ...] = ()
     codec: str = "none"
@@ -157,11 +179,7 @@ class FedParaConfig:
         steps = "a share above 0 and below 1, or a number of steps"
         self._check("private_steps", 0 < self.private_steps < inf, steps)
         self._check("first_private_steps", self.first_private_steps >= 1, "at least 1")
-        self._check(
-            "init",
-            self.init in (None, "random", "seeded", "fit"),
-            "'random', 'seeded' or 'fit'",
-        )
+        self._check_first_values()
         self._check("seed", -(2**63) <= self.seed < 2**63, "an integer of 64 bits")
         if self.private_head and self.schedule != "decoupled":
             raise ConfigError(
@@ -175,8 +193,39 @@ class FedParaConfig:
         for pattern, _ in self.overrides:
             self._overridden(pattern)
 
+    def _check_first_values(self) -> None:
+        """Check the options about first values and the residual form, and how they go together."""
+        if self.trainable == ("none",):
+            object.__setattr__(self, "trainable", ())
+        self._check("base", self.base in (None, "factors", "frozen"), "'factors' or 'frozen'")
+        self._check("train", self.train in ("both", "right"), "'both' or 'right'")
+        inits = ("auto", "random", "seeded", "fit")
+        self._check("init", self.init in inits, "'auto', 'random', 'seeded' or 'fit'")
+        self._check("trained", self.trained in ("keep", "discard"), "'keep' or 'discard'")
+        if self.base == "frozen" and self.init == "fit":
+            raise ConfigError(
+                "option 'init': 'fit' writes the weights into factors, and with base='frozen' they "
+                "stay as they are beside them: choose one of the two"
+            )
+        only_frozen = {
+            "train": self.train == "right",
+            "trainable": self.trainable != EVERYTHING,
+            "core": self.core is False,
+        }
+        wanted = next((name for name, given in only_frozen.items() if given), None)
+        if wanted and self.base == "factors":
+            raise ConfigError(
+                f"option {wanted!r}: it is about the residual form, where weights stay as they are "
+                f"and factors are an update: set base='frozen' too, or leave it out"
+            )
+
     def _check_dense(self) -> None:
         """Raise for options that act inside a converted model, which clients do not train."""
+        if self.base == "frozen":
+            raise ConfigError(
+                "option 'local': 'dense' does not go with base='frozen': clients would train the "
+                "weights that are frozen. Set local='factors', or base='factors' with init='fit'"
+            )
         if self.schedule == "decoupled":
             raise ConfigError(
                 "option 'local': 'dense' does not go with schedule='decoupled' (and private_head, "
@@ -194,6 +243,17 @@ class FedParaConfig:
         if not valid:
             value = getattr(self, name)
             raise ConfigError(f"option {name!r}: expected {expected}, got {repr(value)[:80]}")
+
+    def without_values(self) -> FedParaConfig:
+        """Return the options for a conversion whose first factors do not matter.
+
+        They are drawn, and weights may look trained; but where ``base`` is left to the weights, it
+        still is.
+        """
+        undecided = self.base is None and self.init == "auto" and self.local == "factors"
+        if undecided and self.trained == "keep":
+            return self
+        return replace(self, init="random", trained="discard")
 
     def for_layer(self, name: str) -> FedParaConfig:
         """Return the options for the layer with that name, overrides applied."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +93,7 @@ def _memory() -> int | None:
 
 def _spec_for(found: Checkpoint, model: nn.Module, config: FedParaConfig) -> ModelSpec:
     # The file's factors replace the weights, so there is no point in fitting factors to them.
-    converted = convert(model, replace(config, init="random"))
+    converted = convert(model, config.without_values())
     if found.spec is not None:
         adopt_plans(converted, found.spec)
     spec = ModelSpec.of(converted)

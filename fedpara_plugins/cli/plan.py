@@ -212,7 +212,7 @@ def _converted(model: nn.Module, config: FedParaConfig) -> nn.Module:
     # Bytes do not depend on the weights' values, so fresh factors will do.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return convert(copy.deepcopy(model), replace(config, init="random"))
+        return convert(copy.deepcopy(model), config.without_values())
 
 
 def _coded_bytes(model: nn.Module, codec: Codec) -> int:

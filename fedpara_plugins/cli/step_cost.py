@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -110,7 +110,7 @@ def _converted(model: nn.Module, config: FedParaConfig) -> nn.Module:
         return own
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the table above the prediction shows the same
-        return convert(own, replace(config, init="random")).train()
+        return convert(own, config.without_values()).train()
 
 
 def _timed(calls: Mapping[str, Call], seconds: float) -> dict[str, float]:

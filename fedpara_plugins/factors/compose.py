@@ -12,7 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["combine_fedpara", "combine_lowrank", "combine_pfedpara", "core_product", "operand"]
+__all__ = [
+    "combine_fedpara",
+    "combine_lowrank",
+    "combine_pfedpara",
+    "combine_sum",
+    "core_product",
+    "operand",
+]
 
 
 def operand(x: Tensor, y: Tensor, t: Tensor | None = None) -> Tensor:
@@ -56,3 +63,8 @@ def combine_fedpara(operands: Sequence[Tensor]) -> Tensor:
 def combine_pfedpara(operands: Sequence[Tensor]) -> Tensor:
     """Return W = W1 * (W2 + 1), elementwise; W1 is shared, W2 private (paper, section 2.3)."""
     return torch.addcmul(operands[0], operands[0], operands[1])
+
+
+def combine_sum(operands: Sequence[Tensor]) -> Tensor:
+    """Return W1 + W2: the update of pFedPara in the residual form, shared plus private."""
+    return operands[0] + operands[1]

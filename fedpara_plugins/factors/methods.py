@@ -7,11 +7,16 @@ that can be described as "operands, combined elementwise, some of them private" 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fedpara_plugins.factors.compose import combine_fedpara, combine_lowrank, combine_pfedpara
+from fedpara_plugins.factors.compose import (
+    combine_fedpara,
+    combine_lowrank,
+    combine_pfedpara,
+    combine_sum,
+)
 
 __all__ = ["BUILTIN_METHODS", "FEDPARA", "LOWRANK", "PFEDPARA", "Method"]
 
@@ -25,6 +30,9 @@ class Method:
         operands: number of inner weights X Yᵀ (or T x1 X x2 Y).
         private: indices of the operands that never leave the device. They start at zero, so a
             client without private state computes exactly the shared model.
+        update: the same as ``combine`` for the residual form, where the result is added to a frozen
+            weight. It must be zero where the first shared operand and the private ones are. None
+            takes ``combine``.
         combine: maps the inner weights to the (unscaled) weight; all have the weight's shape. It
             must be elementwise, and of order ``operands - len(private)`` in the shared operands.
         speed: default of K, the composed weight's movement per step relative to a dense weight's.
@@ -35,6 +43,16 @@ class Method:
     combine: Callable[[Sequence[Tensor]], Tensor]
     speed: float
     private: frozenset[int] = frozenset()
+    update: Callable[[Sequence[Tensor]], Tensor] | None = None
+
+    def as_update(self) -> Method:
+        """Return the method by which the update of the residual form is combined."""
+        return self if self.update is None else replace(self, combine=self.update, update=None)
+
+    @property
+    def first_shared(self) -> int:
+        """Return the index of the first operand that is not private."""
+        return next(i for i in range(self.operands) if i not in self.private)
 
     def factor_names(self, *, kernel: bool) -> list[str]:
         """Return the factors' names in order: x1, y1 (and t1 for a kernel), x2, y2, ..."""
@@ -50,7 +68,13 @@ class Method:
 LOWRANK = Method(name="lowrank", operands=1, combine=combine_lowrank, speed=0.25)
 FEDPARA = Method(name="fedpara", operands=2, combine=combine_fedpara, speed=0.5)
 PFEDPARA = Method(
-    name="pfedpara", operands=2, combine=combine_pfedpara, speed=0.25, private=frozenset({1})
+    name="pfedpara",
+    operands=2,
+    combine=combine_pfedpara,
+    speed=0.25,
+    private=frozenset({1}),
+    # In a product with a shared operand of zero, the private one would have no gradient.
+    update=combine_sum,
 )
 
 BUILTIN_METHODS = (LOWRANK, FEDPARA, PFEDPARA)

@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fedpara_plugins.factors.compose import operand
+from fedpara_plugins.factors.compose import combine_lowrank, combine_sum, operand
 from fedpara_plugins.factors.fast.conditions import as_autocast_casts, may_run
 from fedpara_plugins.factors.fast.form import Form, by_operand, form_of, is_known
 from fedpara_plugins.factors.fast.weight import Recipe, compose
@@ -22,7 +22,14 @@ from fedpara_plugins.factors.methods import Method
 from fedpara_plugins.factors.ranks import is_kernel, parameter_count
 from fedpara_plugins.factors.tanh import tanh_bound
 
-__all__ = ["WeightPlan", "WeightSlot", "compose_together", "factor_key"]
+__all__ = [
+    "WeightPlan",
+    "WeightSlot",
+    "compose_together",
+    "factor_key",
+    "matrix_shape",
+    "onto",
+]
 
 RECOMPUTE_BYTES = 4 << 20
 """Size of a weight (in float32) from which on backward computes the operands' products again, a
@@ -68,6 +75,12 @@ class WeightPlan:
         start: root mean square of the first composed weight in units of the square root of
             ``variance``, from 0 to 1; below 1 for a weight that starts small. It decides about
             initial factors alone, so the two sides of a run may differ in it.
+        residual: whether the factors compose an update of a frozen weight W0, which is a parameter
+            beside them (`base_key`), and not the weight itself. The update starts at zero.
+        core: whether the operands of a kernel have a core; without one a kernel (O, I, k1, ...) is
+            composed as a matrix (O, I k1 ...).
+        one_sided: whether of the shared factors X of the first operand alone is trained (residual
+            form). The others are seeded and fixed, so the update is linear in what is trained.
     """
 
     name: str
@@ -81,16 +94,24 @@ class WeightPlan:
     tanh: bool = False
     recompute: bool | None = field(default=None, compare=False)
     start: float = field(default=1.0, compare=False)
+    residual: bool = False
+    core: bool = True
+    one_sided: bool = False
 
     def __post_init__(self) -> None:
         # Computed here: before Python 3.12 `cached_property` takes a lock, which torch.compile
         # refuses.
-        _ = self.keys
+        _ = self.keys, self.adds_products
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Return the shape by which factors are made: ``shape``, or that of a matrix (m, n)."""
+        return matrix_shape(self.shape, core=self.core)
 
     @property
     def kernel(self) -> bool:
         """Return whether the operands have a core."""
-        return is_kernel(self.shape)
+        return is_kernel(self.matrix_shape)
 
     @cached_property
     def factor_names(self) -> list[str]:
@@ -108,36 +129,51 @@ class WeightPlan:
         return self.method.private_names(kernel=self.kernel)
 
     @property
+    def base_key(self) -> str | None:
+        """Return the name of W0 as the layer's parameter; None without a residual."""
+        return f"{self.name}_base" if self.residual else None
+
+    @property
+    def fixed_names(self) -> list[str]:
+        """Return those of `factor_names` that are seeded and never trained."""
+        if not self.one_sided:
+            return []
+        trained = [f"x{self.method.first_shared + 1}", *self.private_names]
+        return [name for name in self.factor_names if name not in trained]
+
+    @property
     def parameters(self) -> int:
         """Return the number of entries of all factors, private ones included."""
-        return parameter_count(self.shape, self.rank, operands=self.method.operands)
+        return parameter_count(self.matrix_shape, self.rank, operands=self.method.operands)
 
     @property
     def shared_parameters(self) -> int:
         """Return the number of entries of the factors that travel."""
-        shared = self.method.operands - len(self.method.private)
-        return parameter_count(self.shape, self.rank, operands=shared)
+        kept = {*self.private_names, *self.fixed_names}
+        return sum(prod(self.factor_shape(n)) for n in self.factor_names if n not in kept)
 
     def factor_shape(self, factor: str) -> tuple[int, ...]:
         """Return a factor's shape by its name: x (m, R), y (n, R), t (R, R, k1, ...)."""
         if factor[0] == "t":
             return (self.rank, self.rank, *self.shape[2:])
-        return (self.shape[0 if factor[0] == "x" else 1], self.rank)
+        return (self.matrix_shape[0 if factor[0] == "x" else 1], self.rank)
 
     def zero_at_start(self, factor: str) -> bool:
         """Return whether this is a private factor that starts at zero, and its operand with it."""
         return factor in self.private_names and factor[0] == ("t" if self.kernel else "x")
 
-    def compose(self, factors: Mapping[str, Tensor]) -> Tensor:
-        """Compose W = s * combine(operands), of shape ``self.shape``.
+    def compose(self, factors: Mapping[str, Tensor], base: Tensor | None = None) -> Tensor:
+        """Compose W = s * combine(operands), of shape ``self.shape``, or W0 plus that.
 
         With tanh the scale goes inside: W = b combine(tanh(s' operand)), with s' such that b and
         the shared operands together carry s. With the scale outside, tanh would bound nothing.
 
         Args:
             factors: by name, with the shapes that `factor_shape` gives.
+            base: W0 of the residual form; without it the result is the update alone.
         """
-        return self._shaped(self.compose_rows(factors))
+        update = self._shaped(self.compose_rows(factors))
+        return update if base is None else onto(base, update)
 
     def _shaped(self, rows: Tensor) -> Tensor:
         # No view where none is needed, since a view is a node of autograd. For factors of other
@@ -177,6 +213,11 @@ class WeightPlan:
         return value if self.outer == 1 else value * self.outer
 
     @cached_property
+    def adds_products(self) -> bool:
+        """Return whether the weight is a plain sum of operands, each a product of factors."""
+        return not self.tanh and self.method.combine in (combine_lowrank, combine_sum)
+
+    @cached_property
     def form(self) -> Form | None:
         """Return the form for hand-written functions; None if they cannot compute this method."""
         return form_of(self.method, self.gains, tanh=self.tanh, bound=self.outer)
@@ -212,19 +253,37 @@ class WeightPlan:
         return tanh_bound(self.variance)
 
 
+def matrix_shape(shape: tuple[int, ...], *, core: bool) -> tuple[int, ...]:
+    """Return the shape by which factors are made: the weight's, or (m, n k1 ...) without a core."""
+    return shape if core else (shape[0], prod(shape[1:]))
+
+
+def onto(base: Tensor, update: Tensor) -> Tensor:
+    """Return W0 + update in the dtype of W0; an update of zero leaves every value as it is.
+
+    Args:
+        base: W0.
+        update: of the same shape; factors of 16-bit weights are float32.
+    """
+    return (base + update).to(base.dtype)
+
+
 def factor_key(weight: str, factor: str) -> str:
     """Return a factor's parameter name, with the weight's as a prefix unless that is ``weight``."""
     return factor if weight == "weight" else f"{weight}_{factor}"
 
 
 def compose_together(
-    plans: Sequence[WeightPlan], factors: Sequence[Mapping[str, Tensor]]
+    plans: Sequence[WeightPlan],
+    factors: Sequence[Mapping[str, Tensor]],
+    bases: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """Compose several weights as `WeightPlan.compose` does, in one node of autograd if possible.
 
     Args:
         plans: the weights' plans.
         factors: for each plan, its factors by name.
+        bases: for each plan, W0 of the residual form, or None.
     """
     recipes = [
         Recipe(plan.form, plan.compose_plainly, plan.recomputes, len(plan.factor_names))
@@ -233,6 +292,9 @@ def compose_together(
     ]
     flat = [f for plan, own in zip(plans, factors, strict=True) for f in plan.ordered(own)]
     if len(recipes) < len(plans) or not may_run(flat):
-        return [plan.compose(own) for plan, own in zip(plans, factors, strict=True)]
+        every = zip(plans, factors, bases, strict=True)
+        return [plan.compose(own, base) for plan, own, base in every]
     weights = compose(recipes, as_autocast_casts(flat))
-    return [plan._shaped(weight) for weight, plan in zip(weights, plans, strict=True)]
+    shaped = [plan._shaped(weight) for weight, plan in zip(weights, plans, strict=True)]
+    together = zip(shaped, bases, strict=True)
+    return [weight if base is None else onto(base, weight) for weight, base in together]

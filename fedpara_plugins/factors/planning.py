@@ -6,8 +6,9 @@ from dataclasses import replace
 from math import ceil, log, prod, sqrt
 
 from fedpara_plugins.config import VARIANCES, FedParaConfig
+from fedpara_plugins.factors.compose import combine_sum
 from fedpara_plugins.factors.methods import Method
-from fedpara_plugins.factors.plan import WeightPlan, WeightSlot
+from fedpara_plugins.factors.plan import WeightPlan, WeightSlot, matrix_shape
 from fedpara_plugins.factors.ranks import (
     gamma_rank,
     matched_rank,
@@ -59,18 +60,30 @@ def plan_weight(
             f"the weight's smaller side is {side} (fewer than {SMALLEST_SIDE}), as in first and "
             f"depthwise layers: factors would save nothing"
         )
-    rank = _choose_rank(slot.shape, method, config)
+    core = _has_core(method, config)
+    shape = matrix_shape(slot.shape, core=core)
+    rank = _choose_rank(slot.shape, shape, method, config)
     if rank is None:
         low = smallest_full_rank(slot.shape)
         needed = parameter_count(slot.shape, low)
         return f"full rank needs R={low}: {needed:,} entries, the dense weight has {dense:,}"
-    entries = parameter_count(slot.shape, rank, operands=method.operands)
+    entries = parameter_count(shape, rank, operands=method.operands)
     if entries >= dense:
         return f"rank {rank} would hold {entries:,} entries, the dense weight has {dense:,}"
-    plan = _scaled_plan(slot, method, rank, config)
+    plan = _scaled_plan(slot, method, rank, config, core=core)
+    if plan.residual:
+        # The update starts at zero whatever the dense weight is, so both sides plan it alike.
+        return replace(plan, start=0.0)
     if spread is None or config.variance != "default":
         return plan
     return _with_own_start(plan, spread)
+
+
+def _has_core(method: Method, config: FedParaConfig) -> bool:
+    """Return whether a kernel's operands have a core: all but LoRA's, unless an option says so."""
+    if config.core is not None:
+        return config.core
+    return config.base != "frozen" or method.operands - len(method.private) > 1
 
 
 def _with_own_start(plan: WeightPlan, spread: float) -> WeightPlan:
@@ -89,24 +102,34 @@ def _with_own_start(plan: WeightPlan, spread: float) -> WeightPlan:
     return replace(plan, start=portable(min(1.0, spread / sqrt(plan.variance))))
 
 
-def _choose_rank(shape: tuple[int, ...], method: Method, config: FedParaConfig) -> int | None:
+def _choose_rank(
+    shape: tuple[int, ...], made_by: tuple[int, ...], method: Method, config: FedParaConfig
+) -> int | None:
+    """Return the rank of the options' rule; None if full rank holds no fewer entries than dense.
+
+    Args:
+        shape: of the weight.
+        made_by: the shape by which its factors are made, another one without a core.
+        method: combines the operands.
+        config: the options of the layer.
+    """
     if config.rank is not None:
-        return min(config.rank, *shape[:2])
+        return min(config.rank, *made_by[:2])
     if config.ratio is not None:
         rank = ratio_rank(shape, config.ratio)
         if method.operands != 2 and smallest_ratio(shape, config.ratio) is not None:
             # FedPara itself cannot be matched here: its full-rank minimum exceeds the ratio.
             budget = round(config.ratio * prod(shape))
-            return matched_rank(shape, budget, operands=method.operands)
+            return matched_rank(made_by, budget, operands=method.operands)
     else:
         low = smallest_full_rank(shape)
         if parameter_count(shape, low) >= prod(shape):
             return None
         rank = gamma_rank(shape, config.gamma)
-    if method.operands == 2:
+    if method.operands == 2 and made_by == shape:
         return rank
-    # For an equal comparison, other methods get FedPara's number of entries, not its rank.
-    return matched_rank(shape, parameter_count(shape, rank), operands=method.operands)
+    # For an equal comparison, all others get FedPara's number of entries, not its rank.
+    return matched_rank(made_by, parameter_count(shape, rank), operands=method.operands)
 
 
 def portable(number: float) -> float:
@@ -120,12 +143,15 @@ def _target_variance(slot: WeightSlot, config: FedParaConfig) -> float:
     return 2 / slot.fan_in if config.variance == "he" else float(config.variance)
 
 
-def _scaled_plan(slot: WeightSlot, method: Method, rank: int, config: FedParaConfig) -> WeightPlan:
+def _scaled_plan(
+    slot: WeightSlot, method: Method, rank: int, config: FedParaConfig, *, core: bool
+) -> WeightPlan:
     """Complete a plan by the numbers that variance and speeds decide."""
+    residual = config.base == "frozen"
     plan = WeightPlan(
         name=slot.name,
         shape=slot.shape,
-        method=method,
+        method=method.as_update() if residual else method,
         rank=rank,
         scale=1.0,
         factor_std=1.0,
@@ -133,6 +159,9 @@ def _scaled_plan(slot: WeightSlot, method: Method, rank: int, config: FedParaCon
         variance=_target_variance(slot, config),
         tanh=config.tanh,
         recompute=config.recompute,
+        residual=residual,
+        core=core,
+        one_sided=config.train == "right",
     )
     speed = config.speed if config.speed is not None else method.speed
     return _with_numbers(plan, speed, config.private_speed)
@@ -145,7 +174,8 @@ def _with_numbers(plan: WeightPlan, speed: float, private_speed: float) -> Weigh
     F v / σ², so σ² = F v / K. Then Var(W) = s² (a σ^(F/S))^(2S), where a is the standard deviation
     of an operand of unit factors: √R, or R with a core. A private operand starts at zero, since one
     of its factors does; the others have a standard deviation t with K_private = v R t² (matrix) or
-    v R² t⁴ (kernel). For tanh see `factors.tanh`.
+    v R² t⁴ (kernel). Where private operands are added to the shared ones instead of multiplied, the
+    square of their own multiplier stands for v. For tanh see `factors.tanh`.
     """
     method, variance = plan.method, plan.variance
     shared = method.operands - len(method.private)
@@ -154,14 +184,23 @@ def _with_numbers(plan: WeightPlan, speed: float, private_speed: float) -> Weigh
     if plan.tanh:
         spread, bound = tanh_spread(variance, shared), tanh_bound(variance)
     std = sqrt(factors * variance * _tanh_gain(plan) / speed)
-    private_std = (private_speed / (variance * unit**2)) ** (0.5 / (_per_operand(plan) - 1))
-    return replace(
+    plan = replace(
         plan,
         scale=portable(bound * spread**shared / (unit**shared * std**factors)),
         factor_std=portable(std),
-        private_std=portable(private_std) if method.private else 0.0,
+        private_std=0.0,
         variance=portable(variance),
     )
+    if not method.private:
+        return plan
+    private_std = (private_speed / _private_gain(plan)) ** (0.5 / (_per_operand(plan) - 1))
+    return replace(plan, private_std=portable(private_std))
+
+
+def _private_gain(plan: WeightPlan) -> float:
+    """Return K of a private operand whose factors, but the one that is zero, have size 1."""
+    outside = plan.outer**2 if plan.method.combine is combine_sum else plan.variance
+    return outside * _unit(plan) ** 2
 
 
 def stated_speed(plan: WeightPlan) -> float:
@@ -174,7 +213,7 @@ def stated_speed(plan: WeightPlan) -> float:
 def with_variance(plan: WeightPlan, variance: float) -> WeightPlan:
     """Return the plan for another variance, with the same speeds."""
     speed = stated_speed(plan)
-    private = plan.private_std ** (2 * (_per_operand(plan) - 1)) * plan.variance * _unit(plan) ** 2
+    private = plan.private_std ** (2 * (_per_operand(plan) - 1)) * _private_gain(plan)
     return _with_numbers(replace(plan, variance=variance), speed, private)
 
 

@@ -81,7 +81,11 @@ layers_alive: weakref.WeakSet[FactorisedLayer] = weakref.WeakSet()
 
 
 class FactorisedLayer(nn.Module):
-    """Mixin of all factorised layers: the first base class, before the dense layer's class."""
+    """Mixin of all factorised layers: the first base class, before the dense layer's class.
+
+    In the residual form the dense weight W0 stays in the layer, as a parameter without gradients
+    (``weight_base``), and the factors compose an update of it.
+    """
 
     kind: ClassVar[str]
     """Short name of the kind, for reports."""
@@ -152,7 +156,8 @@ class FactorisedLayer(nn.Module):
         """Return a layer of this class in place of ``dense``, with fresh factors.
 
         It takes over every attribute, hook and remaining parameter of the dense layer, the very
-        objects. In the order of parameters its factors replace the weight.
+        objects. In the order of parameters its factors replace the weight; in the residual form W0
+        comes first and shares the dense weight's memory.
 
         Args:
             dense: instance of ``dense_class``; not modified.
@@ -170,17 +175,21 @@ class FactorisedLayer(nn.Module):
                 parameters[attribute] = parameter
                 continue
             key = full_name(name, attribute)
-            factors = _first_factors(plan, parameter, seed=seed, key=key)
+            if plan.base_key is not None:
+                base = nn.Parameter(parameter.detach(), requires_grad=False)
+                parameters[plan.base_key] = base
+            factors = _first_factors(plan, seed=seed, key=key, meta=parameter.is_meta)
             if fit:
                 fitted = fit_weight(plan, parameter, factors)
                 plans[attribute] = fitted.plan
                 # The first private factors follow from the plan, on every side.
                 factors = fitted.factors | initial_private(fitted.plan, seed=seed, key=key)
                 errors[attribute], speeds[attribute] = fitted.error, fitted.speed
+            trained = parameter.requires_grad or plan.residual
             for factor, value in factors.items():
-                value = value.to(parameter.device, parameter.dtype)
+                value = value.to(parameter.device, _factor_dtype(plan, parameter))
                 parameters[cls.factor_key(attribute, factor)] = nn.Parameter(
-                    value, requires_grad=parameter.requires_grad
+                    value, requires_grad=trained and factor not in plan.fixed_names
                 )
         others = {k: p for k, p in parameters.items() if k in own_parameters(dense)}
         added = {
@@ -211,20 +220,18 @@ class FactorisedLayer(nn.Module):
 
     def _dense_parameters(self) -> dict[str, nn.Parameter | None]:
         parameters: dict[str, nn.Parameter | None] = {}
-        owner = {
-            self.factor_key(weight, factor): weight
-            for weight, plan in self.plans.items()
-            for factor in plan.factor_names
-        }
+        owner = {key: weight for weight, plan in self.plans.items() for key in own_keys(plan)}
         for key, parameter in own_parameters(self).items():
             weight = owner.get(key)
             if weight is None:
                 parameters[key] = _sound(parameter, may_be_infinite=key in self.infinite)
             elif weight not in parameters and parameter is not None:
+                factors = self.factors(weight)
                 # Both halves count, whatever phase of training the model is in.
                 with without_autocast(parameter.device.type):
-                    value = self.plans[weight].compose(self.factors(weight)).detach()
-                parameters[weight] = _sound(nn.Parameter(value, parameter.requires_grad))
+                    value = self.compose_from(weight, factors).detach()
+                trained = any(factor.requires_grad for factor in factors.values())
+                parameters[weight] = _sound(nn.Parameter(value, trained))
         return parameters
 
     # Execution
@@ -238,17 +245,35 @@ class FactorisedLayer(nn.Module):
         kept = None if self.on_composed is not None else kept_weight(self, weight)
         if kept is not None:
             return kept
-        value = plan.compose(self.factors_now(weight))
+        value = self.compose_from(weight, self.factors_now(weight))
         if self.on_composed is not None:
             self.on_composed(weight, value)
         return value
+
+    def compose_from(self, weight: str, factors: Mapping[str, Tensor]) -> Tensor:
+        """Compose W from these factors, onto W0 in the residual form.
+
+        Args:
+            weight: the attribute.
+            factors: by name, as `factors_now` returns them.
+        """
+        return self.plans[weight].compose(factors, self.base(weight))
+
+    def base(self, weight: str) -> Tensor | None:
+        """Return W0 of a weight in the residual form; None for any other."""
+        key = self.plans[weight].base_key
+        if key is None:
+            return None
+        found = None if is_symbolically_tracing() else self._parameters.get(key)
+        return getattr(self, key) if found is None else found  # type: ignore[no-any-return]
 
     def composed_weights(self) -> dict[str, Tensor]:
         """Return all composed weights by attribute, each as `composed_weight` returns it."""
         if has_kept_weights(self):
             return {weight: self.composed_weight(weight) for weight in self.plans}
         factors = [self.factors_now(weight) for weight in self.plans]
-        values = compose_together([*self.plans.values()], factors)
+        bases = [self.base(weight) for weight in self.plans]
+        values = compose_together([*self.plans.values()], factors, bases)
         composed = dict(zip(self.plans, values, strict=True))
         if self.on_composed is not None:
             for weight, value in composed.items():
@@ -342,11 +367,14 @@ class FactorisedLayer(nn.Module):
         super().__delattr__(name)
 
     def reset_parameters(self) -> None:
-        """Draw shared factors anew, private ones from the seed, biases as the dense layer does."""
+        """Draw shared factors anew, private ones from the seed, biases as the dense layer does.
+
+        W0 of the residual form is no first value, and stays.
+        """
         self._reset_dense_parameters()
         name, seed = self.origin
         for weight, plan in self.plans.items():
-            factors = initial_factors(plan, seed=seed, key=full_name(name, weight))
+            factors = _first_factors(plan, seed=seed, key=full_name(name, weight))
             with torch.no_grad():
                 for factor, parameter in self.factors(weight).items():
                     parameter.copy_(factors[factor])
@@ -358,14 +386,19 @@ class FactorisedLayer(nn.Module):
             return
         parameters = dict(own_parameters(self))
         for weight, plan in self.plans.items():
-            factors = [parameters.pop(self.factor_key(weight, f)) for f in plan.factor_names]
-            assert factors[0] is not None
-            parameters[weight] = nn.Parameter(factors[0].new_empty(plan.shape))
+            own = [parameters.pop(key) for key in own_keys(plan)]
+            assert own[0] is not None
+            parameters[weight] = nn.Parameter(own[0].new_empty(plan.shape))
         rule(self._dense_with(parameters))
 
     def extra_repr(self) -> str:
         """Return the dense layer's text, then method and rank."""
-        ranks = {w: f"{p.method.name} rank {p.rank}" for w, p in self.plans.items()}
+        ranks = {
+            w: f"frozen + {p.method.name} rank {p.rank}"
+            if p.residual
+            else f"{p.method.name} rank {p.rank}"
+            for w, p in self.plans.items()
+        }
         texts = [t if w == "weight" else f"{w}: {t}" for w, t in ranks.items()]
         return ", ".join(text for text in (super().extra_repr(), *texts) if text)
 
@@ -383,11 +416,30 @@ def _of_phase(
     return changed
 
 
-def _first_factors(plan: WeightPlan, like: Tensor, *, seed: int, key: str) -> dict[str, Tensor]:
+def own_keys(plan: WeightPlan) -> list[str]:
+    """Return the names of a weight's parameters in its layer: W0, if it stays, and the factors."""
+    return plan.keys if plan.base_key is None else [plan.base_key, *plan.keys]
+
+
+def _first_factors(
+    plan: WeightPlan, *, seed: int, key: str, meta: bool = False
+) -> dict[str, Tensor]:
     """Draw a weight's first factors; on the meta device there are only shapes to draw."""
-    if like.is_meta:
+    if meta:
         return {n: torch.empty(plan.factor_shape(n), device="meta") for n in plan.factor_names}
-    return initial_factors(plan, seed=seed, key=key)
+    factors = initial_factors(plan, seed=seed, key=key)
+    if plan.fixed_names:  # both sides must have them without a message
+        factors |= seeded_shared(plan, seed=seed, key=key)
+    return factors
+
+
+def _factor_dtype(plan: WeightPlan, weight: Tensor) -> torch.dtype:
+    """Return the dtype of factors: the weight's, but float32 for an update of a 16-bit weight.
+
+    Steps of fine-tuning are smaller than what 16 bits resolve.
+    """
+    narrow = weight.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if plan.residual and narrow else weight.dtype
 
 
 def _holds_infinity(parameter: nn.Parameter | None) -> bool:

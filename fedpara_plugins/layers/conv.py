@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
-from fedpara_plugins.factors.plan import WeightSlot
+from fedpara_plugins.factors.compose import core_product
+from fedpara_plugins.factors.fast.linear_residual import update_products
+from fedpara_plugins.factors.plan import WeightPlan, WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, composed
+from fedpara_plugins.support.torch_seams import convolve, is_symbolically_tracing
 
 __all__ = [
     "ConvolutionMixin",
@@ -43,21 +47,57 @@ class ConvolutionMixin(FactorisedLayer):
         return [WeightSlot("weight", shape, fan_in, 1 / (3 * fan_in))]
 
 
-class FactorisedConv1d(ConvolutionMixin, nn.Conv1d):
+class PlainConvolutionMixin(ConvolutionMixin):
+    """A convolution that is not transposed.
+
+    In the residual form of low rank its update is never composed: a convolution with R filters and
+    one of 1x1 follow each other, beside that with W0.
+    """
+
+    groups: int
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name for it)
+        """Return the outputs, shape (batch, out, ...)."""
+        plan = self.plans.get("weight")
+        split = plan is not None and plan.residual and plan.adds_products and self.groups == 1
+        if not split or self.must_compose("weight") or is_symbolically_tracing():
+            return super().forward(input)  # type: ignore[no-any-return, misc]
+        assert plan is not None
+        base = self.base("weight")
+        assert base is not None
+        return self._with_update(plan, base, input)
+
+    def _with_update(self, plan: WeightPlan, base: Tensor, inputs: Tensor) -> Tensor:
+        output = convolve(self, inputs, base, self.bias)
+        point = (1,) * len(plan.shape[2:])
+        one_by_one = _ONE_BY_ONE[len(point)]
+        for x, y, t in update_products(plan, self.factors_now("weight")):
+            rows = y.T if t is None else core_product(y, t)
+            filters = rows.reshape(plan.rank, *plan.shape[1:])  # (R, in, k1, ...)
+            inner = convolve(self, inputs.to(y.dtype), filters, None)  # (batch, R, ...)
+            output = output + one_by_one(inner, x.view(*x.shape, *point)).to(output.dtype)
+        return output
+
+
+_ONE_BY_ONE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+class FactorisedConv1d(PlainConvolutionMixin, nn.Conv1d):
     """`nn.Conv1d` with a composed kernel (out, in / groups, k)."""
 
     kind = "conv1d"
     dense_class = nn.Conv1d
 
 
-class FactorisedConv2d(ConvolutionMixin, nn.Conv2d):
+class FactorisedConv2d(PlainConvolutionMixin, nn.Conv2d):
     """`nn.Conv2d` with a composed kernel (out, in / groups, k1, k2)."""
 
     kind = "conv2d"
     dense_class = nn.Conv2d
 
 
-class FactorisedConv3d(ConvolutionMixin, nn.Conv3d):
+class FactorisedConv3d(PlainConvolutionMixin, nn.Conv3d):
     """`nn.Conv3d` with a composed kernel (out, in / groups, k1, k2, k3)."""
 
     kind = "conv3d"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedpara_plugins.factors.fast.conditions import without_autocast
-from fedpara_plugins.factors.plan import WeightPlan, WeightSlot
+from fedpara_plugins.factors.plan import WeightPlan, WeightSlot, onto
 from fedpara_plugins.layers.base import FactorisedLayer, composed
 from fedpara_plugins.support.torch_seams import is_symbolically_tracing
 
@@ -102,8 +102,10 @@ class FactorisedEmbedding(EmbeddingMixin, nn.Embedding):
             name: functional.embedding(tokens, factor) if name[0] == "x" else factor
             for name, factor in self.factors_now("weight").items()
         }
+        base = self.base("weight")
         with without_autocast(tokens.device.type):
-            return self.plans["weight"].compose_rows(factors)
+            rows = self.plans["weight"].compose_rows(factors)
+            return rows if base is None else onto(functional.embedding(tokens, base), rows)
 
 
 class FactorisedEmbeddingBag(EmbeddingMixin, nn.EmbeddingBag):

@@ -55,6 +55,12 @@ class ComposingLayer(Protocol):
     def factors_now(self, weight: str) -> Mapping[str, Tensor]:
         """Return the factors to compose, as the present phase of training sees them."""
 
+    def base(self, weight: str) -> Tensor | None:
+        """Return W0 of the residual form, or None."""
+
+    def compose_from(self, weight: str, factors: Mapping[str, Tensor]) -> Tensor:
+        """Compose a weight from its factors."""
+
 
 class _Factor(NamedTuple):
     """A factor and its state when it composed a weight."""
@@ -259,15 +265,16 @@ def _innermost(layer: object) -> composed_once | None:
 
 
 def _compose(layer: ComposingLayer, name: str, factors: Mapping[str, Tensor]) -> _KeptWeight:
-    states = tuple(
-        _Factor(layer.factor_key(name, f), t, t._version, t.requires_grad)
-        for f, t in factors.items()
-    )
+    tensors = {layer.factor_key(name, f): t for f, t in factors.items()}
+    base, key = layer.base(name), layer.plans[name].base_key
+    if base is not None and key is not None:
+        tensors[key] = base
+    states = tuple(_Factor(k, t, t._version, t.requires_grad) for k, t in tensors.items())
     phase = layer.phase if layer.training else "joint"
     grad = is_grad_enabled()
     device = next(iter(factors.values())).device.type
     with without_autocast(device), _without_saved_tensors_hooks() if grad else nullcontext():
-        graph = layer.plans[name].compose(layer.factors_now(name))
+        graph = layer.compose_from(name, layer.factors_now(name))
     if not graph.requires_grad:
         return _KeptWeight(graph, states, grad, phase, None)
     return _KeptWeight(graph.detach().requires_grad_(), states, grad, phase, graph)

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fedpara_plugins.factors.fast.linear import linear_from_factors
-from fedpara_plugins.factors.plan import WeightSlot
+from fedpara_plugins.factors.fast.linear_residual import linear_with_update
+from fedpara_plugins.factors.plan import WeightPlan, WeightSlot
 from fedpara_plugins.layers.base import FactorisedLayer, composed
 from fedpara_plugins.layers.kept_weights import kept_weight
 from fedpara_plugins.support.torch_seams import is_symbolically_tracing
@@ -18,7 +19,8 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
     """A linear layer whose weight is composed at every forward (Proposition 1).
 
     For few inputs, and for weights too large for the cache, the output is computed from the factors
-    directly, with the same result; see `fedpara_plugins.factors.fast.linear`.
+    directly, with the same result; see `fedpara_plugins.factors.fast.linear`. In the residual form
+    of low rank it always is (`fedpara_plugins.factors.fast.linear_residual`).
     """
 
     kind = "linear"
@@ -45,7 +47,15 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
             # From the dictionary where possible, since `getattr` of a module takes long.
             own = self._parameters
             return linear(input, kept, own["bias"] if "bias" in own else self.bias)  # noqa: SIM401
+        if plan.residual:
+            return self._with_update(plan, input)
         output = linear_from_factors(plan, self.factors_now("weight"), input, self.bias)
         if output is not None:
             return output
         return linear(input, self.composed_weight("weight"), self.bias)
+
+    def _with_update(self, plan: WeightPlan, inputs: Tensor) -> Tensor:
+        base = self.base("weight")
+        if base is None or not plan.adds_products:
+            return linear(inputs, self.composed_weight("weight"), self.bias)
+        return linear_with_update(plan, self.factors_now("weight"), base, inputs, self.bias)

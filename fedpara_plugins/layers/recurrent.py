@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from fedpara_plugins.factors.fast.conditions import autocasts
@@ -105,7 +106,7 @@ class FactorisedRecurrent(FactorisedLayer, nn.RNNBase):
             ValueError: the input's dtype is not that of the weights.
             RuntimeError: the input's shape is wrong.
         """
-        dtype = next(iter(self.factors(next(iter(self.plans))).values())).dtype
+        dtype = self._weight_dtype()
         if input.dtype != dtype and not autocasts(input.device.type):
             raise ValueError(
                 f"{self.dense_class.__name__}: expected an input of {dtype}, as the weights are, "
@@ -118,6 +119,11 @@ class FactorisedRecurrent(FactorisedLayer, nn.RNNBase):
                 f"{self.dense_class.__name__}: expected an input of {dimensions} dimensions, the "
                 f"last of size {self.input_size} (input_size), got shape {tuple(input.shape)}"
             )
+
+    def _weight_dtype(self) -> torch.dtype:
+        weight = next(iter(self.plans))
+        base = self.base(weight)
+        return (self.factors(weight)["x1"] if base is None else base).dtype
 
 
 class FactorisedLSTM(FactorisedRecurrent, nn.LSTM):

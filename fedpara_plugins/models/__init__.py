@@ -6,7 +6,7 @@ that take a model and return one or describe it.
 
 from __future__ import annotations
 
-from fedpara_plugins.models.agreed_plans import adopt_plans
+from fedpara_plugins.models.agreed_plans import adopt_plans, agreed_config
 from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.models.checkpoints import load_factors, save_dense, save_factors
 from fedpara_plugins.models.conversion import convert
@@ -22,6 +22,7 @@ __all__ = [
     "Report",
     "Split",
     "adopt_plans",
+    "agreed_config",
     "check_finite",
     "config_of",
     "convert",

@@ -1,21 +1,23 @@
-"""Plans that follow from the other side's weights, taken over from a model's description.
+"""Plans and forms that follow from the other side's weights, taken over from a description.
 
 Scale and sizes of factors follow from shape and options, except where values decide: a fitted
 weight that is large against its kind's default, or a fresh one that keeps a large standard
 deviation of its own, has the plan of a larger variance. The side that the run starts from knows
 these values; it writes the plan into every header and factor checkpoint, and the other side takes
-it over here before it compares.
+it over here before it compares. The same holds for the form, factors or the residual one, where the
+option ``base`` leaves it to the weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from math import isclose
 
 import torch
 from torch import nn
 
-from fedpara_plugins.config import VARIANCES
+from fedpara_plugins.config import VARIANCES, FedParaConfig
 from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.factors.planning import with_variance
 from fedpara_plugins.layers import FactorisedLayer
@@ -23,7 +25,24 @@ from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.layers.kept_weights import drop_kept_weights
 from fedpara_plugins.models.spec import ModelSpec
 
-__all__ = ["adopt_plans"]
+__all__ = ["adopt_plans", "agreed_config"]
+
+
+def agreed_config(config: FedParaConfig, specs: Iterable[ModelSpec]) -> FedParaConfig:
+    """Return the options for a model that takes its values from a run that has begun.
+
+    Its first factors will be replaced, so nothing is fitted, and no weight is asked whether it is
+    trained: the specs say in which form the run's weights are. Without one, its own weights decide.
+
+    Args:
+        config: the options of this side.
+        specs: of the run's models, as far as they are known.
+    """
+    plans = [plan for spec in specs for plan in spec.weights.values()]
+    base = config.base
+    if base is None and plans:
+        base = "frozen" if any(plan.residual for plan in plans) else "factors"
+    return replace(config, base=base).without_values()
 
 
 def adopt_plans(model: nn.Module, spec: ModelSpec) -> None:
@@ -48,6 +67,8 @@ def adopt_plans(model: nn.Module, spec: ModelSpec) -> None:
 
 def _differ_by_variance(mine: WeightPlan, theirs: WeightPlan) -> bool:
     if mine == theirs or not VARIANCES[0] <= theirs.variance <= VARIANCES[1]:
+        return False
+    if mine.residual or theirs.residual:  # no value decides about these
         return False
     if (mine.method.name, mine.shape, mine.rank) != (theirs.method.name, theirs.shape, theirs.rank):
         return False

@@ -221,7 +221,8 @@ def factor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         for weight, plan in spec.weights.items()
         for name, key in spec.factor_keys(weight).items()
     }
-    return factors | {key: own.shape for key, own in spec.own.items() if own.onto}
+    bases = {key: tuple(spec.weights[weight].shape) for weight, key in spec.base_keys.items()}
+    return factors | bases | {key: own.shape for key, own in spec.own.items() if own.onto}
 
 
 def _first_line(error: Exception) -> str:

@@ -25,6 +25,7 @@ from fedpara_plugins.models.first_values import (
 )
 from fedpara_plugins.models.layer_decisions import LayerDecision
 from fedpara_plugins.models.surgery import replace_layers
+from fedpara_plugins.models.trainable import freeze_others
 from fedpara_plugins.plugins import layers
 from fedpara_plugins.training.optimizer_check import warn_of_earlier_optimizer
 from fedpara_plugins.training.step_hooks import attach_progress
@@ -36,15 +37,20 @@ log = logging.getLogger("fedpara")
 _told: set[tuple[str, ...]] = set()
 """Names of weights that the log has spoken of: a client builds its model anew in each round."""
 
+_notes_told: set[str] = set()
+"""The same of sentences about the form of weights."""
+
 M = TypeVar("M", bound=nn.Module)
 
 
 def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
     """Replace the layers of a model by factorised ones, in place.
 
-    The factors are fresh, or with ``init="fit"`` the closest to the model's weights. Only modules
-    change: the model keeps its class, its forward and all other parameters. Build the optimizer
-    afterwards, since an earlier one still holds the dense weights.
+    Fresh weights are replaced by fresh factors. A model whose weights look trained keeps them, as
+    parameters that are not trained, and gets factors of an update that starts at zero; or with
+    ``init="fit"`` the closest factors to its weights. Only modules change: the model keeps its
+    class, its forward and all other parameters. Build the optimizer afterwards, since an earlier
+    one still holds the dense weights.
 
     Args:
         model: any module; a single supported layer is returned as a new module.
@@ -56,13 +62,14 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
         The model itself. With method ``none`` nothing is touched.
 
     Raises:
-        ConfigError: an option is unknown or out of range, or a pattern matches no layer.
+        ConfigError: an option is unknown or out of range, a pattern matches no layer, or weights
+            that look trained would be replaced by fresh factors.
         ConversionError: nothing to convert, or a layer that cannot be (the message names it).
 
     Warns:
-        UserWarning: weights look trained and ``init`` is not given; hooks on weights are lost; an
-            optimizer that was built before holds weights that are replaced; or ``init="fit"`` came
-            no closer to a weight than a relative error of 0.1.
+        UserWarning: hooks on weights are lost; an optimizer that was built before holds weights
+            that are replaced; or ``init="fit"`` came no closer to a weight than a relative error of
+            0.1.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
@@ -72,6 +79,9 @@ def convert(model: M, config: FedParaConfig | None = None, **options: Any) -> M:
     conversion = decide(model, _complete_config(config, options))
     for text in conversion.warnings:
         warnings.warn(text, stacklevel=2)
+    if conversion.note and conversion.note not in _notes_told:
+        _notes_told.add(conversion.note)
+        log.info("fedpara: %s", conversion.note)
     # Weights without a dot in their names are those of a single layer, which stays in use.
     replaced = {name: weakref.ref(w) for name, w in conversion.weights.items() if "." in name}
     model = replace(model, conversion)
@@ -108,6 +118,8 @@ def replace(model: M, conversion: Conversion) -> M:
         new = {id(d.layer): _factorised(d, conversion) for d in conversion.layers}
         model = new.get(id(model), model)  # type: ignore[assignment]
         replace_layers(model, new)
+        if config.base == "frozen":
+            freeze_others(model, config)
         attach_progress(model, config)
     if conversion.layers or config.private:
         model.__dict__[CONFIG_ATTRIBUTE] = config
@@ -129,7 +141,7 @@ def _factorised(decision: LayerDecision, conversion: Conversion) -> FactorisedLa
         fit=config.init == "fit",
         **options,
     )
-    if config.init == "seeded":
+    if config.init in ("seeded", "auto"):
         layer.start_seeded()
     layer.left_dense = decision.reasons
     layer.own_starts = dict(decision.own_starts)

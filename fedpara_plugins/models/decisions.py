@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -14,14 +14,14 @@ from fedpara_plugins.factors.ratio_check import refuse_unreachable_ratios
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.models.config_checks import CONFIG_CHECKS
+from fedpara_plugins.models.forms import decide_form, planned_weights
 from fedpara_plugins.models.head import choose_head
-from fedpara_plugins.models.layer_decisions import LEFT_OUT, LayerDecision, decide_layers
-from fedpara_plugins.models.looks_trained import looks_trained, norm_has_moved
+from fedpara_plugins.models.layer_decisions import LayerDecision
 from fedpara_plugins.models.private import private_tensors
+from fedpara_plugins.models.trainable import check_trainable
 from fedpara_plugins.models.weight_checks import check_model
 from fedpara_plugins.models.wrapped import lost_hooks, refuse_wrapped
 from fedpara_plugins.plugins import method_named
-from fedpara_plugins.support.torch_seams import own_parameters
 
 __all__ = ["Conversion", "decide", "repeated_modules"]
 
@@ -33,21 +33,23 @@ class Conversion:
     It holds the dense layers. Drop it after the conversion, so that they can be freed.
 
     Attributes:
-        config: the options.
+        config: the options, with ``base="frozen"`` if the weights decided so.
         layers: the layers that are replaced, in the model's order.
         head: name of the layer that ``private_head`` and ``label_prior`` are about, or None.
         warnings: texts that the user should read.
+        note: a sentence about the form of the weights, for the log; "" if the options decided it.
     """
 
     config: FedParaConfig
     layers: tuple[LayerDecision, ...] = ()
     head: str | None = None
     warnings: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """The dense weights that are replaced, by full name."""
-        return _planned_weights(self.layers)
+        return planned_weights(self.layers)
 
 
 def decide(model: nn.Module, config: FedParaConfig) -> Conversion:
@@ -61,7 +63,8 @@ def decide(model: nn.Module, config: FedParaConfig) -> Conversion:
         The decision. With method ``none`` it replaces no layer.
 
     Raises:
-        ConfigError: an option is out of range for this model, or a pattern matches nothing.
+        ConfigError: an option is out of range for this model, a pattern matches nothing, or
+            weights that look trained would be replaced.
         ConversionError: nothing to convert, or a layer that cannot be (the message names it).
     """
     check_model(model)
@@ -73,7 +76,8 @@ def decide(model: nn.Module, config: FedParaConfig) -> Conversion:
         return Conversion(config=config)
     _refuse_converted(model)
     refuse_wrapped(model)
-    found = decide_layers(model, config)
+    config, found, note = decide_form(model, config)
+    check_trainable(model, config)
     _refuse_repeated_modules(model, found)
     refuse_unreachable_ratios(_by_ratio(found, config))
     if not any(decision.plans for decision in found):
@@ -85,7 +89,8 @@ def decide(model: nn.Module, config: FedParaConfig) -> Conversion:
         config=config,
         layers=tuple(decision for decision in found if decision.plans or decision.name == head),
         head=head,
-        warnings=tuple(_warnings(found, config)),
+        warnings=tuple(_warnings(planned_weights(found))),
+        note=note,
     )
 
 
@@ -140,42 +145,12 @@ def _reason_lines(found: Sequence[LayerDecision]) -> Iterator[str]:
             yield f"  {full_name(decision.name, weight) or '(model)'}: {reason}"
 
 
-def _planned_weights(found: Sequence[LayerDecision]) -> dict[str, Tensor]:
-    return {
-        full_name(decision.name, weight): parameter
-        for decision in found
-        for weight, parameter in own_parameters(decision.layer).items()
-        if weight in decision.plans and parameter is not None
-    }
-
-
-def _warnings(found: Sequence[LayerDecision], config: FedParaConfig) -> Iterator[str]:
-    weights = _planned_weights(found)
-    signs = _signs_of_training(found, weights) if config.init is None else []
-    if signs:
-        yield (
-            f"the model looks trained ({_first_three(signs)}), and {len(weights)} weights are "
-            f"replaced by fresh factors. Say which you want: init='fit' starts from the closest "
-            f"factors, init='random' from fresh ones."
-        )
+def _warnings(weights: Mapping[str, Tensor]) -> Iterator[str]:
     if lost := lost_hooks(weights):
         yield (
             f"hooks were registered on {_first_three(lost)} before the model was converted; a "
             f"composed weight does not have them. Register them on the factors, after convert()."
         )
-
-
-def _signs_of_training(found: Sequence[LayerDecision], weights: dict[str, Tensor]) -> list[str]:
-    """Return the names of weights and norms that look trained.
-
-    A norm that the patterns leave out says nothing about the layers that they select.
-    """
-    moved = [
-        decision.name
-        for decision in found
-        if decision.reasons.get("") != LEFT_OUT and norm_has_moved(decision.layer)
-    ]
-    return [name for name, weight in weights.items() if looks_trained(weight)] + moved
 
 
 def _first_three(names: Sequence[str]) -> str:

@@ -109,7 +109,7 @@ def _decide_layer(
             reasons[slot.name] = plan
             continue
         plans[slot.name] = plan
-        if plan.start != 1 and config.init != "fit":
+        if plan.start != 1 and config.init != "fit" and not plan.residual:
             starts[slot.name] = plan.start * plan.variance**0.5
     return LayerDecision(name, layer, plans, reasons, starts)
 
@@ -147,7 +147,7 @@ def _decide_weight(
     if len(tied) > 1:
         others = [t for t in tied if t != name] or ["another weight of the layer"]
         return f"tied to {', '.join(others)}"
-    if reason := why_frozen(parameter):
+    if config.base != "frozen" and (reason := why_frozen(parameter)):
         return reason
     method = method_named(config.method)
     assert method is not None

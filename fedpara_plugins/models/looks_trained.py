@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedpara_plugins.support.torch_seams import own_parameters
 
-__all__ = ["looks_trained", "norm_has_moved"]
+__all__ = ["looks_trained", "norm_has_moved", "sign_of_training"]
 
 LANCZOS_STEPS = 25
 ABOVE_EDGE = 4.0
@@ -37,16 +37,25 @@ def looks_trained(weight: Tensor) -> bool:
     Args:
         weight: at least two-dimensional; a kernel counts as (O, I k1 ...).
     """
+    return bool(sign_of_training(weight))
+
+
+def sign_of_training(weight: Tensor) -> str:
+    """Return the sign by which a weight looks trained, a clause for an error; "" if none does.
+
+    Args:
+        weight: see `looks_trained`.
+    """
     if weight.is_meta:
-        return False
+        return ""
     rows = weight.detach().flatten(1).float().cpu()
     mean = float(rows.mean())
     rows = rows - mean
     std = float(rows.square().mean().sqrt())
     if std <= 1e-6 * abs(mean):
-        return False  # a constant is neither drawn nor trained
+        return ""  # a constant is neither drawn nor trained
     if abs(mean) > LARGEST_MEAN * std:
-        return True
+        return f"its mean is {abs(mean) / std:.1f} standard deviations from zero"
     for side in (1, 0):
         size = rows.square().mean(side, keepdim=True).sqrt()
         rows = rows / torch.where(size > 0, size, 1.0)
@@ -54,7 +63,11 @@ def looks_trained(weight: Tensor) -> bool:
     square = float(rows.square().mean())
     edge = (root_m + root_n) ** 2
     fluctuation = (root_m + root_n) * (1 / root_m + 1 / root_n) ** (1 / 3)
-    return bool(_largest_eigenvalue(rows) / square > edge + ABOVE_EDGE * fluctuation)
+    largest = _largest_eigenvalue(rows) / square
+    if not largest > edge + ABOVE_EDGE * fluctuation:
+        return ""
+    ratio = sqrt(largest / edge)
+    return f"its largest singular value is {ratio:.2f} times that of independent draws"
 
 
 def norm_has_moved(layer: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.layers import FactorisedLayer
-from fedpara_plugins.layers.base import full_name
+from fedpara_plugins.layers.base import full_name, own_keys
 from fedpara_plugins.layers.personal import ADDED, PersonalLinear
 from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.models.first_values import fit_summary
@@ -33,8 +33,9 @@ class ReportRow:
         shape: the dense weight's shape; () for a row about several tensors.
         rank: R of the factors; None if dense.
         dense_parameters: number of parameters in the unconverted model.
-        parameters: number of parameters now, private factors included.
-        shared_bytes: bytes that travel, uncoded, buffers included.
+        parameters: number of parameters now, private factors and frozen weights included.
+        shared_bytes: bytes that travel, uncoded, buffers included. Frozen weights of the residual
+            form, which every client has, are not counted.
         dense_bytes: bytes that would travel of the unconverted model, buffers included.
         note: the method, or the reason why this stays dense.
         fit_error: |W - composed| / |W| of a fitted weight when it was fitted.
@@ -122,7 +123,8 @@ def report(model: nn.Module) -> Report:
 
 def _factorised_rows(name: str, layer: FactorisedLayer) -> Iterator[ReportRow]:
     for weight, plan in layer.plans.items():
-        item = next(iter(layer.factors(weight).values())).element_size()
+        base = layer.base(weight)
+        item = layer.factors(weight)["x1"].element_size()
         dense = prod(plan.shape)
         yield ReportRow(
             name=full_name(name, weight),
@@ -130,9 +132,9 @@ def _factorised_rows(name: str, layer: FactorisedLayer) -> Iterator[ReportRow]:
             shape=plan.shape,
             rank=plan.rank,
             dense_parameters=dense,
-            parameters=plan.parameters,
+            parameters=plan.parameters + (0 if base is None else dense),
             shared_bytes=plan.shared_parameters * item,
-            dense_bytes=dense * item,
+            dense_bytes=dense * (item if base is None else base.element_size()),
             note=_method_note(plan, layer, weight),
             fit_error=layer.fit_errors.get(weight),
             fit_speed=layer.fit_speeds.get(weight),
@@ -193,7 +195,8 @@ def _dense_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of a layer that are neither factors nor the head's private ones."""
     excluded: set[int] = set()
     if isinstance(layer, FactorisedLayer):
-        excluded = {id(f) for weight in layer.plans for f in layer.factors(weight).values()}
+        keys = (key for plan in layer.plans.values() for key in own_keys(plan))
+        excluded = {id(layer.get_parameter(key)) for key in keys}
     if isinstance(layer, PersonalLinear):
         excluded |= {id(p) for p in layer.added.values()}
     own = own_parameters(layer).items()
@@ -209,8 +212,12 @@ def _dense_note(decision: LayerDecision) -> str:
 
 
 def _method_note(plan: WeightPlan, layer: FactorisedLayer, weight: str) -> str:
-    private = plan.parameters - plan.shared_parameters
+    private = sum(prod(plan.factor_shape(name)) for name in plan.private_names)
     notes = [plan.method.name]
+    if plan.residual:
+        notes = [f"frozen, with an update by {plan.method.name}"]
+    if plan.fixed_names:
+        notes.append("of which X1 alone is trained")
     if private:
         notes.append(f"{private:,} private")
     if weight in layer.fit_errors:

@@ -87,6 +87,25 @@ class ModelSpec:
         return {n: full_name(path, FactorisedLayer.factor_key(attribute, n)) for n in names}
 
     @property
+    def base_keys(self) -> dict[str, str]:
+        """Full names of the frozen weights W0 in the state, by dense weight (residual form)."""
+        return {
+            weight: full_name(weight.rpartition(".")[0], plan.base_key)
+            for weight, plan in self.weights.items()
+            if plan.base_key is not None
+        }
+
+    @property
+    def fixed_keys(self) -> frozenset[str]:
+        """Full names of what is never trained: frozen weights W0, and fixed factors."""
+        fixed = {
+            self.factor_keys(weight)[name]
+            for weight, plan in self.weights.items()
+            for name in plan.fixed_names
+        }
+        return frozenset(fixed.union(self.base_keys.values()))
+
+    @property
     def private_keys(self) -> frozenset[str]:
         """Full names of all tensors that never leave the device."""
         return self.private_factors | frozenset(self.own)
@@ -158,7 +177,7 @@ class ModelSpec:
                 it is added to.
         """
         first_keys = {next(iter(self.factor_keys(w).values())): w for w in self.weights}
-        factors = self._factors
+        factors = self._factors.union(self.base_keys.values())
         added = {key: own.onto for key, own in self.own.items() if own.onto}
         dense: dict[str, Tensor] = {}
         for key in self.keys:
@@ -181,13 +200,15 @@ class ModelSpec:
 
         Args:
             state: any part of the converted model's state. A weight counts once, for its first
-                factor. Other tensors count themselves, but for those that are added to another.
+                factor; W0 of the residual form does not count beside it. Other tensors count
+                themselves, but for those that are added to another.
         """
         weight_of = {
             key: (weight, name == plan.factor_names[0])
             for weight, plan in self.weights.items()
             for name, key in self.factor_keys(weight).items()
         }
+        weight_of |= {key: (weight, False) for weight, key in self.base_keys.items()}
         total = 0
         for key, value in state.items():
             weight, first = weight_of.get(key, (None, True))
@@ -205,8 +226,9 @@ class ModelSpec:
             else _get(state, key)
             for name, key in keys.items()
         }
+        base = _get(state, self.base_keys[weight]) if plan.residual else None
         with without_autocast(like.device.type):
-            return plan.compose(factors).detach()
+            return plan.compose(factors, base).detach()
 
     # Agreement
 

@@ -23,12 +23,14 @@ def row_of_plan(weight: str, plan: WeightPlan) -> list[Any]:
     """
     numbers = [plan.scale, plan.factor_std, plan.private_std, plan.variance]
     row = [weight, plan.method.name, list(plan.shape), plan.rank, numbers, plan.tanh]
+    if plan.residual:  # releases that know no residual form refuse a row of eight entries
+        return [*row, plan.start, ["frozen", plan.core, plan.one_sided]]
     return row if plan.start == 1 else [*row, plan.start]
 
 
 def compared_part(row: list[Any]) -> list[Any]:
     """Return the part of a row in which two sides must agree: all but the start."""
-    return row[:6]
+    return [*row[:6], *row[7:]]
 
 
 def plan_from_row(row: list[Any]) -> WeightPlan:
@@ -40,7 +42,8 @@ def plan_from_row(row: list[Any]) -> WeightPlan:
     """
     weight, method, shape, rank, numbers, tanh, *rest = row
     scale, factor_std, private_std, variance = map(float, numbers)
-    (start,) = map(float, rest or (1.0,))
+    start, residual = float(rest[0]) if rest else 1.0, rest[1:]
+    core, one_sided = _residual_form(residual)
     sizes = [*shape, rank]
     if not (len(shape) >= 2 and all(type(size) is int and 1 <= size < 2**40 for size in sizes)):
         raise ValueError(f"no weight can have shape {str(shape)[:60]} and rank {str(rank)[:20]}")
@@ -56,7 +59,7 @@ def plan_from_row(row: list[Any]) -> WeightPlan:
     return WeightPlan(
         name=str(weight).rpartition(".")[2],
         shape=tuple(shape),
-        method=methods()[method],
+        method=methods()[method].as_update() if residual else methods()[method],
         rank=rank,
         scale=scale,
         factor_std=factor_std,
@@ -64,7 +67,24 @@ def plan_from_row(row: list[Any]) -> WeightPlan:
         variance=variance,
         tanh=bool(tanh),
         start=start,
+        residual=bool(residual),
+        core=core,
+        one_sided=one_sided,
     )
+
+
+def _residual_form(rest: Sequence[Any]) -> tuple[bool, bool]:
+    """Return `WeightPlan.core` and `WeightPlan.one_sided` from the end of a row.
+
+    Raises:
+        ValueError, TypeError: it is malformed.
+    """
+    if not rest:
+        return True, False
+    ((base, core, one_sided),) = rest
+    if base != "frozen" or type(core) is not bool or type(one_sided) is not bool:
+        raise ValueError(f"no weight can have the form {str(rest)[:60]}")
+    return core, one_sided
 
 
 def merged_names(shared: Sequence[str], private: Sequence[Sequence[Any]]) -> tuple[str, ...]:
@@ -139,7 +159,10 @@ def _check_private(
 
 def _row_text(row: list[Any]) -> str:
     """Return all of a weight's row but its name, as text for people."""
-    _, method, shape, rank, (scale, *std), tanh = compared_part(row)
-    text = f"{str(method)[:40]} rank {str(rank)[:20]} shape {str(tuple(shape))[:60]} "
+    _, method, shape, rank, (scale, *std), tanh, *residual = compared_part(row)
+    core, one_sided = _residual_form(residual)
+    text = "a frozen weight and an update by " if residual else ""
+    text += f"{str(method)[:40]} rank {str(rank)[:20]} shape {str(tuple(shape))[:60]} "
     text += f"scale {scale:.9g} first spread {', '.join(f'{number:.9g}' for number in std)}"
-    return text + (" tanh" if tanh else "")
+    texts = [text, "tanh" if tanh else "", "" if core else "without core"]
+    return " ".join(filter(None, [*texts, "train=right" if one_sided else ""]))

@@ -51,8 +51,9 @@ def why_frozen(weight: Tensor | None) -> str:
     if weight is None or weight.requires_grad:
         return ""
     return (
-        "frozen (requires_grad=False): no training would bring back what factors lose; to freeze "
-        "factors, freeze them after converting"
+        "frozen (requires_grad=False): no training would bring back what factors lose; "
+        "base='frozen' keeps it and trains factors of an update; to freeze factors, freeze them "
+        "after converting"
     )
 
 

@@ -215,7 +215,9 @@ def _drawn(spec: ModelSpec, like: _Layout) -> dict[str, dict[str, str]]:
     found = {}
     for weight, plan in spec.weights.items():
         keys = spec.factor_keys(weight)
-        shared = {name: key for name, key in keys.items() if name not in plan.private_names}
+        # Fixed factors need not travel: both sides have them.
+        passed = {*plan.private_names, *(n for n in plan.fixed_names if keys[n] not in like)}
+        shared = {name: key for name, key in keys.items() if name not in passed}
         if all(_fits(like.get(key), plan.factor_shape(name)) for name, key in shared.items()):
             found[weight] = shared
     return found

@@ -41,6 +41,7 @@ __all__ = [
     "assembled_module",
     "attributes_of",
     "break_graph",
+    "convolve",
     "count_dispatch_modes",
     "disabled_torch_function",
     "forget_curvature",
@@ -296,6 +297,21 @@ def multi_head_attention_forward(*args: Any, **options: Any) -> tuple[Tensor, Te
     The name is looked up at each call, as `nn.MultiheadAttention` does it.
     """
     return functional.multi_head_attention_forward(*args, **options)
+
+
+def convolve(layer: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve inputs by a layer's stride, padding and dilation with another weight.
+
+    Seen in torch 2.4.0 to 2.13.0. ``nn.Conv1d`` to ``nn.Conv3d`` do this in ``_conv_forward``,
+    which pads by the layer's mode first; no public method takes a weight.
+
+    Args:
+        layer: an instance of one of these classes.
+        inputs: as for its forward.
+        weight: shape (out, in / groups, k1, ...).
+        bias: shape (out,), or None.
+    """
+    return layer._conv_forward(inputs, weight, bias)  # type: ignore[no-any-return, operator]
 
 
 def projects_jointly(attention: nn.MultiheadAttention) -> bool:

@@ -29,13 +29,19 @@ class OneLayer(nn.Module):
         return output[0] if isinstance(output, tuple) else output
 
 
-def reference_weight(layer: FactorisedLayer, weight: str, factors: dict[str, Tensor]) -> Tensor:
+def reference_weight(
+    layer: FactorisedLayer,
+    weight: str,
+    factors: dict[str, Tensor],
+    base: Tensor | None = None,
+) -> Tensor:
     """Compose a weight by explicit sums over the ranks.
 
     Args:
         layer: that the weight belongs to.
         weight: its name in the layer.
         factors: by name.
+        base: W0 of the residual form.
     """
     plan = layer.plans[weight]
     operands = []
@@ -57,8 +63,11 @@ def reference_weight(layer: FactorisedLayer, weight: str, factors: dict[str, Ten
         "fedpara": lambda w: w[0] * w[1],
         "pfedpara": lambda w: w[0] * (w[1] + torch.ones_like(w[1])),
     }
-    weight_value: Tensor = products[plan.method.name](operands)
-    return (bound if plan.tanh else plan.scale) * weight_value.reshape(plan.shape)
+    if plan.residual:
+        products["pfedpara"] = lambda w: w[0] + w[1]
+    value: Tensor = products[plan.method.name](operands).reshape(plan.shape)
+    value = (bound if plan.tanh else plan.scale) * value
+    return value if base is None else base + value
 
 
 def factorised_weights(model: nn.Module) -> Iterator[tuple[str, FactorisedLayer, str, WeightPlan]]:
@@ -75,5 +84,6 @@ def reference_state(model: OneLayer, copies: dict[str, Tensor]) -> dict[str, Ten
     for path, layer, weight, plan in factorised_weights(model):
         keys = {name: f"{path}.{layer.factor_key(weight, name)}" for name in plan.factor_names}
         factors = {name: state.pop(key) for name, key in keys.items()}
-        state[f"{path}.{weight}"] = reference_weight(layer, weight, factors)
+        base = state.pop(f"{path}.{weight}_base") if plan.residual else None
+        state[f"{path}.{weight}"] = reference_weight(layer, weight, factors, base)
     return state

@@ -53,18 +53,20 @@ class LayerContract:
         """Return dense layers, each with one sample input (or a tuple of inputs)."""
         raise NotImplementedError
 
-    def _converted_copy(self, dense: nn.Module, method: str) -> OneLayer:
-        """Convert a copy of a dense layer with this contract's options."""
-        return convert(
-            OneLayer(copy.deepcopy(dense)), method=method, gamma=self.gamma, **self.options
-        )
+    def _converted_copy(self, dense: nn.Module, method: str, **more: Any) -> OneLayer:
+        """Convert a copy of a dense layer with this contract's options, and more."""
+        options = {**self.options, **more}
+        return convert(OneLayer(copy.deepcopy(dense)), method=method, gamma=self.gamma, **options)
 
-    def converted(self, method: str) -> Iterator[tuple[nn.Module, OneLayer, tuple[Any, ...]]]:
+    def converted(
+        self, method: str, *, scattered: bool = True, **more: Any
+    ) -> Iterator[tuple[nn.Module, OneLayer, tuple[Any, ...]]]:
         """Yield for every case the dense layer as it was, the converted model and the inputs."""
         torch.manual_seed(0)
         for dense, inputs in self.cases():
-            model = self._converted_copy(dense, method)
-            _scatter(model)
+            model = self._converted_copy(dense, method, **more)
+            if scattered:
+                _scatter(model)
             yield dense, model, inputs if isinstance(inputs, tuple) else (inputs,)
 
     def test_is_an_ordinary_layer(self, method: str) -> None:
@@ -86,21 +88,7 @@ class LayerContract:
     def test_forward_and_gradients_equal_brute_force(self, method: str) -> None:
         """Check the output and every parameter's gradient in float64 against explicit sums."""
         for dense, model, inputs in self.converted(method):
-            model.double()
-            inputs = tuple(_double(value) for value in inputs)
-            output = model(*inputs)
-            probe = torch.randn_like(output)
-            leaves = dict(model.named_parameters())
-            wanted = torch.autograd.grad((output * probe).sum(), list(leaves.values()))
-
-            copies = {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
-            plain = OneLayer(copy.deepcopy(dense)).double()
-            state = reference_state(model, copies)
-            expected = torch.func.functional_call(plain, state, inputs)
-            grads = torch.autograd.grad((expected * probe).sum(), list(copies.values()))
-            torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
-            for name, got, want in zip(leaves, wanted, grads, strict=True):
-                torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8, msg=f"{name}")
+            _check_by_brute_force(dense, model, inputs)
 
     def test_to_dense_gives_the_same_outputs(self, method: str) -> None:
         """Check the dense copy, and a plain layer that loads its state strictly."""
@@ -181,16 +169,92 @@ class LayerContract:
                 assert got == pytest.approx(plan.variance, rel=0.05)
                 assert got == pytest.approx(default, rel=0.15)
 
+    # The residual form: the dense weight stays, and factors are an update of it
+
+    def test_residual_form_starts_as_the_dense_layer(self, method: str) -> None:
+        """Check that outputs and weights equal the dense layer's, bit for bit."""
+        for dense, model, inputs in self.converted(method, scattered=False, base="frozen"):
+            plain = OneLayer(copy.deepcopy(dense))
+            assert torch.equal(model(*inputs), plain(*inputs))
+            back, expected = to_dense(model).state_dict(), plain.state_dict()
+            assert list(back) == list(expected)
+            assert all(torch.equal(back[name], value) for name, value in expected.items())
+
+    def test_residual_form_equals_brute_force(self, method: str) -> None:
+        """Check outputs and gradients in float64; the frozen weight has none."""
+        for dense, model, inputs in self.converted(method, base="frozen"):
+            for path, layer, weight, _ in factorised_weights(model):
+                base = layer.base(weight)
+                assert base is layer.get_parameter(f"{weight}_base")
+                assert not base.requires_grad
+                plain = OneLayer(copy.deepcopy(dense)).get_submodule(path)
+                assert torch.equal(base, plain.get_parameter(weight))
+            _check_by_brute_force(dense, model, inputs)
+
+    def test_residual_form_survives_training_and_copies(self, method: str) -> None:
+        """Check copies after a step, the way back, and that the frozen weight has not moved."""
+        for dense, model, inputs in self.converted(method, base="frozen"):
+            bases = {k: v.clone() for k, v in model.state_dict().items() if k.endswith("_base")}
+            _train_step(model, inputs)
+            expected = model(*inputs)
+            for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                torch.testing.assert_close(other(*inputs), expected, rtol=1e-5, atol=1e-6)
+            state = model.state_dict()
+            assert all(torch.equal(state[name], value) for name, value in bases.items())
+            spec = ModelSpec.from_json(ModelSpec.of(model).to_json(), tuple(split(model).shared))
+            assert set(spec.base_keys.values()) == bases.keys()
+            plain = OneLayer(copy.deepcopy(dense))
+            plain.load_state_dict(spec.dense_state(state), strict=True)
+            limit = self.tolerance * float(expected.detach().abs().max())
+            torch.testing.assert_close(plain(*inputs), expected, rtol=1e-4, atol=limit)
+            torch.testing.assert_close(to_dense(model)(*inputs), expected, rtol=1e-4, atol=limit)
+
+    def test_residual_form_trained_on_one_side_averages_exactly(self, method: str) -> None:
+        """Check what is trained, that all else is seeded, and the mean of two updates."""
+        torch.manual_seed(0)
+        options = {"base": "frozen", "train": "right"}
+        for dense, _ in self.cases():
+            first = self._converted_copy(dense, method, **options)
+            torch.manual_seed(1)
+            second = self._converted_copy(dense, method, **options)
+            spec = ModelSpec.of(first)
+            ours, theirs = dict(first.named_parameters()), dict(second.named_parameters())
+            factors = {k for w in spec.weights for k in spec.factor_keys(w).values()}
+            for name in factors:
+                assert torch.equal(ours[name], theirs[name])
+                assert ours[name].requires_grad == (name not in spec.fixed_keys)
+                if name not in spec.private_keys and ours[name].requires_grad:
+                    assert name.endswith("x1")
+            with torch.no_grad():
+                for model in (ours, theirs):
+                    for name in factors - spec.fixed_keys - spec.private_keys:
+                        model[name].normal_()
+            states = [m.state_dict() for m in (first, second)]
+            mean = {k: (v + states[1][k]) / 2 for k, v in states[0].items()}
+            dense_states = [spec.dense_state(state) for state in (*states, mean)]
+            for weight in spec.weights:
+                one, two, of_mean = (state[weight] for state in dense_states)
+                torch.testing.assert_close(of_mean, (one + two) / 2, rtol=1e-4, atol=1e-4)
+
+    # Variance and speed
+
+    def test_residual_form_has_the_stated_speed(self, method: str) -> None:
+        """Check K at the first step, as `test_speed` does."""
+        self._check_speed(method, base="frozen")
+
     def test_speed(self, method: str) -> None:
         """Check K: the weight's movement along the gradient per learning rate, relative to dense.
 
         The movement is the slope of <W(step) - W, -G> / |G|², averaged over random gradients G.
         """
+        self._check_speed(method)
+
+    def _check_speed(self, method: str, **more: Any) -> None:
         torch.manual_seed(0)
         for dense, _ in self.cases():
             slopes: dict[str, list[float]] = {}
             for _ in range(8):
-                model = self._converted_copy(dense, method)
+                model = self._converted_copy(dense, method, init="random", **more)
                 for path, layer, weight, _ in factorised_weights(model):
                     slopes.setdefault(f"{path}.{weight}", []).append(_slope(layer, weight))
             for path, _, weight, plan in factorised_weights(model):
@@ -206,8 +270,27 @@ def _scatter(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(("x2", "t2")):
                 parameter.normal_(std=0.3)
-            else:
+            elif not name.endswith("_base"):
                 parameter.add_(torch.randn_like(parameter) * 0.02)
+
+
+def _check_by_brute_force(dense: nn.Module, model: OneLayer, inputs: tuple[Any, ...]) -> None:
+    model.double()
+    inputs = tuple(_double(value) for value in inputs)
+    output = model(*inputs)
+    probe = torch.randn_like(output)
+    leaves = dict(model.named_parameters())
+    trained = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    found = torch.autograd.grad((output * probe).sum(), list(trained.values()))
+
+    copies = {k: v.detach().clone().requires_grad_(k in trained) for k, v in leaves.items()}
+    plain = OneLayer(copy.deepcopy(dense)).double()
+    state = reference_state(model, copies)
+    expected = torch.func.functional_call(plain, state, inputs)
+    grads = torch.autograd.grad((expected * probe).sum(), [copies[name] for name in trained])
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+    for name, got, want in zip(trained, found, grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8, msg=f"{name}")
 
 
 def _train_step(model: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -224,7 +307,7 @@ def _slope(layer: FactorisedLayer, weight: str) -> float:
     factors = layer.factors(weight)
     grads = torch.autograd.grad((before * gradient).sum(), list(factors.values()))
     moved = {k: (f - step * g).detach() for (k, f), g in zip(factors.items(), grads, strict=True)}
-    change = (layer.plans[weight].compose(moved) - before).detach()
+    change = (layer.compose_from(weight, moved) - before).detach()
     return float((change * -gradient).sum() / (step * gradient.square().sum()))
 
 

@@ -79,12 +79,13 @@ class JacobianCorrection:
 
     def _term(self, layer: FactorisedLayer, name: str, jacobian: Tensor) -> Tensor:
         plan, factors = layer.plans[name], layer.factors(name)
-        weight = plan.compose(factors)
+        trained = {n: f for n, f in factors.items() if n not in plan.fixed_names}
+        weight = plan.compose(factors)  # in the residual form the update, which differs by W0
         pulled = (weight * jacobian).sum()
-        steps = torch.autograd.grad(pulled, list(factors.values()), create_graph=True)
-        moved = {
+        steps = torch.autograd.grad(pulled, list(trained.values()), create_graph=True)
+        moved = factors | {
             factor: value - self._lr * step
-            for (factor, value), step in zip(factors.items(), steps, strict=True)
+            for (factor, value), step in zip(trained.items(), steps, strict=True)
         }
         gap = plan.compose(moved) - (weight - self._lr * jacobian)
         return gap.square().sum()

@@ -194,15 +194,17 @@ def _drop_gradients(model: HeldModel, left_out: set[int]) -> None:
 
 
 def _factor_counts(layers: Iterable[FactorisedLayer]) -> dict[int, int]:
-    """Return for each factor, by id, how many factors shrink its part of the weight together."""
+    """Return for each factor, by id, how many factors shrink its part of the weight together.
+
+    Fixed factors of the residual form are never trained, so they shrink nothing.
+    """
     counts: dict[int, int] = {}
     for layer in layers:
         for weight, plan in layer.plans.items():
             private = set(plan.private_names)
-            factors = layer.factors(weight)
-            for name, factor in factors.items():
-                own = name in private
-                counts[id(factor)] = len(private) if own else len(factors) - len(private)
+            shared = len(plan.factor_names) - len(private) - len(plan.fixed_names)
+            for name, factor in layer.factors(weight).items():
+                counts[id(factor)] = len(private) if name in private else shared
     return counts
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 import fedpara_plugins as fedpara
 from fedpara_plugins import ModelSpec
 from fedpara_plugins.layers.personal import PersonalLinear
+from fedpara_plugins.testing.brute_force import reference_weight
 from fedpara_plugins.testing.layer_contract import LayerContract
 from fedpara_plugins.training.step_hooks import start_round
 
@@ -115,6 +116,19 @@ class TestWithLabelPrior(LayerContract):
                 if name != "label_prior":
                     grad = layer.get_parameter(name).grad
                     torch.testing.assert_close(grad, leaf.grad, rtol=1e-8, atol=1e-8, msg=name)
+
+    def test_residual_form_equals_brute_force(self, method):
+        """The prior shifts the output of the frozen weight and its update, and has no gradient."""
+        for dense, converted, (x,) in self.converted(method, base="frozen"):
+            converted.double()
+            layer = converted.layer
+            factors = {k: v.detach().clone() for k, v in layer.factors("weight").items()}
+            weight = reference_weight(layer, "weight", factors, dense.weight.detach().double())
+            expected = x.double() @ weight.T + layer.bias + layer.label_prior
+            torch.testing.assert_close(converted(x.double()), expected, rtol=1e-9, atol=1e-9)
+            converted(x.double()).sum().backward()
+            assert layer.label_prior.grad is layer.weight_base.grad is None
+            assert all(factor.grad is not None for factor in layer.factors("weight").values())
 
     def test_private_part_at_zero_is_the_shared_model(self, method):
         """Without private state a client computes what the shared state gives."""

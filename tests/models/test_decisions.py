@@ -121,8 +121,6 @@ def test_the_first_error_is_the_one_that_comes_first(build, config, error, words
 
 def test_warnings_are_told_by_the_decision_and_given_by_convert():
     model = net()
-    with torch.no_grad():
-        model[0].weight.add_(torch.outer(torch.ones(64), torch.ones(64)))
     model[2].weight.register_hook(lambda gradient: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -131,8 +129,7 @@ def test_warnings_are_told_by_the_decision_and_given_by_convert():
         warnings.simplefilter("always")
         fedpara.convert(model, FEDPARA)
     assert [str(warning.message) for warning in given] == list(told)
-    assert "0.weight" in told[0]
-    assert "hooks were registered on 2.weight" in told[1]
+    assert "hooks were registered on 2.weight" in told[0]
     assert {warning.filename for warning in given} == {__file__}
 
 

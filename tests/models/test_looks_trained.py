@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import fedpara_plugins as fedpara
+from fedpara_plugins import ConfigError
+from fedpara_plugins.models import conversion
 
 
 def trained():
@@ -40,14 +42,49 @@ def test_freshly_drawn_weights_convert_without_a_warning(fresh):
         fedpara.convert(model, method="fedpara", gamma=0.3)
 
 
-def test_trained_weights_warn_and_the_warning_names_both_choices():
-    with pytest.warns(UserWarning, match=r"0\.weight.*init='fit'.*init='random'"):
-        fedpara.convert(trained(), method="fedpara")
-    for choice in ("random", "fit"):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            fedpara.convert(trained(), method="fedpara", init=choice)
-        assert not [w for w in caught if "looks trained" in str(w.message)]
+CHOICES = r"base='frozen'.*init='fit'.*trained='discard'"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"init": "random"}, {"init": "seeded"}, {"base": "factors"}, {"local": "dense"}],
+    ids=str,
+)
+def test_trained_weights_are_not_replaced_in_silence(options):
+    dense = trained()
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    with pytest.raises(ConfigError, match=rf"'0\.weight': its largest.*{CHOICES}"):
+        fedpara.convert(dense, method="fedpara", **options)
+    assert [type(layer) for layer in dense[:1]] == [nn.Conv2d]
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    fedpara.convert(dense, method="fedpara", trained="discard", **options)
+    assert "0.weight_base" not in dense.state_dict()
+
+
+def test_trained_weights_stay_unless_options_say_otherwise(caplog):
+    dense = trained()
+    x = torch.randn(4, 16, 6, 6)
+    expected, weight = dense(x), dense[0].weight.detach().clone()
+    conversion._notes_told.clear()
+    with caplog.at_level("INFO", logger="fedpara"):
+        model = fedpara.convert(dense, method="fedpara")
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model[0].weight_base, weight)
+    assert fedpara.models.config_of(model).base == "frozen"
+    assert "'0.weight': its largest singular value is" in caplog.text
+
+
+def test_options_of_the_residual_form_are_refused_for_fresh_weights():
+    for options in ({"train": "right"}, {"trainable": "none"}, {"core": False}):
+        with pytest.raises(ConfigError, match=rf"{next(iter(options))}'.*base='frozen'"):
+            fedpara.convert(nn.Linear(64, 64), method="fedpara", **options)
+        fedpara.convert(nn.Linear(64, 64), method="fedpara", base="frozen", **options)
+
+
+def test_a_frozen_body_that_is_trained_does_not_decide_about_a_fresh_head():
+    body = trained()[:2].requires_grad_(False)
+    model = fedpara.convert(nn.Sequential(body, nn.Linear(64, 64)), method="fedpara")
+    assert "1.weight_base" not in model.state_dict()
 
 
 @pytest.mark.parametrize("method", ["lowrank", "fedpara", "pfedpara"])

@@ -616,3 +616,19 @@ def test_a_hook_may_change_what_a_module_loads():
     assert called == [(inner, "0.")]
     assert inner.bias.tolist() == [7.0, 7.0]
     assert state["0.bias"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(4, 6, 3, stride=2, padding=1),
+        nn.Conv2d(4, 6, 3, padding=2, padding_mode="reflect"),
+        nn.Conv3d(4, 6, 3, padding="same", dilation=2),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_convolution_takes_another_weight(layer):
+    inputs = torch.randn(2, 4, *[7] * (layer.weight.dim() - 2))
+    found = seams.convolve(layer, inputs, layer.weight[:2], None)
+    expected = layer(inputs)[:, :2] - layer.bias[:2].view(2, *[1] * (layer.weight.dim() - 2))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -27,7 +27,7 @@ from fedpara_plugins.exchange import (
     plain_spec,
     zero_private_factors,
 )
-from fedpara_plugins.models import adopt_plans, keep_own_values
+from fedpara_plugins.models import adopt_plans, agreed_config, keep_own_values
 from fedpara_plugins.support import Outages, Storage
 from fedpara_plugins.training import RoundProgress, round_progress, start_round
 from fedpara_plugins_flower.logs import log
@@ -174,9 +174,10 @@ class Run:
 
     def _config(self) -> FedParaConfig:
         """Return the config; only the model that the run starts from keeps its values."""
-        first = (self.side == "server" or self.starts) and not self.specs
         config = self.settings.config
-        return config if first else replace(config, init="random")
+        if (self.side == "server" or self.starts) and not self.specs:
+            return config
+        return agreed_config(config, (*self.plans, *self.specs.values()))
 
 
 def active_run() -> Run | None:

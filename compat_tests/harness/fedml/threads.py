@@ -82,6 +82,7 @@ class Parties:
         of_rank: other keys for some parties.
         trainers: what makes a client's trainer, by rank.
         aggregator: what makes the server's aggregator.
+        models: what makes a party's model, by rank.
 
     Attributes:
         transports: communication managers by id.
@@ -98,6 +99,7 @@ class Parties:
         of_rank: Mapping[int, Mapping[str, Any]] | None = None,
         trainers: Mapping[int, Callable[[Any, Any], Any]] | None = None,
         aggregator: Callable[[Any, Any], Any] | None = None,
+        models: Mapping[int, Callable[[], Any]] | None = None,
     ) -> None:
         self.transports: dict[int, QueueTransport] = {}
         self.ended: list[str] = []
@@ -109,6 +111,7 @@ class Parties:
         self._of_rank = dict(of_rank or {})
         self._trainers = dict(trainers or {})
         self._aggregator = aggregator
+        self._models = dict(models or {})
         self._threads: dict[int, threading.Thread] = {}
 
         def connect(manager: FedMLCommManager) -> None:
@@ -131,7 +134,7 @@ class Parties:
     def start(self, rank: int) -> None:
         """Start one party."""
         args = self.args(rank)  # here: FedML's initialisation is no work for threads
-        net, data = model(), dataset(args.client_num_in_total)
+        net, data = self._models.get(rank, model)(), dataset(args.client_num_in_total)
         make = self._trainers.get(rank)
         trainer = make(net, args) if make else None
         aggregator = self._aggregator(net, args) if self._aggregator and rank == 0 else None

@@ -18,7 +18,7 @@ from fedpara_plugins.exchange import ClientRound, ClientState
 from fedpara_plugins.references import LostReferenceError
 from fedpara_plugins.support import PrefixView, Storage
 from fedpara_plugins.training import round_progress, start_round
-from fedpara_plugins_fedml.engine.client_models import ClientModels, received_model
+from fedpara_plugins_fedml.engine.client_models import ClientModels
 from fedpara_plugins_fedml.engine.labels import count_once
 from fedpara_plugins_fedml.engine.models import plain_state, to_state
 from fedpara_plugins_fedml.messages.envelope import Envelope, pack, unpack
@@ -133,7 +133,7 @@ class ClientEngine(ClientModels):
             raise MismatchError(f"a message for {head.purpose!r} came where training was due")
         trainer = self._trainer
         self._args.round_idx = head.round - 1
-        model = received_model(client_round, envelope.payloads)
+        model = self._received(client_round, envelope.payloads)
         trainer.set_id(int(client))
         trainer.update_dataset(*data)
         trainer.set_model_params(plain_state(model.user_tensors))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpara_plugins import MismatchError, merge
+from fedpara_plugins import MismatchError, ModelSpec, merge
 from fedpara_plugins.exchange import (
     ClientRound,
     ClientState,
@@ -19,6 +19,7 @@ from fedpara_plugins.exchange import (
     RecordKind,
     own_checkpoint,
 )
+from fedpara_plugins.models import adopt_plans
 from fedpara_plugins_fedml.engine.client_storage import ClientStorages
 from fedpara_plugins_fedml.engine.models import dense_of, exchanged, plain_state, spec_for, to_state
 from fedpara_plugins_fedml.messages.envelope import unpack
@@ -26,7 +27,7 @@ from fedpara_plugins_fedml.messages.head import MODEL, Head
 from fedpara_plugins_fedml.rules import State
 from fedpara_plugins_fedml.settings import FedMLSettings
 
-__all__ = ["ClientModels", "received_model"]
+__all__ = ["ClientModels"]
 
 REMEDY = "Set the same fedpara_codec in the YAML of both"
 
@@ -60,18 +61,16 @@ class ClientModels:
         self._args = args
         self._device = device
         self._trainer = trainer
+        self._factors: nn.Module = trainer.model if factors is None else factors
         names = to_state(trainer.get_model_params())
         self._names = frozenset(names)
-        if factors is None or factors is trainer.model:
-            self._spec = spec_for(trainer.model, names)
-        else:
-            self._spec = exchanged(factors, names)
         nbytes = sum(value.nbytes for value in names.values())
         if settings.trains_dense:
-            nbytes += sum(
-                value.nbytes for value in (factors or trainer.model).state_dict().values()
-            )
+            nbytes += sum(value.nbytes for value in self._factors.state_dict().values())
+        self._nbytes = nbytes
+        self._spec = self._exchanged()
         self._own = OwnModels(settings.config, [OwnModel(self._spec, nbytes)], complete=True)
+        self._agreed = False
         self._storages = ClientStorages(settings.state_dir)
         self._updates = updates
         self._parts = parts
@@ -88,7 +87,7 @@ class ClientModels:
         envelope = unpack(data)
         Head.from_json(envelope.head)  # a message without a sound head is refused as a whole
         with contextlib.closing(self._storages.open(client)) as storage:
-            model = received_model(self._round_of(ClientState(storage)), envelope.payloads)
+            model = self._received(self._round_of(ClientState(storage)), envelope.payloads)
         self._trainer.set_id(int(client))
         self._trainer.set_model_params(plain_state(model.user_tensors))
         return dict(model.held.tensors)
@@ -153,15 +152,31 @@ class ClientModels:
         """Return what the trainer's model loads."""
         return self._spec.dense_state(full) if self._settings.trains_dense else full
 
+    def _exchanged(self) -> ModelSpec:
+        """Return the spec of what the trainer exchanges."""
+        if self._factors is self._trainer.model:
+            return spec_for(self._factors, self._names)
+        return exchanged(self._factors, self._names)
 
-def received_model(client_round: ClientRound, payloads: Mapping[str, bytes]) -> ReceivedRecord:
-    """Decode a message, and return the model in it.
+    def _received(self, client_round: ClientRound, payloads: Mapping[str, bytes]) -> ReceivedRecord:
+        """Decode a message, and return the model in it.
 
-    Raises:
-        LostReferenceError, ConfigError, PayloadError: see `ClientRound.receive`.
-        MismatchError: the server's model is another, or there is none.
-    """
-    received = client_round.receive(payloads)
-    if MODEL not in received:
-        raise MismatchError("the server's message holds no model")
-    return received[MODEL]
+        The plans that follow from the weights that the server starts from are taken over from its
+        first message, before models are compared.
+
+        Raises:
+            LostReferenceError, ConfigError, PayloadError: see `ClientRound.receive`.
+            MismatchError: the server's model is another, or there is none.
+        """
+        if not self._agreed:
+            for plans in client_round.described_plans(payloads):
+                adopt_plans(self._factors, plans)
+            spec = self._exchanged()
+            if spec.fingerprint != self._spec.fingerprint:
+                self._spec = spec
+                self._own.add(spec, self._nbytes)
+        received = client_round.receive(payloads)
+        if MODEL not in received:
+            raise MismatchError("the server's message holds no model")
+        self._agreed = True
+        return received[MODEL]
