@@ -62,7 +62,7 @@ class PlainConvolutionMixin(ConvolutionMixin):
         plan = self.plans.get("weight")
         split = plan is not None and plan.residual and plan.adds_products and self.groups == 1
         if not split or self.must_compose("weight") or is_symbolically_tracing():
-            return super().forward(input)  # type: ignore[no-any-return, misc]
+            return super().forward(input)  # type: ignore[no-any-return]
         assert plan is not None
         base = self.base("weight")
         assert base is not None
@@ -72,11 +72,12 @@ class PlainConvolutionMixin(ConvolutionMixin):
         output = convolve(self, inputs, base, self.bias)
         point = (1,) * len(plan.shape[2:])
         one_by_one = _ONE_BY_ONE[len(point)]
-        for x, y, t in update_products(plan, self.factors_now("weight")):
+        for x, y, t, multiplier in update_products(plan, self.factors_now("weight")):
             rows = y.T if t is None else core_product(y, t)
             filters = rows.reshape(plan.rank, *plan.shape[1:])  # (R, in, k1, ...)
             inner = convolve(self, inputs.to(y.dtype), filters, None)  # (batch, R, ...)
-            output = output + one_by_one(inner, x.view(*x.shape, *point)).to(output.dtype)
+            outer = (x * multiplier).view(*x.shape, *point)
+            output = output + one_by_one(inner, outer).to(output.dtype)
         return output
 
 
