@@ -16,6 +16,7 @@ from __future__ import annotations
 from fedpara_plugins.exchange.accounting import RunAccounting
 from fedpara_plugins.exchange.client_round import ClientRound
 from fedpara_plugins.exchange.client_state import ClientState
+from fedpara_plugins.exchange.conversion import convert_or_keep
 from fedpara_plugins.exchange.dense_round import (
     DenseRound,
     converted_copy,
@@ -25,9 +26,10 @@ from fedpara_plugins.exchange.dense_round import (
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
 from fedpara_plugins.exchange.incoming import ReceivedRecord
 from fedpara_plugins.exchange.outliers import Outliers
-from fedpara_plugins.exchange.own_models import OwnModel, OwnModels
+from fedpara_plugins.exchange.own_models import OwnModel, OwnModels, is_apart
 from fedpara_plugins.exchange.plain_values import pack_plain, unpack_plain
 from fedpara_plugins.exchange.private_options import has_private_half
+from fedpara_plugins.exchange.record_models import RecordModels
 from fedpara_plugins.exchange.records import RecordKind, cast, plain_spec
 from fedpara_plugins.exchange.reply_figures import check_figures, check_hashes, examples_of
 from fedpara_plugins.exchange.reply_reader import ReadRecord, ReplyReader, reason_of
@@ -52,6 +54,7 @@ __all__ = [
     "ReadRecord",
     "ReceivedRecord",
     "RecordKind",
+    "RecordModels",
     "ReplyReader",
     "RunAccounting",
     "Size",
@@ -60,9 +63,11 @@ __all__ = [
     "check_hashes",
     "close_own_checkpoints",
     "codecs_in_words",
+    "convert_or_keep",
     "converted_copy",
     "examples_of",
     "has_private_half",
+    "is_apart",
     "log_idle_options",
     "own_checkpoint",
     "pack_plain",

@@ -13,6 +13,7 @@ from fedpara_plugins.exchange.records import State, plain_spec
 from fedpara_plugins.exchange.settings import ExchangeSettings
 from fedpara_plugins.exchange.sizes import tensor_bytes
 from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.state_parts import shapes_of
 from fedpara_plugins.models.state_split import merge
 from fedpara_plugins.references import DecodedDownlink
 
@@ -71,10 +72,13 @@ def read_model(
         TooLargeError: private or composed tensors would be larger than the budget.
         PayloadError: the message describes no model, or not that of its tensors.
     """
-    spec = own.agreed(spec_of(held.header, held.tensors, limit=budget.left))
+    theirs = spec_of(held.header, held.tensors, limit=budget.left)
+    spec = own.agreed(theirs, shapes_of(held.tensors))
     state.check_still_private(spec)
     budget.spend(spec.private_bytes)
     private, first = state.private(spec, held.tensors)
+    # An app may send the shared factors of a weight alone.
+    private = {key: value for key, value in private.items() if key in set(spec.keys)}
     full = merge(spec, held.tensors, private)
     dense = None
     if settings.trains_dense:

@@ -15,6 +15,7 @@ from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.exchange.own_models import OwnModels
 from fedpara_plugins.exchange.records import RecordKind, State, plain_spec
 from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.state_parts import shapes_of
 
 __all__ = ["Outgoing", "check_names", "select_outgoing"]
 
@@ -56,11 +57,13 @@ def select_outgoing(
             model received is not an own one.
         ConfigError: no own model is known, and there may be private values.
     """
-    for spec in own.specs:
-        check_names(spec, tensors, others=True)
+    shapes = shapes_of(tensors)
+    if kind != "model" or not own.has_part(tensors, shapes):
+        for spec in own.specs:
+            check_names(spec, tensors, others=True)
     own.check_named(tensors.keys())
     if kind == "model":
-        spec = own.spec_for(tensors, received)
+        spec = own.spec_for(shapes, received)
         if received is not None:
             check_names(spec, tensors)
         hidden = own.hidden_names(tensors, spec)

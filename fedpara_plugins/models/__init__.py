@@ -15,16 +15,20 @@ from fedpara_plugins.models.infinities import check_finite, restore_infinities
 from fedpara_plugins.models.model_report import Report, report
 from fedpara_plugins.models.private_start import keep_own_values
 from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.state_parts import Shapes, StatePart, find_part, shapes_of
 from fedpara_plugins.models.state_split import Split, merge, shared_names, split
 
 __all__ = [
     "ModelSpec",
     "Report",
+    "Shapes",
     "Split",
+    "StatePart",
     "adopt_plans",
     "check_finite",
     "config_of",
     "convert",
+    "find_part",
     "keep_own_values",
     "load_factors",
     "merge",
@@ -32,6 +36,7 @@ __all__ = [
     "restore_infinities",
     "save_dense",
     "save_factors",
+    "shapes_of",
     "shared_names",
     "split",
     "to_dense",

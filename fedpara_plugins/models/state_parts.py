@@ -60,11 +60,15 @@ def find_part(models: Iterable[tuple[ModelSpec, Shapes]], record: Shapes) -> Sta
     Raises:
         MismatchError: the record holds a private factor and not all factors of its weight.
     """
+    found: dict[tuple[str, ...], StatePart] = {}
     for spec, shapes in models:
-        found = list(possible_names(spec, shapes, record))
-        if len(found) == 1:
-            return StatePart(part_of(spec, found[0]), found[0])
-    return None
+        for named in possible_names(spec, shapes, record):
+            own = tuple(named.values())
+            if own not in found:
+                found[own] = StatePart(part_of(spec, named), named)
+            if own == tuple(record):
+                return found[own]  # these very names are a part, whatever else they may be
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def possible_names(spec: ModelSpec, shapes: Shapes, record: Shapes) -> Iterator[dict[str, str]]:

@@ -128,3 +128,14 @@ def test_an_unknown_shape_fits_any() -> None:
     spec = ModelSpec.of(converted("none"))
     found = list(possible_names(spec, {}, {"weight": None, "bias": None}))
     assert len(found) == 4  # two linear layers, a norm, an adapter's copy
+
+
+def test_modules_of_two_models_cannot_be_told_apart() -> None:
+    models = [nn.ModuleDict({name: nn.Linear(3, 3)}) for name in "ab"]
+    known = [(ModelSpec.of(net), shapes_of(net.state_dict())) for net in models]
+    inside = shapes_of(models[0]["a"].state_dict())
+    assert find_part(known, inside) is None
+    assert find_part(known[:1], inside) is not None
+    whole = find_part(known, shapes_of(models[1].state_dict()))
+    assert whole is not None
+    assert set(whole.names) == {"b.weight", "b.bias"}

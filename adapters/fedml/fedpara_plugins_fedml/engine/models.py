@@ -10,8 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedpara_plugins import ConversionError, ModelSpec, convert
-from fedpara_plugins.exchange import converted_copy, log_idle_options, zero_private_factors
+from fedpara_plugins import ConversionError, ModelSpec
+from fedpara_plugins.exchange import (
+    convert_or_keep,
+    converted_copy,
+    log_idle_options,
+    zero_private_factors,
+)
 from fedpara_plugins_fedml.settings import FedMLSettings, naming_keys
 
 __all__ = [
@@ -42,7 +47,7 @@ def converted(model: Any, settings: FedMLSettings) -> nn.Module:
             f"torch.nn.Module. Remove the fedpara_* keys from the YAML for other engines"
         )
     with naming_keys():
-        return convert(model, settings.config)
+        return convert_or_keep(model, settings.config)
 
 
 def client_model(model: Any, settings: FedMLSettings) -> tuple[nn.Module, nn.Module]:

@@ -8,6 +8,7 @@ from flwr.app import Array, ArrayRecord, Message
 
 from fedpara_plugins import TooLargeError
 from fedpara_plugins.exchange import ClientRound, ReceivedRecord
+from fedpara_plugins.models import shapes_of
 from fedpara_plugins_flower.messages import legacy_lists
 from fedpara_plugins_flower.messages.deferred_record import DeferredRecord
 from fedpara_plugins_flower.messages.records import to_record
@@ -91,6 +92,9 @@ class Arrival:
     def _receive(self, *, unbounded: bool = False) -> None:
         received = self._round.receive(self._payloads, unbounded=unbounded)
         self._run.expected = self._run.plans = [part.spec for part in self._round.models]
+        self._run.received = {
+            frozenset(part.spec.keys): shapes_of(part.held.tensors) for part in self._round.models
+        }
         self._run.standing_in = {
             name: part.full[name]
             for part in self._round.models

@@ -8,8 +8,14 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
-from fedpara_plugins import ConfigError, ModelSpec
-from fedpara_plugins.exchange import DownlinkEncoder, ReplyReader, cast, plain_spec
+from fedpara_plugins import ModelSpec
+from fedpara_plugins.exchange import (
+    DownlinkEncoder,
+    RecordModels,
+    ReplyReader,
+    cast,
+    plain_spec,
+)
 from fedpara_plugins_flower.messages.records import (
     is_optimizer_record,
     kind_of,
@@ -25,6 +31,12 @@ __all__ = ["Outbox"]
 
 State = dict[str, Tensor]
 
+ADD_LINE = "Add to the server, after the imports: Net = fedpara.factorised(Net)"
+IN_PLACE = (
+    "A file of the server's builds the plain model: put @fedpara.factorised on the line above the "
+    "model's class, where it is defined"
+)
+
 
 class Outbox(DownlinkEncoder):
     """Encodes the strategy's records, each against what its receiver holds.
@@ -39,6 +51,7 @@ class Outbox(DownlinkEncoder):
         # Strategies send one record object to many nodes.
         self._records: dict[str, ArrayRecord] = {}
         self._dtypes: dict[str, dict[str, torch.dtype]] = {}
+        self._models = RecordModels(run.settings.config, add_line=ADD_LINE, in_place=IN_PLACE)
 
     # Sending
 
@@ -73,22 +86,7 @@ class Outbox(DownlinkEncoder):
     def _spec(self, name: str, tensors: Mapping[str, Tensor]) -> ModelSpec:
         if is_optimizer_record(name):
             return plain_spec(tensors)
-        spec = self._run.specs.get(frozenset(tensors))
-        if spec is not None:
-            return spec
-        config = self._run.settings.config
-        if config.method == "none" and not config.private:
-            return plain_spec(tensors)
-        for known in self._run.specs.values():
-            if set(tensors) <= set(known.keys):
-                return known
-        wanted = f"method {config.method!r}" if config.method != "none" else "the option 'private'"
-        raise ConfigError(
-            f"fedpara: {wanted} is on, but the server sends a "
-            f"record {name!r} that belongs to no converted model (its first name is "
-            f"{next(iter(tensors), None)!r}). Add to the server, after the imports: "
-            f"Net = fedpara.factorised(Net)"
-        )
+        return self._models.find(name, tensors, self._run.models)
 
     def _model_of(self, tensors: Mapping[str, Tensor]) -> ModelSpec | None:
         """Return the model among whose names these are."""
