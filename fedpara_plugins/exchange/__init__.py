@@ -24,6 +24,8 @@ from fedpara_plugins.exchange.dense_round import (
     refuse_in_factor_space,
 )
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
+from fedpara_plugins.exchange.frozen import FROZEN, frozen_record
+from fedpara_plugins.exchange.frozen_source import LacksFrozenError
 from fedpara_plugins.exchange.incoming import ReceivedRecord
 from fedpara_plugins.exchange.outliers import Outliers
 from fedpara_plugins.exchange.own_models import OwnModel, OwnModels, is_apart
@@ -43,11 +45,13 @@ from fedpara_plugins.exchange.settings import ExchangeSettings, codecs_in_words,
 from fedpara_plugins.exchange.sizes import Size
 
 __all__ = [
+    "FROZEN",
     "ClientRound",
     "ClientState",
     "DenseRound",
     "DownlinkEncoder",
     "ExchangeSettings",
+    "LacksFrozenError",
     "Outliers",
     "OwnModel",
     "OwnModels",
@@ -66,6 +70,7 @@ __all__ = [
     "convert_or_keep",
     "converted_copy",
     "examples_of",
+    "frozen_record",
     "has_private_half",
     "is_apart",
     "log_idle_options",

@@ -45,7 +45,8 @@ def select_outgoing(
 
     Args:
         record: its name.
-        tensors: by name; a model's private tensors are left out.
+        tensors: by name; a model's private tensors are left out, and so are those that the message
+            received names as frozen.
         own: the client's own models. A side record may hold private tensors of none of them.
         kind: of the record.
         received: the model of the record that this one answers; it counts if it is an own one. A
@@ -67,7 +68,8 @@ def select_outgoing(
         if received is not None:
             check_names(spec, tensors)
         hidden = own.hidden_names(tensors, spec)
-        return Outgoing(spec, {k: value for k, value in tensors.items() if k not in hidden})
+        kept = hidden | set(spec.frozen)
+        return Outgoing(spec, {k: value for k, value in tensors.items() if k not in kept})
     own.check_known()
     # Such a record is sent whole, so it must hold nothing private.
     private = own.hidden_names(tensors, plain_spec(()))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, MismatchError, PayloadError
@@ -152,14 +152,12 @@ class OwnModels:
         if self._complete:
             (mine,) = self.specs
             mine.check_equal(theirs, here=HERE, there=THERE)
-            return mine
+            return replace(mine, frozen=theirs.frozen) if theirs.frozen else mine
         known = self._known.get(frozenset(theirs.keys))
-        if known is not None:
-            known.spec.check_equal(theirs, here=HERE, there=THERE)
-            return known.spec
-        if (part := self._part(theirs.keys, shapes or {})) is not None:
+        part = known.spec if known is not None else self._part(theirs.keys, shapes or {})
+        if part is not None:
             part.check_equal(theirs, here=HERE, there=THERE)
-            return part
+            return replace(part, frozen=theirs.frozen) if theirs.frozen else part
         if self._known and self.is_apart(theirs):
             self._check_nothing_hidden(theirs.keys)
             return theirs

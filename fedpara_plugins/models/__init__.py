@@ -11,6 +11,7 @@ from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.models.checkpoints import load_factors, save_dense, save_factors
 from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.dense_copy import to_dense
+from fedpara_plugins.models.frozen import frozen_tensors
 from fedpara_plugins.models.infinities import check_finite, restore_infinities
 from fedpara_plugins.models.model_report import Report, report
 from fedpara_plugins.models.private_start import keep_own_values
@@ -29,6 +30,7 @@ __all__ = [
     "config_of",
     "convert",
     "find_part",
+    "frozen_tensors",
     "keep_own_values",
     "load_factors",
     "merge",

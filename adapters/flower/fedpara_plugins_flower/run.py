@@ -29,7 +29,14 @@ from fedpara_plugins.exchange import (
     plain_spec,
     zero_private_factors,
 )
-from fedpara_plugins.models import Shapes, adopt_plans, find_part, keep_own_values, shapes_of
+from fedpara_plugins.models import (
+    Shapes,
+    adopt_plans,
+    find_part,
+    frozen_tensors,
+    keep_own_values,
+    shapes_of,
+)
 from fedpara_plugins.support import Outages, Storage
 from fedpara_plugins.training import RoundProgress, round_progress, start_round
 from fedpara_plugins_flower.logs import log
@@ -65,6 +72,8 @@ class Run:
         specs: the models that `factorised` built here, each under the set of names of its state,
             and under that of its ``parameters()`` where the model has buffers too.
         shapes: of their states, under the same sets of names.
+        built: the models that were built here, for their frozen tensors; on a server the first of
+            each kind alone.
         previous_steps: on a client, optimizer steps of its previous training round, if known.
         plain: on a client with the option ``local`` set to ``dense``: specs of the plain model that
             the run starts from, under the names of its state and under those of its parameters.
@@ -94,6 +103,7 @@ class Run:
     received: Mapping[frozenset[str], Shapes] = field(default_factory=dict)
     specs: dict[frozenset[str], ModelSpec] = field(default_factory=dict)
     shapes: dict[frozenset[str], Shapes] = field(default_factory=dict)
+    built: list[tuple[ModelSpec, nn.Module]] = field(default_factory=list)
     previous_steps: int | None = None
     plain: dict[frozenset[str], ModelSpec] = field(default_factory=dict)
     start: DenseRound | None = None
@@ -128,6 +138,27 @@ class Run:
         part = find_part(self.models, shapes_of(tensors))
         return None if part is None else part.spec
 
+    def states(self) -> Iterator[tuple[ModelSpec, Mapping[str, Tensor]]]:
+        """Yield the models that were built here: their specs, and their states."""
+        for spec, model in self.built:
+            yield spec, model.state_dict()
+
+    def frozen_in(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Return the frozen ones of tensors that are sent, as the model holds them.
+
+        Args:
+            tensors: a state of a model that was built here, or a part of one.
+
+        Returns:
+            The frozen tensors by the names that are sent; None if no such model is known.
+        """
+        for spec, model in self.built:
+            part = find_part([(spec, shapes_of(model.state_dict()))], shapes_of(tensors))
+            if part is not None:
+                frozen = frozen_tensors(model)
+                return {name: frozen[key] for name, key in part.names.items() if key in frozen}
+        return None
+
     def converted(self, model: M, *, beside: bool = False) -> M:
         """Convert a model that the user's code has just built, and keep its spec.
 
@@ -144,7 +175,8 @@ class Run:
         if self.trains_dense:
             return self._compared(model, config)
         model = convert_or_keep(model, config, may_keep=beside)
-        self._register(model)
+        spec = self._register(model)
+        self._keep_built(spec, model)
         keep_own_values(model, self.standing_in)
         if self.side == "server":
             zero_private_factors(model)
@@ -154,6 +186,12 @@ class Run:
         if self.on_loaded is not None:
             model.register_load_state_dict_post_hook(_report_loaded)  # type: ignore[no-untyped-call]
         return model
+
+    def _keep_built(self, spec: ModelSpec, model: nn.Module) -> None:
+        """Keep a model whose frozen tensors are asked for later; it may be frozen by then."""
+        known = any(other.fingerprint == spec.fingerprint for other, _ in self.built)
+        if self.settings.leaves_frozen and not (known and self.side == "server"):
+            self.built.append((spec, model))
 
     def _register(self, model: nn.Module, *, plain_bytes: int = 0) -> ModelSpec:
         self._adopt_plans(model)
@@ -200,6 +238,7 @@ class Run:
         factors = converted_copy(model, config)
         size = sum(value.nbytes for value in model.state_dict().values())
         spec = self._register(factors, plain_bytes=size)
+        self._keep_built(spec, factors)
         keep_own_values(model, self.standing_in)
         if first:
             self.start = DenseRound(spec, factors.state_dict())

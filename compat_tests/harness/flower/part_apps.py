@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
+import fedpara_plugins_flower as fedpara
 from harness.flower.apps import Apps, Outcome
 
 __all__ = ["PARTS", "Adapted", "Backbone", "Part", "encoder_and_classifier", "part_apps"]
@@ -131,7 +132,9 @@ def part_apps(
     clients: int = 2,
     client_factory: Callable[[], Any] | None = None,
     client_plugin: bool | None = None,
+    client_factorised: bool = True,
     evaluates: bool = False,
+    reads_first: bool = False,
 ) -> Apps:
     """Return an app that exchanges a part of its model.
 
@@ -144,19 +147,14 @@ def part_apps(
         clients: how many there are.
         client_factory: builds the clients' model, if it is another.
         client_plugin: whether the clients have their lines, if the server differs.
+        client_factorised: whether the clients' factory is wrapped, if they have the mod.
+        reads_first: whether clients read the message before they build their model.
         evaluates: whether clients evaluate what was aggregated, which tells the plugin of it.
     """
     on_client = plugin if client_plugin is None else client_plugin
-    build, client_build = part.factory, client_factory or part.factory
-    if plugin:
-        import fedpara_plugins_flower as fedpara
-
-        # A function is wrapped; a class of this file would be changed for other tests too.
-        build = fedpara.factorised(lambda: part.factory())
-    if on_client:
-        import fedpara_plugins_flower as fedpara
-
-        client_build = fedpara.factorised(lambda: (client_factory or part.factory)())
+    # A function is wrapped; a class of this file would be changed for other tests too.
+    build = _wrapped(part.factory, wraps=plugin)
+    client_build = _wrapped(client_factory or part.factory, wraps=on_client and client_factorised)
 
     def client() -> ClientApp:
         app = ClientApp(mods=[fedpara.client_mod] if on_client else [])
@@ -164,9 +162,11 @@ def part_apps(
         @app.train()
         def train(message: Message, context: Context) -> Message:
             content: Any = message.content
-            built = client_build()
+            built = None if reads_first else client_build()
             records = content.array_records
-            part.load(built, {k: r.to_torch_state_dict() for k, r in records.items()})
+            received = {k: r.to_torch_state_dict() for k, r in records.items()}
+            built = client_build() if built is None else built
+            part.load(built, received)
             _train(built, seed=int(str(context.node_config["partition-id"])))
             found = {name: ArrayRecord(state) for name, state in part.records(built).items()}
             reply = RecordDict({**found, "metrics": MetricRecord({"num-examples": 8})})
@@ -204,6 +204,10 @@ def part_apps(
         return app
 
     return Apps(client, server, clients)
+
+
+def _wrapped(factory: Callable[[], Any], *, wraps: bool) -> Callable[[], Any]:
+    return fedpara.factorised(lambda: factory()) if wraps else factory
 
 
 def _train(built: Any, *, seed: int) -> None:

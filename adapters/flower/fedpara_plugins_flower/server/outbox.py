@@ -14,8 +14,10 @@ from fedpara_plugins.exchange import (
     RecordModels,
     ReplyReader,
     cast,
+    frozen_record,
     plain_spec,
 )
+from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.messages.records import (
     is_optimizer_record,
     kind_of,
@@ -51,6 +53,7 @@ class Outbox(DownlinkEncoder):
         # Strategies send one record object to many nodes.
         self._records: dict[str, ArrayRecord] = {}
         self._dtypes: dict[str, dict[str, torch.dtype]] = {}
+        self._started: set[str] = set()
         self._models = RecordModels(run.settings.config, add_line=ADD_LINE, in_place=IN_PLACE)
 
     # Sending
@@ -62,6 +65,8 @@ class Outbox(DownlinkEncoder):
         for name, record in message.content.array_records.items():
             self._put(name, record)
             content[name] = payload_record(self.encode(client, name))
+            if (frozen := self.frozen_payload(client, name)) is not None:
+                content[frozen_record(name)] = payload_record(frozen)
         return with_content(message, content)
 
     def _put(self, name: str, record: ArrayRecord) -> None:
@@ -69,8 +74,24 @@ class Outbox(DownlinkEncoder):
             full = self._with_first_dtypes(name, to_tensors(record))
             spec = self._spec(name, full)
             sized_as = self._model_of(full) if is_optimizer_record(name) else None
-            self.put(name, full, spec, sized_as=sized_as)
+            frozen = {} if is_optimizer_record(name) else self._frozen_of(name, full)
+            self.put(name, full, spec, sized_as=sized_as, frozen=frozen)
             self._records[name] = record
+
+    def _frozen_of(self, name: str, tensors: State) -> State:
+        """Return the frozen tensors of a record that is sent for the first time."""
+        if name in self._started or not self._run.settings.leaves_frozen:
+            return {}
+        self._started.add(name)
+        found = self._run.frozen_in(tensors)
+        if found is None:
+            if not self._run.specs:
+                log.info(
+                    "fedpara: the server has built no model with the plugin, so that nothing says "
+                    "which parameters are frozen: all of record %r is sent. %s", name, ADD_LINE,
+                )  # fmt: skip
+            return {}
+        return found
 
     def _with_first_dtypes(self, name: str, tensors: State) -> State:
         """Cast what a strategy has turned into other dtypes back to what it first sent.
@@ -114,3 +135,4 @@ class Outbox(DownlinkEncoder):
         """Take in what a client has said: by hash what it holds, and what it can decode."""
         self.acknowledge(str(node), marker.holds, marker.decoders)
         self.note_refusal(str(node), marker.has)
+        self.note_lacking(str(node), marker.lacks)
