@@ -31,14 +31,14 @@ def sent_names(outcome: Outcome) -> set[str]:
         name
         for sent in outcome.sent
         for record, payload in sent.payloads.items()
-        if not record.startswith("fedpara.")
+        if not record.startswith("fedpara_frozen_")
         for name in decode_payload(payload, limit=10**7).tensors
     }
 
 
 def once(outcome: Outcome) -> list[int]:
     """Return the clients that were sent the frozen tensors."""
-    return [s.partition for s in outcome.sent if "fedpara.frozen.arrays" in s.payloads]
+    return [s.partition for s in outcome.sent if "fedpara_frozen_arrays" in s.payloads]
 
 
 def with_body(change: Any) -> Part:

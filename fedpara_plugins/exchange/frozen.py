@@ -29,7 +29,7 @@ __all__ = [
 
 log = logging.getLogger("fedpara")
 
-FROZEN = "fedpara.frozen."
+FROZEN = "fedpara_frozen_"
 """Prefix of the records that carry frozen tensors once, before the name of the record."""
 
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}

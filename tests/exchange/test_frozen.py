@@ -77,7 +77,7 @@ def test_the_description_names_them_and_is_read_back() -> None:
 )
 def test_unsound_rows_are_refused(rows: object) -> None:
     _, spec = settled(state_of(model()))
-    with pytest.raises(PayloadError, match="malformed|fingerprint"):
+    with pytest.raises(PayloadError, match=r"malformed|fingerprint"):
         ModelSpec.from_json({**spec.to_json(), "frozen": rows}, spec.shared_keys)
 
 
