@@ -3,6 +3,7 @@
 FedParaError
 ├── ConfigError        an option has an unknown name or a value out of range
 ├── ConversionError    a model or layer cannot be converted
+│   └── NothingToConvertError  no layer of the model can be factorised
 ├── PayloadError       received bytes, or tensors to be sent, are refused
 │   ├── MismatchError  two valid sides disagree (model, reference, version)
 │   └── TooLargeError  more bytes than the receiver's own model allows
@@ -19,6 +20,7 @@ __all__ = [
     "ConversionError",
     "FedParaError",
     "MismatchError",
+    "NothingToConvertError",
     "PayloadError",
     "PluginError",
     "TooLargeError",
@@ -39,6 +41,19 @@ class ConfigError(FedParaError, ValueError):
 
 class ConversionError(FedParaError):
     """A model cannot be converted; the message names the layer and the remedy."""
+
+
+class NothingToConvertError(ConversionError):
+    """No layer of a model can be factorised; the message says why, kind by kind.
+
+    Attributes:
+        for_tuning: whether frozen weights or an adapter's parts are among the reasons, as in a
+            model that is fine-tuned: it is small to send as it is.
+    """
+
+    def __init__(self, message: str = "", *, for_tuning: bool = False) -> None:
+        super().__init__(message)
+        self.for_tuning = for_tuning
 
 
 class PayloadError(FedParaError, ValueError):

@@ -16,6 +16,7 @@ from __future__ import annotations
 from fedpara_plugins.exchange.accounting import RunAccounting
 from fedpara_plugins.exchange.client_round import ClientRound
 from fedpara_plugins.exchange.client_state import ClientState
+from fedpara_plugins.exchange.conversion import convert_or_keep
 from fedpara_plugins.exchange.dense_round import (
     DenseRound,
     converted_copy,
@@ -23,11 +24,14 @@ from fedpara_plugins.exchange.dense_round import (
     refuse_in_factor_space,
 )
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
+from fedpara_plugins.exchange.frozen import FROZEN, frozen_record
+from fedpara_plugins.exchange.frozen_source import LacksFrozenError
 from fedpara_plugins.exchange.incoming import ReceivedRecord
 from fedpara_plugins.exchange.outliers import Outliers
-from fedpara_plugins.exchange.own_models import OwnModel, OwnModels
+from fedpara_plugins.exchange.own_models import OwnModel, OwnModels, is_apart
 from fedpara_plugins.exchange.plain_values import pack_plain, unpack_plain
 from fedpara_plugins.exchange.private_options import has_private_half
+from fedpara_plugins.exchange.record_models import RecordModels
 from fedpara_plugins.exchange.records import RecordKind, cast, plain_spec
 from fedpara_plugins.exchange.reply_figures import check_figures, check_hashes, examples_of
 from fedpara_plugins.exchange.reply_reader import ReadRecord, ReplyReader, reason_of
@@ -41,17 +45,20 @@ from fedpara_plugins.exchange.settings import ExchangeSettings, codecs_in_words,
 from fedpara_plugins.exchange.sizes import Size
 
 __all__ = [
+    "FROZEN",
     "ClientRound",
     "ClientState",
     "DenseRound",
     "DownlinkEncoder",
     "ExchangeSettings",
+    "LacksFrozenError",
     "Outliers",
     "OwnModel",
     "OwnModels",
     "ReadRecord",
     "ReceivedRecord",
     "RecordKind",
+    "RecordModels",
     "ReplyReader",
     "RunAccounting",
     "Size",
@@ -60,9 +67,12 @@ __all__ = [
     "check_hashes",
     "close_own_checkpoints",
     "codecs_in_words",
+    "convert_or_keep",
     "converted_copy",
     "examples_of",
+    "frozen_record",
     "has_private_half",
+    "is_apart",
     "log_idle_options",
     "own_checkpoint",
     "pack_plain",

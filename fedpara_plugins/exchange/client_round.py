@@ -16,12 +16,14 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from fedpara_plugins.codecs import peek_header, readable
-from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.codecs import decode_payload, peek_header, readable
+from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.exchange.budget import MessageBudget
 from fedpara_plugins.exchange.client_state import ClientState, PrivateParts
 from fedpara_plugins.exchange.coding import CodedRecord, encode_record, update_codec
 from fedpara_plugins.exchange.dense_round import DenseRound
+from fedpara_plugins.exchange.frozen import FROZEN, tensor_hash
+from fedpara_plugins.exchange.frozen_source import FrozenSource, OwnStates
 from fedpara_plugins.exchange.headers import (
     check_codecs,
     decoders_of,
@@ -65,6 +67,7 @@ class ClientRound:
         kind_of: returns the kind of a record, given its name.
         parts: states of the model's size that a message may hold (`MessageBudget`).
         remedy: the sentence that says where a user sets the codec.
+        states: returns the models that the client's own code has built, for their frozen tensors.
 
     Attributes:
         received: what `receive` returned.
@@ -79,6 +82,7 @@ class ClientRound:
         kind_of: KindOf,
         parts: int = 2,
         remedy: str = REMEDY,
+        states: OwnStates = tuple,
     ) -> None:
         self.received: Mapping[str, ReceivedRecord] = {}
         self._settings = settings
@@ -91,6 +95,8 @@ class ClientRound:
         self._private = PrivateParts()
         self._residuals: dict[str, State] = {}
         self._named: set[str] = set()
+        self._sent_once: dict[str, State] = {}
+        self._frozen = FrozenSource(states, self._frozen_copy)
 
     # In
 
@@ -102,7 +108,8 @@ class ClientRound:
         Its tensors may take what the client's own models allow, and 4 MiB as long as none is known.
 
         Args:
-            payloads: by name of the record.
+            payloads: by name of the record; frozen tensors that travel once are in one of their own
+                (`frozen_record`).
             unbounded: whether the app reads the message before it builds a model, so that nothing
                 of its own says how large the message may be.
 
@@ -113,6 +120,8 @@ class ClientRound:
             TooLargeError: the message is larger than this client's models allow.
             PayloadError: a payload is damaged.
         """
+        once = {name: data for name, data in payloads.items() if name.startswith(FROZEN)}
+        payloads = {name: data for name, data in payloads.items() if name not in once}
         self._asked = tuple(payloads)
         if len(payloads) > MOST_RECORDS:
             raise PayloadError(
@@ -123,6 +132,7 @@ class ClientRound:
         if unbounded:
             most = max(map(first_model_limit, payloads.values()), default=0)
             budget = MessageBudget(most, parts=1)
+        self._sent_once = {n.removeprefix(FROZEN): self._copy_of(d) for n, d in once.items()}
         held = {name: self._decoded(name, data, budget) for name, data in payloads.items()}
         self.received = {name: self._read(name, part, budget) for name, part in held.items()}
         return self.received
@@ -142,7 +152,7 @@ class ClientRound:
         return [
             plans_of(peek_header(payload, descriptions=self._state.references.descriptions(name)))
             for name, payload in payloads.items()
-            if self._kind_of(name) == "model"
+            if self._kind_of(name) == "model" and not name.startswith(FROZEN)
         ]
 
     def _decoded(self, name: str, payload: bytes, budget: MessageBudget) -> DecodedDownlink:
@@ -160,11 +170,25 @@ class ClientRound:
         check_codecs(held.header, self._settings.codec_names, remedy=self._remedy)
         return held
 
+    def _copy_of(self, payload: bytes) -> State:
+        """Return frozen tensors that travel once; what they are is checked by their hashes."""
+        own = self._own.nbytes
+        limit = MessageBudget(own).left if own else first_model_limit(payload)
+        return decode_payload(payload, limit=limit).tensors
+
+    def _frozen_copy(self, record: str) -> State:
+        return {**self._state.frozen(record), **self._sent_once.get(record, {})}
+
     def _read(self, name: str, held: DecodedDownlink, budget: MessageBudget) -> ReceivedRecord:
         if self._kind_of(name) != "model":
             return read_side(held)
         return read_model(
-            held, state=self._state, settings=self._settings, own=self._own, budget=budget
+            held,
+            state=self._state,
+            settings=self._settings,
+            own=self._own,
+            budget=budget,
+            frozen=lambda spec: self._frozen.values(name, spec, held.tensors),
         )
 
     @property
@@ -219,12 +243,14 @@ class ClientRound:
         records: Mapping[str, Mapping[str, Tensor]],
         *,
         start: DenseRound | None = None,
+        noisy: bool = False,
     ) -> dict[str, Outgoing]:
         """Check the tensors that the user's code returns, and take out what stays on the device.
 
         Args:
             records: the tensors by name of the record.
             start: the dense round of a reply to a message without a model.
+            noisy: whether noise was added to all tensors, frozen ones too.
 
         Raises:
             PayloadError: values that became NaN or infinite, a private tensor in a side record, or
@@ -233,7 +259,10 @@ class ClientRound:
                 received is none of this client's.
             ConfigError: the client's code has built no model, and there may be private values.
         """
-        return {name: self._leaving(name, tensors, start) for name, tensors in records.items()}
+        leaving = {name: self._leaving(name, each, start) for name, each in records.items()}
+        for name in () if noisy else leaving.keys() & self.received.keys():
+            _check_frozen(self.received[name], records[name])
+        return leaving
 
     def _leaving(
         self, name: str, tensors: Mapping[str, Tensor], start: DenseRound | None
@@ -316,6 +345,8 @@ class ClientRound:
             steps: optimizer steps of the round; 0 if nothing was trained.
         """
         self._private.keep(self._state)
+        for name, tensors in self._sent_once.items():
+            self._state.keep_frozen(name, tensors)
         self._state.remember(self._own.built, self._settings.config)
         for name, residual in self._residuals.items():
             self._state.keep_residual(name, residual)
@@ -326,3 +357,15 @@ class ClientRound:
                 self._state.references.keep_description(name, part.held)
         self._state.keep_few({*self.received, *self._residuals})
         self._state.keep_steps(steps)
+
+
+def _check_frozen(answered: ReceivedRecord, tensors: Mapping[str, Tensor]) -> None:
+    """Raise if the user's code has changed what is frozen on the server, and is not sent."""
+    for name, digest in answered.spec.frozen.items():
+        # What was received may lie in the memory of the model that was trained: hashes tell.
+        if name in tensors and tensor_hash(name, tensors[name]) != digest:
+            raise MismatchError(
+                f"fedpara: this client has changed {name!r}, which is frozen on the server and so "
+                f"not sent: freeze the same parameters on both sides (requires_grad=False before "
+                f'the first message), or set the fedpara option send = "all"'
+            )

@@ -35,6 +35,7 @@ MOST_RECORDS_KEPT = 16
 STEPS = "steps"
 REFERENCE = "reference/"
 RESIDUAL = "residual/"
+SENT_ONCE = "frozen/"
 
 
 class ClientState:
@@ -151,6 +152,14 @@ class ClientState:
                 methods,
             )
             return
+
+    def frozen(self, record: str) -> dict[str, Tensor]:
+        """Return the frozen tensors that the server has sent once for a record; {} for none."""
+        return self._load(SENT_ONCE + record) or {}
+
+    def keep_frozen(self, record: str, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the frozen tensors of a record."""
+        self._save(SENT_ONCE + record, tensors)
 
     def residual(self, record: str) -> dict[str, Tensor] | None:
         """Return what the codec lost of a record's last reply; None if nothing is known."""

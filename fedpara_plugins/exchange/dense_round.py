@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, MismatchError
+from fedpara_plugins.exchange.conversion import convert_or_keep
 from fedpara_plugins.factors.projection import project
-from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.spec import ModelSpec
 
 __all__ = [
@@ -107,7 +107,7 @@ def converted_copy(model: nn.Module, config: FedParaConfig) -> nn.Module:
         config: how the server converts it.
     """
     with torch.random.fork_rng(devices=[]):
-        return convert(copy.deepcopy(model), config)
+        return convert_or_keep(copy.deepcopy(model), config)
 
 
 def refuse_in_factor_space(algorithm: str, config: FedParaConfig) -> None:

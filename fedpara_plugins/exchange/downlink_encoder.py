@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from fedpara_plugins.codecs import Codec, Description, reference_hash
 from fedpara_plugins.exchange.descriptions import SharedDescriptions
+from fedpara_plugins.exchange.frozen import FrozenAgreement
 from fedpara_plugins.exchange.headers import downlink_form, header_extra
 from fedpara_plugins.exchange.outliers import update_norm
 from fedpara_plugins.exchange.records import State
@@ -53,11 +56,18 @@ class DownlinkEncoder:
         self._told: Counter[str] = Counter()
         self._norms: dict[str, tuple[str, float]] = {}
         self._infinities: dict[str, OwnInfinities] = {}
+        self._frozen = FrozenAgreement()
 
     # Sending
 
     def put(
-        self, record: str, full: State, spec: ModelSpec, *, sized_as: ModelSpec | None = None
+        self,
+        record: str,
+        full: State,
+        spec: ModelSpec,
+        *,
+        sized_as: ModelSpec | None = None,
+        frozen: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Send these tensors under a name from now on.
 
@@ -70,10 +80,15 @@ class DownlinkEncoder:
             sized_as: the model whose dense size theirs is compared with, if it is another. An
                 optimizer's variates belong to no model, and those of a dense model would be as
                 large as itself.
+            frozen: those of the tensors that are frozen, as the server's model holds them; what
+                counts is what they are when the record is first put. They are sent to nobody but
+                clients that lack them (`frozen_payload`).
 
         Raises:
             PayloadError: values became NaN or infinite since the first ones.
         """
+        if self._settings.leaves_frozen:
+            full, spec = self._frozen.settle(record, full, spec, frozen or {})
         full = self._infinities.setdefault(record, OwnInfinities()).restored(full)
         shared = shared_tensors(spec, full)
         self._contents[record] = _Content(spec, full, reference_hash(shared), sized_as or spec)
@@ -135,6 +150,14 @@ class DownlinkEncoder:
         )
         self._descriptions.note_sent(client, record)
         return coded.payload
+
+    def frozen_payload(self, client: str, record: str) -> bytes | None:
+        """Return a record's frozen tensors for a client that lacks them, once; else None."""
+        return self._frozen.payload_for(client, record)
+
+    def frozen_size(self, record: str) -> Size:
+        """Return the size of a record's frozen tensors, before coding."""
+        return self._frozen.size(record)
 
     def _codec_for(self, client: str) -> Codec:
         """Return the downlink's chain with an entropy coder that the client can undo."""
@@ -199,6 +222,17 @@ class DownlinkEncoder:
         self._descriptions.forget(client)
         self._decoders.pop(client, None)
 
+    def note_lacking(self, client: str, records: Collection[str]) -> None:
+        """Record that a client has no frozen tensors of its own for some records.
+
+        Args:
+            client: its name.
+            records: as it names them; what has no frozen tensors is ignored.
+        """
+        lacking = self._frozen.note_lacking(client, records)
+        if client not in self._decoders:
+            self._told["first"] += lacking  # it is sent its first message once more
+
     def log_first_contacts(self) -> None:
         """Log how many clients got a whole model instead of an update since the last call."""
         counts = self._downlink.counts
@@ -212,14 +246,25 @@ class DownlinkEncoder:
     # Accounting
 
     def size(self, record: str) -> Size:
-        """Return the size of what is sent under a name, before coding."""
+        """Return the size of what is sent under a name, before coding.
+
+        Without the plugin, frozen tensors would be sent too: they count as dense bytes.
+        """
         known = self._contents[record]
-        return size_of(shared_tensors(known.spec, known.full), known.sized_as)
+        frozen = Size(dense=self._frozen.nbytes(record))
+        return size_of(shared_tensors(known.spec, known.full), known.sized_as) + frozen
 
     def layers(self, record: str) -> list[LayerSize]:
-        """Return the sizes by layer of what is sent under a name, before coding."""
+        """Return the sizes by layer of what is sent under a name, before coding; frozen ones too.
+
+        Of a frozen tensor nothing is sent, and its dense layer counts.
+        """
         known = self._contents[record]
-        return layer_sizes(shared_tensors(known.spec, known.full), known.spec)
+        frozen = layer_sizes(self._frozen.values(record), known.spec)
+        return [
+            *layer_sizes(shared_tensors(known.spec, known.full), known.spec),
+            *(replace(layer, tensors=0, raw_bytes=0) for layer in frozen),
+        ]
 
     def close(self) -> None:
         """End the run; files stay for the next one."""

@@ -15,6 +15,7 @@ from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.exchange.own_models import OwnModels
 from fedpara_plugins.exchange.records import RecordKind, State, plain_spec
 from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.state_parts import shapes_of
 
 __all__ = ["Outgoing", "check_names", "select_outgoing"]
 
@@ -44,7 +45,8 @@ def select_outgoing(
 
     Args:
         record: its name.
-        tensors: by name; a model's private tensors are left out.
+        tensors: by name; a model's private tensors are left out, and so are those that the message
+            received names as frozen.
         own: the client's own models. A side record may hold private tensors of none of them.
         kind: of the record.
         received: the model of the record that this one answers; it counts if it is an own one. A
@@ -56,15 +58,18 @@ def select_outgoing(
             model received is not an own one.
         ConfigError: no own model is known, and there may be private values.
     """
-    for spec in own.specs:
-        check_names(spec, tensors, others=True)
+    shapes = shapes_of(tensors)
+    if kind != "model" or not own.has_part(tensors, shapes):
+        for spec in own.specs:
+            check_names(spec, tensors, others=True)
     own.check_named(tensors.keys())
     if kind == "model":
-        spec = own.spec_for(tensors, received)
+        spec = own.spec_for(shapes, received)
         if received is not None:
             check_names(spec, tensors)
         hidden = own.hidden_names(tensors, spec)
-        return Outgoing(spec, {k: value for k, value in tensors.items() if k not in hidden})
+        kept = hidden | set(spec.frozen)
+        return Outgoing(spec, {k: value for k, value in tensors.items() if k not in kept})
     own.check_known()
     # Such a record is sent whole, so it must hold nothing private.
     private = own.hidden_names(tensors, plain_spec(()))

@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from fedpara_plugins.config import FedParaConfig
-from fedpara_plugins.errors import ConfigError, PayloadError
+from fedpara_plugins.errors import ConfigError, MismatchError, PayloadError
 from fedpara_plugins.exchange.private_options import (
     check_options,
     hides_values,
@@ -24,8 +24,9 @@ from fedpara_plugins.exchange.private_options import (
 from fedpara_plugins.exchange.records import plain_spec
 from fedpara_plugins.models.private import matches
 from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.state_parts import Shapes, find_part, possible_names
 
-__all__ = ["MOST_REMEMBERED", "OwnModel", "OwnModels", "shared_by"]
+__all__ = ["MOST_REMEMBERED", "OwnModel", "OwnModels", "is_apart", "shared_by"]
 
 HERE, THERE = "this client", "the server"
 
@@ -46,10 +47,12 @@ class OwnModel:
     Attributes:
         spec: of the model.
         nbytes: of its state, in bytes.
+        shapes: of its state, as far as they are known.
     """
 
     spec: ModelSpec
     nbytes: int
+    shapes: Shapes = field(default_factory=dict)
 
     def to_bytes(self, config: FedParaConfig) -> bytes:
         """Return the model for a client's storage.
@@ -62,6 +65,7 @@ class OwnModel:
             "model": self.spec.to_json(),
             "shared": list(self.spec.shared_keys),
             "bytes": self.nbytes,
+            "shapes": self.shapes,
         }
         return json.dumps(fields).encode()
 
@@ -73,7 +77,8 @@ class OwnModel:
             if fields["options"] != _digest(config):
                 return None
             spec = ModelSpec.from_json(fields["model"], tuple(map(str, fields["shared"])))
-            return cls(spec, int(fields["bytes"]))
+            shapes = {str(k): tuple(map(int, v)) for k, v in fields.get("shapes", {}).items()}
+            return cls(spec, int(fields["bytes"]), shapes)
         except (PayloadError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -98,14 +103,15 @@ class OwnModels:
         for model in models:
             self._known[frozenset(model.spec.keys)] = model
 
-    def add(self, spec: ModelSpec, nbytes: int) -> None:
+    def add(self, spec: ModelSpec, nbytes: int, shapes: Shapes | None = None) -> None:
         """Take in a model that the client's code has just built.
 
         Args:
             spec: of the model.
             nbytes: of its state; 0 for another list of the same model's names.
+            shapes: of its state, as far as they are known.
         """
-        model = OwnModel(spec, nbytes)
+        model = OwnModel(spec, nbytes, shapes or {})
         self._known[frozenset(spec.keys)] = model
         self._built.append(model)
 
@@ -130,24 +136,31 @@ class OwnModels:
 
     # What comes in
 
-    def agreed(self, theirs: ModelSpec) -> ModelSpec:
-        """Return the own model that a message describes, or the description if none is known.
+    def agreed(self, theirs: ModelSpec, shapes: Shapes | None = None) -> ModelSpec:
+        """Return the own model, or the part of one, that a message describes.
+
+        The description itself if none is known, or if it is of tensors that are no part of any.
 
         Args:
             theirs: the message's description.
+            shapes: of the message's tensors.
 
         Raises:
-            MismatchError: it is another model, splits this client's model otherwise, or was made
-                with other options.
+            MismatchError: it is another model, splits this client's model otherwise, was made with
+                other options, or cannot be told to be apart from what is private.
         """
         if self._complete:
             (mine,) = self.specs
             mine.check_equal(theirs, here=HERE, there=THERE)
-            return mine
+            return replace(mine, frozen=theirs.frozen) if theirs.frozen else mine
         known = self._known.get(frozenset(theirs.keys))
-        if known is not None:
-            known.spec.check_equal(theirs, here=HERE, there=THERE)
-            return known.spec
+        part = known.spec if known is not None else self._part(theirs.keys, shapes or {})
+        if part is not None:
+            part.check_equal(theirs, here=HERE, there=THERE)
+            return replace(part, frozen=theirs.frozen) if theirs.frozen else part
+        if self._known and self.is_apart(theirs):
+            self._check_nothing_hidden(theirs.keys)
+            return theirs
         described = _split(theirs)
         for mine in self.specs:
             own = _split(mine)
@@ -158,6 +171,42 @@ class OwnModels:
         check_options(theirs, self._config)
         return theirs
 
+    def is_apart(self, theirs: ModelSpec) -> bool:
+        """Return whether a description is of plain tensors whose names no own model has."""
+        return all(is_apart(theirs, mine) for mine in self.specs)
+
+    def has_part(self, names: Iterable[str], shapes: Shapes) -> bool:
+        """Return whether tensors are a part of an own model.
+
+        Args:
+            names: of the tensors.
+            shapes: of them, as far as they are known.
+        """
+        return self._part(names, shapes) is not None
+
+    def _part(self, names: Iterable[str], shapes: Shapes) -> ModelSpec | None:
+        models = [(model.spec, model.shapes) for model in self._known.values()]
+        found = find_part(models, {name: shapes.get(name) for name in names})
+        return None if found is None else found.spec
+
+    def _check_nothing_hidden(self, names: Iterable[str]) -> None:
+        """Raise for tensors of which nothing says whether they are private, if any may be."""
+        if any(spec.private_keys for spec in self.specs):
+            raise MismatchError(
+                f"fedpara: it cannot be told which part of this client's model the arrays are (the "
+                f"first is {next(iter(names), '')[:80]!r}), and a part of the model is private: "
+                f"nothing is sent. Send them under the names of model.state_dict()"
+            )
+
+    def _may_be_private(self, record: Shapes) -> bool:
+        """Return whether some way to read names makes one of them a private one."""
+        return any(
+            key in model.spec.private_keys
+            for model in self._known.values()
+            for named in possible_names(model.spec, model.shapes, record)
+            for key in named.values()
+        )
+
     def owns(self, spec: ModelSpec) -> bool:
         """Return whether a spec is that of a model that is known."""
         known = self._known.get(frozenset(spec.keys))
@@ -165,33 +214,47 @@ class OwnModels:
 
     # What goes out
 
-    def spec_for(self, names: Iterable[str], received: ModelSpec | None) -> ModelSpec:
-        """Return the model by which a record of a reply is split.
+    def spec_for(self, record: Shapes, received: ModelSpec | None) -> ModelSpec:
+        """Return the model, or the part of one, by which a record of a reply is split.
 
         Args:
-            names: of the record's tensors.
+            record: names and shapes of the record's tensors.
             received: the model of the record that it answers, if it answers one.
 
         Returns:
-            An own model; where none is known and nothing can be private but names that match the
-            option ``private``, the received one. A spec without private names if the tensors have
-            nothing to do with any.
+            An own model or a part of one; where none is known and nothing can be private but names
+            that match the option ``private``, the received one. A spec without private names if
+            the tensors have nothing to do with any.
 
         Raises:
             ConfigError: no own model is known, and there may be private values.
-            MismatchError: the model received is not an own one.
+            MismatchError: the model received is not an own one, or private tensors may be among
+                those of the record.
         """
         if not self._known:
-            return self._without_model(names, received)
+            return self._without_model(record, received)
         if received is not None:
-            if not self.owns(received):
-                self._closest(received).check_equal(received, here=HERE, there=THERE)
+            self._check_own(received, record)
             return received
-        wanted = frozenset(names)
+        wanted = frozenset(record)
         if (known := self._known.get(wanted)) is not None:
             return known.spec
-        found = next((spec for spec in self.specs if wanted <= set(spec.keys)), None)
+        found = self._part(record, record)
+        if found is None and self._may_be_private(record):
+            self._check_nothing_hidden(record)
         return plain_spec(wanted) if found is None else found
+
+    def _check_own(self, received: ModelSpec, shapes: Shapes) -> None:
+        """Raise unless a model that was received is an own one, or a part of one, or apart."""
+        if self.owns(received):
+            return
+        part = None if self._complete else self._part(received.keys, shapes)
+        if part is not None:
+            part.check_equal(received, here=HERE, there=THERE)
+        elif not self._complete and self.is_apart(received):
+            self._check_nothing_hidden(received.keys)
+        else:
+            self._closest(received).check_equal(received, here=HERE, there=THERE)
 
     def hidden_names(self, names: Iterable[str], spec: ModelSpec) -> set[str]:
         """Return those of some names that stay on the device, whatever record they are in.
@@ -285,6 +348,17 @@ def _split(spec: ModelSpec) -> Mapping[str, tuple[str, bool]]:
     factors = {key for weight in spec.weights for key in spec.factor_keys(weight).values()}
     plain = {key: ("", key in spec.own) for key in spec.keys if key not in factors}
     return plain | {weight: (plan.method.name, False) for weight, plan in spec.weights.items()}
+
+
+def is_apart(theirs: ModelSpec, mine: ModelSpec) -> bool:
+    """Return whether a description is of plain tensors, under names that a model does not have.
+
+    Args:
+        theirs: the description.
+        mine: the model.
+    """
+    names = {*mine.keys, *mine.weights}
+    return not theirs.weights and not theirs.own and names.isdisjoint(theirs.keys)
 
 
 def _digest(config: FedParaConfig) -> str:

@@ -74,8 +74,9 @@ def check_options(theirs: ModelSpec, config: FedParaConfig) -> None:
     """
     methods = {plan.method.name for plan in theirs.weights.values()}
     own = own_methods(config)
-    lacks_half = has_private_half(config.method) and not theirs.private_factors
-    if not methods <= own or lacks_half or (config.local == "dense" and own and not methods):
+    # A part of a model may have no factorised weight: its own model tells, as soon as it is built.
+    lacks_half = bool(methods) and has_private_half(config.method) and not theirs.private_factors
+    if not methods <= own or lacks_half:
         raise MismatchError(
             f"the server's model has method {', '.join(sorted(methods)) or 'none'}, this client "
             f"has {', '.join(sorted(own)) or 'none'}. Set the same fedpara options on both sides"

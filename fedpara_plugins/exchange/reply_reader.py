@@ -217,7 +217,8 @@ class ReplyReader:
         full, names = self._sent.content(record), self._sent.shared_names(record)
         self._check_names(shared, names, self._sent.spec(record).private_keys)
         shared = in_sent_dtypes(shared, full)
-        check_composed(self._sent.spec(record), shared, full)
+        spec = self._sent.spec(record)
+        check_composed(spec, {**{name: full[name] for name in spec.frozen}, **shared}, full)
         sent = {key: full[key] for key in shared}
         state = self.completed(record, shared)
         return ReadRecord(shared, state, update_norm(shared, sent), self._sent.norm(record))
@@ -264,4 +265,7 @@ class ReplyReader:
         spec = self._sent.spec(record) if self._sent.has_record(record) else plain_spec(tensors)
         if self._kind_of(record) != "model":
             spec = self._model_of(tensors) or spec
-        return size_of(shared_tensors(spec, tensors), spec)
+        size = size_of(shared_tensors(spec, tensors), spec)
+        if self._kind_of(record) == "model" and self._sent.has_record(record):
+            size += Size(dense=self._sent.frozen_size(record).raw)
+        return size

@@ -17,6 +17,7 @@ __all__ = ["ExchangeSettings", "codecs_in_words", "to_number"]
 PATH_OPTIONS = ("ledger", "checkpoint", "client_checkpoints", "state_dir")
 REFERENCES = ("client", "grid")
 OUTLIERS = ("warn", "leave_out", "ignore")
+SENT = ("trainable", "all")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class ExchangeSettings:
         outliers: what happens to an update that is far outside of what the other clients of its
             round sent (`exchange.outliers`): ``warn`` names it in the log, ``leave_out`` leaves it
             out too, ``ignore`` does neither.
+        send: ``trainable`` leaves out of all messages what does not require gradients in the
+            server's model at the start (`exchange.frozen`), ``all`` leaves out nothing.
     """
 
     config: FedParaConfig
@@ -51,8 +54,13 @@ class ExchangeSettings:
     references: str = "client"
     reference_memory: float = 256
     outliers: str = "warn"
+    send: str = "trainable"
 
     def __post_init__(self) -> None:
+        if self.send not in SENT:
+            raise ConfigError(
+                f"option 'send': expected one of {', '.join(SENT)}, got {self.send!r}"
+            )
         if self.outliers not in OUTLIERS:
             raise ConfigError(
                 f"option 'outliers': expected one of {', '.join(OUTLIERS)}, got {self.outliers!r}"
@@ -82,6 +90,7 @@ class ExchangeSettings:
         references = str(section.pop("references", "")) or "client"
         memory = to_number("reference_memory", section.pop("reference_memory", ""))
         outliers = str(section.pop("outliers", "")).replace("-", "_") or "warn"
+        send = str(section.pop("send", "")) or "trainable"
         config = FedParaConfig.from_mapping(section)
         section.clear()
         method_named(config.method)
@@ -92,6 +101,7 @@ class ExchangeSettings:
             "references": references,
             "reference_memory": 256 if memory is None else memory,
             "outliers": outliers,
+            "send": send,
             **{name: _to_path(name, path) for name, path in paths.items()},
         }
 
@@ -109,6 +119,11 @@ class ExchangeSettings:
     def trains_dense(self) -> bool:
         """Whether clients train an ordinary model, whose update the plugin projects."""
         return self.config.method != "none" and self.config.local == "dense"
+
+    @property
+    def leaves_frozen(self) -> bool:
+        """Whether frozen tensors are left out of messages."""
+        return self.send == "trainable" and (self.config.method != "none" or not self.uncoded)
 
     @property
     def active(self) -> bool:

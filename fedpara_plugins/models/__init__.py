@@ -11,22 +11,28 @@ from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.models.checkpoints import load_factors, save_dense, save_factors
 from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.dense_copy import to_dense
+from fedpara_plugins.models.frozen import frozen_tensors
 from fedpara_plugins.models.infinities import check_finite, diverged, restore_infinities
 from fedpara_plugins.models.model_report import Report, report
 from fedpara_plugins.models.private_start import keep_own_values
 from fedpara_plugins.models.spec import ModelSpec
+from fedpara_plugins.models.state_parts import Shapes, StatePart, find_part, shapes_of
 from fedpara_plugins.models.state_split import Split, merge, shared_names, split
 
 __all__ = [
     "ModelSpec",
     "Report",
+    "Shapes",
     "Split",
+    "StatePart",
     "adopt_plans",
     "agreed_config",
     "check_finite",
     "config_of",
     "convert",
     "diverged",
+    "find_part",
+    "frozen_tensors",
     "keep_own_values",
     "load_factors",
     "merge",
@@ -34,6 +40,7 @@ __all__ = [
     "restore_infinities",
     "save_dense",
     "save_factors",
+    "shapes_of",
     "shared_names",
     "split",
     "to_dense",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fedpara_plugins.config import FedParaConfig
-from fedpara_plugins.errors import ConversionError
+from fedpara_plugins.errors import ConversionError, NothingToConvertError
 from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.factors.ratio_check import refuse_unreachable_ratios
 from fedpara_plugins.layers import FactorisedLayer
@@ -24,6 +24,11 @@ from fedpara_plugins.models.wrapped import lost_hooks, refuse_wrapped
 from fedpara_plugins.plugins import method_named
 
 __all__ = ["Conversion", "decide", "repeated_modules"]
+
+TUNED = ("frozen", "a part of an adapter")
+"""Beginnings of the reasons that show a model which is fine-tuned."""
+
+REASONS_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +86,7 @@ def decide(model: nn.Module, config: FedParaConfig) -> Conversion:
     _refuse_repeated_modules(model, found)
     refuse_unreachable_ratios(_by_ratio(found, config))
     if not any(decision.plans for decision in found):
-        reasons = "\n".join(_reason_lines(found))
-        raise ConversionError(f"no layer of the model can be factorised:\n{reasons}")
+        raise _nothing_to_convert(found)
     plans = [plan for decision in found for plan in decision.plans.values()]
     head = choose_head(model, config, private_factors=any(p.private_names for p in plans))
     return Conversion(
@@ -137,12 +141,22 @@ def _by_ratio(
             yield full_name(decision.name, weight), plan, ratio
 
 
-def _reason_lines(found: Sequence[LayerDecision]) -> Iterator[str]:
-    if not found:
-        yield "  it has no parameters"
+def _nothing_to_convert(found: Sequence[LayerDecision]) -> NothingToConvertError:
+    """Return an error that says for each reason how many weights it holds for."""
+    by_reason: dict[str, list[str]] = {}
     for decision in found:
         for weight, reason in decision.reasons.items():
-            yield f"  {full_name(decision.name, weight) or '(model)'}: {reason}"
+            by_reason.setdefault(reason, []).append(full_name(decision.name, weight) or "(model)")
+    texts = [
+        f"{reason} ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})"
+        for reason, names in by_reason.items()
+    ]
+    shown = "; ".join(texts[:REASONS_SHOWN]) or "it has no parameters"
+    more = f"; and {len(texts) - REASONS_SHOWN} more reasons" if len(texts) > REASONS_SHOWN else ""
+    return NothingToConvertError(
+        f"no layer of the model can be factorised: {shown}{more}",
+        for_tuning=any(reason.startswith(TUNED) for reason in by_reason),
+    )
 
 
 def _warnings(weights: Mapping[str, Tensor]) -> Iterator[str]:

@@ -29,6 +29,7 @@ from fedpara_plugins.models.private_start import first_values
 from fedpara_plugins.models.spec_rows import (
     check_same_rows,
     compared_part,
+    frozen_rows,
     merged_names,
     plan_from_row,
     row_of_plan,
@@ -49,6 +50,9 @@ class ModelSpec:
         seed: the seed of the private tensors' initial values.
         own: private tensors that are no factors, by full name (options ``private``,
             ``private_head`` and ``label_prior``).
+        frozen: hashes (`tensor_hash`) by full name of the tensors that a message leaves out because
+            both sides hold them. They are what one message says, and no part of what a model is:
+            two specs may be equal and differ here.
         held: first values of those in ``own`` that the model itself holds, by full name; not a part
             of the description. A spec that was read from a message has none.
     """
@@ -57,6 +61,7 @@ class ModelSpec:
     keys: tuple[str, ...]
     seed: int
     own: Mapping[str, PrivateTensor] = field(default_factory=dict)
+    frozen: Mapping[str, str] = field(default_factory=dict, compare=False)
     held: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -135,9 +140,9 @@ class ModelSpec:
 
     @property
     def shared_keys(self) -> tuple[str, ...]:
-        """The names of the state that are not private, in order."""
+        """The names of the state that are sent, in order: neither private nor frozen."""
         private = self.private_keys
-        return tuple(key for key in self.keys if key not in private)
+        return tuple(key for key in self.keys if key not in private and key not in self.frozen)
 
     # Values
 
@@ -311,7 +316,13 @@ class ModelSpec:
             "weights": self._rows(),
             "private": places,
         }
-        return {**described, "own": self._own_rows()} if self.own else described
+        if self.own:
+            described["own"] = self._own_rows()
+        if self.frozen:
+            described["frozen"] = [
+                [i, key, self.frozen[key]] for i, key in enumerate(self.keys) if key in self.frozen
+            ]
+        return described
 
     def _described(self) -> dict[str, Any]:
         """Return what `check_same_rows` compares."""
@@ -334,12 +345,16 @@ class ModelSpec:
                 tensors are larger than the limit.
         """
         try:
-            keys = merged_names(shared_keys, data["private"])
+            frozen = frozen_rows(data.get("frozen", []))
+            keys = merged_names(shared_keys, [*data["private"], *(row[:2] for row in frozen)])
             weights = {str(row[0]): plan_from_row(row) for row in data["weights"]}
             own = {
                 str(key): PrivateTensor.from_row(row) for key, row in data.get("own", {}).items()
             }
-            spec = cls(weights=weights, keys=keys, seed=int(data["seed"]), own=own)
+            hashes = {key: digest for _, key, digest in frozen}
+            if len(set(keys)) != len(keys):
+                raise ValueError("a name is there twice")
+            spec = cls(weights=weights, keys=keys, seed=int(data["seed"]), own=own, frozen=hashes)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise PayloadError(f"the header's model description is malformed: {error!r}") from error
         if spec.fingerprint != data.get("fingerprint"):

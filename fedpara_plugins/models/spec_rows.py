@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,17 @@ from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.models.wrapper_names import wrapper_hint
 from fedpara_plugins.plugins import methods
 
-__all__ = ["check_same_rows", "compared_part", "merged_names", "plan_from_row", "row_of_plan"]
+__all__ = [
+    "check_same_rows",
+    "compared_part",
+    "frozen_rows",
+    "merged_names",
+    "plan_from_row",
+    "row_of_plan",
+]
+
+
+_HASH = re.compile("[0-9a-f]{32}")
 
 
 def row_of_plan(weight: str, plan: WeightPlan) -> list[Any]:
@@ -85,6 +96,24 @@ def _residual_form(rest: Sequence[Any]) -> tuple[bool, bool]:
     if base != "frozen" or type(core) is not bool or type(one_sided) is not bool:
         raise ValueError(f"no weight can have the form {str(rest)[:60]}")
     return core, one_sided
+
+
+def frozen_rows(rows: Sequence[Sequence[Any]]) -> list[tuple[int, str, str]]:
+    """Return place, name and hash of the tensors that a message leaves out as frozen.
+
+    Args:
+        rows: anything that claims to be such rows.
+
+    Raises:
+        ValueError, TypeError: they are malformed.
+    """
+    found = [(place, key, digest) for place, key, digest in rows]
+    for _, key, digest in found:
+        if not (isinstance(key, str) and isinstance(digest, str) and _HASH.fullmatch(digest)):
+            raise ValueError(
+                f"a frozen tensor has name {str(key)[:40]!r}, hash {str(digest)[:40]!r}"
+            )
+    return found
 
 
 def merged_names(shared: Sequence[str], private: Sequence[Sequence[Any]]) -> tuple[str, ...]:

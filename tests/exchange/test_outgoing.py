@@ -14,6 +14,7 @@ from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.exchange import OwnModel, OwnModels
 from fedpara_plugins.exchange.outgoing import check_names, select_outgoing
 from fedpara_plugins.exchange.records import plain_spec
+from fedpara_plugins.models.state_parts import shapes_of
 
 
 def small():
@@ -87,7 +88,7 @@ def test_the_model_that_a_state_belongs_to_is_one_that_the_client_has_built():
         return select_outgoing("any", tensors, owning(*specs)).spec
 
     assert found(STATE, other, SPEC) is SPEC
-    assert found({"2.bias": STATE["2.bias"]}, other, SPEC) is SPEC
+    assert found({"2.bias": STATE["2.bias"]}, other, SPEC).private_keys == {"2.bias"}
     assert found(dict.fromkeys(part.keys, torch.ones(1)), other, SPEC, part) is part
     assert not found({"x": torch.ones(1)}, other, SPEC).private_keys
 
@@ -117,8 +118,11 @@ def test_what_a_message_says_does_not_count(lie):
     """The received description is not the client's own: nothing leaves by it."""
     with pytest.raises(MismatchError):
         select_outgoing("model", STATE, owning(SPEC), received=LIES[lie])
-    with pytest.raises(MismatchError):
-        owning(SPEC).agreed(LIES[lie])
+    if lie == "names removed":  # a part of the model, which is private as the model says
+        assert owning(SPEC).agreed(LIES[lie]).private_keys == SPEC.private_factors
+    else:
+        with pytest.raises(MismatchError):
+            owning(SPEC).agreed(LIES[lie])
     if lie != "names removed":  # which options alone do not tell
         with pytest.raises(MismatchError):
             owning().agreed(LIES[lie])
@@ -180,3 +184,75 @@ def test_a_list_is_named_by_an_own_model_alone():
         with pytest.raises(ConfigError, match="which of the arrays are private"):
             own.check_order_known(SPEC)
     owning(config=FedParaConfig(method="fedpara")).check_order_known(SPEC)
+
+
+class Backbone(nn.Module):
+    """A body that is shared, and a head inside of a module, some of it private."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(64, 48)
+        self.heads = nn.Module()
+        self.heads.head = nn.Linear(48, 32)
+
+
+def owning_backbone(**options):
+    torch.manual_seed(0)
+    options = {"method": "none", "gamma": 0.2, "min_size": 256, **options}
+    model = fedpara.convert(Backbone(), **options)
+    state = model.state_dict()
+    own = OwnModel(ModelSpec.of(model), 10**5, shapes_of(state))
+    return model, OwnModels(FedParaConfig(**options), [own])
+
+
+@pytest.mark.parametrize("received", [None, plain_spec(["head.weight", "head.bias"])])
+def test_private_tensors_do_not_leave_under_the_names_of_a_module_inside(received):
+    model, own = owning_backbone(private="heads.head.bias")
+    head = model.heads.state_dict()
+    try:
+        found = select_outgoing("any", head, own, received=received).shared
+    except MismatchError:
+        assert received is not None  # which has no private names, and lies
+        return
+    assert set(found) == {"head.weight"}
+
+
+def test_private_factors_do_not_leave_under_the_names_of_a_module_inside():
+    model, own = owning_backbone(method="pfedpara")
+    found = select_outgoing("any", model.heads.state_dict(), own)
+    assert set(found.shared) == {"head.x1", "head.y1", "head.bias"}
+
+
+def test_where_several_modules_fit_and_one_is_private_nothing_leaves():
+    net = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model = fedpara.convert(net, method="none", private="b.*")
+    known = OwnModel(ModelSpec.of(model), 10**5, shapes_of(model.state_dict()))
+    own = OwnModels(FedParaConfig(private="b.*"), [known])
+    for received in (None, plain_spec(["weight", "bias"])):
+        with pytest.raises(MismatchError, match="cannot be told which part"):
+            select_outgoing("any", net["b"].state_dict(), own, received=received)
+
+
+def test_tensors_apart_from_the_model_leave_where_nothing_is_private():
+    _, own = owning_backbone()
+    apart = {"prompt.table": torch.ones(3)}
+    for received in (None, plain_spec(apart)):
+        assert select_outgoing("any", apart, own, received=received).shared == apart
+    _, own = owning_backbone(private="heads.*")
+    with pytest.raises(MismatchError, match="cannot be told which part"):
+        select_outgoing("any", apart, own, received=plain_spec(apart))
+
+
+def test_a_model_whose_names_end_like_those_of_another_is_not_a_wrapped_one():
+    first = nn.Sequential(nn.Linear(3, 4))
+    second = nn.ModuleDict({"layers": nn.Sequential(nn.Linear(3, 5))})
+    specs = [plain_spec(net.state_dict()) for net in (first, second)]
+    found = select_outgoing("any", second.state_dict(), owning(*specs, config=FedParaConfig()))
+    assert set(found.shared) == {"layers.0.weight", "layers.0.bias"}
+
+
+def test_a_remembered_model_knows_its_shapes():
+    model, _ = owning_backbone()
+    config = FedParaConfig()
+    known = OwnModel(ModelSpec.of(model), 5, shapes_of(model.state_dict()))
+    assert OwnModel.from_bytes(known.to_bytes(config), config) == known

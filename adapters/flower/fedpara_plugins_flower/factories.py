@@ -19,12 +19,13 @@ __all__ = ["factorise_class", "factorised", "plain_model_hint"]
 
 P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 MARK = "_fedpara_factorised"
 """Attribute of a class that was changed in place."""
 
 
-def factorised(factory: Callable[P, M]) -> Callable[P, M]:
+def factorised(factory: Callable[P, T]) -> Callable[P, T]:
     """Wrap a model class or factory, so that its models are converted as the active run says.
 
     Use it right after the imports, ``Net = fedpara.factorised(Net)``: every ``Net()`` of the file
@@ -34,9 +35,9 @@ def factorised(factory: Callable[P, M]) -> Callable[P, M]:
     is returned unchanged.
 
     Args:
-        factory: the model's class, or any function that returns a new model. A class is changed in
-            place if it is defined in the file that calls this function: its methods may refer to
-            it by its name, as in ``super(Net, self)``.
+        factory: the model's class, or any function that returns a new model, or several in a tuple
+            or list. A class is changed in place if it is defined in the file that calls this
+            function: its methods may refer to it by its name, as in ``super(Net, self)``.
 
     Returns:
         A function with the same arguments (or the class). It raises `ConfigError` if it is called
@@ -45,14 +46,29 @@ def factorised(factory: Callable[P, M]) -> Callable[P, M]:
     if isinstance(factory, type):
         caller = sys._getframe(1).f_globals.get("__name__")
         if MARK in vars(factory) or factory.__module__ == caller:
-            return cast(Callable[P, M], factorise_class(factory))
+            return cast(Callable[P, T], factorise_class(factory))
 
     @functools.wraps(factory, updated=())
-    def build(*args: P.args, **kwargs: P.kwargs) -> M:
+    def build(*args: P.args, **kwargs: P.kwargs) -> T:
         run = _run_for(getattr(factory, "__name__", "the model"))
-        return run.converted(factory(*args, **kwargs))
+        return cast(T, _converted(run, factory(*args, **kwargs)))
 
     return build
+
+
+def _converted(run: Run, built: Any) -> Any:
+    """Convert the model, or every model of a tuple or list, that a factory has returned."""
+    if isinstance(built, tuple | list):
+        beside = sum(isinstance(each, nn.Module) for each in built) > 1
+        found = [
+            run.converted(each, beside=beside) if isinstance(each, nn.Module) else each
+            for each in built
+        ]
+        if any(isinstance(each, nn.Module) for each in built):
+            # A named tuple takes its fields one by one.
+            kind = type(built)
+            return kind(*found) if hasattr(built, "_fields") else kind(found)
+    return run.converted(built)
 
 
 def factorise_class(model_class: type[M]) -> type[M]:

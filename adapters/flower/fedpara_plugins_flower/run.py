@@ -19,15 +19,25 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
-from fedpara_plugins import ConfigError, FedParaConfig, ModelSpec, convert
+from fedpara_plugins import ConfigError, FedParaConfig, ModelSpec
 from fedpara_plugins.exchange import (
     DenseRound,
     OwnModels,
+    convert_or_keep,
     converted_copy,
+    is_apart,
     plain_spec,
     zero_private_factors,
 )
-from fedpara_plugins.models import adopt_plans, agreed_config, keep_own_values
+from fedpara_plugins.models import (
+    Shapes,
+    adopt_plans,
+    agreed_config,
+    find_part,
+    frozen_tensors,
+    keep_own_values,
+    shapes_of,
+)
 from fedpara_plugins.support import Outages, Storage
 from fedpara_plugins.training import RoundProgress, round_progress, start_round
 from fedpara_plugins_flower.logs import log
@@ -57,10 +67,14 @@ class Run:
         plans: on a client, the factorised weights of these models, known before they are read.
         standing_in: on a client without private state, the values that it was given for private
             tensors which are no factors; the models built here keep their own instead.
-        expected: on a client, the models that the server's message describes, as far as it has been
-            read.
+        expected: on a client, the models, or parts of them, that the server's message describes, as
+            far as it has been read.
+        received: on a client, the shapes of its tensors, by the set of names of each model.
         specs: the models that `factorised` built here, each under the set of names of its state,
             and under that of its ``parameters()`` where the model has buffers too.
+        shapes: of their states, under the same sets of names.
+        built: the models that were built here, for their frozen tensors; on a server the first of
+            each kind alone.
         previous_steps: on a client, optimizer steps of its previous training round, if known.
         plain: on a client with the option ``local`` set to ``dense``: specs of the plain model that
             the run starts from, under the names of its state and under those of its parameters.
@@ -87,7 +101,10 @@ class Run:
     plans: list[ModelSpec] = field(default_factory=list)
     standing_in: Mapping[str, Tensor] = field(default_factory=dict)
     expected: list[ModelSpec] = field(default_factory=list)
+    received: Mapping[frozenset[str], Shapes] = field(default_factory=dict)
     specs: dict[frozenset[str], ModelSpec] = field(default_factory=dict)
+    shapes: dict[frozenset[str], Shapes] = field(default_factory=dict)
+    built: list[tuple[ModelSpec, nn.Module]] = field(default_factory=list)
     previous_steps: int | None = None
     plain: dict[frozenset[str], ModelSpec] = field(default_factory=dict)
     start: DenseRound | None = None
@@ -102,24 +119,65 @@ class Run:
     strategy: object | None = None
     left_out: int = 0
     outages: Outages = field(default_factory=lambda: Outages(log))
+    _begun: set[frozenset[str]] = field(default_factory=set)
 
     @property
     def trains_dense(self) -> bool:
         """Return whether this side's models stay dense, and the mod projects their updates."""
         return self.side == "client" and self.settings.trains_dense
 
-    def converted(self, model: M) -> M:
+    @property
+    def models(self) -> list[tuple[ModelSpec, Shapes]]:
+        """The models that were built here: their specs, and the shapes of their states."""
+        return [(spec, self.shapes.get(names, {})) for names, spec in self.specs.items()]
+
+    def spec_of(self, tensors: Mapping[str, Tensor]) -> ModelSpec | None:
+        """Return the spec of a state of a model that was built here, or of a part of one."""
+        spec = self.specs.get(frozenset(tensors))
+        if spec is not None:
+            return spec
+        part = find_part(self.models, shapes_of(tensors))
+        return None if part is None else part.spec
+
+    def states(self) -> Iterator[tuple[ModelSpec, Mapping[str, Tensor]]]:
+        """Yield the models that were built here: their specs, and their states."""
+        for spec, model in self.built:
+            yield spec, model.state_dict()
+
+    def frozen_in(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Return the frozen ones of tensors that are sent, as the model holds them.
+
+        Args:
+            tensors: a state of a model that was built here, or a part of one.
+
+        Returns:
+            The frozen tensors by the names that are sent; None if no such model is known.
+        """
+        for spec, model in self.built:
+            part = find_part([(spec, shapes_of(model.state_dict()))], shapes_of(tensors))
+            if part is not None:
+                frozen = frozen_tensors(model)
+                return {name: frozen[key] for name, key in part.names.items() if key in frozen}
+        return None
+
+    def converted(self, model: M, *, beside: bool = False) -> M:
         """Convert a model that the user's code has just built, and keep its spec.
 
         A client that trains dense compares the model and returns it unchanged.
 
+        Args:
+            model: of the user's code.
+            beside: whether another model, built together with it, is converted.
+
         Raises:
             MismatchError: if the server's message describes another model.
         """
+        config = self._config(model)
         if self.trains_dense:
-            return self._compared(model)
-        model = convert(model, self._config())
-        self._register(model)
+            return self._compared(model, config)
+        model = convert_or_keep(model, config, may_keep=beside)
+        spec = self._register(model)
+        self._keep_built(spec, model)
         keep_own_values(model, self.standing_in)
         if self.side == "server":
             zero_private_factors(model)
@@ -130,17 +188,25 @@ class Run:
             model.register_load_state_dict_post_hook(_report_loaded)  # type: ignore[no-untyped-call]
         return model
 
+    def _keep_built(self, spec: ModelSpec, model: nn.Module) -> None:
+        """Keep a model whose frozen tensors are asked for later; it may be frozen by then."""
+        known = any(other.fingerprint == spec.fingerprint for other, _ in self.built)
+        if self.settings.leaves_frozen and not (known and self.side == "server"):
+            self.built.append((spec, model))
+
     def _register(self, model: nn.Module, *, plain_bytes: int = 0) -> ModelSpec:
         self._adopt_plans(model)
         spec = ModelSpec.of(model)
         alike = _of_parameters(spec, model)
         specs = {frozenset(s.keys): s for s in (alike, spec)}
-        self._check_expected(spec, specs)
+        shapes = shapes_of(model.state_dict())
+        self._check_expected(spec, specs, shapes)
         self.specs |= specs
+        self.shapes |= dict.fromkeys(specs, shapes)
         if self.own is not None:
             size = plain_bytes + sum(value.nbytes for value in model.state_dict().values())
             for known in specs.values():
-                self.own.add(known, size if known is spec else 0)
+                self.own.add(known, size if known is spec else 0, shapes)
         return spec
 
     def _adopt_plans(self, model: nn.Module) -> None:
@@ -149,21 +215,31 @@ class Run:
         for agreed in (*self.plans, *first):
             adopt_plans(model, agreed)
 
-    def _check_expected(self, spec: ModelSpec, specs: Mapping[frozenset[str], ModelSpec]) -> None:
-        """Raise if a model that was built is none of those that the message describes."""
-        for expected in self.expected:
-            if (mine := specs.get(frozenset(expected.keys))) is not None:
-                mine.check_equal(expected, here="this client", there="the server")
-                return
+    def _check_expected(
+        self, spec: ModelSpec, specs: Mapping[frozenset[str], ModelSpec], shapes: Shapes
+    ) -> None:
+        """Raise if a model that was built has no part in what the message describes."""
         met = any(frozenset(expected.keys) in self.specs for expected in self.expected)
+        for expected in self.expected:
+            names = frozenset(expected.keys)
+            mine = specs.get(names)
+            if mine is None and names not in self.specs:
+                given = self.received.get(names, {})
+                part = find_part([(spec, shapes)], {key: given.get(key) for key in expected.keys})
+                mine = None if part is None else part.spec
+            if mine is not None:
+                mine.check_equal(expected, here="this client", there="the server")
+                met = True
+            met = met or is_apart(expected, spec)
         if self.expected and not met:
             spec.check_equal(self.expected[0], here="this client", there="the server")
 
-    def _compared(self, model: M) -> M:
+    def _compared(self, model: M, config: FedParaConfig) -> M:
         first = self.starts and not self.specs
-        factors = converted_copy(model, self._config())
+        factors = converted_copy(model, config)
         size = sum(value.nbytes for value in model.state_dict().values())
         spec = self._register(factors, plain_bytes=size)
+        self._keep_built(spec, factors)
         keep_own_values(model, self.standing_in)
         if first:
             self.start = DenseRound(spec, factors.state_dict())
@@ -172,10 +248,13 @@ class Run:
             self.plain = {frozenset(names): plain_spec(names) for names in lists}
         return model
 
-    def _config(self) -> FedParaConfig:
-        """Return the config; only the model that the run starts from keeps its values."""
+    def _config(self, model: nn.Module) -> FedParaConfig:
+        """Return the config; only a model that the run starts from keeps its values."""
+        names = frozenset(model.state_dict()) if isinstance(model, nn.Module) else frozenset()
+        first = (self.side == "server" or self.starts) and names not in self._begun
+        self._begun.add(names)
         config = self.settings.config
-        if (self.side == "server" or self.starts) and not self.specs:
+        if first:
             return config
         return agreed_config(config, (*self.plans, *self.specs.values()))
 
@@ -219,7 +298,7 @@ def to_dense(arrays: ArrayRecord | Mapping[str, Tensor]) -> dict[str, Tensor]:
     run = active_run()
     if run is not None and run.trains_dense:
         return dict(state)  # such a client's state is dense already
-    spec = run.specs.get(frozenset(state)) if run else None
+    spec = run.spec_of(state) if run else None
     if spec is None:
         raise ConfigError(
             "fedpara: to_dense() knows only models that factorised(...) built in the same run, "

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fedpara_plugins import ConfigError, ConversionError, FedParaError, MismatchError
-from fedpara_plugins.exchange import ClientRound, ClientState
+from fedpara_plugins.exchange import ClientRound, ClientState, LacksFrozenError
 from fedpara_plugins.references import LostReferenceError
 from fedpara_plugins.support import PrefixView, Storage
 from fedpara_plugins.training import round_progress, start_round
@@ -105,6 +105,10 @@ class ClientEngine(ClientModels):
                 if loaded is not None:
                     loaded()
                 return self._answer(head, visit, client_round, storage, examples)
+            except LacksFrozenError as error:
+                log.info("fedpara: the server is asked for its frozen tensors: %s", error)
+                lost = Head(round=head.round, purpose=head.purpose, lost=True, lacks=[error.record])
+                return pack(lost.to_json(), {})
             except LostReferenceError as error:
                 log.warning("fedpara: the server is asked to send again: %s", error)
                 has = client_round.known_hashes()
@@ -172,7 +176,7 @@ class ClientEngine(ClientModels):
             records = {MODEL: after, **work.records}
             training = round_progress(self._trainer.model)
             steps = 0 if training is None else training.steps
-        leaving = client_round.prepare_reply(records)
+        leaving = client_round.prepare_reply(records, noisy=local_dp_is_on())
         payloads = client_round.encode(leaving, on_encoded=work.on_encoded)
         client_round.keep(steps=steps)
         answer = Head(

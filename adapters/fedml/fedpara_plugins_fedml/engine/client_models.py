@@ -21,7 +21,14 @@ from fedpara_plugins.exchange import (
 )
 from fedpara_plugins.models import adopt_plans
 from fedpara_plugins_fedml.engine.client_storage import ClientStorages
-from fedpara_plugins_fedml.engine.models import dense_of, exchanged, plain_state, spec_for, to_state
+from fedpara_plugins_fedml.engine.models import (
+    dense_of,
+    exchanged,
+    frozen_of,
+    plain_state,
+    spec_for,
+    to_state,
+)
 from fedpara_plugins_fedml.messages.envelope import unpack
 from fedpara_plugins_fedml.messages.head import MODEL, Head
 from fedpara_plugins_fedml.rules import State
@@ -71,6 +78,7 @@ class ClientModels:
         self._spec = self._exchanged()
         self._own = OwnModels(settings.config, [OwnModel(self._spec, nbytes)], complete=True)
         self._agreed = False
+        self._start = frozen_of(trainer.model, names)
         self._storages = ClientStorages(settings.state_dir)
         self._updates = updates
         self._parts = parts
@@ -90,7 +98,8 @@ class ClientModels:
             model = self._received(self._round_of(ClientState(storage)), envelope.payloads)
         self._trainer.set_id(int(client))
         self._trainer.set_model_params(plain_state(model.user_tensors))
-        return dict(model.held.tensors)
+        private = self._spec.private_keys
+        return {name: value for name, value in model.full.items() if name not in private}
 
     def load(self, client: str | None, state: Mapping[str, Tensor]) -> None:
         """Give the trainer's model a server's state, completed with this client's private part.
@@ -141,7 +150,12 @@ class ClientModels:
             kind_of=self._kind_of,
             parts=self._parts,
             remedy=REMEDY,
+            states=self._states,
         )
+
+    def _states(self) -> list[tuple[ModelSpec, Mapping[str, Tensor]]]:
+        """Return the trainer's model, with its frozen tensors as they were at the start."""
+        return [(self._spec, {**self._trainer.model.state_dict(), **self._start})]
 
     def _kind_of(self, record: str) -> RecordKind:
         if record == MODEL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -10,15 +11,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedpara_plugins import ConversionError, ModelSpec, convert
-from fedpara_plugins.exchange import converted_copy, log_idle_options, zero_private_factors
+from fedpara_plugins import ConversionError, ModelSpec
+from fedpara_plugins.exchange import (
+    convert_or_keep,
+    converted_copy,
+    is_apart,
+    log_idle_options,
+    plain_spec,
+    zero_private_factors,
+)
+from fedpara_plugins.models import StatePart, find_part, frozen_tensors, shapes_of
 from fedpara_plugins_fedml.settings import FedMLSettings, naming_keys
 
 __all__ = [
+    "check_names_for",
     "client_model",
     "converted",
     "dense_of",
     "exchanged",
+    "frozen_of",
     "plain_state",
     "server_copy",
     "spec_for",
@@ -26,7 +37,12 @@ __all__ = [
 ]
 
 
+log = logging.getLogger("fedpara.fedml")
+
 State = dict[str, Tensor]
+
+SERVER_ALONE = ("FedAvg", "FedOpt")
+"""Optimizers that act on the server alone, and so on any names."""
 
 
 def converted(model: Any, settings: FedMLSettings) -> nn.Module:
@@ -42,7 +58,7 @@ def converted(model: Any, settings: FedMLSettings) -> nn.Module:
             f"torch.nn.Module. Remove the fedpara_* keys from the YAML for other engines"
         )
     with naming_keys():
-        return convert(model, settings.config)
+        return convert_or_keep(model, settings.config)
 
 
 def client_model(model: Any, settings: FedMLSettings) -> tuple[nn.Module, nn.Module]:
@@ -83,16 +99,32 @@ def exchanged(model: nn.Module, names: Collection[str]) -> ModelSpec:
     return spec_for(model, [key for name in names for key in factors.get(name, [name])])
 
 
-def spec_for(model: nn.Module, names: Collection[str]) -> ModelSpec:
+def spec_for(model: nn.Module, names: Collection[str] | Mapping[str, Tensor]) -> ModelSpec:
     """Return the spec of what a project exchanges of its model: all of the state, or a part.
 
     A factorised weight that does not travel at all is the project's own, like all other names that
-    do not.
+    do not. A part may have other names, see `models.find_part`.
+
+    Args:
+        model: converted.
+        names: of what is exchanged; with the tensors, other names can be understood.
 
     Raises:
-        ConversionError: names that the model has not, or a part of a weight's factors.
+        ConversionError: names that the model has not, where a part of it is private or factorised
+            and it cannot be told which part these are; or some of a weight's factors.
     """
     spec = ModelSpec.of(model)
+    if isinstance(names, Mapping) and not set(names) <= set(spec.keys):
+        part = part_under_other_names(model, names)
+        if part is not None:
+            return part.spec
+        if is_apart(plain_spec(names), spec) and not spec.private_keys:
+            log.info(
+                "fedpara: it cannot be told which part of the model get_model_params() gives (%d "
+                "tensors, the first %r): the codec alone acts on it",
+                len(names), next(iter(names), ""),
+            )  # fmt: skip
+            return plain_spec(names)
     kept = set(names)
     if strange := sorted(kept - set(spec.keys)):
         raise ConversionError(
@@ -121,6 +153,41 @@ def spec_for(model: nn.Module, names: Collection[str]) -> ModelSpec:
     )
 
 
+def check_names_for(optimizer: str, model: nn.Module, names: Collection[str]) -> None:
+    """Raise for an optimizer of clients where what is exchanged has other names than the model.
+
+    Args:
+        optimizer: its name.
+        model: converted.
+        names: of what is exchanged.
+
+    Raises:
+        ConversionError: it would correct nothing.
+    """
+    other = [name for name in names if name not in model.state_dict()]
+    if other and optimizer not in SERVER_ALONE:
+        raise ConversionError(
+            f"fedpara: get_model_params() gives {other[0]!r}, which the model's state_dict() has "
+            f"not, and {optimizer} corrects the clients' steps by the state's own names: exchange "
+            f"those, or set federated_optimizer to one of {', '.join(SERVER_ALONE)}"
+        )
+
+
+def frozen_of(model: nn.Module, names: Collection[str] | Mapping[str, Tensor]) -> State:
+    """Return copies of the frozen tensors among what a project exchanges.
+
+    Args:
+        model: the project's, converted or plain.
+        names: of what is exchanged.
+    """
+    frozen = frozen_tensors(model)
+    own = {name: name for name in names}
+    if isinstance(names, Mapping) and not set(names) <= set(model.state_dict()):
+        part = part_under_other_names(model, names)
+        own = {} if part is None else dict(part.names)
+    return {name: frozen[key].detach().cpu().clone() for name, key in own.items() if key in frozen}
+
+
 def dense_of(model: nn.Module, exchanged: Mapping[str, Tensor], *, private: bool) -> State:
     """Return the plain model's state, ready for ``load_state_dict(strict=True)``.
 
@@ -130,9 +197,23 @@ def dense_of(model: nn.Module, exchanged: Mapping[str, Tensor], *, private: bool
         private: whether private factors count; without them it is the shared W1.
     """
     spec = ModelSpec.of(model)
-    state = {**to_state(model.state_dict()), **exchanged}
+    own = to_state(model.state_dict())
+    part = None if set(exchanged) <= set(own) else part_under_other_names(model, exchanged)
+    named = exchanged if part is None else {part.names[n]: v for n, v in exchanged.items()}
     left_out = frozenset() if private else spec.private_factors
-    return spec.dense_state({k: v for k, v in state.items() if k not in left_out})
+    state = {k: v for k, v in {**own, **named}.items() if k not in left_out}
+    return {**{k: v for k, v in named.items() if k not in own}, **spec.dense_state(state)}
+
+
+def part_under_other_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> StatePart | None:
+    """Return the part of a model's state that tensors are which have names of their own.
+
+    Args:
+        model: converted.
+        tensors: of the part.
+    """
+    known = [(ModelSpec.of(model), shapes_of(model.state_dict()))]
+    return find_part(known, shapes_of(tensors))
 
 
 def to_state(params: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -16,13 +16,21 @@ from fedpara_plugins.exchange import (
     Size,
     check_hashes,
     examples_of,
+    frozen_record,
     plain_spec,
     reason_of,
     server_checkpoint,
 )
 from fedpara_plugins.optimizers import trained_parameters
 from fedpara_plugins_fedml.engine.aggregation import Aggregation
-from fedpara_plugins_fedml.engine.models import dense_of, plain_state, spec_for, to_state
+from fedpara_plugins_fedml.engine.models import (
+    check_names_for,
+    dense_of,
+    frozen_of,
+    plain_state,
+    spec_for,
+    to_state,
+)
 from fedpara_plugins_fedml.engine.replies import Replies
 from fedpara_plugins_fedml.engine.server_state import CompletedRound, ServerFile
 from fedpara_plugins_fedml.messages.envelope import Envelope, pack, unpack
@@ -78,6 +86,8 @@ class ServerEngine:
         self._aggregator = aggregator
         self._x = to_state(aggregator.get_model_params())
         self._spec = spec_for(aggregator.model, self._x)
+        check_names_for(rule.name, aggregator.model, self._x)
+        self._frozen = frozen_of(aggregator.model, self._x)
         rule.trained = frozenset(trained_parameters(aggregator.model)) & self._x.keys()
         self._aggregation = Aggregation(aggregator, args, self._spec)
         self._encoder = DownlinkEncoder(settings, self._outages)
@@ -138,7 +148,8 @@ class ServerEngine:
         self._put()
 
     def _put(self) -> None:
-        self._encoder.put(MODEL, self._x, self._spec)
+        self._encoder.put(MODEL, self._x, self._spec, frozen=self._frozen)
+        self._x = dict(self._encoder.content(MODEL))  # frozen tensors without an average's rounding
         for name, tensors in self.rule.records().items():
             self._encoder.put(name, dict(tensors), plain_spec(tensors), sized_as=self._spec)
 
@@ -155,9 +166,14 @@ class ServerEngine:
         task = dict(self.rule.task(client))
         head = Head(round=self.round, purpose=purpose, task=task)
         payloads = {name: self._encoder.encode(client, name) for name in records}
+        once = self._encoder.frozen_payload(client, MODEL)
+        if once is not None:
+            payloads[frozen_record(MODEL)] = once
         data = pack(head.to_json(), payloads)
         self.accounting.describe_layers(lambda: self._encoder.layers(MODEL))
         size = sum((self._encoder.size(name) for name in records), Size())
+        if once is not None:
+            size += self._encoder.frozen_size(MODEL)
         self.accounting.message(self.round, "down", client, size, encoded=len(data), kind=purpose)
         return data
 
@@ -180,6 +196,7 @@ class ServerEngine:
             self._check(client, head)
             if head.lost:
                 self._encoder.note_refusal(client, head.has)
+                self._encoder.note_lacking(client, head.lacks)
                 return False
             if head.error:
                 self._encoder.note_failure(client)

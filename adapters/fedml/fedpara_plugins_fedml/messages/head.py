@@ -36,6 +36,7 @@ class Head:
         fresh: whether the client had no private state and started from the seeded first one.
         lost: whether the client lacks the reference that the message was coded against; it did not
             train then.
+        lacks: where ``lost``: the records whose frozen tensors the client has to be sent.
         report: client to server: the optimizer's values.
         metrics: client to server: of an evaluation.
         error: reason why the client has no reply; "" if it has.
@@ -51,6 +52,7 @@ class Head:
     decoders: Sequence[str] = ()
     fresh: bool = False
     lost: bool = False
+    lacks: Sequence[str] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     error: str = ""
@@ -86,6 +88,7 @@ class Head:
             )
         _check_texts("holds", values.get("holds", {}).values())
         _check_texts("decoders", values.get("decoders", ()))
+        _check_texts("lacks", values.get("lacks", ()))
         for held in values.get("has", {}).values():
             _check_texts("has", held if isinstance(held, list) else [held, None])
         return cls(**values)
@@ -132,6 +135,7 @@ _KINDS: dict[str, Any] = {
     "decoders": list,
     "fresh": bool,
     "lost": bool,
+    "lacks": list,
     "report": dict,
     "metrics": dict,
     "error": str,

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from flwr.app import Array, ArrayRecord, Message
 
 from fedpara_plugins import TooLargeError
-from fedpara_plugins.exchange import ClientRound, ReceivedRecord
+from fedpara_plugins.exchange import FROZEN, ClientRound, ReceivedRecord
+from fedpara_plugins.models import shapes_of
 from fedpara_plugins_flower.messages import legacy_lists
 from fedpara_plugins_flower.messages.deferred_record import DeferredRecord
 from fedpara_plugins_flower.messages.records import to_record
@@ -21,7 +22,8 @@ class Arrival:
 
     A client takes no more than its own model allows. Once the app has built a model, the client
     remembers it, and decodes before the app runs. Until then it decodes what is small. A large
-    message waits until the app reads an array, since apps build their model first.
+    message waits until the app reads an array, since apps build their model first; and so does a
+    record without its frozen tensors, which are that model's.
 
     Args:
         message: its records of arrays are replaced.
@@ -60,9 +62,12 @@ class Arrival:
             self._waits = True
             self._run.plans = self._round.described_plans(self._payloads)
         for name in self._payloads:
+            if name.startswith(FROZEN):
+                del self._message.content[name]
+                continue
             expected = legacy_lists.request_name(self._message, name)
             record: ArrayRecord
-            if self._waits:
+            if self._waits or self._round.received[name].spec.frozen:
                 record = DeferredRecord(lambda name=name: self._arrays(name))  # type: ignore[misc]
             else:
                 record = to_record(self._round.received[name].user_tensors)
@@ -91,8 +96,11 @@ class Arrival:
     def _receive(self, *, unbounded: bool = False) -> None:
         received = self._round.receive(self._payloads, unbounded=unbounded)
         self._run.expected = self._run.plans = [part.spec for part in self._round.models]
+        self._run.received = {
+            frozenset(part.spec.keys): shapes_of(part.held.tensors) for part in self._round.models
+        }
         self._run.standing_in = {
-            name: part.full[name]
+            name: part.private[name]
             for part in self._round.models
             if part.fresh
             for name, own in part.spec.own.items()

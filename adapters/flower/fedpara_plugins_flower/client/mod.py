@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
+from torch import nn
 
-from fedpara_plugins import ConfigError, FedParaError, PayloadError
+from fedpara_plugins import ConfigError, FedParaError, ModelSpec, PayloadError
 from fedpara_plugins.codecs import readable
-from fedpara_plugins.exchange import ClientRound, OwnModels, ReceivedRecord
+from fedpara_plugins.exchange import ClientRound, LacksFrozenError, OwnModels, ReceivedRecord
 from fedpara_plugins.references import LostReferenceError
 from fedpara_plugins.support import Storage
 from fedpara_plugins_flower.client.arrival import Arrival
@@ -31,7 +32,7 @@ from fedpara_plugins_flower.messages.records import (
 from fedpara_plugins_flower.messages.refusal import refuse_plain_message
 from fedpara_plugins_flower.messages.reply_marker import Marker
 from fedpara_plugins_flower.privacy import secagg
-from fedpara_plugins_flower.privacy.clipping import check_clipping_mods
+from fedpara_plugins_flower.privacy.clipping import adds_noise, check_clipping_mods
 from fedpara_plugins_flower.run import Run, open_run
 from fedpara_plugins_flower.settings import FlowerSettings
 
@@ -141,7 +142,14 @@ def _answer(
 ) -> Message:
     state = client_state(context, settings.state_dir, storage)
     own = OwnModels(settings.config, state.own_models(settings.config))
-    client_round = ClientRound(settings, state, own=own, kind_of=kind_of)
+    built: list[tuple[ModelSpec, nn.Module]] = []
+    client_round = ClientRound(
+        settings,
+        state,
+        own=own,
+        kind_of=kind_of,
+        states=lambda: ((spec, model.state_dict()) for spec, model in built),
+    )
     run = Run(
         settings,
         side="client",
@@ -149,6 +157,7 @@ def _answer(
         previous_steps=client_round.previous_steps,
         storage=storage,
         starts=legacy_lists.asks_for_parameters(message),
+        built=built,
     )
     check = partial(_check_received, message, call_next, settings)
     arrival = Arrival(message, payloads, client_round, run, check)
@@ -158,13 +167,18 @@ def _answer(
         if reply.has_error() or secagg.is_step_without_arrays(message, reply):
             return reply
         received = arrival.received()
+        export(message, context, settings, client_round)
+    except LacksFrozenError as error:
+        log.info("fedpara: the server is asked for its frozen tensors: %s", error)
+        lacking = Marker(lost=True, lacks=[error.record], decoders=readable())
+        return Message(lacking.attached_to(RecordDict()), reply_to=message)
     except LostReferenceError as error:
         log.warning("fedpara: the server is asked to send again: %s", error)
         lost = Marker(lost=True, has=client_round.known_hashes(), decoders=readable())
         return Message(lost.attached_to(RecordDict()), reply_to=message)
     _name_arrays(reply, received, run)
-    export(message, context, settings, client_round)
-    _encode_in_place(reply, client_round, run, masked=secagg.masks_reply(message))
+    noisy = adds_noise(call_next)
+    _encode_in_place(reply, client_round, run, masked=secagg.masks_reply(message), noisy=noisy)
     client_round.keep(steps=max((training.steps for training in run.trainings), default=0))
     # Only now: a round that fails leaves no trace, and one that is killed none or all of it.
     storage.commit()
@@ -185,7 +199,7 @@ def _check_received(
     hidden = any(part.spec.private_keys for part in received.values())
     secagg.check_order(message, private=hidden)
     for part in received.values():
-        check_clipping_mods(call_next, settings, part.user_tensors)
+        check_clipping_mods(call_next, settings, {**part.held.tensors, **part.private})
 
 
 def _name_arrays(reply: Message, received: Mapping[str, ReceivedRecord], run: Run) -> None:
@@ -201,7 +215,7 @@ def _name_arrays(reply: Message, received: Mapping[str, ReceivedRecord], run: Ru
     own = run.own or OwnModels(run.settings.config)
     if named is not None or not own:
         own.check_order_known(named.spec if named else None)
-    names = tuple(named.user_tensors) if named else None
+    names = named.user_names if named else None
     specs = run.plain or {frozenset(spec.keys): spec for spec in own.specs}
     legacy_lists.name_reply(reply, names, specs)
 
@@ -224,7 +238,9 @@ def _call_app(message: Message, context: Context, call_next: App, run: Run) -> M
             raise
 
 
-def _encode_in_place(reply: Message, client_round: ClientRound, run: Run, *, masked: bool) -> None:
+def _encode_in_place(
+    reply: Message, client_round: ClientRound, run: Run, *, masked: bool, noisy: bool
+) -> None:
     """Replace the arrays of a reply by what travels, and add the marker.
 
     Args:
@@ -232,6 +248,7 @@ def _encode_in_place(reply: Message, client_round: ClientRound, run: Run, *, mas
         client_round: the round that it ends.
         run: that the app ran in.
         masked: whether `secaggplus_mod` masks the numbers, which then leave uncoded.
+        noisy: whether a mod has added noise to all of them.
 
     Raises:
         PayloadError: see `ClientRound.prepare_reply` and `ClientRound.encode`.
@@ -241,7 +258,7 @@ def _encode_in_place(reply: Message, client_round: ClientRound, run: Run, *, mas
         for name, record in reply.content.array_records.items()
         if not legacy_lists.carries_nothing(record)
     }
-    leaving = client_round.prepare_reply(records, start=run.start)
+    leaving = client_round.prepare_reply(records, start=run.start, noisy=noisy)
     if masked:
         for name, part in leaving.items():
             secagg.take_shared(reply.content, name, part.shared)

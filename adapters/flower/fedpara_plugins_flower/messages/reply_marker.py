@@ -16,6 +16,7 @@ MARKER_KEY = "fedpara"
 HOLDS = "holds."
 HAS = "has."
 DECODERS = "decoders"
+LACKS = "lacks"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Marker:
             not called then.
         has: in that case, by record name, the hashes of the references that it holds.
         decoders: names of the entropy stages that the client can decode.
+        lacks: where ``lost``, the records whose frozen tensors the client has to be sent.
     """
 
     holds: Mapping[str, str] = field(default_factory=dict)
@@ -36,11 +38,14 @@ class Marker:
     lost: bool = False
     has: Mapping[str, Sequence[str]] = field(default_factory=dict)
     decoders: Sequence[str] = ()
+    lacks: Sequence[str] = ()
 
     def attached_to(self, content: RecordDict) -> RecordDict:
         """Add this marker to a reply's content, and return the content."""
         record = ConfigRecord({"fresh": self.fresh, "lost": self.lost})
         record[DECODERS] = list(self.decoders)
+        if self.lacks:
+            record[LACKS] = list(self.lacks)
         for name, value in self.holds.items():
             record[HOLDS + name] = value
         for name, values in self.has.items():
@@ -66,13 +71,17 @@ class Marker:
         holds = {k[len(HOLDS) :]: _text(v) for k, v in record.items() if k.startswith(HOLDS)}
         has = {k[len(HAS) :]: _texts(v) for k, v in record.items() if k.startswith(HAS)}
         decoders = _texts(record.get(DECODERS, []))
+        lacks = _texts(record.get(LACKS, []))
         check_hashes(holds, has, decoders, records=records)
+        if len(lacks) > records:
+            raise PayloadError(f"the reply lacks {len(lacks)} records, {records} are sent")
         return cls(
             holds=holds,
             fresh=_flag(record, "fresh"),
             lost=_flag(record, "lost"),
             has=has,
             decoders=decoders,
+            lacks=lacks,
         )
 
 

@@ -24,7 +24,16 @@ from fedpara_plugins_flower.seams import (
 )
 from fedpara_plugins_flower.settings import FlowerSettings
 
-__all__ = ["check_clipped_message", "check_clipping_mods"]
+__all__ = ["adds_noise", "check_clipped_message", "check_clipping_mods"]
+
+
+def adds_noise(call_next: Callable[..., Any]) -> bool:
+    """Return whether a mod of Flower's adds noise to all that a client answers with.
+
+    Args:
+        call_next: the function that the plugin's mod calls: the mods after it and the app.
+    """
+    return any(isinstance(function, LOCAL_DP_MODS) for function in reachable_functions(call_next))
 
 
 def check_clipped_message(message: Message, settings: FlowerSettings) -> None:

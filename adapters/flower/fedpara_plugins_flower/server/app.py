@@ -176,7 +176,7 @@ def _write_checkpoint(run: Run, final: FinalState) -> FedParaError | None:
             "fedpara.to_dense(result.arrays) in the app instead."
         )
         return None
-    spec = run.specs.get(frozenset(state))
+    spec = run.spec_of(state)
     model = "the server's model"
     if spec is not None:
         if spec.private_factors:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpara_plugins import FedParaError
-from fedpara_plugins.exchange import Size
+from fedpara_plugins.exchange import FROZEN, Size
 from fedpara_plugins.models import restore_infinities
 from fedpara_plugins_flower.messages import legacy_lists
 from fedpara_plugins_flower.messages.records import is_optimizer_record, with_content
@@ -238,7 +238,10 @@ class CodecGrid(ForwardingGrid):
             self._accounting.describe_layers(
                 message, lambda: chain.from_iterable(map(self._outbox.layers, models))
             )
-            self._accounting.sent(encoded, sum(map(self._outbox.size, names), Size()))
+            once = encoded.content.array_records.keys() - set(names)
+            sizes = [*map(self._outbox.size, names)]
+            sizes += [self._outbox.frozen_size(name.removeprefix(FROZEN)) for name in once]
+            self._accounting.sent(encoded, sum(sizes, Size()))
             return encoded
 
     def _received(self, replies: Sequence[Message]) -> tuple[list[Message], set[int]]:

@@ -8,8 +8,16 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
-from fedpara_plugins import ConfigError, ModelSpec
-from fedpara_plugins.exchange import DownlinkEncoder, ReplyReader, cast, plain_spec
+from fedpara_plugins import ModelSpec
+from fedpara_plugins.exchange import (
+    DownlinkEncoder,
+    RecordModels,
+    ReplyReader,
+    cast,
+    frozen_record,
+    plain_spec,
+)
+from fedpara_plugins_flower.logs import log
 from fedpara_plugins_flower.messages.records import (
     is_optimizer_record,
     kind_of,
@@ -25,6 +33,12 @@ __all__ = ["Outbox"]
 
 State = dict[str, Tensor]
 
+ADD_LINE = "Add to the server, after the imports: Net = fedpara.factorised(Net)"
+IN_PLACE = (
+    "A file of the server's builds the plain model: put @fedpara.factorised on the line above the "
+    "model's class, where it is defined"
+)
+
 
 class Outbox(DownlinkEncoder):
     """Encodes the strategy's records, each against what its receiver holds.
@@ -39,6 +53,8 @@ class Outbox(DownlinkEncoder):
         # Strategies send one record object to many nodes.
         self._records: dict[str, ArrayRecord] = {}
         self._dtypes: dict[str, dict[str, torch.dtype]] = {}
+        self._started: set[str] = set()
+        self._models = RecordModels(run.settings.config, add_line=ADD_LINE, in_place=IN_PLACE)
 
     # Sending
 
@@ -49,6 +65,8 @@ class Outbox(DownlinkEncoder):
         for name, record in message.content.array_records.items():
             self._put(name, record)
             content[name] = payload_record(self.encode(client, name))
+            if (frozen := self.frozen_payload(client, name)) is not None:
+                content[frozen_record(name)] = payload_record(frozen)
         return with_content(message, content)
 
     def _put(self, name: str, record: ArrayRecord) -> None:
@@ -56,8 +74,24 @@ class Outbox(DownlinkEncoder):
             full = self._with_first_dtypes(name, to_tensors(record))
             spec = self._spec(name, full)
             sized_as = self._model_of(full) if is_optimizer_record(name) else None
-            self.put(name, full, spec, sized_as=sized_as)
+            frozen = {} if is_optimizer_record(name) else self._frozen_of(name, full)
+            self.put(name, full, spec, sized_as=sized_as, frozen=frozen)
             self._records[name] = record
+
+    def _frozen_of(self, name: str, tensors: State) -> State:
+        """Return the frozen tensors of a record that is sent for the first time."""
+        if name in self._started or not self._run.settings.leaves_frozen:
+            return {}
+        self._started.add(name)
+        found = self._run.frozen_in(tensors)
+        if found is None:
+            if not self._run.specs:
+                log.info(
+                    "fedpara: the server has built no model with the plugin, so that nothing says "
+                    "which parameters are frozen: all of record %r is sent. %s", name, ADD_LINE,
+                )  # fmt: skip
+            return {}
+        return found
 
     def _with_first_dtypes(self, name: str, tensors: State) -> State:
         """Cast what a strategy has turned into other dtypes back to what it first sent.
@@ -73,22 +107,7 @@ class Outbox(DownlinkEncoder):
     def _spec(self, name: str, tensors: Mapping[str, Tensor]) -> ModelSpec:
         if is_optimizer_record(name):
             return plain_spec(tensors)
-        spec = self._run.specs.get(frozenset(tensors))
-        if spec is not None:
-            return spec
-        config = self._run.settings.config
-        if config.method == "none" and not config.private:
-            return plain_spec(tensors)
-        for known in self._run.specs.values():
-            if set(tensors) <= set(known.keys):
-                return known
-        wanted = f"method {config.method!r}" if config.method != "none" else "the option 'private'"
-        raise ConfigError(
-            f"fedpara: {wanted} is on, but the server sends a "
-            f"record {name!r} that belongs to no converted model (its first name is "
-            f"{next(iter(tensors), None)!r}). Add to the server, after the imports: "
-            f"Net = fedpara.factorised(Net)"
-        )
+        return self._models.find(name, tensors, self._run.models)
 
     def _model_of(self, tensors: Mapping[str, Tensor]) -> ModelSpec | None:
         """Return the model among whose names these are."""
@@ -116,3 +135,4 @@ class Outbox(DownlinkEncoder):
         """Take in what a client has said: by hash what it holds, and what it can decode."""
         self.acknowledge(str(node), marker.holds, marker.decoders)
         self.note_refusal(str(node), marker.has)
+        self.note_lacking(str(node), marker.lacks)

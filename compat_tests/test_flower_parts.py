@@ -1,0 +1,128 @@
+"""Apps that exchange parts of their model, with the README's lines in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fedpara_plugins import FedParaError
+from fedpara_plugins.codecs import peek_header
+from harness.flower.apps import Outcome, federate
+from harness.flower.part_apps import PARTS, Adapted, Backbone, Part, part_apps
+
+SMALL = [name for name in PARTS if name != "whole"]
+
+
+def section(method: str, codec: str, **options: Any) -> dict[str, Any]:
+    options = {"method": method, "gamma": 0.3, "min_size": 256, "codec": codec, **options}
+    return {f"fedpara.{key}": value for key, value in options.items()}
+
+
+def methods(outcome: Outcome, record: str) -> set[str]:
+    """Return the methods of the weights that a record of the last message describes."""
+    model = peek_header(outcome.sent[-1].payloads[record]).model
+    assert model is not None
+    return {row[1] for row in model["weights"]}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_part_without_a_method_is_averaged_as_without_the_plugin(name: str) -> None:
+    coded = federate(part_apps(PARTS[name]), section("none", "lossless"))
+    plain = federate(part_apps(PARTS[name], plugin=False))
+    assert coded.state.keys() == plain.state.keys()
+    for key, value in plain.state.items():
+        assert torch.equal(coded.state[key], value), key
+
+
+@pytest.mark.parametrize("method", ["fedpara", "pfedpara"])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_method_applies_to_what_is_sent_and_factorised(name: str, method: str) -> None:
+    outcome = federate(part_apps(PARTS[name]), section(method, "small"))
+    assert not [line for line in outcome.log if "left out" in line]
+    for record in outcome.sent[-1].payloads:
+        frozen = name == "adapter" or (name, record) == ("two_parts", "encoder")
+        assert methods(outcome, record) == (set() if frozen else {method})
+    assert all(torch.isfinite(value).all() for value in outcome.state.values())
+
+
+def test_later_messages_are_updates_of_the_part() -> None:
+    outcome = federate(part_apps(PARTS["head"], rounds=3), section("fedpara", "small"))
+    down = [sent for sent in outcome.sent if sent.direction == "down"]
+    assert peek_header(down[-1].payloads["arrays"]).codec.startswith("delta")
+    assert down[-1].array_bytes < down[0].array_bytes / 2
+
+
+@pytest.mark.parametrize("method", ["none", "fedpara", "pfedpara"])
+def test_the_checkpoint_of_a_part_is_dense(method: str, tmp_path: Path) -> None:
+    path = tmp_path / "server.safetensors"
+    apps = part_apps(PARTS["head"], evaluates=True)
+    federate(apps, section(method, "none", checkpoint=str(path)))
+    assert set(load_file(path)) == {"head.weight", "head.bias"}
+
+
+def test_the_ledger_counts_the_part(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    federate(part_apps(PARTS["head"]), section("fedpara", "small", ledger=str(path)))
+    text = path.read_text()
+    dense = 4 * (48 * 32 + 32)
+    assert f'"dense_bytes": {dense}' in text or f'"dense_bytes":{dense}' in text
+
+
+class Prompted(nn.Module):
+    """A model whose app sends what has no name in its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out
+
+
+APART = Part(
+    Prompted,
+    lambda m: {"arrays": {"prompt": m.layer.weight.detach().clone()}},
+    lambda m, r: m.layer.weight.data.copy_(r["arrays"]["prompt"]) if m.layer.bias is None else None,
+)
+
+
+def test_what_is_no_part_of_the_model_is_coded_and_one_line_says_so() -> None:
+    outcome = federate(part_apps(APART), section("fedpara", "small"))
+    lines = [line for line in outcome.log if "cannot be told which part" in line]
+    assert len(lines) == 1
+    assert methods(outcome, "arrays") == set()
+
+
+def test_what_is_no_part_of_a_model_with_private_parts_is_refused() -> None:
+    with pytest.raises(FedParaError, match="a part of the model is private"):
+        federate(part_apps(APART), section("pfedpara", "small"))
+
+
+def test_a_model_of_frozen_weights_and_an_adapter_is_kept_and_one_line_says_so() -> None:
+    outcome = federate(part_apps(Part(Adapted, *_of("adapter"))), section("fedpara", "small"))
+    lines = [line for line in outcome.log if "the codec alone acts" in line]
+    assert len(lines) <= 1  # once in a process
+    assert all(len(line) < 700 for line in lines)
+
+
+def _of(name: str) -> tuple[Any, Any]:
+    return PARTS[name].records, PARTS[name].load
+
+
+def test_an_error_about_plain_arrays_advises_no_line_that_is_there() -> None:
+    plain = Part(
+        Backbone,
+        lambda m: {"arrays": dict(Backbone().state_dict())},
+        lambda m, r: None,
+    )
+    with pytest.raises(FedParaError) as caught:
+        federate(part_apps(plain), section("fedpara", "small"))
+    assert "builds the plain model" in str(caught.value)
+    assert "Net = fedpara.factorised(Net)" not in str(caught.value)
