@@ -44,9 +44,12 @@ REMEDY = "Set the same fedpara option codec on both sides"
 MOST_RECORDS = 64
 """Records of arrays in one message; apps have a handful."""
 
-MOST_TENSORS, MORE_TENSORS = 4096, 64
-"""Tensors of a record as long as no own model is known, and beyond those of the largest own model:
-each takes time, however small it is."""
+MORE_TENSORS = 64
+"""Tensors of a record beyond those of the largest own model: each takes some 0.1 ms, however small
+it is."""
+
+FEW_TENSORS, MOST_TENSORS = 256, 4096
+"""Tensors of a record as long as no own model is known, and if none will be."""
 
 
 class ClientRound:
@@ -115,7 +118,10 @@ class ClientRound:
         budget = MessageBudget(self._own.nbytes, parts=self._parts)
         if unbounded:
             budget = MessageBudget(sum(map(first_model_limit, payloads.values())), parts=1)
-        held = {name: self._decoded(name, data, budget) for name, data in payloads.items()}
+        most = MOST_TENSORS if unbounded else FEW_TENSORS
+        if own := self._own.specs:
+            most = max(len(spec.keys) for spec in own) + MORE_TENSORS
+        held = {name: self._decoded(name, data, budget, most) for name, data in payloads.items()}
         self.received = {name: self._read(name, part, budget) for name, part in held.items()}
         return self.received
 
@@ -137,9 +143,9 @@ class ClientRound:
             if self._kind_of(name) == "model"
         ]
 
-    def _decoded(self, name: str, payload: bytes, budget: MessageBudget) -> DecodedDownlink:
-        own = [len(spec.keys) for spec in self._own.specs]
-        most = max(own) + MORE_TENSORS if own else MOST_TENSORS
+    def _decoded(
+        self, name: str, payload: bytes, budget: MessageBudget, most: int
+    ) -> DecodedDownlink:
         held = self._state.references.receive(
             name,
             payload,
