@@ -140,7 +140,8 @@ def _check_names(tensors: Tensors, wanted: tuple[str, ...]) -> None:
     if tuple(tensors) == wanted:
         return
     missing = [name for name in wanted if name not in tensors]
-    unknown = [name[:80] for name in tensors if name not in wanted]
+    known = set(wanted)
+    unknown = [name[:80] for name in tensors if name not in known]
     if missing or unknown:
         raise MismatchError(
             f"{HERE} expects {len(wanted)} tensors, {THERE} sent {len(tensors)}: missing "

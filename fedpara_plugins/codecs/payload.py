@@ -38,7 +38,7 @@ from fedpara_plugins.codecs.header import (
 )
 from fedpara_plugins.codecs.plain import plain_tensors, unshared
 from fedpara_plugins.codecs.reference import digest_of
-from fedpara_plugins.errors import PayloadError
+from fedpara_plugins.errors import PayloadError, TooLargeError
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.stages.dtypes import byte_size
 from fedpara_plugins.stages.entropy_decoders import decoders
@@ -337,7 +337,7 @@ def _check_tensor_count(container: Container, header: PayloadHeader, most: int) 
     found = max([len(container.table), *counts])
     # Stages add tensors of steps, escaped values and gaps.
     if found > most + _ADDED:
-        raise PayloadError(
+        raise TooLargeError(
             f"the payload holds {found} tensors, this side expects at most {most}: it is of "
             "another model, or forged"
         )

@@ -52,9 +52,12 @@ REMEDY = "Set the same fedpara option codec on both sides"
 MOST_RECORDS = 64
 """Records of arrays in one message; apps have a handful."""
 
-MOST_TENSORS, MORE_TENSORS = 4096, 64
-"""Tensors of a record as long as no own model is known, and beyond those of the largest own model:
-each takes time, however small it is."""
+MORE_TENSORS = 64
+"""Tensors of a record beyond those of the largest own model: each takes some 0.1 ms, however small
+it is."""
+
+FEW_TENSORS, MOST_TENSORS = 256, 4096
+"""Tensors of a record as long as no own model is known, and if none will be."""
 
 
 class ClientRound:
@@ -133,7 +136,10 @@ class ClientRound:
             most = max(map(first_model_limit, payloads.values()), default=0)
             budget = MessageBudget(most, parts=1)
         self._sent_once = {n.removeprefix(FROZEN): self._copy_of(d) for n, d in once.items()}
-        held = {name: self._decoded(name, data, budget) for name, data in payloads.items()}
+        most = MOST_TENSORS if unbounded else FEW_TENSORS
+        if own := self._own.specs:
+            most = max(len(spec.keys) for spec in own) + MORE_TENSORS
+        held = {name: self._decoded(name, data, budget, most) for name, data in payloads.items()}
         self.received = {name: self._read(name, part, budget) for name, part in held.items()}
         return self.received
 
@@ -155,9 +161,9 @@ class ClientRound:
             if self._kind_of(name) == "model" and not name.startswith(FROZEN)
         ]
 
-    def _decoded(self, name: str, payload: bytes, budget: MessageBudget) -> DecodedDownlink:
-        own = [len(spec.keys) for spec in self._own.specs]
-        most = max(own) + MORE_TENSORS if own else MOST_TENSORS
+    def _decoded(
+        self, name: str, payload: bytes, budget: MessageBudget, most: int
+    ) -> DecodedDownlink:
         held = self._state.references.receive(
             name,
             payload,

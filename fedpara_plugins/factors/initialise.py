@@ -194,9 +194,8 @@ def _on_grid(drawn: Tensor, std: float, exact: Callable[[Tensor], Tensor]) -> Te
         return torch.zeros(drawn.shape, **PLAIN)
     step = 2.0 ** math.floor(math.log2(std) - SEEDED_BITS)
     rounded = drawn if drawn.dtype == torch.float32 else torch.empty(drawn.shape, **PLAIN)
-    for values, into in zip(
-        drawn.view(-1).split(BLOCK_ENTRIES), rounded.view(-1).split(BLOCK_ENTRIES), strict=True
-    ):
+    pieces = (torch.split(x.view(-1), BLOCK_ENTRIES) for x in (drawn, rounded))
+    for values, into in zip(*pieces, strict=True):
         # Rounding makes negative zeros; adding 0.0 turns them into positive ones.
         into.copy_(exact(values).div_(step).round_().mul_(step).add_(0.0))
     return rounded

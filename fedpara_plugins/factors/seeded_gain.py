@@ -95,10 +95,10 @@ def rounded_gain(plan: WeightPlan, factors: DrawnFactors) -> float:
             if ORDINARY[0] < near < ORDINARY[1]:
                 scaled = (plan.variance / near) ** power * 2**GAIN_BITS
                 if abs(scaled % 1.0 - 0.5) > SURE:
-                    return round(scaled) / 2**GAIN_BITS
+                    return float(round(scaled) / 2**GAIN_BITS)
         variance = _variance(entries, _sums(plan, factors, factors.exact))
     gain = (plan.variance / variance) ** power if variance > 0 else 1.0
-    return round(gain * 2**GAIN_BITS) / 2**GAIN_BITS
+    return float(round(gain * 2**GAIN_BITS) / 2**GAIN_BITS)
 
 
 def _float32_is_float32() -> bool:

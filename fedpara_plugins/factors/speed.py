@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fedpara_plugins.factors.compose import operand
-from fedpara_plugins.factors.initialise import BLOCK_ENTRIES
 from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.factors.planning import stated_speed
+from fedpara_plugins.factors.seeded_gain import BLOCK_ENTRIES
 
 __all__ = ["reached_speed", "slowest_speed", "with_stated_speed"]
 

@@ -5,8 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedpara_plugins.codecs import BUILTIN_STAGES, PRESETS, Codec, Stage, parse_codec
+from fedpara_plugins.codecs import (
+    BUILTIN_STAGES,
+    PRESETS,
+    Codec,
+    Stage,
+    decode_payload,
+    encode_payload,
+    parse_codec,
+    reference_hash,
+)
 from fedpara_plugins.errors import ConfigError, PayloadError
+from fedpara_plugins.stages.entropy_zlib import ZlibStage
+from fedpara_plugins.stages.int8 import Int8Stage
 from fedpara_plugins.testing.samples import finite_sample, nearby, same_bits
 
 STAGES = {stage.name: stage for stage in BUILTIN_STAGES}
@@ -143,3 +154,36 @@ def test_a_stage_that_ignores_the_limit_is_caught():
 def test_notes_of_another_number_of_stages_are_refused():
     with pytest.raises(PayloadError, match="notes of 1 stages, got 2"):
         parse_codec("zlib", STAGES).decode({}, [{}, {}], reference=None, limit=1)
+
+
+class Watched(dict):
+    """States by hash, which note when they are looked up."""
+
+    def __init__(self, states, log):
+        super().__init__(states)
+        self._log = log
+
+    def get(self, key):
+        self._log.append("reference")
+        return super().get(key)
+
+
+def test_a_reference_is_loaded_after_the_stages_that_need_none(monkeypatch):
+    state = {"w": torch.ones(4, 4)}
+    data = encode_payload(
+        {"w": torch.full((4, 4), 2.0)}, codec=parse_codec("delta+int8+zlib"), reference=state
+    )
+    log = []
+    for stage in (Int8Stage, ZlibStage):
+        inner = stage.decode
+
+        def decode(self, *args, inner=inner, **kwargs):
+            assert kwargs["reference"] is None
+            log.append(self.name)
+            return inner(self, *args, **kwargs)
+
+        monkeypatch.setattr(stage, "decode", decode)
+    held = Watched({reference_hash(state): state}, log)
+    found = decode_payload(data, references=held, limit=100).tensors
+    assert torch.equal(found["w"], torch.full((4, 4), 2.0))
+    assert log == ["zlib", "int8", "reference"]

@@ -9,7 +9,7 @@ import torch
 
 from fedpara_plugins import ConfigError, MismatchError, ModelSpec, PayloadError, TooLargeError
 from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec, peek_header
-from fedpara_plugins.exchange import ClientState, DownlinkEncoder, OwnModels
+from fedpara_plugins.exchange import ClientRound, ClientState, DownlinkEncoder, OwnModels
 from fedpara_plugins.exchange.outgoing import Outgoing
 from fedpara_plugins.exchange.records import plain_spec
 from fedpara_plugins.references import LostReferenceError
@@ -447,3 +447,18 @@ def test_records_share_the_bound_of_a_client_without_a_model(helpers):
     assert client_round.receive({"a": payload}, unbounded=True)
     with pytest.raises(TooLargeError):
         client_round.receive(dict.fromkeys("abcdefg", payload), unbounded=True)
+
+
+def test_a_client_without_a_model_takes_few_tensors_until_it_has_one(helpers):
+    """Each takes time, however small it is: the message waits until the app has built its model."""
+    pair = helpers.Pair()
+    many = {f"n{n}": torch.zeros(1) for n in range(300)}
+    pair.encoder.put("model", many, plain_spec(many))
+    payloads = pair.payloads("model")
+    settings, state = helpers.settings_of(method="none", codec="none"), ClientState({})
+    client_round = ClientRound(
+        settings, state, own=OwnModels(settings.config), kind_of=lambda name: "model"
+    )
+    with pytest.raises(TooLargeError, match=r"holds \d+ tensors, this side expects at most 256"):
+        client_round.receive(payloads)
+    assert client_round.receive(payloads, unbounded=True)

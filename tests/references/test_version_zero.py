@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 import fedpara_plugins as fedpara
+from fedpara_plugins.codecs import encode_payload, parse_codec
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.factors.initialise import seeded_shared
-from fedpara_plugins.references import version_zero
+from fedpara_plugins.models.spec_rows import plan_from_row
+from fedpara_plugins.references import ClientReferences, LostReferenceError, version_zero
 from fedpara_plugins.references.version_zero import (
     SEEDED,
     ZEROS,
@@ -325,3 +327,34 @@ def test_more_tensors_than_a_payload_may_have_are_refused():
     header = {"base": {"kind": "zeros", "layout": pack(many)}}
     with pytest.raises(PayloadError, match="65537 tensors"):
         reference_from_header(header, None, limit=10**8)
+
+
+HEAVY = ["weight", "fedpara", [6000, 6000], 1, *SOUND[4:]]
+
+
+def test_a_model_of_this_sides_own_may_take_long_to_draw(drawn):
+    """What a stranger describes may not; the client then asks for what needs no draw."""
+    extra = {"base": {"kind": "seeded", "layout": pack(layout_of(HEAVY))}}
+    plan = plan_from_row(HEAVY)
+    spec = fedpara.ModelSpec(weights={"weight": plan}, keys=("x1", "y1", "x2", "y2"), seed=0)
+    tensors = {name: torch.zeros(plan.factor_shape(name)) for name in spec.keys}
+    data = encode_payload(
+        tensors, codec=parse_codec("delta"), reference=tensors, model=spec.to_json(), extra=extra
+    )
+    given = {"limit": 10**6, "most_tensors": 10}
+    for own in ((), (fedpara.ModelSpec.of(nn.Linear(2, 2)),)):
+        with pytest.raises(LostReferenceError, match=r"would take some .* ms to draw"):
+            ClientReferences().receive("m", data, own=own, **given)
+    assert drawn == []
+    with pytest.raises(LostReferenceError, match="coded against version 0"):  # zeros are not it
+        ClientReferences().receive("m", data, own=(spec,), **given)
+    assert drawn == ["weight"]
+
+
+def test_the_size_of_a_state_is_counted_once_and_not_for_each_weight(monkeypatch):
+    rows = [[f"{n}.weight", "fedpara", [2, 2], 1, *SOUND[4:]] for n in range(1000)]
+    counts, size = [], version_zero.byte_size
+    monkeypatch.setattr(version_zero, "byte_size", lambda *a: counts.append(1) or size(*a))
+    with pytest.raises(PayloadError, match="its 1000 weights would take"):
+        seeded([entry for row in rows for entry in layout_of(row)], rows)
+    assert len(counts) < 10 * 4 * len(rows)
