@@ -15,7 +15,7 @@ import fedpara_plugins as fedpara
 from harness.fedml.deployment import FedMLDeployment, Net, missing_for
 
 PLUGIN: dict[str, Any] = {"method": "pfedpara", "gamma": 0.3, "codec": "balanced"}
-LIMIT = 240.0
+LIMIT = 600.0
 """Seconds that a run may take to end; nothing is asserted about how long it really takes."""
 
 RETURNING = {**PLUGIN, "min_clients": 1, "timeout": 60}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor
 
 import fedpara_plugins as fedpara
+from fedpara_plugins import ConfigError
+from fedpara_plugins.support import Keeper, hold_state_dir
 from harness.flower.deployment import deployment
 from harness.flower.engine_app import EngineApp
 from harness.processes.supervisor import wait_until
@@ -35,6 +39,8 @@ def test_a_supernode_killed_while_its_client_trains(tmp_path: Path, kept: str) -
             seconds=600,
             what=f"client 1 trains in round {KILLED}",
         )
+        if folder:
+            check_held(Path(folder), engine.nodes[1].pid)
         engine.nodes[1].kill()
         engine.start_node(1)
         finished = engine.finish(run).check()
@@ -55,6 +61,14 @@ def test_a_supernode_killed_while_its_client_trains(tmp_path: Path, kept: str) -
     assert said[0] == "2"
     assert set(said[1:]) == (set() if kept == "on disk" else {"1"})
     assert app.figures["losses"][-1] < app.figures["losses"][0]
+
+
+def check_held(folder: Path, pid: int) -> None:
+    """Assert that a SuperNode holds the state-dir: one of another SuperLink is kept out."""
+    keeper = next((folder / "locks").glob(f"*-{pid}.keeper"))
+    with pytest.raises(ConfigError, match=f"process {pid} .a SuperNode of 127.0.0.1"):
+        hold_state_dir(folder, run="9", keeper=Keeper(os.getpid(), "", "another:1"))
+    assert json.loads(keeper.read_text("utf-8"))["pid"] == pid
 
 
 def _trained(log: str) -> list[tuple[int, int, int]]:

@@ -175,11 +175,15 @@ class FedMLDeployment:
             for rank in range(self.clients + 1):
                 self.start(rank)
             return
-        switch = "off" if self._plugin is None else "on"
-        self.processes.env |= {"FEDPARA_PLUGIN": switch}
-        words = [sys.executable, str(self._app), "--cf", str(self.config(0))]
-        launcher = start.mpirun(self.clients + 1)
-        self.programs["mpirun"] = self.processes.start("mpirun", *launcher, *words)
+        words = start.mpirun(1)
+        place = words.index("-np")
+        del words[place : place + 2]
+        for rank in range(self.clients + 1):
+            switch = "off" if self._of_rank.get(rank, self._plugin) is None else "on"
+            program = [sys.executable, str(self._app), "--cf", str(self.config(rank))]
+            words += [":"] if rank else []
+            words += ["-np", "1", "env", f"FEDPARA_PLUGIN={switch}", *program]
+        self.programs["mpirun"] = self.processes.start("mpirun", *words)
 
     def wait(self, seconds: float = PATIENCE) -> dict[str, int]:
         """Wait until all processes have ended, and return their exit codes."""

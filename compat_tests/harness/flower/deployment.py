@@ -88,13 +88,19 @@ class Deployment:
     """
 
     def __init__(
-        self, processes: Processes, tap: Wiretap, count: int, files: Certificates | None
+        self,
+        processes: Processes,
+        tap: Wiretap,
+        count: int,
+        files: Certificates | None,
+        node_config: Mapping[int, str],
     ) -> None:
         self.processes = processes
         self.tap = tap
         self.nodes: list[Program] = []
         self._count = count
         self._files = files
+        self._node_config = node_config
         self._keys: dict[int, Path] = {}
 
     def register(self, partition: int) -> None:
@@ -108,6 +114,7 @@ class Deployment:
     def start_node(self, partition: int) -> None:
         """Start a SuperNode, or start it again."""
         config = f"partition-id={partition} num-partitions={self._count}"
+        config = f"{config} {self._node_config.get(partition, '')}".strip()
         options = ["--superlink", f"127.0.0.1:{self.tap.port}"]
         options += ["--port", str(free_ports(1)[0]), "--node-config", config]
         if self._files is None:
@@ -143,6 +150,7 @@ def deployment(
     authenticated: bool = False,
     record: bool = False,
     env: Mapping[str, str] | None = None,
+    node_config: Mapping[int, str] | None = None,
 ) -> Iterator[Deployment]:
     """Start a SuperLink and SuperNodes, and end them.
 
@@ -153,6 +161,7 @@ def deployment(
         authenticated: SuperNodes prove with a registered key who they are.
         record: keep all bytes between SuperNodes and SuperLink.
         env: further environment variables.
+        node_config: more of the config of some nodes, by partition.
     """
     port = free_ports(1)[0]
     files = certificates(folder / "certificates") if tls or authenticated else None
@@ -166,7 +175,7 @@ def deployment(
             options += ["--enable-supernode-auth"]
         _start_link(processes, port, *options)
         with Wiretap(port, record=record, metered=files is None) as tap:
-            deployed = Deployment(processes, tap, nodes, files)
+            deployed = Deployment(processes, tap, nodes, files, node_config or {})
             for partition in range(nodes):
                 if authenticated:
                     deployed.register(partition)

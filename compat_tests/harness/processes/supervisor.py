@@ -61,6 +61,11 @@ class Program:
         return re.sub(r"\x1b\[[0-9;]*m", "", printed)
 
     @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
     def running(self) -> bool:
         """Tell whether it still runs."""
         return self._process.poll() is None
