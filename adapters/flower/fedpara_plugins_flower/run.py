@@ -91,6 +91,8 @@ class Run:
         on_evaluated: on a server with a ledger, called with a round and metrics of the model.
         on_start: on a server, hooks around each start of a strategy; see `strategy_hooks`.
         strategy: on a server, the strategy that was started last.
+        starting: on a server, whether a strategy is running.
+        own_loop_told: on a server, whether the log has said that no hook sees its rounds.
         left_out: on a server, number of replies left out since the last aggregation.
         outages: what this side could not write.
     """
@@ -117,6 +119,8 @@ class Run:
     on_evaluated: Callable[[int, Mapping[str, float]], None] | None = None
     on_start: list[StartHook] = field(default_factory=list)
     strategy: object | None = None
+    starting: bool = False
+    own_loop_told: bool = False
     left_out: int = 0
     outages: Outages = field(default_factory=lambda: Outages(log))
     _begun: set[frozenset[str]] = field(default_factory=set)

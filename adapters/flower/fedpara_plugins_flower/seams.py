@@ -289,16 +289,21 @@ def _forwarder(name: str, inner: str, *, is_property: bool) -> Any:
 
 
 def wrap_strategy_start(wrap: Callable[[Method], Method]) -> None:
-    """Replace ``Strategy.start`` for all strategies, once a process.
+    """Replace ``Strategy.start`` for all strategies, once a class.
 
-    Stands on: strategies inherit ``start``, and documented apps call it.
+    Stands on: strategies inherit ``start`` or define it anew, and documented apps call it.
     Not public: only the strategy itself learns of rounds and of what an ``evaluate_fn`` found.
     Seen: flwr 1.22 to 1.42.
 
     Args:
         wrap: gets the method and returns what stands in its place.
     """
-    _replace_once(Strategy, "start", wrap)
+    waiting: list[type[Any]] = [Strategy]
+    while waiting:
+        owner = waiting.pop()
+        waiting += owner.__subclasses__()
+        if "start" in vars(owner):
+            _replace_once(owner, "start", wrap)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from fedpara_plugins_flower.messages.records import carried_payload
 from fedpara_plugins_flower.messages.snippets import ADD_MOD
 from fedpara_plugins_flower.seams import ERROR_END, LEGACY_REQUESTS, MOD_FAILED
 
-__all__ = ["FirstContact"]
+__all__ = ["FirstContact", "reads_payloads"]
 
 WITHOUT_MOD = ("fedpara.payload", LEGACY_REQUESTS["train"])
 """Names in the error of an app that has to read an encoded message by itself."""
@@ -23,6 +23,11 @@ OWN = "fedpara: "
 
 LONGEST_REASON = 2000
 """Characters of a client's error that are repeated, in one line."""
+
+
+def reads_payloads(reason: str) -> bool:
+    """Return whether a client's error is that of an app which reads encoded messages by itself."""
+    return any(name in reason for name in WITHOUT_MOD)
 
 
 class FirstContact:
@@ -106,6 +111,11 @@ class FirstContact:
         for node, reason in self._left_out.items():
             raise FedParaError(f"fedpara: the first weights, of node {node}: {reason}")
 
+    @property
+    def met(self) -> bool:
+        """Whether a reply has been decoded."""
+        return self._met
+
     def _check_errors(self) -> None:
         """Raise if the clients' errors speak of the plugin."""
         all_failed = f"all {len(self._failed)} clients failed at the first message"
@@ -113,7 +123,7 @@ class FirstContact:
             if OWN in reason:
                 said = reason[reason.index(OWN) :].removesuffix(ERROR_END)
                 raise FedParaError(f"fedpara: {all_failed}. Node {node} said: {said}")
-            if any(name in reason for name in WITHOUT_MOD):
+            if reads_payloads(reason):
                 raise ConfigError(
                     f"fedpara: the client of node {node} reads encoded messages without the "
                     f"plugin. Add to the client: {ADD_MOD}. {all_failed.capitalize()}; this one "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -21,12 +22,13 @@ from fedpara_plugins.exchange import FROZEN, Size
 from fedpara_plugins.models import restore_infinities
 from fedpara_plugins_flower.messages import legacy_lists
 from fedpara_plugins_flower.messages.records import is_optimizer_record, with_content
+from fedpara_plugins_flower.messages.snippets import ADD_MOD
 from fedpara_plugins_flower.privacy import secagg
 from fedpara_plugins_flower.privacy.clipping import check_clipped_message
 from fedpara_plugins_flower.run import Run
 from fedpara_plugins_flower.server.accounting import Accounting
 from fedpara_plugins_flower.server.final_state import FinalState
-from fedpara_plugins_flower.server.first_contact import FirstContact
+from fedpara_plugins_flower.server.first_contact import FirstContact, reads_payloads
 from fedpara_plugins_flower.server.observing_grid import ForwardingGrid, follow
 from fedpara_plugins_flower.server.outbox import Outbox
 from fedpara_plugins_flower.server.reply_decoder import (
@@ -36,10 +38,15 @@ from fedpara_plugins_flower.server.reply_decoder import (
 )
 from fedpara_plugins_flower.server.requests import Request, Requests
 from fedpara_plugins_flower.server.round_checks import RoundChecks
+from fedpara_plugins_flower.server.strategy_hooks import log_own_loop
 
 __all__ = ["CodecGrid"]
 
 log = logging.getLogger("flwr.fedpara")
+
+READS_PAYLOADS = (
+    f"its client reads encoded messages without the plugin. Add to that client: {ADD_MOD}"
+)
 
 STARTERS = 3
 """Clients that are asked for the first weights, one after the other, until one gives them."""
@@ -228,6 +235,8 @@ class CodecGrid(ForwardingGrid):
 
     def _sent(self, message: Message) -> Message:
         with self._lock:
+            if not legacy_lists.is_legacy(message):
+                log_own_loop(self._run)
             encoded = self._outbox.encode_message(message)
             self._requests.note(message)
             self._first.sent(encoded)
@@ -248,8 +257,12 @@ class CodecGrid(ForwardingGrid):
         """Return the usable replies, decoded, and the nodes that lost what they held."""
         with self._lock:
             read = [self._read(reply) for reply in replies]
+            read = self._without_plain_errors(read)
             lost = {each.node for each in read if each.marker is not None and each.marker.lost}
             usable = self._checks.usable([r for r in read if not r.reason and r.node not in lost])
+            for each in read:
+                if isinstance(each.reason, WithoutPluginError) and each.message.has_error():
+                    self._leave_out(each, each.reason)
             self._run.left_out += len(read) - len(lost) - len(usable)
             fresh = sum(each.marker.fresh for each in usable if each.marker is not None)
             if fresh:
@@ -263,6 +276,20 @@ class CodecGrid(ForwardingGrid):
                     len(replies),
                 )
             return [each.message for each in usable], lost
+
+    def _without_plain_errors(self, read: Sequence[ReadReply]) -> list[ReadReply]:
+        """Leave out errors of clients that lack the plugin, where others have it, and say so.
+
+        A strategy would log each error whole, in each round.
+        """
+        if not self._first.met:
+            return list(read)
+        return [
+            replace(each, reason=WithoutPluginError(READS_PAYLOADS))
+            if each.message.has_error() and reads_payloads(each.message.error.reason or "")
+            else each
+            for each in read
+        ]
 
     def _read(self, reply: Message) -> ReadReply:
         """Read a reply, and note what follows from it for the next messages."""
