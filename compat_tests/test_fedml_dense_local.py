@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedpara_plugins import ConfigError, ModelSpec, convert, to_dense
-from fedpara_plugins.codecs import decode_payload
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins_fedml.messages.envelope import unpack
 from harness.fedml.project import Outcome, dataset, forget_security, model, run
 from harness.oracles.dense_local import follow
+from harness.oracles.descriptions import decode_payload
 from harness.oracles.fedml_fedavg import FedAvgLoop
 
 KEYS = {"fedpara_gamma": 0.5, "fedpara_local": "dense"}

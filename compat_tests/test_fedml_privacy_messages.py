@@ -17,11 +17,12 @@ from fedml.core.alg_frame.client_trainer import ClientTrainer
 from torch import Tensor
 
 from fedpara_plugins import FedParaConfig, ModelSpec, convert, split
-from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec, reference_hash
+from fedpara_plugins.codecs import encode_payload, parse_codec, reference_hash
 from fedpara_plugins_fedml import FedMLRunner
 from fedpara_plugins_fedml.messages.envelope import pack, unpack
 from fedpara_plugins_fedml.messages.head import Head
 from harness.fedml.project import arguments, dataset, model
+from harness.oracles.descriptions import decode_payload
 from harness.processes.canaries import Canaries
 
 State = dict[str, Tensor]

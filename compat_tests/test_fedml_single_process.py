@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError, Ledger, ModelSpec, convert
-from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
+from fedpara_plugins.codecs import encode_payload, parse_codec
 from fedpara_plugins.ledger import Evaluation, read_lines
 from fedpara_plugins_fedml.messages.envelope import pack, unpack
 from harness.fedml.project import Outcome, Sent, dataset, forget_security, model, run
+from harness.oracles.descriptions import decode_payload
 from harness.oracles.fedml_fedavg import FedAvgLoop
 
 PERSONAL = {"fedpara_method": "pfedpara", "fedpara_gamma": 0.5}

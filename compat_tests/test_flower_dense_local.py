@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import fedpara_plugins as fedpara
 import fedpara_plugins.layers.base as base
 import fedpara_plugins_flower as flower_side
-from fedpara_plugins.codecs import decode_payload
 from fedpara_plugins.ledger import LayerSize, LedgerEntry, read_lines
 from fedpara_plugins_flower.messages.records import carried_payload
 from harness.cells.flower import GAMMA
@@ -25,6 +24,7 @@ from harness.cells.strategies import STRATEGIES
 from harness.flower.apps import Apps, Experiment, Hooks, Outcome, federate, plugin_apps
 from harness.flower.legacy_apps import LegacyExperiment, legacy_plugin_apps
 from harness.oracles.dense_local import descend_dense
+from harness.oracles.descriptions import decode_payload
 from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
 from harness.oracles.private_start import fix_private_start
 from harness.oracles.task import TrainingTask

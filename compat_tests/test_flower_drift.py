@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import fedpara_plugins as core
 import fedpara_plugins_flower as fedpara
-from fedpara_plugins.codecs import decode_payload
 from fedpara_plugins_flower.strategies.client_state import open_correction_state
 from harness.cells.flower import GAMMA
 from harness.flower.apps import Outcome, federate
 from harness.flower.drift_apps import DriftExperiment, drift_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
+from harness.oracles.descriptions import decode_payload
 from harness.oracles.drift import DriftResult, feddyn, scaffold
 from harness.oracles.task import TrainingTask, train
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
 import fedpara_plugins.references.downlink as downlink
-from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
+from fedpara_plugins.codecs import reference_hash
 from fedpara_plugins.references.version_zero import reference_from_header
 from harness.cells.flower import GAMMA, METHODS
 from harness.cells.strategies import STRATEGIES
@@ -25,6 +25,7 @@ from harness.flower.legacy_apps import (
     legacy_plain_apps,
     legacy_plugin_apps,
 )
+from harness.oracles.descriptions import decode_payload, peek_header
 from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
 from harness.oracles.task import TrainingTask
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import FedParaError
-from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
+from fedpara_plugins.codecs import reference_hash
 from fedpara_plugins.exchange import OwnModels
 from fedpara_plugins.references.version_zero import reference_from_header
 from harness.cells.flower import CODECS, GAMMA
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plain_apps, plugin_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
+from harness.oracles.descriptions import decode_payload, peek_header
 from harness.oracles.task import TrainingTask
 from harness.processes.canaries import Canaries
 

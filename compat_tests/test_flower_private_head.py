@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fedpara_plugins_flower as fedpara
-from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
+from fedpara_plugins.codecs import reference_hash
 from fedpara_plugins.references.version_zero import reference_from_header
 from harness.cells.flower import CODECS
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
+from harness.oracles.descriptions import decode_payload, peek_header
 from harness.oracles.task import TrainingTask
 from harness.processes.canaries import Canaries
 

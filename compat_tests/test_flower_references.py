@@ -10,12 +10,13 @@ import pytest
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import strategy
 
-from fedpara_plugins.codecs import peek_header, reference_hash
+from fedpara_plugins.codecs import reference_hash
 from fedpara_plugins.codecs.payload import decode_payload
 from fedpara_plugins_flower.server.outbox import Outbox
 from harness.cells.flower import GAMMA
 from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
+from harness.oracles.descriptions import peek_header
 from harness.oracles.task import TrainingTask
 
 SCHEMES = ("client", "grid")

@@ -26,6 +26,8 @@ from fedpara_plugins.cli.inspect_file import inspect_file
 from fedpara_plugins.codecs import (
     PRESETS,
     Codec,
+    Description,
+    HeaderForm,
     PayloadHeader,
     Stage,
     Tensors,
@@ -79,7 +81,13 @@ class Checker:
         old = decode_payload(golden, limit=LIMIT).tensors
         self.references[reference_hash(old)] = old
         held = dict(list(self.reference.items())[:3])
-        self.held = {f"{RECORD}/last": encode_payload(held, codec=parse_codec(NONE))}
+        known = Description.of(self.described, self.reference)
+        self.descriptions = {known.digest: known}
+        self.forms = (None, HeaderForm(), HeaderForm(known))
+        self.held = {
+            f"{RECORD}/last": encode_payload(held, codec=parse_codec(NONE)),
+            f"{RECORD}/description": known.to_bytes(),
+        }
         self.ledgers = LedgerChecker(folder)
         self.envelopes = EnvelopeChecker(self._payload)
         self.decoded = self.refused = 0
@@ -106,11 +114,16 @@ class Checker:
         if MARK in data or chance % 8 == 0:
             with suppress(PayloadError):
                 self._receive(data, peek_header(data))
+                peek_header(data, descriptions=self.descriptions)
         if chance % 32 == 1:
             self._inspect(data)
         try:
             payload = decode_payload(
-                data, references=self.references, limit=LIMIT, stages=self.stages
+                data,
+                references=self.references,
+                limit=LIMIT,
+                stages=self.stages,
+                descriptions=self.descriptions,
             )
         except PayloadError as error:
             check_refusal(error)
@@ -118,7 +131,7 @@ class Checker:
         tensors = payload.tensors
         if sum(tensor.nbytes for tensor in tensors.values()) > LIMIT:
             raise InvariantError("decoded tensors exceed the limit")
-        if peek_header(data) != payload.header:
+        if peek_header(data, descriptions=self.descriptions) != payload.header:
             raise InvariantError("peek_header and decode_payload read different headers")
         names = payload.header.codec
         if chance % 4:
@@ -184,7 +197,10 @@ class Checker:
         text = codec.name
         reference = self.reference if codec.needs_reference else None
         try:
-            data = encode_payload(tensors, codec=codec, reference=reference)
+            form = self.forms[len(tensors) % len(self.forms)]
+            data = encode_payload(
+                tensors, codec=codec, reference=reference, model=self.described, form=form
+            )
         except PayloadError as error:
             # A name that the damage changed is in no reference.
             strange = isinstance(error, MismatchError) and codec.needs_reference
@@ -194,7 +210,11 @@ class Checker:
                 ) from error
             return  # NaN before a quantiser, or an overflowing difference
         back = decode_payload(
-            data, reference=reference, limit=2 * LIMIT, stages=self.stages
+            data,
+            reference=reference,
+            limit=2 * LIMIT,
+            stages=self.stages,
+            descriptions=self.descriptions,
         ).tensors
         if codec.lossless and not same_bits(back, tensors):
             raise InvariantError(f"decoded tensors change when sent again by {text!r}")
@@ -217,6 +237,7 @@ class Checker:
                         reference=self.reference,
                         model=None if len(sound) % 8 else self.described,
                         extra={"round": 3},
+                        form=self.forms[len(sound) % len(self.forms)],
                     )
                 except PayloadError:  # some stages refuse the samples' extreme values
                     continue
@@ -230,7 +251,7 @@ class Checker:
         state = {n: x for n, x in self.model.state_dict().items() if n in self.spec.shared_keys}
         for scheme in (PerClientDownlink(), GridDownlink()):
             for codec in ("small", "delta+zlib"):
-                given = {"spec": self.spec, "codec": parse_codec(codec)}
+                given = {"spec": self.spec, "codec": parse_codec(codec), "form": HeaderForm()}
                 yield scheme.encode("a", RECORD, state, **given).payload
                 scheme.refused("a", RECORD)
                 yield scheme.encode("a", RECORD, state, **given).payload

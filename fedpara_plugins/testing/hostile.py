@@ -9,18 +9,27 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import struct
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 from fedpara_plugins.codecs import PRESETS, Codec, Stage, decoders, parse_codec
+from fedpara_plugins.codecs.compact import MAGIC, is_compact
+from fedpara_plugins.codecs.header_packing import WORDS
 from fedpara_plugins.errors import ConfigError, FedParaError
 
 __all__ = ["check_refusal", "damaged", "every_codec", "pack", "parts", "signed"]
 
 MARK = b'{\\"crc32\\":\\"'
 """The bytes before the checksum's eight digits."""
+
+_PIECE = re.compile(rb"[\x01-\x04]")
+_STANDS_FOR = re.compile(rb'"<([1-4])>"')
+_WRITTEN = re.compile(rb"\\u000([5-7])")
+"""References to the description and to raw bytes in a header of version 2, as they stand there,
+and while its JSON is changed."""
 
 _STRANGE: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 255, 2**31, 2**62, 2**64, 2**70, 1.5, -0.0, 1e300, 5e-324),
@@ -79,6 +88,8 @@ def check_refusal(error: FedParaError) -> None:
 
 def signed(data: bytes) -> bytes:
     """Return the bytes with a correct checksum, if they still have a place for one."""
+    if is_compact(data):
+        return data[:4] + struct.pack("<I", zlib.crc32(data[8:])) + data[8:]
     place = data.find(MARK) + len(MARK)
     if place < len(MARK) or len(data) < place + 8:
         return data
@@ -111,6 +122,8 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
         data: a payload, or what is left of one.
         draw: decides on the damage; the same state gives the same damage.
     """
+    if is_compact(data):
+        return _damaged_compact(data, draw)
     try:
         table, header, body = parts(data)
     except (ValueError, KeyError, TypeError, RecursionError, struct.error):
@@ -130,6 +143,47 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
         body = _damaged_bytes(body, draw, keep_size=draw.random() < 0.7)
     text = json.dumps(header, separators=(",", ":"))
     return pack({"__metadata__": {"fedpara": text}, **tensors}, body)
+
+
+def _damaged_compact(data: bytes, draw: random.Random) -> bytes:
+    """Change the text of a header of version 2, its raw bytes, or any of the payload's bytes."""
+    kind = draw.random()
+    try:
+        size, digest = struct.unpack_from("<I16s", data, 8)
+        packed, body = data[28 : 28 + size], data[28 + size :]
+        plain = zlib.decompressobj(wbits=-15, zdict=WORDS).decompress(packed, 2**20)
+    except (struct.error, zlib.error):
+        kind = 0.0
+    if kind < 0.2:
+        whole = _damaged_bytes(data, draw)
+        return whole if draw.random() < 0.1 else signed(whole)
+    text, zero, raw = plain.partition(b"\0")
+    if kind < 0.6:
+        text = _damaged_text(text, draw)
+    elif kind < 0.7:
+        raw = _damaged_bytes(raw, draw, keep_size=draw.random() < 0.7)
+    else:
+        body = _damaged_bytes(body, draw, keep_size=draw.random() < 0.7)
+    if draw.random() < 0.05:
+        digest = bytes(16) if any(digest) else b"?" * 16
+    pack = zlib.compressobj(1, wbits=-15, zdict=WORDS)
+    packed = pack.compress(text + (zero or (raw and b"\0")) + raw) + pack.flush()
+    return signed(MAGIC + bytes(4) + struct.pack("<I16s", len(packed), digest) + packed + body)
+
+
+def _damaged_text(text: bytes, draw: random.Random) -> bytes:
+    """Change one value of a header, or any of its text's bytes, references to pieces included."""
+    if draw.random() < 0.4:
+        return _damaged_bytes(text, draw)
+    try:
+        # JSON has no raw control characters: the pieces become texts while a value is changed.
+        header = json.loads(_PIECE.sub(lambda found: b'"<%d>"' % found[0][0], text), strict=False)
+        _change_somewhere(header, draw)
+        changed = json.dumps(header, separators=(",", ":")).encode()
+    except (ValueError, TypeError, RecursionError):
+        return _damaged_bytes(text, draw)
+    changed = _WRITTEN.sub(lambda found: bytes([int(found[1], 16)]), changed)
+    return _STANDS_FOR.sub(lambda found: bytes([int(found[1])]), changed)
 
 
 def _damaged_lines(data: bytes, draw: random.Random) -> bytes:

@@ -31,6 +31,7 @@ from fedpara_plugins_flower._version import __version__
 if TYPE_CHECKING:
     from fedpara_plugins_flower.client.mod import client_mod, client_mod_with
     from fedpara_plugins_flower.factories import factorised
+    from fedpara_plugins_flower.messages.sixteen_bits import arrays
     from fedpara_plugins_flower.run import to_dense
     from fedpara_plugins_flower.server.app import server_app
     from fedpara_plugins_flower.server.evaluation import log_metrics
@@ -45,6 +46,7 @@ __all__ = [
     "Guard",
     "Scaffold",
     "__version__",
+    "arrays",
     "client_mod",
     "client_mod_with",
     "correction",
@@ -62,6 +64,7 @@ _MODULES = {
     "FlowerSettings": "settings",
     "Guard": "strategies.scaffold",
     "Scaffold": "strategies.scaffold",
+    "arrays": "messages.sixteen_bits",
     "client_mod": "client.mod",
     "client_mod_with": "client.mod",
     "correction": "strategies.correction",

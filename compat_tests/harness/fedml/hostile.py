@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
+from fedpara_plugins.codecs import encode_payload, parse_codec
 from fedpara_plugins_fedml.messages.envelope import FIXED, pack, unpack
+from harness.oracles.descriptions import decode_payload
 
 __all__ = ["ENVELOPES", "GRADIENTS", "STEPS", "VARIATES", "Attack", "tensors"]
 

@@ -16,7 +16,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from torch import Tensor
 
-from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
+from fedpara_plugins.codecs import encode_payload, parse_codec
+from harness.oracles.descriptions import decode_payload
 
 __all__ = ["HOSTILE", "LEGACY", "VARIATES", "Attack", "tampering"]
 

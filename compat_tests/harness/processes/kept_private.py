@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fedpara_plugins.codecs import decode_payload, peek_header, reference_hash
+from fedpara_plugins.codecs import Description, decode_payload, peek_header, reference_hash
 from fedpara_plugins.errors import FedParaError
 from fedpara_plugins.exchange import ClientRound, ClientState
 from fedpara_plugins.models import ModelSpec
@@ -157,10 +157,11 @@ def decoded(traffic: Iterable[Traffic], direction: str) -> list[State]:
         direction: ``up`` or ``down``.
     """
     held: dict[str, Mapping[str, Tensor]] = {}
+    described: dict[str, Description] = {}
     found = []
     for each in traffic:
         for payload in each.payloads.values():
-            tensors = _decoded(payload, held)
+            tensors = _decoded(payload, held, described)
             if tensors is None:
                 continue
             held[reference_hash(tensors)] = tensors
@@ -169,14 +170,24 @@ def decoded(traffic: Iterable[Traffic], direction: str) -> list[State]:
     return found
 
 
-def _decoded(payload: bytes, held: Mapping[str, Mapping[str, Tensor]]) -> State | None:
+def _decoded(
+    payload: bytes,
+    held: Mapping[str, Mapping[str, Tensor]],
+    described: dict[str, Description],
+) -> State | None:
+    """Decode a payload with what went before, and note its description for those to come."""
     try:
-        header = peek_header(payload)
+        header = peek_header(payload, descriptions=described)
         base = reference_from_header(header.extra, header.model, limit=LARGEST)
         known = held if base is None else {base.reference: base.tensors}
-        return decode_payload(payload, references=known, limit=LARGEST).tensors
+        tensors = decode_payload(
+            payload, references=known, limit=LARGEST, descriptions=described
+        ).tensors
     except FedParaError:
         return None
+    description = Description.of(header.model, tensors)
+    described[description.digest] = description
+    return tensors
 
 
 @contextmanager

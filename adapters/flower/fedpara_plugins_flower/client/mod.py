@@ -22,7 +22,7 @@ from fedpara_plugins_flower.client.options import check_plain_message, client_se
 from fedpara_plugins_flower.client.storage import client_state, client_storage
 from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.logs import show_core_logs
-from fedpara_plugins_flower.messages import legacy_lists
+from fedpara_plugins_flower.messages import legacy_lists, sixteen_bits
 from fedpara_plugins_flower.messages.records import (
     carried_payload,
     kind_of,
@@ -227,6 +227,8 @@ def _call_app(message: Message, context: Context, call_next: App, run: Run) -> M
         except FedParaError:
             raise
         except Exception as error:
+            if (hint := sixteen_bits.hint_of(error)) is not None:
+                raise ConfigError(hint) from error
             built = run.specs or run.trains_dense
             if not built and any(spec.weights for spec in run.expected):
                 raise ConfigError(

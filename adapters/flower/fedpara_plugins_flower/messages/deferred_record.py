@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array
+
+from fedpara_plugins_flower.messages.sixteen_bits import TypedRecord
 
 __all__ = ["DeferredRecord"]
 
 
-class DeferredRecord(ArrayRecord):
+class DeferredRecord(TypedRecord):
     """A record that is empty until it is read, in whatever way.
 
     How much a message may make a client allocate depends on the client's model, and apps build it

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from fedpara_plugins.exchange import RecordKind
+from fedpara_plugins_flower.messages.sixteen_bits import TypedRecord, array_of, tensor_of
 from fedpara_plugins_flower.seams import NUMPY
 
 __all__ = [
@@ -60,7 +60,7 @@ def kind_of(name: str) -> RecordKind:
 
 def payload_record(payload: bytes) -> ArrayRecord:
     """Return a record whose only array is the payload, as uint8."""
-    return ArrayRecord({PAYLOAD_KEY: Array(np.frombuffer(payload, dtype=np.uint8))})
+    return TypedRecord({PAYLOAD_KEY: Array(np.frombuffer(payload, dtype=np.uint8))})
 
 
 def carried_payload(record: ArrayRecord) -> bytes | None:
@@ -81,12 +81,12 @@ def carried_payload(record: ArrayRecord) -> bytes | None:
 
 def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
     """Return the record's arrays as tensors, in order, with their dtypes."""
-    return {key: torch.from_numpy(np.array(array.numpy())) for key, array in record.items()}
+    return {key: tensor_of(array) for key, array in record.items()}
 
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Return tensors as a record, in order, with their dtypes."""
-    return ArrayRecord({key: Array(value.cpu().numpy()) for key, value in tensors.items()})
+    return TypedRecord({key: array_of(value) for key, value in tensors.items()})
 
 
 def array_bytes(record: ArrayRecord) -> int:

@@ -16,6 +16,7 @@ from fedpara_plugins.support import hold_state_dir
 from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.logs import log, show_core_logs
 from fedpara_plugins_flower.messages.legacy_lists import named_state
+from fedpara_plugins_flower.messages.sixteen_bits import hint_of
 from fedpara_plugins_flower.privacy.secagg import complete_sums
 from fedpara_plugins_flower.run import Run, open_run
 from fedpara_plugins_flower.seams import change_class, seen_components
@@ -157,7 +158,7 @@ def _serve(app: App, grid: CodecGrid | ObservingGrid, context: Context, run: Run
         if grid.fatal is not None and error is not grid.fatal:
             raise grid.fatal from error
         own = isinstance(error, FedParaError)
-        if not own and (hint := plain_model_hint(error, run)) is not None:
+        if not own and (hint := plain_model_hint(error, run) or hint_of(error)) is not None:
             raise ConfigError(hint) from error
         raise
     grid.finish()
