@@ -13,6 +13,8 @@ from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.dense_copy import to_dense
 from fedpara_plugins.models.infinities import check_finite, restore_infinities
 from fedpara_plugins.models.model_report import Report, report
+from fedpara_plugins.models.peft_export import save_peft
+from fedpara_plugins.models.peft_import import convert_peft
 from fedpara_plugins.models.private_start import keep_own_values
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.state_split import Split, merge, shared_names, split
@@ -26,6 +28,7 @@ __all__ = [
     "check_finite",
     "config_of",
     "convert",
+    "convert_peft",
     "keep_own_values",
     "load_factors",
     "merge",
@@ -33,6 +36,7 @@ __all__ = [
     "restore_infinities",
     "save_dense",
     "save_factors",
+    "save_peft",
     "shared_names",
     "split",
     "to_dense",
