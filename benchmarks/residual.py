@@ -148,13 +148,14 @@ def measure(case: Case, scale: int) -> None:
         times = ratios(steps, case.rounds * scale)
         peaks = {name: peak_memory(step) for name, step in steps.items()}
         first = next(iter(steps))
-        print(f"{case.name}: {first} {times[first].seconds * 1e3:.0f} ms, "
-              f"peak {peaks[first] / 1e6:.1f} MB, {trained_parameters(theirs):,} trained")  # fmt: skip
+        head = f"{case.name}: {first} {times[first].seconds * 1e3:.0f} ms"
+        count = trained_parameters(theirs)
+        print(f"{head}, peak {peaks[first] / 1e6:.1f} MB, {count:,} trained")
         for name in ours:
             peak = peaks[name] / peaks[first]
             held = "" if "no bound" in name else _held(times[name].median, peak)
-            print(f"    {name}: time {times[name]}, peak {peak:.3f}, "
-                  f"{trained_parameters(models[name]):,} trained{held}")  # fmt: skip
+            count = trained_parameters(models[name])
+            print(f"    {name}: time {times[name]}, peak {peak:.3f}, {count:,} trained{held}")
 
 
 def _held(time: float, peak: float) -> str:

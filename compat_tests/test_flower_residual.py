@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
+from fedpara_plugins.models import conversion
 from harness.cells.flower import GAMMA
 from harness.flower.apps import Apps, Experiment, Hooks, federate, plugin_apps
 from harness.oracles.plain_loop import RULES, run_plain_loop
@@ -60,6 +61,12 @@ def _apps(clients: TrainingTask, hooks: Hooks | None = None) -> Apps:
     """The server starts from trained weights; the clients build the models of their own task."""
     experiment = Experiment(clients, hooks=hooks or Hooks())
     return Apps(plugin_apps(experiment).client, plugin_apps(Experiment(TASK)).server, 2)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_told() -> None:
+    """The log says what it found once per process."""
+    conversion._notes_told.clear()
 
 
 @pytest.mark.in_turn

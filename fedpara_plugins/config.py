@@ -75,7 +75,8 @@ class FedParaConfig:
             (`factors.projection`). Messages are the same; `convert` ignores this option.
         recompute: whether backward computes the two products of a weight again, which takes
             longer, or holds them since forward, which takes twice the weight's memory. None
-            recomputes for weights of 4 MiB and more, where it costs little. With
+            recomputes for weights of 4 MiB and more, where it costs little, and for updates of
+            frozen weights. With
             fedpara-plugins-kernels it takes no longer, and nothing is ever held.
         decay: what the optimizer's weight decay shrinks: ``composed`` weights, as the same setting
             would shrink dense ones, or each of the ``factors``.

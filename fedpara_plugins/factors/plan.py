@@ -71,7 +71,7 @@ class WeightPlan:
         variance: target of the composed weight's initial variance.
         tanh: whether every operand passes through tanh (paper, section 3).
         recompute: whether backward computes the operands' products again instead of holding them;
-            None lets the weight's size decide. The two sides of a run may differ in it.
+            None lets the weight's size and form decide. The two sides of a run may differ in it.
         start: root mean square of the first composed weight in units of the square root of
             ``variance``, from 0 to 1; below 1 for a weight that starts small. It decides about
             initial factors alone, so the two sides of a run may differ in it.
@@ -172,8 +172,16 @@ class WeightPlan:
             factors: by name, with the shapes that `factor_shape` gives.
             base: W0 of the residual form; without it the result is the update alone.
         """
-        update = self._shaped(self.compose_rows(factors))
-        return update if base is None else onto(base, update)
+        rows, by_hand = self._composed(factors)
+        if base is None:
+            return self._shaped(rows)
+        return self._by_hand_onto(base, rows) if by_hand else onto(base, self._shaped(rows))
+
+    def _by_hand_onto(self, base: Tensor, rows: Tensor) -> Tensor:
+        """Return W0 + update in the update's memory: the hand-written node has not kept it."""
+        if may_run([rows, base]) and not base.requires_grad:
+            return self._shaped(rows.add_(base.flatten(1)))
+        return onto(base, self._shaped(rows))
 
     def _shaped(self, rows: Tensor) -> Tensor:
         # No view where none is needed, since a view is a node of autograd. For factors of other
@@ -188,11 +196,15 @@ class WeightPlan:
         Returns:
             These rows of W, shape (rows, n k1 ...).
         """
+        return self._composed(factors)[0]
+
+    def _composed(self, factors: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
+        """Compose rows, and return whether a hand-written function did."""
         ordered = self.ordered(factors)
         if not may_run(ordered) or self.form is None:
-            return self.compose_plainly(ordered)
+            return self.compose_plainly(ordered), False
         recipe = Recipe(self.form, self.compose_plainly, self.recomputes, len(ordered))
-        return compose([recipe], as_autocast_casts(ordered))[0]
+        return compose([recipe], as_autocast_casts(ordered))[0], True
 
     def ordered(self, factors: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the factors in the order of `factor_names`."""
@@ -224,8 +236,13 @@ class WeightPlan:
 
     @cached_property
     def recomputes(self) -> bool:
-        """Return whether backward computes the products again instead of holding them."""
-        return 4 * prod(self.shape) >= RECOMPUTE_BYTES if self.recompute is None else self.recompute
+        """Return whether backward computes the products again instead of holding them.
+
+        An update of a frozen weight by default does: whoever fine-tunes saves memory.
+        """
+        if self.recompute is not None:
+            return self.recompute
+        return self.residual or 4 * prod(self.shape) >= RECOMPUTE_BYTES
 
     @property
     def gains(self) -> tuple[float, ...]:
@@ -295,6 +312,7 @@ def compose_together(
         every = zip(plans, factors, bases, strict=True)
         return [plan.compose(own, base) for plan, own, base in every]
     weights = compose(recipes, as_autocast_casts(flat))
-    shaped = [plan._shaped(weight) for weight, plan in zip(weights, plans, strict=True)]
-    together = zip(shaped, bases, strict=True)
-    return [weight if base is None else onto(base, weight) for weight, base in together]
+    return [
+        plan._shaped(rows) if base is None else plan._by_hand_onto(base, rows)
+        for plan, rows, base in zip(plans, weights, bases, strict=True)
+    ]

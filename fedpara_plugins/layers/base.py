@@ -265,7 +265,7 @@ class FactorisedLayer(nn.Module):
         if key is None:
             return None
         found = None if is_symbolically_tracing() else self._parameters.get(key)
-        return getattr(self, key) if found is None else found  # type: ignore[no-any-return]
+        return getattr(self, key) if found is None else found
 
     def composed_weights(self) -> dict[str, Tensor]:
         """Return all composed weights by attribute, each as `composed_weight` returns it."""

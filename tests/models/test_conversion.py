@@ -100,15 +100,20 @@ def test_copies_of_fitted_models_have_the_same_report():
     assert fedpara.report(copy.deepcopy(model)) == fedpara.report(model)
 
 
-def test_private_factors_are_seeded_and_shared_ones_follow_torch():
+@pytest.mark.parametrize("init", ["auto", "random"])
+def test_private_factors_are_seeded_and_shared_ones_by_default(init):
+    """With ``init="random"`` shared ones follow torch's generator."""
+
     def state(torch_seed, seed):
         torch.manual_seed(torch_seed)
-        return fedpara.split(fedpara.convert(Net(), method="pfedpara", gamma=0.5, seed=seed))
+        options = {"method": "pfedpara", "gamma": 0.5, "seed": seed, "init": init}
+        return fedpara.split(fedpara.convert(Net(), **options))
 
     one, other_torch, other_seed = state(0, 0), state(1, 0), state(0, 1)
     for name, value in one.private.items():
         assert torch.equal(value, other_torch.private[name])
-    assert not torch.equal(one.shared["head.x1"], other_torch.shared["head.x1"])
+    same = torch.equal(one.shared["head.x1"], other_torch.shared["head.x1"])
+    assert same == (init == "auto")
     assert not torch.equal(one.private["head.y2"], other_seed.private["head.y2"])
     assert not torch.equal(one.private["head.y2"][:10], one.private["body.0.y2"][:10, :1])
 

@@ -23,7 +23,7 @@ class Net(nn.Module):
 
 def test_whole_model_goes_back_to_dense_after_training():
     torch.manual_seed(1)
-    model = fedpara.convert(Net(), method="fedpara", gamma=0.3)
+    model = fedpara.convert(Net(), method="fedpara", gamma=0.3, init="random")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     x, y = torch.randn(8, 3, 8, 8), torch.arange(8)
     losses = []

@@ -63,7 +63,8 @@ def test_and_the_speed_that_the_option_says(start, method):
         torch.manual_seed(seed)
         layer = copy.deepcopy(shapes.get(start, nn.Linear(24, 20)))
         STARTS[start][1](layer.weight)
-        layer = fedpara.convert(layer, method=method, gamma=0.3, min_size=0, speed=0.4).double()
+        options = {"gamma": 0.3, "min_size": 0, "speed": 0.4, "init": "random"}
+        layer = fedpara.convert(layer, method=method, **options).double()
         found.append(reached_speed(layer.plans["weight"], layer.factors("weight")))
     assert sum(found) / 6 == pytest.approx(0.4, rel=0.2)
 
@@ -73,7 +74,7 @@ def test_and_the_speed_that_the_option_says(start, method):
 def test_a_zero_weight_starts_at_zero_and_trains(build, method):
     layer = build()
     nn.init.zeros_(layer.weight)
-    layer = fedpara.convert(layer, method=method, gamma=0.2)
+    layer = fedpara.convert(layer, method=method, gamma=0.2, init="random")
     assert not layer.composed_weight("weight").any()
     target = torch.randn(layer.plans["weight"].shape) * 0.02
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

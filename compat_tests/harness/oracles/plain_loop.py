@@ -104,7 +104,7 @@ def descend(
         The mean of the batches' losses, FedProx's term included.
     """
     model.train()
-    weights = list(model.parameters())
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     start = [weight.detach().clone() for weight in weights]
     losses = []
     for images, labels in task.batches(client, server_round):

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedpara_plugins.factors.fast.conditions import rewritten
+from fedpara_plugins.factors.fast.conditions import autocasts, rewritten
 
 __all__ = ["linear_with_update", "update_products"]
 
@@ -34,16 +33,15 @@ class SummedPlan(Protocol):
 
 def update_products(
     plan: SummedPlan, factors: Mapping[str, Tensor]
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Yield X, with all multipliers in it, Y and the core (or None) of each operand.
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
+    """Yield X, Y, the core (or None) and the multiplier of each operand.
 
     Args:
         plan: of a weight whose operands are added.
         factors: by name.
     """
     for i, gain in enumerate(plan.gains, start=1):
-        x, multiplier = factors[f"x{i}"], gain * plan.outer
-        yield (x if multiplier == 1 else x * multiplier), factors[f"y{i}"], factors.get(f"t{i}")
+        yield factors[f"x{i}"], factors[f"y{i}"], factors.get(f"t{i}"), gain * plan.outer
 
 
 def linear_with_update(
@@ -66,18 +64,13 @@ def linear_with_update(
         The output, shape (..., m), in the dtype that the frozen layer alone would give.
     """
     output = functional.linear(inputs, base, bias)
-    for x, y, _ in update_products(plan, factors):
-        inner = functional.linear(inputs.to(y.dtype), y.T)  # (..., R)
-        output = _plus_product(output, inner, x)
-    return output
-
-
-def _plus_product(output: Tensor, inner: Tensor, x: Tensor) -> Tensor:
-    """Return output + inner Xᵀ, in place of the output where nothing else can see it."""
-    if rewritten() or torch.is_autocast_enabled(output.device.type) or output.is_nested:
-        return output + functional.linear(inner, x).to(output.dtype)
-    if not output.is_contiguous() or x.dtype != output.dtype or type(output) is not Tensor:
-        return output + functional.linear(inner, x).to(output.dtype)
-    # One pass through memory: the product is added where it is made.
-    output.view(-1, output.shape[-1]).addmm_(inner.reshape(-1, inner.shape[-1]), x.T)
+    plain = not (rewritten() or autocasts(output.device.type) or output.is_nested)
+    for x, y, _, multiplier in update_products(plan, factors):
+        if plain and x.dtype == y.dtype == output.dtype and output.is_contiguous():
+            # The product is added where it is made, and gradients have the factors' layout.
+            inner = inputs.reshape(-1, inputs.shape[-1]) @ y  # (inputs, R)
+            output.view(-1, output.shape[-1]).addmm_(inner, x.T, alpha=multiplier)
+        else:
+            inner = functional.linear(inputs.to(y.dtype), y.T)  # (..., R)
+            output = output + functional.linear(inner, x * multiplier).to(output.dtype)
     return output
