@@ -73,11 +73,12 @@ class PlainConvolutionMixin(ConvolutionMixin):
         output = convolve(self, inputs, base, self.bias)
         point = (1,) * len(plan.shape[2:])
         one_by_one = _ONE_BY_ONE[len(point)]
-        for x, y, t in update_products(plan, self.factors_now("weight")):
+        for x, y, t, multiplier in update_products(plan, self.factors_now("weight")):
             rows = y.T if t is None else core_product(y, t)
             filters = rows.reshape(plan.rank, *plan.shape[1:])  # (R, in, k1, ...)
             inner = convolve(self, inputs.to(y.dtype), filters, None)  # (batch, R, ...)
-            output = output + one_by_one(inner, x.view(*x.shape, *point)).to(output.dtype)
+            outer = (x * multiplier).view(*x.shape, *point)
+            output = output + one_by_one(inner, outer).to(output.dtype)
         return output
 
 

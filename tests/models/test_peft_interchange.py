@@ -10,8 +10,9 @@ from torch import nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import ConversionError, MismatchError, PayloadError
+from fedpara_plugins.cli.command import main
 from fedpara_plugins.layers import FactorisedLayer
-from fedpara_plugins.models import convert_peft, save_peft
+from fedpara_plugins.models import convert_peft, save_factors, save_peft
 
 peft = pytest.importorskip("peft", reason="needs peft: tox run -e core-models")
 
@@ -144,6 +145,16 @@ def test_the_shared_update_alone_leaves_the_private_one_on_the_device(tmp_path):
                     parameter.zero_()
         model.head.load_state_dict(net.head.state_dict())
     torch.testing.assert_close(loaded(net, tmp_path / "shared")(*x), model(*x), **ALIKE)
+
+
+def test_the_command_writes_such_an_adapter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net, x = base(), inputs()
+    model = trained(copy.deepcopy(net), trainable=("head.*",))
+    save_factors(model, "factors.safetensors")
+    monkeypatch.setattr("fedpara_plugins.cli.command.model_from", lambda text: base())
+    assert main(["export", "factors.safetensors", "--peft", "adapter", "--model", "a:b"]) == 0
+    torch.testing.assert_close(loaded(net, "adapter")(*x), model(*x), **ALIKE)
 
 
 def test_training_goes_on_in_peft(tmp_path):
