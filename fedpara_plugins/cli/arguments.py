@@ -141,9 +141,20 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FACTORS", help=".safetensors, or a state dict (.pt)")
-    parser.add_argument("-o", "--output", metavar="FILE", required=True, help=".safetensors")
+    into = parser.add_mutually_exclusive_group(required=True)
+    into.add_argument("-o", "--output", metavar="FILE", help="the dense model, .safetensors")
+    into.add_argument(
+        "--peft",
+        metavar="FOLDER",
+        help="an adapter for PeftModel.from_pretrained, of a model with base='frozen'",
+    )
     parser.add_argument(
-        "--model", metavar="FACTORY", help=f"{_FACTORY}; needed if the file has no description"
+        "--model",
+        metavar="FACTORY",
+        help=f"{_FACTORY}; needed for --peft, and if the file has no description",
+    )
+    parser.add_argument(
+        "--base-model", metavar="NAME", help="for --peft: name or path of the pretrained model"
     )
     _add_config_options(parser)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fedpara_plugins.cli.arguments import (
     Handler,
@@ -23,7 +24,7 @@ from fedpara_plugins.cli.arguments import (
 )
 from fedpara_plugins.cli.doctor import check_model, check_training
 from fedpara_plugins.cli.environment import check_environment
-from fedpara_plugins.cli.export import dense_from
+from fedpara_plugins.cli.export import adapter_from, dense_from
 from fedpara_plugins.cli.inspect_file import inspect_file
 from fedpara_plugins.cli.plan import Link, choose_gamma, plan_traffic
 from fedpara_plugins.cli.step_cost import parse_input, step_cost
@@ -38,6 +39,8 @@ from fedpara_plugins.errors import ConfigError, FedParaError
 from fedpara_plugins.ledger.page import read_runs, render_page
 from fedpara_plugins.models.checkpoint_files import Checkpoint, read_checkpoint
 from fedpara_plugins.models.checkpoints import save_dense
+from fedpara_plugins.models.peft_export import save_peft
+from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.support.findings import Finding
 from fedpara_plugins.support.units import parse_rate, parse_size, readable_bytes
 from fedpara_plugins.text import printable
@@ -174,6 +177,8 @@ def _export(parsed: argparse.Namespace) -> int:
     found = read_checkpoint(parsed.file)
     config = read_config(parsed) if config_options(parsed) else None
     model = None if parsed.model is None else model_from(parsed.model)
+    if parsed.peft is not None:
+        return _export_adapter(parsed, found, model, config)
     try:
         state, spec = dense_from(found, model, config)
     except FedParaError as error:
@@ -191,6 +196,34 @@ def _export(parsed: argparse.Namespace) -> int:
     _print(f"{parsed.output}: dense state of {len(state)} tensors, {size}")
     if not whole:
         _print("The file holds no private factors: this is the shared model W1.")
+    return 0
+
+
+def _export_adapter(
+    parsed: argparse.Namespace,
+    found: Checkpoint,
+    model: nn.Module | None,
+    config: FedParaConfig | None,
+) -> int:
+    if model is None:
+        raise ConfigError(
+            "--peft needs --model FACTORY: the file does not say of which kind the layers are"
+        )
+    try:
+        converted, other = adapter_from(found, model, config)
+        private = not ModelSpec.of(converted).private_keys.isdisjoint(found.tensors)
+        adapter = save_peft(converted, parsed.peft, base_model=parsed.base_model, private=private)
+    except FedParaError as error:
+        raise type(error)(f"{parsed.file}: {error}") from error
+    kind, count = adapter.config["peft_type"], len(adapter.tensors)
+    size = readable_bytes(sum(value.nbytes for value in adapter.tensors.values()))
+    _print(f"{parsed.peft}: {kind} adapter of {count} tensors, {size}")
+    if other:
+        _print(
+            f"The file's frozen weights differ from those of {parsed.model} ({other[0]!r}, "
+            f"{len(other)} in all): the adapter belongs to the file's. Load it over the weights "
+            f"that the run started from."
+        )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`fedpara export`: from factors in a file to the dense state of the unconverted model."""
+"""`fedpara export`: from factors in a file to the dense model, or to an adapter of PEFT."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, PayloadError
-from fedpara_plugins.models.agreed_plans import adopt_plans
+from fedpara_plugins.models.agreed_plans import adopt_plans, agreed_config
 from fedpara_plugins.models.checkpoint_files import Checkpoint, factor_shapes
 from fedpara_plugins.models.checkpoints import check_same_shapes
 from fedpara_plugins.models.conversion import convert
@@ -17,7 +17,7 @@ from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.support.units import readable_bytes
 from fedpara_plugins.support.values import has_values, infinite, nonfinite
 
-__all__ = ["dense_from"]
+__all__ = ["adapter_from", "dense_from"]
 
 
 def dense_from(
@@ -92,12 +92,53 @@ def _memory() -> int | None:
 
 
 def _spec_for(found: Checkpoint, model: nn.Module, config: FedParaConfig) -> ModelSpec:
-    # The file's factors replace the weights, so there is no point in fitting factors to them.
-    converted = convert(model, config.without_values())
-    if found.spec is not None:
-        adopt_plans(converted, found.spec)
+    converted = _converted(found, model, config)
     spec = ModelSpec.of(converted)
-    if found.spec is not None:
-        found.spec.check_equal(spec, here="the file", there="the model with the options given")
     check_same_shapes(found.tensors, converted.state_dict(), optional=spec.private_keys)
     return spec
+
+
+def _converted(found: Checkpoint, model: nn.Module, config: FedParaConfig) -> nn.Module:
+    """Convert the model as that of the file was, and compare the two."""
+    # The file's factors replace the weights, so there is no point in fitting factors to them.
+    specs = [] if found.spec is None else [found.spec]
+    converted = convert(model, agreed_config(config, specs))
+    if found.spec is not None:
+        adopt_plans(converted, found.spec)
+        spec = ModelSpec.of(converted)
+        found.spec.check_equal(spec, here="the file", there="the model with the options given")
+    return converted
+
+
+def adapter_from(
+    found: Checkpoint, model: nn.Module, config: FedParaConfig | None = None
+) -> tuple[nn.Module, list[str]]:
+    """Return the converted model that a checkpoint in the residual form stands for.
+
+    Args:
+        found: what `read_checkpoint` returned.
+        model: the unconverted model; it is converted in place.
+        config: options of the conversion; None takes those of the file.
+
+    Returns:
+        The model with the file's tensors, for `fedpara_plugins.models.save_peft`, and the names of
+        frozen weights W0 that differ from the model's: the adapter belongs to those of the file.
+
+    Raises:
+        ConfigError: neither the file nor the arguments say how the model was converted.
+        MismatchError: the file is of another model or was trained with other options.
+    """
+    config = config or found.config
+    if config is None:
+        raise ConfigError(
+            "the file does not describe its model: give method and rank (or other options) as in "
+            "training"
+        )
+    converted = _converted(found, model, config)
+    spec, state = ModelSpec.of(converted), converted.state_dict()
+    check_same_shapes(found.tensors, state, optional=spec.private_keys)
+    own = {weight: state[key].clone() for weight, key in spec.base_keys.items()}
+    converted.load_state_dict({**state, **found.tensors}, strict=True)
+    bases = {w: found.tensors.get(key) for w, key in spec.base_keys.items()}
+    other = [w for w, base in bases.items() if base is not None and not torch.equal(base, own[w])]
+    return converted, other

@@ -62,7 +62,8 @@ class PlainConvolutionMixin(ConvolutionMixin):
         plan = self.plans.get("weight")
         split = plan is not None and plan.residual and plan.adds_products and self.groups == 1
         if not split or self.must_compose("weight") or is_symbolically_tracing():
-            return super().forward(input)  # type: ignore[no-any-return]
+            # torch.compile of 2.4 cannot trace the descriptor, as which the dense forward reads it.
+            return convolve(self, input, self.composed_weight("weight"), self.bias)
         assert plan is not None
         base = self.base("weight")
         assert base is not None

@@ -14,6 +14,8 @@ from fedpara_plugins.models.dense_copy import to_dense
 from fedpara_plugins.models.frozen import frozen_tensors
 from fedpara_plugins.models.infinities import check_finite, diverged, restore_infinities
 from fedpara_plugins.models.model_report import Report, report
+from fedpara_plugins.models.peft_export import save_peft
+from fedpara_plugins.models.peft_import import convert_peft
 from fedpara_plugins.models.private_start import keep_own_values
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.state_parts import Shapes, StatePart, find_part, shapes_of
@@ -30,6 +32,7 @@ __all__ = [
     "check_finite",
     "config_of",
     "convert",
+    "convert_peft",
     "diverged",
     "find_part",
     "frozen_tensors",
@@ -40,6 +43,7 @@ __all__ = [
     "restore_infinities",
     "save_dense",
     "save_factors",
+    "save_peft",
     "shapes_of",
     "shared_names",
     "split",
