@@ -66,7 +66,7 @@ def _converted(run: Run, built: Any) -> Any:
         ]
         if any(isinstance(each, nn.Module) for each in built):
             # A named tuple takes its fields one by one.
-            kind = type(built)
+            kind: Any = type(built)
             return kind(*found) if hasattr(built, "_fields") else kind(found)
     return run.converted(built)
 
