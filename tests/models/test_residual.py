@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 import fedpara_plugins as fedpara
-from fedpara_plugins import ConfigError, FedParaConfig, MismatchError, ModelSpec, PayloadError
+from fedpara_plugins import (
+    ConfigError,
+    ConversionError,
+    FedParaConfig,
+    MismatchError,
+    ModelSpec,
+    PayloadError,
+)
 from fedpara_plugins.factors.methods import Method
 from fedpara_plugins.factors.plan import WeightSlot
 from fedpara_plugins.factors.planning import plan_weight
@@ -230,6 +237,25 @@ def test_private_steps_train_the_private_update_and_shared_steps_the_other():
         changed = {n.rpartition(".")[2] for n, v in now.items() if not torch.equal(v, before[n])}
         assert changed & {"x1", "x2"} == {moved}
         assert "weight_base" not in changed
+
+
+class Packed(torch.Tensor):
+    """A quantised tensor, as those of torchao: it answers no questions about its values."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ in ("isfinite", "isinf", "isnan", "abs", "max"):
+            raise NotImplementedError(function.__name__)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_quantised_weight_is_refused_by_name():
+    model = net()
+    model.head.weight = nn.Parameter(torch.zeros(10, 64).as_subclass(Packed), requires_grad=False)
+    options = {"method": "lowrank", "base": "frozen", "rank": 4}
+    with pytest.raises(ConversionError, match=r"'head': weight is a Packed.*quantised"):
+        fedpara.convert(model, min_size=0, **options)
+    fedpara.convert(model, exclude="head", **options)
 
 
 def test_a_method_whose_update_would_not_start_at_zero_is_left_out():
