@@ -38,6 +38,9 @@ __all__ = ["ServerManager"]
 TRIES = 2
 """Number of times that a client gets a round's model: again if it lacks the reference of it."""
 
+MOST_RESENT = 5
+"""Number of times that a process may come back in a round, and is sent its models again."""
+
 NOT_A_CLIENTS = (WELCOME, TASK, FINISH, CLOSE, UNREADABLE)
 """Messages that no client sends; one in the place of a reply counts as one that is of no use."""
 
@@ -75,6 +78,7 @@ class ServerManager:
         self._roster = Roster(endpoint.peers, self._needed(engine.settings.min_clients))
         self._waiting: dict[int, int] = {}  # silo: process
         self._tries: dict[int, int] = {}
+        self._resent: Counter[int] = Counter()  # process: how often it came back in this round
         self._late: Counter[int] = Counter()  # process: tasks that it still works on
 
     def _needed(self, min_clients: int) -> int:
@@ -112,7 +116,7 @@ class ServerManager:
         """Wait for all clients; at the deadline, go on without those that have not come."""
         deadline = time.monotonic() + self._start_timeout
         asked = -math.inf  # at once, as FedML's own server does
-        while awaited := self._roster.awaited:
+        while self._roster.awaited:
             if time.monotonic() > asked + CHECK_INTERVAL:
                 asked = time.monotonic()
                 for peer in self._endpoint.status.unheard():
@@ -121,9 +125,9 @@ class ServerManager:
             event = self._endpoint.next(seconds)
             if event is not None:
                 self._handle(event)
-            elif time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:  # also while others send without end
                 limit = f"{self._start_timeout:.0f} s (fedpara_start_timeout)"
-                for peer in awaited:
+                for peer in self._roster.awaited:
                     self._roster.leave_out(peer, f"has not come within {limit}")
 
     def _handle(self, event: Event) -> None:
@@ -157,6 +161,9 @@ class ServerManager:
         if back:
             log.warning("fedpara: client %d is back", peer)
             del self._late[peer]
+            self._resent[peer] += 1
+            if self._resent[peer] > MOST_RESENT:
+                self._leave_out(peer, f"it has come back {self._resent[peer]} times in this round")
             for silo in self._awaited_from(peer):
                 self._send_task(silo, peer)
 
@@ -186,6 +193,7 @@ class ServerManager:
         silos = self._placement.sample(number)
         self._waiting = self._placement.assign(silos, self._endpoint.peers, self._roster.here)
         self._tries = dict.fromkeys(silos, 0)
+        self._resent.clear()
         self._engine.begin([str(silo) for silo in silos])
         mlops.event("server.wait", event_started=True, event_value=str(number))
         for silo, peer in list(self._waiting.items()):
@@ -207,7 +215,7 @@ class ServerManager:
             event = self._endpoint.next(None if left == math.inf else max(0.0, left))
             if event is not None:
                 self._handle_in_round(event)
-            elif time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:
                 for silo, peer in self._waiting.items():
                     self._late[peer] += 1
                     text = f"client {peer} has not answered within {limit:.0f} s"
