@@ -326,6 +326,38 @@ def test_a_client_that_comes_back_is_asked_again(
         torch.testing.assert_close(Kept.last[name], value)
 
 
+class ComesBack(ModelTrainerCLS):  # type: ignore[misc]
+    """Comes back again and again in the second round, and trains as long as it is listened to."""
+
+    parties: Parties
+
+    def train(self, train_data: Any, device: Any, args: Any, **more: Any) -> None:
+        if args.round_idx == 1:
+            for number in range(20):
+                message = Message(ONLINE, args.rank, 0)
+                fields = {"client_status": "ONLINE", "fedpara": "hello", "session": f"n{number}"}
+                for name, value in fields.items():
+                    message.add_params(name, value)
+                self.parties.transports[args.rank].send_message(message)
+        super().train(train_data, device, args, **more)
+
+
+def test_a_client_that_comes_back_again_and_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    parties = ComesBack.parties = Parties(monkeypatch, keys=KEYS, trainers={2: ComesBack})
+    with caplog.at_level(logging.WARNING, "fedpara.fedml"):
+        parties.run()
+    assert not parties.errors
+    lines = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert "left out client 1 in round 2: it has come back 6 times in this round" in lines[0]
+    assert not any("left out client 0" in line for line in lines)
+    sent = [m for m in parties.transports[0].sent if m.get_type() == TASK]
+    assert len([m for m in sent if m.get_receiver_id() == 2]) <= 3 * (
+        1 + server_manager.MOST_RESENT
+    )
+
+
 # Two sides that do not fit
 
 OTHER_KEY = "the same on the way of another key; errors of keys are in test_fedml_errors.py"

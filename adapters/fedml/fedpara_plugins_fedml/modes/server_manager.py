@@ -38,11 +38,11 @@ __all__ = ["ServerManager"]
 TRIES = 2
 """Number of times that a client gets a round's model: again if it lacks the reference of it."""
 
+MOST_RESENT = 5
+"""Number of times that a process may come back in a round, and is sent its models again."""
+
 NOT_A_CLIENTS = (WELCOME, TASK, FINISH, CLOSE, UNREADABLE)
 """Messages that no client sends; one in the place of a reply counts as one that is of no use."""
-
-MOST_SENT = 8
-"""Number of times that a task is sent in a round; its process may come back, and ask again."""
 
 CHECK_INTERVAL = 5.0
 """Seconds between the questions of a waiting server to clients that it has never heard."""
@@ -78,7 +78,7 @@ class ServerManager:
         self._roster = Roster(endpoint.peers, self._needed(engine.settings.min_clients))
         self._waiting: dict[int, int] = {}  # silo: process
         self._tries: dict[int, int] = {}
-        self._sent: Counter[int] = Counter()
+        self._resent: Counter[int] = Counter()  # process: how often it came back in this round
         self._late: Counter[int] = Counter()  # process: tasks that it still works on
 
     def _needed(self, min_clients: int) -> int:
@@ -125,7 +125,7 @@ class ServerManager:
             event = self._endpoint.next(seconds)
             if event is not None:
                 self._handle(event)
-            if time.monotonic() >= deadline:  # however many messages come
+            if time.monotonic() >= deadline:  # also while others send without end
                 limit = f"{self._start_timeout:.0f} s (fedpara_start_timeout)"
                 for peer in self._roster.awaited:
                     self._roster.leave_out(peer, f"has not come within {limit}")
@@ -161,6 +161,9 @@ class ServerManager:
         if back:
             log.warning("fedpara: client %d is back", peer)
             del self._late[peer]
+            self._resent[peer] += 1
+            if self._resent[peer] > MOST_RESENT:
+                self._leave_out(peer, f"it has come back {self._resent[peer]} times in this round")
             for silo in self._awaited_from(peer):
                 self._send_task(silo, peer)
 
@@ -190,7 +193,7 @@ class ServerManager:
         silos = self._placement.sample(number)
         self._waiting = self._placement.assign(silos, self._endpoint.peers, self._roster.here)
         self._tries = dict.fromkeys(silos, 0)
-        self._sent.clear()
+        self._resent.clear()
         self._engine.begin([str(silo) for silo in silos])
         mlops.event("server.wait", event_started=True, event_value=str(number))
         for silo, peer in list(self._waiting.items()):
@@ -246,9 +249,6 @@ class ServerManager:
         reason = self._roster.out.get(peer)
         if reason is None and self._late[peer]:
             reason = "still works on an earlier round"
-        self._sent[silo] += 1
-        if reason is None and self._sent[silo] > MOST_SENT:
-            reason = f"was sent its task {MOST_SENT} times"
         if reason is None:
             self._endpoint.send(peer, TASK, self._engine.message(str(silo)), silo=silo)
             return
