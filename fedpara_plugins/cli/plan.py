@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fedpara_plugins.codecs import Codec, encode_payload, parse_codec
+from fedpara_plugins.codecs import Codec, Description, HeaderForm, encode_payload, parse_codec
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.models.checkpoint_files import RESERVED_NAME, RESERVED_TEXT
@@ -219,7 +219,8 @@ def _coded_bytes(model: nn.Module, codec: Codec) -> int:
     reference = split(model).shared
     update = _updated(reference)
     spec = ModelSpec.of(model).to_json()
-    return len(encode_payload(update, codec=codec, reference=reference, model=spec))
+    form = HeaderForm(Description.of(spec, reference))
+    return len(encode_payload(update, codec=codec, reference=reference, model=spec, form=form))
 
 
 def _first_contact(model: nn.Module, codec: Codec) -> int:

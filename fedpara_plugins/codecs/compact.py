@@ -44,8 +44,6 @@ MAGIC = b"FPP2"
 _FIXED = struct.Struct("<4sII16s")
 _CHECKED = 8
 """Bytes before those that the checksum covers."""
-_ALIGNED = 8
-"""The tensors' bytes begin at a multiple of this, so that they need not be copied to be read."""
 
 _LAYOUT = ("names", "shapes", "dtypes", "each")
 """The header's fields that describe the tensors, as an entropy stage's notes do."""
@@ -80,7 +78,9 @@ def write_compact(coded: Tensors, fields: Mapping[str, Any], form: HeaderForm) -
             f"the payload's header has {len(text)} characters, at most {LONGEST_TEXT} are read"
         )
     packed = pack_text(text, form.usable)
-    packed += bytes(-(_FIXED.size + len(packed)) % _ALIGNED)
+    # The tensors' bytes begin where the widest of them need not be copied to be read.
+    widest = max((tensor.dtype.itemsize for tensor in coded.values()), default=1)
+    packed += bytes(-(_FIXED.size + len(packed)) % widest)
     head = struct.pack("<I16s", len(packed), bytes.fromhex(form.digest))
     parts: list[bytes | memoryview] = [head, packed]
     parts += (tensor_bytes(coded[name]) for name in _in_file(list(coded), coded))

@@ -13,7 +13,7 @@ from torch import nn
 
 import fedpara_plugins as fedpara
 from fedpara_plugins.cli.plan import Link, choose_gamma, message_bytes, plan_traffic
-from fedpara_plugins.codecs import encode_payload, parse_codec
+from fedpara_plugins.codecs import Description, HeaderForm, encode_payload, parse_codec
 from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.support.units import parse_rate, parse_size, readable_bytes, readable_seconds
 
@@ -70,11 +70,13 @@ def test_coded_bytes_are_those_of_an_encoded_update(method):
         else value
         for name, value in state.items()
     }
+    described = fedpara.ModelSpec.of(converted).to_json()
     data = encode_payload(
         update,
         codec=parse_codec("int8"),
         reference=state,
-        model=fedpara.ModelSpec.of(converted).to_json(),
+        model=described,
+        form=HeaderForm(Description.of(described, state)),  # as in all messages but the first
     )
     labels = [message.label for message in plan.messages]
     assert labels == ["dense", "dense, delta+int8+zlib", method, f"{method}, delta+int8+zlib"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpara_plugins.codecs import encode_payload, parse_codec
+from fedpara_plugins.codecs import HeaderForm, encode_payload, parse_codec
 from fedpara_plugins.stages.rans import lanes_for
 from fedpara_plugins.testing.hostile import pack
 
@@ -91,26 +91,42 @@ def objects_in_the_header():
     return forged("none", [], [("w", "F16", [COUNT], bytes(2 * COUNT))], "[]," * 10**6), 2 * COUNT
 
 
-def honest(codec, tensors=None):
+def honest(codec, tensors=None, *, form=None):
     tensors = {"w": HALVES} if tensors is None else tensors
-    data = encode_payload(tensors, codec=parse_codec(codec), reference=REFERENCE)
+    data = encode_payload(tensors, codec=parse_codec(codec), reference=REFERENCE, form=form)
     return data, sum(tensor.nbytes for tensor in tensors.values())
 
 
-CASES = {
-    "rows of one value": rows_of_one_value,
-    "all values kept": all_values_kept,
-    "all values kept, packed": all_values_kept_and_packed,
-    "steps beside symbols": steps_beside_symbols,
-    "objects in the header, refused": objects_in_the_header,
-    "all symbols escape": lambda: all_symbols_escape(COUNT, False),
-    "all symbols escape, one is wide, refused": lambda: all_symbols_escape(COUNT, True),
-    "steps on a grid": lambda: honest("grid+zlib", {"w": REFERENCE["w"] + 0.25}),
-    "floats of eight bytes": lambda: honest("planes+zlib", {"w": torch.ones(COUNT // 2).double()}),
-} | {
-    codec: lambda codec=codec: honest(codec)
-    for codec in ("lossless", "int8", "balanced", "small", "quantise:bits=4,scope=row+ans", "cast")
-}
+CASES = (
+    {
+        "rows of one value": rows_of_one_value,
+        "all values kept": all_values_kept,
+        "all values kept, packed": all_values_kept_and_packed,
+        "steps beside symbols": steps_beside_symbols,
+        "objects in the header, refused": objects_in_the_header,
+        "all symbols escape": lambda: all_symbols_escape(COUNT, False),
+        "all symbols escape, one is wide, refused": lambda: all_symbols_escape(COUNT, True),
+        "steps on a grid": lambda: honest("grid+zlib", {"w": REFERENCE["w"] + 0.25}),
+        "floats of eight bytes": lambda: honest(
+            "planes+zlib", {"w": torch.ones(COUNT // 2).double()}
+        ),
+    }
+    | {
+        codec: lambda codec=codec: honest(codec)
+        for codec in (
+            "lossless",
+            "int8",
+            "balanced",
+            "small",
+            "quantise:bits=4,scope=row+ans",
+            "cast",
+        )
+    }
+    | {
+        f"{codec}, version 2": lambda codec=codec: honest(codec, form=HeaderForm())
+        for codec in ("none", "lossless", "small", "cast")
+    }
+)
 
 WATCH = """
 import pickle, sys
