@@ -302,7 +302,7 @@ def multi_head_attention_forward(*args: Any, **options: Any) -> tuple[Tensor, Te
 def convolve(layer: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve inputs by a layer's stride, padding and dilation with another weight.
 
-    Seen in torch 2.4.0 to 2.13.0. ``nn.Conv1d`` to ``nn.Conv3d`` do this in ``_conv_forward``,
+    Seen in torch 2.4.0 to 2.14.1. ``nn.Conv1d`` to ``nn.Conv3d`` do this in ``_conv_forward``,
     which pads by the layer's mode first; no public method takes a weight.
 
     Args:

@@ -13,13 +13,12 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
 
-from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.layers.base import layers_alive
 from fedpara_plugins.support.torch_seams import (
     break_graph,
@@ -55,27 +54,16 @@ class Step:
         continued: ids of the models whose present step another optimizer has begun.
     """
 
-    def __init__(self, optimizer: Optimizer, kwargs: dict[str, Any]) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.scaler = stepping_scaler(optimizer)
         self.evaluations = 0
         self.completed = False
         self.continued: set[int] = set()
-        self._takes_scaler = "grad_scaler" in kwargs
 
     def unscale(self) -> None:
-        """Divide the gradients by the scaler's factor if the optimizer would do so itself.
-
-        Raises:
-            ConfigError: the optimizer asks the scaler itself, by the argument ``grad_scaler``.
-        """
+        """Divide the gradients by the scaler's factor if the optimizer would do so itself."""
         scale = getattr(self.optimizer, "grad_scale", None)
-        if self._takes_scaler:
-            raise ConfigError(
-                f"{type(self.optimizer).__name__} unscales its gradients itself, inside the step, "
-                f"where the fedpara option 'clip' and drift corrections cannot act: leave them "
-                f"out, or use an optimizer of torch, fused or not"
-            )
         if isinstance(scale, torch.Tensor):
             for parameter in parameters_of(self.optimizer):
                 if parameter.grad is not None:
@@ -220,10 +208,14 @@ def _begin(optimizer: Optimizer, args: Any, kwargs: Any) -> Arguments | None:
         observers = tuple(one for one in _observers if one.concerns(optimizer))
         if not observers or _overflowed(optimizer) or _steps_by_another(optimizer):
             return None
-        running = _Running(Step(optimizer, kwargs), observers)
+        given, kwargs = kwargs, _unscaled(optimizer, kwargs)
+        if kwargs is not given and not _are_finite(optimizer):
+            return args, kwargs  # the optimizer will skip this step
+        running = _Running(Step(optimizer), observers)
         _running[optimizer] = running
         running.begin()
-    elif running.step.evaluations:
+        return _with_closure(running, args, kwargs) or (args, kwargs)
+    if running.step.evaluations:
         return None  # `super().step()` of an optimizer that has called the closure by itself
     return _with_closure(running, args, kwargs)
 
@@ -260,6 +252,29 @@ def _overflowed(optimizer: Optimizer) -> bool:
     """Return whether a fused optimizer will skip this step, since scaled gradients overflowed."""
     found = getattr(optimizer, "found_inf", None)
     return isinstance(found, torch.Tensor) and bool(found)
+
+
+def _unscaled(optimizer: Optimizer, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Unscale the gradients of an optimizer that would ask the scaler for it, inside its step.
+
+    Returns:
+        The arguments of the step, with a scaler of factor 1 in the other's place if there is one.
+    """
+    scaler = kwargs.get("grad_scaler")
+    gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+    if not isinstance(scaler, torch.amp.GradScaler) or not scaler.is_enabled() or not gradients:
+        return kwargs
+    with suppress(RuntimeError):  # the user may have done so already
+        scaler.unscale_(optimizer)
+    device = gradients[0].device
+    unit = torch.amp.GradScaler(device.type, init_scale=1.0)
+    unit.scale(torch.ones((), device=device))  # before that, it has no factor
+    return {**kwargs, "grad_scaler": unit}
+
+
+def _are_finite(optimizer: Optimizer) -> bool:
+    gradients = (p.grad for p in parameters_of(optimizer) if p.grad is not None)
+    return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
 
 def _steps_by_another(optimizer: Optimizer) -> bool:

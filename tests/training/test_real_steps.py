@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from fedpara_plugins import ConfigError
 from fedpara_plugins.training import StepObserver, observe_real_steps
 
 
@@ -205,24 +204,44 @@ def test_a_scaler_s_step_is_unscaled_on_demand_or_not_made(fused):
     assert parameter.item() == pytest.approx(1 - 0.1 * 3)
 
 
-def test_an_optimizer_that_unscales_by_itself_is_refused_only_on_demand(log):
-    class Own(torch.optim.SGD):
-        _step_supports_amp_scaling = True
+class Asking(torch.optim.SGD):
+    """An optimizer that asks the scaler, as GradScaler's contract allows it."""
 
-        def step(self, closure=None, grad_scaler=None):
-            return None
+    _step_supports_amp_scaling = True
 
-    parameter, optimizer = one(Own)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(parameter * 1).backward()
-    with pytest.warns(FutureWarning):
-        scaler.step(optimizer)
-    assert log.calls == ["begin", "ready 1", "end"]
-    with (
-        observe_real_steps(StepObserver(ready=lambda step: step.unscale(), end=lambda step: None)),
-        pytest.raises(ConfigError, match="Own unscales its gradients itself"),
-    ):
-        optimizer.step(grad_scaler=scaler)
+    def step(self, closure=None, grad_scaler=None):
+        if grad_scaler is None:
+            return super().step(closure)
+        grad_scaler.unscale_(self)
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        if all(bool(torch.isfinite(g).all()) for g in gradients):
+            return super().step()
+        return None
+
+
+@pytest.mark.filterwarnings("ignore:GradScaler is going to stop:FutureWarning")
+@pytest.mark.parametrize("by_user", [False, True])
+def test_an_optimizer_that_asks_the_scaler_finds_unscaled_gradients(by_user):
+    """Those that overflow are skipped, and the scaler goes down as ever."""
+    seen = []
+    parameter, optimizer = one(Asking)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    ready = StepObserver(
+        ready=lambda step: seen.append(parameter.grad.item()), end=lambda step: seen.append("end")
+    )
+    with observe_real_steps(ready):
+        for overflows in (False, True, False):
+            optimizer.zero_grad()
+            scaler.scale(3 * parameter).backward()
+            if overflows:
+                parameter.grad.fill_(torch.inf)
+            if by_user:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+    assert seen == [3.0, "end"] * 2
+    assert parameter.item() == pytest.approx(1 - 2 * 0.1 * 3)
+    assert scaler.get_scale() == 512.0
 
 
 def test_observers_of_other_optimizers_do_not_touch_them():
