@@ -95,7 +95,7 @@ def test_a_disturbance_in_a_round_ends_nobody_elses_run(
     for record in caplog.records:
         assert record.getMessage().isprintable()
     tasks = [m for m in parties.transports[0].sent if m.get_type() == TASK]
-    assert len(tasks) <= 3 * (1 + 8)
+    assert len(tasks) <= 3 * (1 + 6)
 
 
 @pytest.mark.parametrize("message", [hello(session="x", error=ESCAPES), stock()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from fedpara_plugins.support.units import readable_bytes
 from fedpara_plugins.support.values import has_values, infinite, nonfinite
 
 __all__ = ["adapter_from", "dense_from"]
+
+FACTORS = frozenset({"x1", "y1", "x2", "y2", "t1", "t2"})
 
 
 def dense_from(
@@ -47,10 +50,7 @@ def dense_from(
     spec = found.spec
     if spec is None or config is not None:
         if model is None or config is None:
-            raise ConfigError(
-                "the file does not describe its model: give the model's factory, and method and "
-                "gamma (or other options) as in training"
-            )
+            raise ConfigError(_without_description(found.tensors))
         spec = _spec_for(found, model, config)
     elif model is not None:
         composed = {weight: torch.Size(plan.shape) for weight, plan in spec.weights.items()}
@@ -67,6 +67,30 @@ def dense_from(
     for name, value in dense.items():
         _check_values(name, value, composed=name in spec.weights)
     return dense, spec
+
+
+def _without_description(tensors: Mapping[str, Tensor]) -> str:
+    """Return what to do about a file that does not describe its model.
+
+    Such a file comes of an app's own ``torch.save(state_dict)``.
+    """
+    layers: dict[str, set[str]] = {}
+    for name in tensors:
+        path, _, factor = name.rpartition(".")
+        if factor in FACTORS:
+            layers.setdefault(path, set()).add(factor)
+    found = {path: factors for path, factors in layers.items() if {"x1", "y1"} <= factors}
+    if not found:
+        what = f"none of its {len(tensors)} tensors is named as a factor: it may be dense already"
+    else:
+        path, factors = next(iter(found.items()))
+        methods = "fedpara or pfedpara" if "x2" in factors else "lowrank, or of W1 alone"
+        what = f"it holds factors of {len(found)} layers ({path!r}, for example), of {methods}"
+    return (
+        f"the file does not describe its model; {what}. Give the model's factory, and method and "
+        f"gamma (or other options) as in training (--model my_app.task:Net --method fedpara "
+        f"--gamma 0.1); or save the dense state in the app: fedpara.to_dense(state)"
+    )
 
 
 def _check_values(name: str, value: Tensor, *, composed: bool) -> None:

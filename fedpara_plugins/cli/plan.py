@@ -19,6 +19,7 @@ from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.models.checkpoint_files import RESERVED_NAME, RESERVED_TEXT
 from fedpara_plugins.models.conversion import convert
+from fedpara_plugins.models.frozen import frozen_tensors
 from fedpara_plugins.models.model_report import Report, report
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.state_split import split
@@ -67,6 +68,8 @@ class TrafficPlan:
         link: speeds for which seconds are computed.
         clients: number of clients that take part in a round.
         rounds: number of rounds.
+        frozen: bytes of frozen parameters, which are in no message but the first, of the dense
+            model without a codec.
     """
 
     config: FedParaConfig
@@ -76,6 +79,7 @@ class TrafficPlan:
     link: Link
     clients: int
     rounds: int
+    frozen: int = 0
 
     def __str__(self) -> str:
         parts = [str(self.report), "", *self._table()]
@@ -83,6 +87,11 @@ class TrafficPlan:
             parts.append(
                 f"First contact, once per client and not in the table: "
                 f"{readable_bytes(self.first_contact)} down."
+            )
+        if self.frozen and len(self.messages) > 1:
+            parts.append(
+                f"Frozen parameters ({readable_bytes(self.frozen)}) are sent with the plain dense "
+                f'model alone, without method and codec; send = "all" sends them always.'
             )
         if self.config.codec != "none":
             parts.append(ESTIMATE)
@@ -148,7 +157,7 @@ def plan_traffic(
     if codec.stages and config.method != "none":
         messages.append(MessageSize(f"dense, {codec.name}", _coded_bytes(model, codec)))
     if config.method != "none":
-        messages.append(MessageSize(config.method, found.shared_bytes))
+        messages.append(MessageSize(config.method, _bytes(_sent(converted))))
     if codec.stages:
         coded = _coded_bytes(converted, codec)
         label = f"{config.method}, {codec.name}".replace("none,", "dense,")
@@ -161,6 +170,7 @@ def plan_traffic(
         link=link or Link(),
         clients=clients,
         rounds=rounds,
+        frozen=_bytes(split(converted).shared) - _bytes(_sent(converted)),
     )
 
 
@@ -205,7 +215,7 @@ def message_bytes(model: nn.Module, config: FedParaConfig) -> int:
     """Return the bytes of one message: of an encoded update, or of the tensors without a codec."""
     codec = parse_codec(config.codec)
     converted = _converted(model, config)
-    return _coded_bytes(converted, codec) if codec.stages else report(converted).shared_bytes
+    return _coded_bytes(converted, codec) if codec.stages else _bytes(_sent(converted))
 
 
 def _converted(model: nn.Module, config: FedParaConfig) -> nn.Module:
@@ -216,7 +226,7 @@ def _converted(model: nn.Module, config: FedParaConfig) -> nn.Module:
 
 
 def _coded_bytes(model: nn.Module, codec: Codec) -> int:
-    reference = split(model).shared
+    reference = _sent(model)
     update = _updated(reference)
     spec = ModelSpec.of(model).to_json()
     form = HeaderForm(Description.of(spec, reference))
@@ -225,7 +235,20 @@ def _coded_bytes(model: nn.Module, codec: Codec) -> int:
 
 def _first_contact(model: nn.Module, codec: Codec) -> int:
     spec = ModelSpec.of(model).to_json()
-    return len(encode_payload(split(model).shared, codec=codec.first_contact(), model=spec))
+    return len(encode_payload(_sent(model), codec=codec.first_contact(), model=spec))
+
+
+def _sent(model: nn.Module) -> dict[str, Tensor]:
+    """Return what travels where a method or a codec is on: all that is neither private nor frozen.
+
+    If that is nothing, all that is not private is sent.
+    """
+    shared, frozen = split(model).shared, frozen_tensors(model)
+    return {name: value for name, value in shared.items() if name not in frozen} or shared
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors.values())
 
 
 def _updated(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

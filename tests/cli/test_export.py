@@ -162,11 +162,18 @@ def test_a_bare_state_dict_needs_model_and_options(command, refused, method, end
     torch.save(state, "f.pt") if ending == "pt" else save_file(dict(state), f"f.{ending}")
     error = refused("export", f"f.{ending}", "-o", "d.safetensors")
     assert "does not describe its model" in error
+    assert "holds factors of 2 layers ('body.0', for example)" in error
+    assert "fedpara.to_dense(state)" in error
     error = refused("export", f"f.{ending}", "--model", "user_models:Net", "-o", "d.safetensors")
     assert "method and gamma" in error
     words = ["--model", "user_models:Net", "--method", method, "--gamma", "0.3"]
     assert command("export", f"f.{ending}", *words, "-o", "d.safetensors")[0] == 0
     assert_exported("d.safetensors", model)
+
+
+def test_a_dense_state_dict_is_told_from_factors(refused):
+    torch.save(Net().state_dict(), "f.pt")
+    assert "may be dense already" in refused("export", "f.pt", "-o", "d.safetensors")
 
 
 def test_the_first_layer_that_differs_is_named_with_both_shapes(refused):

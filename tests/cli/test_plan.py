@@ -14,6 +14,7 @@ from torch import nn
 import fedpara_plugins as fedpara
 from fedpara_plugins.cli.plan import Link, choose_gamma, message_bytes, plan_traffic
 from fedpara_plugins.codecs import Description, HeaderForm, encode_payload, parse_codec
+from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.support.units import parse_rate, parse_size, readable_bytes, readable_seconds
 
@@ -255,3 +256,20 @@ def test_the_core_does_not_import_the_command_line():
     environment = {"PYTHONPATH": str(Path(fedpara.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_frozen_parameters_are_in_the_plain_dense_message_alone():
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(True)
+    net[0].requires_grad_(False)
+    config = FedParaConfig(method="fedpara", gamma=0.1, codec="lossless")
+    plan = plan_traffic(net, config)
+    dense, coded, factors, both = (message.size for message in plan.messages)
+    one = 4 * (64 * 64 + 64)
+    assert dense == 2 * one
+    assert plan.frozen == one
+    assert factors < one
+    assert coded < 1.2 * one
+    assert both < factors + 4000
+    assert "Frozen parameters (16.6 kB)" in str(plan)
+    assert plan_traffic(net, FedParaConfig()).messages[0].size == dense
+    assert "Frozen" not in str(plan_traffic(net, FedParaConfig()))

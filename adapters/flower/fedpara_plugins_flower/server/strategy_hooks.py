@@ -72,7 +72,7 @@ def log_own_loop(run: Run) -> None:
     run.own_loop_told = True
     if run.settings.state_dir is not None or run.settings.ledger is not None:
         log.info(
-            "fedpara: the app has rounds of its own, and no Strategy.start with Flower's "
-            "arguments: state-dir keeps no rounds of it, and the ledger gets what the server "
-            "evaluates from fedpara.log_metrics(...) alone"
+            "fedpara: the app has rounds of its own, no Strategy.start with Flower's arguments: "
+            "state-dir keeps no rounds of it, and the ledger gets what the server evaluates from "
+            "fedpara.log_metrics(...) alone"
         )
