@@ -208,6 +208,11 @@ class FedParaConfig:
                 "option 'init': 'fit' writes the weights into factors, and with base='frozen' they "
                 "stay as they are beside them: choose one of the two"
             )
+        if self.train == "right" and self.tanh:
+            raise ConfigError(
+                "option 'train': with 'right' the average of updates is exact, which tanh=True "
+                "would undo: leave out one of the two"
+            )
         only_frozen = {
             "train": self.train == "right",
             "trainable": self.trainable != EVERYTHING,

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from fedpara_plugins.config import FedParaConfig
-from fedpara_plugins.errors import ConversionError
+from fedpara_plugins.errors import ConfigError, ConversionError
 from fedpara_plugins.factors.fast.conditions import FALLBACKS
 from fedpara_plugins.factors.fast.form import is_known
 from fedpara_plugins.layers import FactorisedLayer
@@ -24,6 +24,7 @@ from fedpara_plugins.models.checkpoint_files import RESERVED_NAME, RESERVED_TEXT
 from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.decisions import repeated_modules
 from fedpara_plugins.models.first_values import fit_errors, fit_summary
+from fedpara_plugins.models.forms import decide_form
 from fedpara_plugins.models.infinities import infinite_tensors
 from fedpara_plugins.models.layer_decisions import LayerDecision, decide_layers
 from fedpara_plugins.plugins import layers
@@ -51,7 +52,15 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
     """
     refused: dict[str, ConversionError] = {}
     found = decide_layers(model, config, refused=refused)
-    lines = [line for decision in found for line in _about_layer(decision, config)]
+    lines = []
+    try:
+        config, note = decide_form(found, config)
+    except ConfigError as error:  # the same as `convert` would raise, as one of several findings
+        lines, note = [Finding("attention", "(model)", str(error))], ""
+    if note:
+        lines = [Finding("ok", "(model)", note)]
+        found = decide_layers(model, config, refused=refused)
+    lines += [line for decision in found for line in _about_layer(decision, config)]
     lines += [Finding("attention", name or "(model)", str(e)) for name, e in refused.items()]
     lines += _repeated(repeated_modules(model, found))
     for name, count in infinite_tensors(model).items():
@@ -71,11 +80,12 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
 def _about_layer(decision: LayerDecision, config: FedParaConfig) -> Iterator[Finding]:
     for weight, plan in decision.plans.items():
         saved = f"{plan.shared_parameters:,} of {prod(plan.shape):,} entries travel"
-        text = f"{plan.method.name} of rank {plan.rank}: {saved}"
+        form = "frozen, with an update by " if plan.residual else ""
+        text = f"{form}{plan.method.name} of rank {plan.rank}: {saved}"
         if weight in decision.own_starts:
             kept = decision.own_starts[weight]
             text += f"; its own standard deviation of {kept:.3g} is kept, far from its kind's"
-        if not is_known(plan.method):
+        if not (is_known(plan.method) or plan.adds_products):
             text += f"; {SLOWER}"
         yield Finding("ok", full_name(decision.name, weight), text)
     for weight, reason in decision.reasons.items():

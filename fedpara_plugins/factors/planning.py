@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from math import ceil, log, prod, sqrt
 
+import torch
+
 from fedpara_plugins.config import VARIANCES, FedParaConfig
 from fedpara_plugins.factors.compose import combine_sum
+from fedpara_plugins.factors.initialise import PLAIN
 from fedpara_plugins.factors.methods import Method
 from fedpara_plugins.factors.plan import WeightPlan, WeightSlot, matrix_shape
 from fedpara_plugins.factors.ranks import (
     gamma_rank,
+    is_kernel,
     matched_rank,
     parameter_count,
     ratio_rank,
@@ -60,7 +64,9 @@ def plan_weight(
             f"the weight's smaller side is {side} (fewer than {SMALLEST_SIDE}), as in first and "
             f"depthwise layers: factors would save nothing"
         )
-    core = _has_core(method, config)
+    if config.base == "frozen" and not _starts_at_zero(method):
+        return f"method {method.name} gives no update that is zero where one operand is"
+    core = _has_core(method, config) or not is_kernel(slot.shape)
     shape = matrix_shape(slot.shape, core=core)
     rank = _choose_rank(slot.shape, shape, method, config)
     if rank is None:
@@ -77,6 +83,14 @@ def plan_weight(
     if spread is None or config.variance != "default":
         return plan
     return _with_own_start(plan, spread)
+
+
+def _starts_at_zero(method: Method) -> bool:
+    """Return whether the update is zero where the first shared operand and private ones are."""
+    zero = {method.first_shared, *method.private}
+    values = [0.0 if i in zero else 1.0 for i in range(method.operands)]
+    operands = [torch.full((1, 1), value, **PLAIN) for value in values]
+    return not method.as_update().combine(operands).any()
 
 
 def _has_core(method: Method, config: FedParaConfig) -> bool:

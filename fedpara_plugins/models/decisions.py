@@ -16,7 +16,7 @@ from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.models.config_checks import CONFIG_CHECKS
 from fedpara_plugins.models.forms import decide_form, planned_weights
 from fedpara_plugins.models.head import choose_head
-from fedpara_plugins.models.layer_decisions import LayerDecision
+from fedpara_plugins.models.layer_decisions import LayerDecision, decide_layers
 from fedpara_plugins.models.private import private_tensors
 from fedpara_plugins.models.trainable import check_trainable
 from fedpara_plugins.models.weight_checks import check_model
@@ -76,7 +76,10 @@ def decide(model: nn.Module, config: FedParaConfig) -> Conversion:
         return Conversion(config=config)
     _refuse_converted(model)
     refuse_wrapped(model)
-    config, found, note = decide_form(model, config)
+    found = decide_layers(model, config)
+    config, note = decide_form(found, config)
+    if note:
+        found = decide_layers(model, config)
     check_trainable(model, config)
     _refuse_repeated_modules(model, found)
     refuse_unreachable_ratios(_by_ratio(found, config))

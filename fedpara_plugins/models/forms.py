@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.layers.base import full_name
-from fedpara_plugins.models.layer_decisions import LEFT_OUT, LayerDecision, decide_layers
+from fedpara_plugins.models.layer_decisions import LEFT_OUT, LayerDecision
 from fedpara_plugins.models.looks_trained import norm_has_moved, sign_of_training
 from fedpara_plugins.support.torch_seams import own_parameters
 
@@ -26,25 +26,21 @@ SIGNS_SHOWN = 2
 NORM_MOVED = "its weights and biases differ from each other, which fresh ones do not"
 
 
-def decide_form(
-    model: nn.Module, config: FedParaConfig
-) -> tuple[FedParaConfig, list[LayerDecision], str]:
-    """Decide about every layer, in the form that the options or else the weights ask for.
+def decide_form(found: Sequence[LayerDecision], config: FedParaConfig) -> tuple[FedParaConfig, str]:
+    """Decide about the form of a model's weights, where the options leave it to them.
 
     Args:
-        model: unconverted.
+        found: the decisions about the layers of an unconverted model.
         config: the options.
 
     Returns:
-        The options, with ``base="frozen"`` if the weights decided so; the decisions about layers;
-        and a sentence about the form in that case, else "".
+        The options, and ""; or if the weights decided for the residual form, the options with
+        ``base="frozen"``, by which layers must be decided anew, and a sentence about it.
 
     Raises:
         ConfigError: trained weights would be replaced, or options of the residual form are given
             for fresh weights.
-        ConversionError: a layer cannot be converted.
     """
-    found = decide_layers(model, config)
     replaces = config.base != "frozen" and config.init != "fit" and config.trained == "keep"
     signs = list(islice(_signs_of_training(found), SIGNS_SHOWN)) if replaces else []
     count = sum(len(decision.plans) for decision in found)
@@ -54,9 +50,8 @@ def decide_form(
             raise ConfigError(_refusal(config, signs, count))
         if config.base is None:
             replace(config, base="factors")  # raises for options of the residual form
-        return config, found, ""
-    config = replace(config, base="frozen")
-    return config, decide_layers(model, config), _note(signs)
+        return config, ""
+    return replace(config, base="frozen"), _note(signs)
 
 
 def planned_weights(found: Sequence[LayerDecision]) -> dict[str, Tensor]:

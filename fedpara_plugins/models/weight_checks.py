@@ -179,6 +179,8 @@ def _refuse_values(name: str, attribute: str, parameter: Tensor, *, of_a_kind: b
             f"{_layer(name)} is lazy, its {attribute} has no shape yet: run one forward pass "
             f"with sample data before converting"
         )
+    if type(parameter) not in (nn.Parameter, Tensor):
+        return  # a quantised or sharded one cannot be asked; as a weight it is refused by its name
     matrix = of_a_kind and parameter.dim() >= 2
     if holds_nan(parameter) or (matrix and not _is_finite(parameter)):
         raise ConversionError(_not_finite(name, attribute))

@@ -211,6 +211,8 @@ class LayerContract:
 
     def test_residual_form_trained_on_one_side_averages_exactly(self, method: str) -> None:
         """Check what is trained, that all else is seeded, and the mean of two updates."""
+        if self.options.get("tanh"):
+            pytest.skip("with tanh no update is linear in its factors")
         torch.manual_seed(0)
         options = {"base": "frozen", "train": "right"}
         for dense, _ in self.cases():

@@ -98,7 +98,9 @@ class KeptPrivate:
             composed = {**answer, **tensors}
             if halves and set(spec.shared_keys) <= composed.keys():
                 dense = spec.dense_state(composed)
-                self.private += [dense[weight] for weight in halves]
+                # W0 of the residual form is shared: the update of it is the secret.
+                bases = {weight: composed[key] for weight, key in spec.base_keys.items()}
+                self.private += [dense[weight] - bases.get(weight, 0) for weight in halves]
             self.private += [answer[weight] for weight in halves if weight in answer]
             shared = set(spec.shared_keys) & answer.keys()
             self.shared.append({name: answer[name] for name in shared})
