@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from fedpara_plugins import FedParaError
 from fedpara_plugins.codecs import peek_header
 from harness.flower.apps import Outcome, federate
+from harness.flower.legacy_apps import LegacyExperiment, legacy_plain_apps, legacy_plugin_apps
 from harness.flower.part_apps import PARTS, Adapted, Backbone, Part, part_apps
+from harness.oracles.task import TrainingTask
 
 SMALL = [name for name in PARTS if name != "whole"]
 
@@ -126,3 +128,33 @@ def test_an_error_about_plain_arrays_advises_no_line_that_is_there() -> None:
         federate(part_apps(plain), section("fedpara", "small"))
     assert "builds the plain model" in str(caught.value)
     assert "Net = fedpara.factorised(Net)" not in str(caught.value)
+
+
+class Tuned(TrainingTask):
+    """A task whose first layer is frozen."""
+
+    @property
+    def net(self) -> Any:
+        """Return what builds the model."""
+        plain = super().net
+
+        def build() -> nn.Module:
+            torch.manual_seed(0)  # what is not sent has to be the same
+            model: nn.Module = plain()
+            next(model.parameters()).requires_grad_(False)
+            return model
+
+        return build
+
+
+@pytest.mark.parametrize("part", ["trained", "state"])
+@pytest.mark.parametrize("method", ["none", "fedpara"])
+def test_lists_of_the_legacy_api(method: str, part: str) -> None:
+    experiment = LegacyExperiment(task=Tuned(clients=2, rounds=2, epochs=1), part=part)
+    outcome = federate(legacy_plugin_apps(experiment), section(method, "lossless"))
+    plain = federate(legacy_plain_apps(experiment))
+    assert not [line for line in outcome.log if "left out" in line]
+    if method == "none":
+        assert outcome.losses == pytest.approx(plain.losses, rel=1e-5)
+    else:
+        assert len(outcome.losses) == len(plain.losses)

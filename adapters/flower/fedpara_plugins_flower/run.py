@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
-from fedpara_plugins import ConfigError, FedParaConfig, ModelSpec
+from fedpara_plugins import ConfigError, FedParaConfig, MismatchError, ModelSpec
 from fedpara_plugins.exchange import (
     DenseRound,
     OwnModels,
@@ -71,7 +71,8 @@ class Run:
             far as it has been read.
         received: on a client, the shapes of its tensors, by the set of names of each model.
         specs: the models that `factorised` built here, each under the set of names of its state,
-            and under that of its ``parameters()`` where the model has buffers too.
+            under that of its ``parameters()`` where the model has buffers too, and under that of
+            those which are trained.
         shapes: of their states, under the same sets of names.
         built: the models that were built here, for their frozen tensors; on a server the first of
             each kind alone.
@@ -203,6 +204,9 @@ class Run:
         spec = ModelSpec.of(model)
         alike = _of_parameters(spec, model)
         specs = {frozenset(s.keys): s for s in (alike, spec)}
+        trained = _of_trained(spec, model)
+        if trained is not None:
+            specs.setdefault(frozenset(trained.keys), trained)
         shapes = shapes_of(model.state_dict())
         self._check_expected(spec, specs, shapes)
         self.specs |= specs
@@ -283,6 +287,16 @@ def _of_parameters(spec: ModelSpec, model: nn.Module) -> ModelSpec:
     names = {name for name, _ in model.named_parameters()}
     keys = tuple(key for key in spec.keys if key in names)
     return replace(spec, keys=keys, own={k: v for k, v in spec.own.items() if k in names})
+
+
+def _of_trained(spec: ModelSpec, model: nn.Module) -> ModelSpec | None:
+    """Return the spec of a list of the parameters that are trained; None if these are no part."""
+    names = [name for name, value in model.named_parameters() if value.requires_grad]
+    try:
+        part = find_part([(spec, {})], dict.fromkeys(names))
+    except MismatchError:
+        return None  # a private factor is trained, and not all shared ones
+    return None if part is None else part.spec
 
 
 def to_dense(arrays: ArrayRecord | Mapping[str, Tensor]) -> dict[str, Tensor]:

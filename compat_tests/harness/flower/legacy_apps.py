@@ -61,9 +61,22 @@ def _set_parameters(model: nn.Module, arrays: Arrays) -> None:
             value.copy_(torch.as_tensor(array))
 
 
+def _get_trained(model: nn.Module) -> Arrays:
+    trained = [value for value in model.parameters() if value.requires_grad]
+    return [value.detach().cpu().numpy().copy() for value in trained]
+
+
+def _set_trained(model: nn.Module, arrays: Arrays) -> None:
+    trained = [value for value in model.parameters() if value.requires_grad]
+    with torch.no_grad():
+        for value, array in zip(trained, arrays, strict=True):
+            value.copy_(torch.as_tensor(array))
+
+
 ARRAY_ACCESS = {
     "state": ArrayAccess(_get_state, _set_state),
     "parameters": ArrayAccess(_get_parameters, _set_parameters),
+    "trained": ArrayAccess(_get_trained, _set_trained),
 }
 
 

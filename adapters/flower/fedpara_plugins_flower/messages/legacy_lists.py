@@ -105,7 +105,11 @@ class Namer:
             )
         _check_numpy(record)
         names = _names_for(record, self._specs.values())
-        if names is None and not self._plain_names:
+        # Where nothing is factorised or private, an adapter's list needs no names.
+        plain = bool(self._specs) and not any(
+            spec.weights or spec.private_keys for spec in self._specs.values()
+        )
+        if names is None and not (self._plain_names or plain):
             known = sorted({len(spec.keys) for spec in self._specs.values()})
             raise ConfigError(
                 f"fedpara: the strategy sends a list of {len(record)} arrays that fits no model "
