@@ -15,9 +15,9 @@ from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 from torch import nn
 
 from fedpara_plugins import ConversionError
-from fedpara_plugins.codecs import decode_payload, peek_header
 from fedpara_plugins_fedml.messages.envelope import unpack
 from harness.fedml.project import run
+from harness.oracles.descriptions import decode_payload, peek_header
 
 METHOD = {"fedpara_gamma": 0.3, "fedpara_min_size": 256}
 

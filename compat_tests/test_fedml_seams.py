@@ -395,7 +395,7 @@ def test_the_marks_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_types_of_fedml_s_messages() -> None:
     types = {v for k, v in vars(MyMessage).items() if k.startswith("MSG_TYPE_")}
     assert types - {seams.READY} == set(seams.FEDML_TYPES)
-    assert (seams.READY, seams.ONLINE, seams.CHECK) == (0, 5, 6)
+    assert (seams.READY, seams.ONLINE, seams.CHECK, seams.FEDML_FINISH) == (0, 5, 6, 7)
     client = import_module("fedml.cross_silo.client.message_define").MyMessage
     assert {v for k, v in vars(client).items() if k.startswith("MSG_TYPE_")} <= types
     assert seams.ONLINE_STATUS == {"client_status": "ONLINE"}
@@ -403,6 +403,29 @@ def test_the_types_of_fedml_s_messages() -> None:
     source = inspect.getsource(manager.handle_message_client_status_update)
     assert "MSG_ARG_KEY_CLIENT_STATUS" in source
     assert seams.ONLINE_STATUS["client_status"] == manager.ONLINE_STATUS_FLAG
+
+
+def test_listeners_survive_what_cannot_be_read() -> None:
+    """MQTT's manager passes on who sent it; other managers have no such method."""
+    module = "fedml.core.distributed.communication.mqtt_s3.mqtt_s3_multi_clients_comm_manager"
+    manager = vars(import_module(module))["MqttS3MultiClientsCommManager"]
+    assert "self._on_message_impl(" in inspect.getsource(manager._on_message)
+    assert callable(manager._notify)
+    passed: list[Any] = []
+
+    def failing(message: Any) -> None:
+        raise KeyError("the store has no such object")
+
+    client = SimpleNamespace(suppress_exceptions=False)
+    made = SimpleNamespace(
+        _on_message_impl=failing, _notify=passed.append, mqtt_mgr=SimpleNamespace(_client=client)
+    )
+    seams.guard_listeners(made, logging.getLogger("fedpara.fedml"))
+    made._on_message_impl(SimpleNamespace(payload=b'{"sender": 2, "receiver": 0}'))
+    made._on_message_impl(SimpleNamespace(payload=b"no JSON"))
+    assert passed == [{"msg_type": "not read by FedML", "sender": 2, "receiver": 0}]
+    assert client.suppress_exceptions
+    seams.guard_listeners(SimpleNamespace(), logging.getLogger("fedpara.fedml"))
 
 
 def test_a_message() -> None:

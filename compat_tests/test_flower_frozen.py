@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fedpara_plugins import FedParaError
-from fedpara_plugins.codecs import decode_payload
 from harness.flower.apps import Outcome, federate
 from harness.flower.part_apps import PARTS, Backbone, Part, part_apps
+from harness.oracles.descriptions import decode_payload
 
 WHOLE = PARTS["whole"]
 FROZEN = ("body.0.weight", "body.0.bias", "body.2.weight", "body.2.bias")

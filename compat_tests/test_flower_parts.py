@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedpara_plugins import FedParaError
-from fedpara_plugins.codecs import peek_header
 from harness.flower.apps import Outcome, federate
 from harness.flower.legacy_apps import LegacyExperiment, legacy_plain_apps, legacy_plugin_apps
 from harness.flower.part_apps import PARTS, Adapted, Backbone, Part, part_apps
+from harness.oracles.descriptions import peek_header
 from harness.oracles.task import TrainingTask
 
 SMALL = [name for name in PARTS if name != "whole"]

@@ -71,6 +71,7 @@ class ClientModels:
         self._factors: nn.Module = trainer.model if factors is None else factors
         names = to_state(trainer.get_model_params())
         self._names = frozenset(names)
+        self._like = {name: value.to("meta") for name, value in names.items()}
         nbytes = sum(value.nbytes for value in names.values())
         if settings.trains_dense:
             nbytes += sum(value.nbytes for value in self._factors.state_dict().values())
@@ -169,7 +170,7 @@ class ClientModels:
     def _exchanged(self) -> ModelSpec:
         """Return the spec of what the trainer exchanges."""
         if self._factors is self._trainer.model:
-            return spec_for(self._factors, self._names)
+            return spec_for(self._factors, self._like)
         return exchanged(self._factors, self._names)
 
     def _received(self, client_round: ClientRound, payloads: Mapping[str, bytes]) -> ReceivedRecord:
