@@ -293,15 +293,16 @@ def factor_key(weight: str, factor: str) -> str:
 def compose_together(
     plans: Sequence[WeightPlan],
     factors: Sequence[Mapping[str, Tensor]],
-    bases: Sequence[Tensor | None],
+    bases: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
     """Compose several weights as `WeightPlan.compose` does, in one node of autograd if possible.
 
     Args:
         plans: the weights' plans.
         factors: for each plan, its factors by name.
-        bases: for each plan, W0 of the residual form, or None.
+        bases: for each plan, W0 of the residual form, or None; None for none at all.
     """
+    bases = [None] * len(plans) if bases is None else bases
     recipes = [
         Recipe(plan.form, plan.compose_plainly, plan.recomputes, len(plan.factor_names))
         for plan in plans
