@@ -8,15 +8,15 @@ __all__ = ["characters", "mlp", "signal_cnn", "small_cnn", "small_vgg"]
 
 
 def small_cnn(*, norms: bool) -> nn.Module:
-    """Build three convolutions and two linear layers for 28x28 images, some 200,000 values."""
+    """Build three convolutions and two linear layers for 28x28 images, 320,714 values without norms."""
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         norm = [nn.GroupNorm(8, outputs)] if norms else []
-        return [nn.Conv2d(inputs, outputs, 3, padding=1), *norm, nn.ReLU(), nn.MaxPool2d(2)]
+        return [nn.Conv2d(inputs, outputs, 3, padding=1), *norm, nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
 
     layers = [*block(1, 32), *block(32, 64), *block(64, 64)]
     return nn.Sequential(
-        *layers, nn.Flatten(), nn.Linear(64 * 9, 256), nn.ReLU(), nn.Linear(256, 10)
+        *layers, nn.Flatten(), nn.Linear(64 * 16, 256), nn.ReLU(), nn.Linear(256, 10)
     )
 
 
@@ -27,7 +27,7 @@ def small_vgg() -> nn.Module:
         layers = []
         for i in (inputs, outputs):
             layers += [nn.Conv2d(i, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.ReLU()]
-        return [*layers, nn.MaxPool2d(2)]
+        return [*layers, nn.MaxPool2d(2, ceil_mode=True)]
 
     layers = [*block(3, 32), *block(32, 64), *block(64, 128)]
     return nn.Sequential(
