@@ -1,0 +1,210 @@
+"""A federated run in this process, over the exchange that the adapters use.
+
+Every message is a real payload: the server encodes it against what the client holds, the client
+decodes it with what it keeps, and so back. Bytes are lengths of payloads.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from local import accuracy, start, train
+from safetensors.torch import load, save
+from setting import Setting
+from tasks import Share, Task
+from torch import Tensor
+
+import fedpara_plugins as fedpara
+from fedpara_plugins import ModelSpec
+from fedpara_plugins.codecs import decoders
+from fedpara_plugins.exchange import (
+    ClientRound,
+    ClientState,
+    DownlinkEncoder,
+    ExchangeSettings,
+    OwnModel,
+    OwnModels,
+    ReplyReader,
+    cast,
+    zero_private_factors,
+)
+from fedpara_plugins.training import start_round
+
+__all__ = ["Federation"]
+
+RECORD = "model"
+State = dict[str, Tensor]
+
+
+@dataclass
+class Bytes:
+    """Bytes of payloads so far.
+
+    Attributes:
+        up: from clients.
+        down: to clients that had something already.
+        first: to clients that had nothing.
+    """
+
+    up: int = 0
+    down: int = 0
+    first: int = 0
+
+
+class Federation:
+    """A run: its server, and all of its clients' storages.
+
+    Args:
+        task: of the setting.
+        setting: of the run.
+        kept: folder for pretrained models.
+
+    Attributes:
+        number: rounds done.
+        bytes: sent so far.
+    """
+
+    def __init__(self, task: Task, setting: Setting, kept: Path | None = None) -> None:
+        self.number = 0
+        self.bytes = Bytes()
+        self._setting = setting
+        self._settings = ExchangeSettings(**ExchangeSettings.read(dict(setting.options)))
+        self._storages: dict[int, dict[str, bytes]] = {}
+        dense = start(task, setting, kept)
+        for name, parameter in dense.named_parameters():
+            if setting.trainable and not any(fnmatchcase(name, p) for p in setting.trainable):
+                parameter.requires_grad_(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._model = fedpara.convert(dense, self._settings.config)
+        self._spec = ModelSpec.of(self._model)
+        self._first = {k: v.detach().clone() for k, v in self._model.state_dict().items()}
+        server = copy.deepcopy(self._model)
+        zero_private_factors(server)
+        self._state: State = {k: v.detach().clone() for k, v in server.state_dict().items()}
+        self._downlink = DownlinkEncoder(self._settings)
+
+    def round(self, task: Task) -> dict[str, Any]:
+        """Run one round of FedAvg, and return its line.
+
+        Args:
+            task: of the setting.
+        """
+        self.number += 1
+        setting = self._setting
+        draw = torch.Generator().manual_seed(1000 * setting.seed + self.number)
+        sampled = setting.sampled or task.sampled
+        chosen = torch.randperm(len(task.clients), generator=draw)[:sampled].tolist()
+        if setting.alone:
+            for client in range(len(task.clients)):
+                self._train_alone(client, task)
+        else:
+            self._downlink.put(RECORD, self._state, self._spec)
+            replies = [(self._client(c, task), len(task.clients[c][1])) for c in chosen]
+            self._state = mean(replies, self._state)
+        line: dict[str, Any] = {
+            "round": self.number,
+            "up": self.bytes.up,
+            "down": self.bytes.down,
+            "first": self.bytes.first,
+        }
+        if self.number % setting.every == 0 or self.number == setting.rounds:
+            line |= self._figures(task)
+        return line
+
+    # One client
+
+    def _client(self, client: int, task: Task) -> State:
+        """Send to one client, train there, and return the server's view of its answer."""
+        storage = self._storages.setdefault(client, {})
+        seen = bool(storage)
+        state = ClientState(storage, str(client))
+        own = OwnModel(self._spec, sum(v.nbytes for v in self._state.values()))
+        client_round = ClientRound(
+            self._settings,
+            state,
+            own=OwnModels(self._settings.config, [own], complete=True),
+            kind_of=lambda record: "model",
+        )
+        payload = self._downlink.encode(str(client), RECORD)
+        if seen:
+            self.bytes.down += len(payload)
+        else:
+            self.bytes.first += len(payload)
+        received = client_round.receive({RECORD: payload})[RECORD]
+        self._model.load_state_dict(received.user_tensors)
+        start_round(self._model, previous_steps=client_round.previous_steps)
+        steps = self._train(client, task)
+        answer = {k: v.detach().clone() for k, v in self._model.state_dict().items()}
+        coded = client_round.encode(client_round.prepare_reply({RECORD: answer}))
+        client_round.keep(steps=steps)
+        self.bytes.up += len(coded[RECORD])
+        reader = ReplyReader(
+            self._downlink,
+            kind_of=lambda record: "model",
+            model_of=lambda tensors: self._spec,
+            strict=True,
+        )
+        read = reader.read_all(coded)[RECORD]
+        self._downlink.acknowledge(str(client), client_round.received_hashes, decoders())
+        return read.state
+
+    def _train(self, client: int, task: Task) -> int:
+        draw = hash((self._setting.seed, self.number, client)) % 2**31
+        return train(self._model, task.clients[client], task, self._setting, draw)
+
+    def _train_alone(self, client: int, task: Task) -> None:
+        storage = self._storages.setdefault(client, {})
+        self._model.load_state_dict(unpacked(storage, self._first))
+        self._train(client, task)
+        storage["alone"] = packed(self._model.state_dict())
+
+    # Evaluation
+
+    def _figures(self, task: Task) -> dict[str, float]:
+        """Return the accuracy of the server's model, and of the clients' own at the end."""
+        found = {}
+        if not self._setting.alone:
+            self._model.load_state_dict(self._state)
+            found["accuracy"] = accuracy(self._model, task.test)
+        if task.own and (self.number == self._setting.rounds or self.number % 20 == 0):
+            own = [self._own(c, share) for c, share in enumerate(task.own)]
+            found["own"] = sum(own) / len(own)
+        return found
+
+    def _own(self, client: int, share: Share) -> float:
+        """Return the accuracy of what a client would use: the server's part and its own."""
+        storage = self._storages.get(client, {})
+        if self._setting.alone:
+            self._model.load_state_dict(unpacked(storage, self._first))
+        else:
+            private, _ = ClientState(storage).private(self._spec, self._state)
+            self._model.load_state_dict({**self._state, **private})
+        return accuracy(self._model, share)
+
+
+def mean(replies: list[tuple[State, int]], like: State) -> State:
+    """Return FedAvg's mean of the clients' states, by numbers of examples."""
+    total = sum(examples for _, examples in replies)
+    found = {}
+    for name, value in like.items():
+        parts = [state[name].double() * (examples / total) for state, examples in replies]
+        found[name] = cast(torch.stack(parts).sum(0), value.dtype)
+    return found
+
+
+def packed(state: Mapping[str, Tensor]) -> bytes:
+    """Return a state as bytes."""
+    return save({name: value.detach().contiguous() for name, value in state.items()})
+
+
+def unpacked(storage: Mapping[str, bytes], first: State) -> State:
+    """Return the state that a client on its own has, ``first`` before its first round."""
+    return load(storage["alone"]) if "alone" in storage else first

@@ -1,0 +1,73 @@
+"""One run of a table, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Setting"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A task, a method with its options, and how clients train.
+
+    Attributes:
+        name: the row of the table.
+        task: one of `tasks.TASKS`.
+        options: of the plugin, as in its config section; none for dense FedAvg in float32.
+        rounds: of the run.
+        seed: of the model, the division of the data, the sampling and the batches.
+        rate: of the clients' optimizer; None is the task's own.
+        momentum: of SGD.
+        adam: whether the clients' optimizer is Adam.
+        steps: local steps of a round; None is the task's passes over the data.
+        he: whether the dense model starts with variance 2 / fan_in.
+        prox: FedProx's mu.
+        sampled: clients of a round; None is the task's.
+        alone: whether nothing is exchanged, and clients train for themselves.
+        every: rounds between two evaluations.
+        pretrained: steps of training before the run, for tasks with such data; 0 for none.
+        trainable: name patterns of a dense model's parameters that are trained; () for all.
+    """
+
+    name: str
+    task: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rounds: int = 60
+    seed: int = 0
+    rate: float | None = None
+    momentum: float = 0.0
+    adam: bool = False
+    steps: int | None = None
+    he: bool = False
+    prox: float = 0.0
+    sampled: int | None = None
+    alone: bool = False
+    every: int = 1
+    pretrained: int = 0
+    trainable: tuple[str, ...] = ()
+
+    def with_seed(self, seed: int) -> Setting:
+        """Return the same run with another seed."""
+        return dataclasses.replace(self, seed=seed)
+
+    @property
+    def key(self) -> str:
+        """A short name that no other setting has."""
+        fields = dataclasses.asdict(self)
+        fields.pop("name")
+        text = json.dumps(fields, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that are not the default's."""
+        return {
+            f.name: value
+            for f in dataclasses.fields(self)
+            if (value := getattr(self, f.name)) != f.default and value != {}
+        }
