@@ -120,7 +120,7 @@ def test_clipping_on_the_server_bounds_every_update_with_a_lossy_codec(
 
 def test_without_clipping_updates_are_larger(updates: list[dict[str, Tensor]]) -> None:
     _run("fedavg", "none")
-    assert min(_distance(update, "fedpara") for update in updates) > 5 * CLIP
+    assert min(_distance(update, "fedpara") for update in updates) > 4 * CLIP
 
 
 @pytest.mark.parametrize("codec", ["int8", "small"])

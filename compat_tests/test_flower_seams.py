@@ -523,8 +523,8 @@ import os, subprocess, sys
 if sys.argv[1:2] != ["inner"]:
     subprocess.run([sys.executable, "-c", os.environ["ASKING"], "inner"], check=True)
 else:
-    from fedpara_plugins_flower.seams import supernode_of_this_process
-    print(os.getppid(), supernode_of_this_process())
+    from fedpara_plugins_flower import seams
+    print(os.getppid(), seams.supernode_of_this_process())
 """
 
 

@@ -12,7 +12,12 @@ def small_cnn(*, norms: bool) -> nn.Module:
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         norm = [nn.GroupNorm(8, outputs)] if norms else []
-        return [nn.Conv2d(inputs, outputs, 3, padding=1), *norm, nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
+        return [
+            nn.Conv2d(inputs, outputs, 3, padding=1),
+            *norm,
+            nn.ReLU(),
+            nn.MaxPool2d(2, ceil_mode=True),
+        ]
 
     layers = [*block(1, 32), *block(32, 64), *block(64, 64)]
     return nn.Sequential(
