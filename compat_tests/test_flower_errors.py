@@ -272,7 +272,7 @@ def test_a_client_that_does_not_answer_in_time_is_left_out_and_named(
         return (sent.kind, sent.partition, sent.round) == ("train", CULPRIT, ROUND)
 
     # Seeded factors would make the first copy small.
-    section = {**_section(method, codec), "init": "random"}
+    section = _section(method, codec, init="auto" if codec == "none" else "random")
     outcome = federate(plugin_apps(Experiment(TASK)), section, late=late)
     _check_named(outcome, "has not answered in time")
     if method == "fedpara":
