@@ -8,7 +8,7 @@ __all__ = ["characters", "mlp", "signal_cnn", "small_cnn", "small_vgg"]
 
 
 def small_cnn(*, norms: bool) -> nn.Module:
-    """Build three convolutions and two linear layers for 28x28 images, 320,714 values without norms."""
+    """Build three convolutions and two linear layers for 28x28 images (320,714 values)."""
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         norm = [nn.GroupNorm(8, outputs)] if norms else []
