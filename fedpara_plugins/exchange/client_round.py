@@ -12,11 +12,18 @@ Adapters carry the payloads, call the user's code, and commit the client's stora
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from fedpara_plugins.codecs import decode_payload, peek_header, readable
+from fedpara_plugins.codecs import (
+    LostDescriptionError,
+    PayloadHeader,
+    decode_payload,
+    peek_header,
+    readable,
+)
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.exchange.budget import MessageBudget
 from fedpara_plugins.exchange.client_state import ClientState, PrivateParts
@@ -26,6 +33,7 @@ from fedpara_plugins.exchange.frozen import FROZEN, tensor_hash
 from fedpara_plugins.exchange.frozen_source import FrozenSource, OwnStates
 from fedpara_plugins.exchange.headers import (
     check_codecs,
+    check_rows,
     decoders_of,
     first_model_limit,
     plans_of,
@@ -136,9 +144,7 @@ class ClientRound:
             most = max(map(first_model_limit, payloads.values()), default=0)
             budget = MessageBudget(most, parts=1)
         self._sent_once = {n.removeprefix(FROZEN): self._copy_of(d) for n, d in once.items()}
-        most = MOST_TENSORS if unbounded else FEW_TENSORS
-        if own := self._own.specs:
-            most = max(len(spec.keys) for spec in own) + MORE_TENSORS
+        most = self._most_tensors(MOST_TENSORS if unbounded else FEW_TENSORS)
         held = {name: self._decoded(name, data, budget, most) for name, data in payloads.items()}
         self.received = {name: self._read(name, part, budget) for name, part in held.items()}
         return self.received
@@ -155,15 +161,25 @@ class ClientRound:
         Raises:
             PayloadError: a payload is damaged.
         """
-        return [
-            plans_of(peek_header(payload, descriptions=self._state.references.descriptions(name)))
-            for name, payload in payloads.items()
-            if self._kind_of(name) == "model" and not name.startswith(FROZEN)
-        ]
+        names = [n for n in payloads if self._kind_of(n) == "model" and not n.startswith(FROZEN)]
+        headers = [self._header(name, payloads[name]) for name in names]
+        for header in headers:
+            check_rows(header, self._most_tensors(MOST_TENSORS))
+        return [plans_of(header) for header in headers]
+
+    def _most_tensors(self, unknown: int) -> int:
+        """Return the tensors that a record may have: ``unknown`` if no own model is known."""
+        known = [len(spec.keys) + MORE_TENSORS for spec in self._own.specs]
+        return max(known, default=unknown)
+
+    def _header(self, name: str, payload: bytes) -> PayloadHeader:
+        return peek_header(payload, descriptions=self._state.references.descriptions(name))
 
     def _decoded(
         self, name: str, payload: bytes, budget: MessageBudget, most: int
     ) -> DecodedDownlink:
+        with contextlib.suppress(LostDescriptionError):  # `receive` says so in the sender's terms
+            check_rows(self._header(name, payload), most)
         held = self._state.references.receive(
             name,
             payload,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from fedpara_plugins.codecs import COMPACT, Description, HeaderForm, PayloadHeader, readable
-from fedpara_plugins.errors import ConfigError, PayloadError
+from fedpara_plugins.errors import ConfigError, PayloadError, TooLargeError
 from fedpara_plugins.exchange.settings import codecs_in_words
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.spec_rows import plan_from_row
@@ -13,6 +13,7 @@ from fedpara_plugins.references import DecodedDownlink
 
 __all__ = [
     "check_codecs",
+    "check_rows",
     "decoders_of",
     "downlink_form",
     "first_model_limit",
@@ -108,6 +109,26 @@ def spec_of(header: PayloadHeader, names: Iterable[str], *, limit: int) -> Model
     if header.model is None:
         raise PayloadError("fedpara: the message describes no model; was it made by this plugin?")
     return ModelSpec.from_json(header.model, tuple(names), limit=limit)
+
+
+def check_rows(header: PayloadHeader, most: int) -> None:
+    """Raise for a description of more weights or names than a receiver expects.
+
+    Each takes time, and none of them needs a tensor in the payload.
+
+    Args:
+        header: of the payload.
+        most: weights, and names of each sort.
+
+    Raises:
+        TooLargeError: says how many there are.
+    """
+    for field, rows in (header.model or {}).items():
+        if isinstance(rows, list | dict) and len(rows) > most:
+            raise TooLargeError(
+                f"fedpara: the message describes {len(rows)} {field[:40]!r} of a model, this side "
+                f"expects at most {most}; build the same model on both sides"
+            )
 
 
 def plans_of(header: PayloadHeader) -> ModelSpec:

@@ -462,3 +462,16 @@ def test_a_client_without_a_model_takes_few_tensors_until_it_has_one(helpers):
     with pytest.raises(TooLargeError, match=r"holds \d+ tensors, this side expects at most 256"):
         client_round.receive(payloads)
     assert client_round.receive(payloads, unbounded=True)
+
+
+@pytest.mark.parametrize("field", ["weights", "private"])
+def test_a_description_of_many_rows_is_refused_before_it_is_read(helpers, field):
+    """Each takes time, and none needs a tensor in the payload."""
+    pair = helpers.Pair()
+    model = pair.spec.to_json()
+    model[field] = [[f"w{n}", *model[field][0][1:]] for n in range(20_000)]
+    payload = encode_payload(pair.shared, codec=parse_codec("none"), model=model)
+    with pytest.raises(TooLargeError, match=rf"describes 20000 '{field}' of a model"):
+        pair.round().receive({"model": payload})
+    with pytest.raises(TooLargeError, match=rf"describes 20000 '{field}'"):
+        pair.round().described_plans({"model": payload})
