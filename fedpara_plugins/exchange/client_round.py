@@ -164,7 +164,7 @@ class ClientRound:
         names = [n for n in payloads if self._kind_of(n) == "model" and not n.startswith(FROZEN)]
         headers = [self._header(name, payloads[name]) for name in names]
         for header in headers:
-            check_rows(header, self._most_tensors(MOST_TENSORS))
+            check_rows(header, self._most_tensors(4 * MOST_TENSORS))
         return [plans_of(header) for header in headers]
 
     def _most_tensors(self, unknown: int) -> int:
