@@ -22,8 +22,7 @@ from tasks import Share, Task
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from fedpara_plugins import ModelSpec
-from fedpara_plugins.codecs import decoders
+from fedpara_plugins import ModelSpec, PayloadError
 from fedpara_plugins.exchange import (
     ClientRound,
     ClientState,
@@ -35,6 +34,7 @@ from fedpara_plugins.exchange import (
     cast,
     zero_private_factors,
 )
+from fedpara_plugins.models import frozen_tensors
 from fedpara_plugins.training import start_round
 
 __all__ = ["Federation"]
@@ -68,11 +68,13 @@ class Federation:
 
     Attributes:
         number: rounds done.
+        diverged: whether all clients of the last round have.
         bytes: sent so far.
     """
 
     def __init__(self, task: Task, setting: Setting, kept: Path | None = None) -> None:
         self.number = 0
+        self.diverged = False
         self.bytes = Bytes()
         self._setting = setting
         self._settings = ExchangeSettings(**ExchangeSettings.read(dict(setting.options)))
@@ -89,6 +91,7 @@ class Federation:
         server = copy.deepcopy(self._model)
         zero_private_factors(server)
         self._state: State = {k: v.detach().clone() for k, v in server.state_dict().items()}
+        self._frozen = {k: v.detach().clone() for k, v in frozen_tensors(self._model).items()}
         self._downlink = DownlinkEncoder(self._settings)
 
     def round(self, task: Task) -> dict[str, Any]:
@@ -106,23 +109,32 @@ class Federation:
             for client in range(len(task.clients)):
                 self._train_alone(client, task)
         else:
-            self._downlink.put(RECORD, self._state, self._spec)
-            replies = [(self._client(c, task), len(task.clients[c][1])) for c in chosen]
-            self._state = mean(replies, self._state)
+            self._downlink.put(RECORD, self._state, self._spec, frozen=self._frozen)
+            self._state = dict(self._downlink.content(RECORD))
+            states = {client: self._client(client, task) for client in chosen}
+            replies = [(s, len(task.clients[c][1])) for c, s in states.items() if s is not None]
+            self.diverged = not replies
+            self._state = mean(replies, self._state) if replies else self._state
         line: dict[str, Any] = {
             "round": self.number,
             "up": self.bytes.up,
             "down": self.bytes.down,
             "first": self.bytes.first,
         }
-        if self.number % setting.every == 0 or self.number == setting.rounds:
+        if self.diverged:
+            line["diverged"] = True
+        elif self.number % setting.every == 0 or self.number == setting.rounds:
             line |= self._figures(task)
         return line
 
     # One client
 
-    def _client(self, client: int, task: Task) -> State:
-        """Send to one client, train there, and return the server's view of its answer."""
+    def _client(self, client: int, task: Task) -> State | None:
+        """Send to one client, train there, and return the server's view of its answer.
+
+        Returns:
+            None if the client's training has diverged, which leaves it out of the round.
+        """
         storage = self._storages.setdefault(client, {})
         seen = bool(storage)
         state = ClientState(storage, str(client))
@@ -132,6 +144,7 @@ class Federation:
             state,
             own=OwnModels(self._settings.config, [own], complete=True),
             kind_of=lambda record: "model",
+            states=lambda: [(self._spec, {**self._first, **self._frozen})],
         )
         payload = self._downlink.encode(str(client), RECORD)
         if seen:
@@ -143,17 +156,21 @@ class Federation:
         start_round(self._model, previous_steps=client_round.previous_steps)
         steps = self._train(client, task)
         answer = {k: v.detach().clone() for k, v in self._model.state_dict().items()}
-        coded = client_round.encode(client_round.prepare_reply({RECORD: answer}))
-        client_round.keep(steps=steps)
-        self.bytes.up += len(coded[RECORD])
         reader = ReplyReader(
             self._downlink,
             kind_of=lambda record: "model",
             model_of=lambda tensors: self._spec,
             strict=True,
         )
-        read = reader.read_all(coded)[RECORD]
-        self._downlink.acknowledge(str(client), client_round.received_hashes, decoders())
+        try:
+            coded = client_round.encode(client_round.prepare_reply({RECORD: answer}))
+            client_round.keep(steps=steps)
+            self.bytes.up += len(coded[RECORD])
+            read = reader.read_all(coded)[RECORD]
+        except PayloadError:
+            return None
+        held = {**reader.references, **client_round.received_hashes}
+        self._downlink.acknowledge(str(client), held, client_round.decoders)
         return read.state
 
     def _train(self, client: int, task: Task) -> int:

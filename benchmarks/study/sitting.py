@@ -62,7 +62,7 @@ class Sitting:
         federation, lines = self._resumed(setting, task, snapshot)
         clock.skip(federation.number)
         saved = time.monotonic()
-        while federation.number < setting.rounds:
+        while federation.number < setting.rounds and not federation.diverged:
             lines.append(federation.round(task))
             clock.tell(setting, lines[-1])
             if time.monotonic() - saved > SNAPSHOT_SECONDS:
@@ -101,6 +101,8 @@ class _Clock:
         """Print a line about a round."""
         self._done += 1
         self._left -= 1
+        if line.get("diverged"):
+            self._left -= setting.rounds - line["round"]
         left = (time.monotonic() - self._begin) / self._done * self._left
         figures = " ".join(f"{k} {line[k]:.2f}" for k in ("accuracy", "own") if k in line)
         print(

@@ -51,7 +51,7 @@ def _table(task: str, rows: Mapping[str, list[list[dict[str, Any]]]]) -> str:
         cells = [
             name,
             str(len(runs)),
-            _interval(ends),
+            _interval(ends) + (" (diverged)" if any("diverged" in line for line in last) else ""),
             _interval(own),
             *(f"{mean(line[key] for line in last) / 1e6:.2f}" for key in ("up", "down", "first")),
             "never" if None in to else f"{mean(t for t in to if t is not None) / 1e6:.2f}",
