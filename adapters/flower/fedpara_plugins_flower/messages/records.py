@@ -60,7 +60,7 @@ def kind_of(name: str) -> RecordKind:
 
 def payload_record(payload: bytes) -> ArrayRecord:
     """Return a record whose only array is the payload, as uint8."""
-    return TypedRecord({PAYLOAD_KEY: Array(np.frombuffer(payload, dtype=np.uint8))})
+    return ArrayRecord({PAYLOAD_KEY: Array(np.frombuffer(payload, dtype=np.uint8))})
 
 
 def carried_payload(record: ArrayRecord) -> bytes | None:
