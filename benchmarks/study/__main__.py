@@ -25,7 +25,7 @@ def main() -> None:
     """Run a table's settings, or print what is there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--table", choices=[*TABLES])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, help="folder with the data sets")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--snapshots", type=Path, default=ROOT / "build" / "study")
     parser.add_argument("--only", default="", help="runs whose name contains this text")
@@ -43,6 +43,8 @@ def main() -> None:
     settings = [s for s in settings if chosen.only in s.name]
     results = chosen.results / chosen.table
     if not chosen.show:
+        if chosen.data is None:
+            parser.error("give the folder of the data sets with --data FOLDER, or --print")
         Sitting(settings, chosen.data, results, chosen.snapshots).run()
     print(markdown(settings, results))
 

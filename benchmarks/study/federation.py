@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from local import accuracy, start, train
-from safetensors.torch import load, save
 from setting import Setting
 from tasks import Share, Task
 from torch import Tensor
@@ -40,6 +38,9 @@ from fedpara_plugins.training import start_round
 __all__ = ["Federation"]
 
 RECORD = "model"
+SAMPLED = 10
+"""Clients of a round."""
+
 State = dict[str, Tensor]
 
 
@@ -103,18 +104,13 @@ class Federation:
         self.number += 1
         setting = self._setting
         draw = torch.Generator().manual_seed(1000 * setting.seed + self.number)
-        sampled = setting.sampled or task.sampled
-        chosen = torch.randperm(len(task.clients), generator=draw)[:sampled].tolist()
-        if setting.alone:
-            for client in range(len(task.clients)):
-                self._train_alone(client, task)
-        else:
-            self._downlink.put(RECORD, self._state, self._spec, frozen=self._frozen)
-            self._state = dict(self._downlink.content(RECORD))
-            states = {client: self._client(client, task) for client in chosen}
-            replies = [(s, len(task.clients[c][1])) for c, s in states.items() if s is not None]
-            self.diverged = not replies
-            self._state = mean(replies, self._state) if replies else self._state
+        chosen = torch.randperm(len(task.clients), generator=draw)[:SAMPLED].tolist()
+        self._downlink.put(RECORD, self._state, self._spec, frozen=self._frozen)
+        self._state = dict(self._downlink.content(RECORD))
+        states = {client: self._client(client, task) for client in chosen}
+        replies = [(s, len(task.clients[c][1])) for c, s in states.items() if s is not None]
+        self.diverged = not replies
+        self._state = mean(replies, self._state) if replies else self._state
         line: dict[str, Any] = {
             "round": self.number,
             "up": self.bytes.up,
@@ -123,7 +119,7 @@ class Federation:
         }
         if self.diverged:
             line["diverged"] = True
-        elif self.number % setting.every == 0 or self.number == setting.rounds:
+        else:
             line |= self._figures(task)
         return line
 
@@ -154,7 +150,8 @@ class Federation:
         received = client_round.receive({RECORD: payload})[RECORD]
         self._model.load_state_dict(received.user_tensors)
         start_round(self._model, previous_steps=client_round.previous_steps)
-        steps = self._train(client, task)
+        draw = hash((self._setting.seed, self.number, client)) % 2**31
+        steps = train(self._model, task.clients[client], task.rate, draw)
         answer = {k: v.detach().clone() for k, v in self._model.state_dict().items()}
         reader = ReplyReader(
             self._downlink,
@@ -173,24 +170,12 @@ class Federation:
         self._downlink.acknowledge(str(client), held, client_round.decoders)
         return read.state
 
-    def _train(self, client: int, task: Task) -> int:
-        draw = hash((self._setting.seed, self.number, client)) % 2**31
-        return train(self._model, task.clients[client], task, self._setting, draw)
-
-    def _train_alone(self, client: int, task: Task) -> None:
-        storage = self._storages.setdefault(client, {})
-        self._model.load_state_dict(unpacked(storage, self._first))
-        self._train(client, task)
-        storage["alone"] = packed(self._model.state_dict())
-
     # Evaluation
 
     def _figures(self, task: Task) -> dict[str, float]:
         """Return the accuracy of the server's model, and of the clients' own at the end."""
-        found = {}
-        if not self._setting.alone:
-            self._model.load_state_dict(self._state)
-            found["accuracy"] = accuracy(self._model, task.test)
+        self._model.load_state_dict(self._state)
+        found = {"accuracy": accuracy(self._model, task.test)}
         if task.own and (self.number == self._setting.rounds or self.number % 20 == 0):
             own = [self._own(c, share) for c, share in enumerate(task.own)]
             found["own"] = sum(own) / len(own)
@@ -198,12 +183,8 @@ class Federation:
 
     def _own(self, client: int, share: Share) -> float:
         """Return the accuracy of what a client would use: the server's part and its own."""
-        storage = self._storages.get(client, {})
-        if self._setting.alone:
-            self._model.load_state_dict(unpacked(storage, self._first))
-        else:
-            private, _ = ClientState(storage).private(self._spec, self._state)
-            self._model.load_state_dict({**self._state, **private})
+        private, _ = ClientState(self._storages.get(client, {})).private(self._spec, self._state)
+        self._model.load_state_dict({**self._state, **private})
         return accuracy(self._model, share)
 
 
@@ -215,13 +196,3 @@ def mean(replies: list[tuple[State, int]], like: State) -> State:
         parts = [state[name].double() * (examples / total) for state, examples in replies]
         found[name] = cast(torch.stack(parts).sum(0), value.dtype)
     return found
-
-
-def packed(state: Mapping[str, Tensor]) -> bytes:
-    """Return a state as bytes."""
-    return save({name: value.detach().contiguous() for name, value in state.items()})
-
-
-def unpacked(storage: Mapping[str, bytes], first: State) -> State:
-    """Return the state that a client on its own has, ``first`` before its first round."""
-    return load(storage["alone"]) if "alone" in storage else first

@@ -22,15 +22,6 @@ class Setting:
         options: of the plugin, as in its config section; none for dense FedAvg in float32.
         rounds: of the run.
         seed: of the model, the division of the data, the sampling and the batches.
-        rate: of the clients' optimizer; None is the task's own.
-        momentum: of SGD.
-        adam: whether the clients' optimizer is Adam.
-        steps: local steps of a round; None is the task's passes over the data.
-        he: whether the dense model starts with variance 2 / fan_in.
-        prox: FedProx's mu.
-        sampled: clients of a round; None is the task's.
-        alone: whether nothing is exchanged, and clients train for themselves.
-        every: rounds between two evaluations.
         pretrained: steps of training before the run, for tasks with such data; 0 for none.
         trainable: name patterns of a dense model's parameters that are trained; () for all.
     """
@@ -40,15 +31,6 @@ class Setting:
     options: Mapping[str, Any] = field(default_factory=dict)
     rounds: int = 60
     seed: int = 0
-    rate: float | None = None
-    momentum: float = 0.0
-    adam: bool = False
-    steps: int | None = None
-    he: bool = False
-    prox: float = 0.0
-    sampled: int | None = None
-    alone: bool = False
-    every: int = 1
     pretrained: int = 0
     trainable: tuple[str, ...] = ()
 

@@ -46,7 +46,7 @@ SMALL = {"codec": "small"}
 
 def _finetuning() -> Iterable[Setting]:
     """Fine-tuning of a pretrained model on skewed clients."""
-    common: dict[str, Any] = {"task": "cifar, pretrained", "pretrained": 1500, "rounds": 40}
+    common: dict[str, Any] = {"task": "cifar, pretrained", "pretrained": 600, "rounds": 40}
     frozen = {"base": "frozen", "gamma": 0.1, **SMALL}
     rows: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "full, float32": ({}, {}),
@@ -68,7 +68,24 @@ def _finetuning() -> Iterable[Setting]:
         yield Setting(name=name, options=options, **others, **common)
 
 
+def _settings() -> Iterable[Setting]:
+    """The README's settings beside dense, from a fresh model."""
+    fedpara = {"method": "fedpara", "gamma": 0.1}
+    yield Setting(name="dense, float32", task="fashion")
+    yield Setting(name="dense, small", task="fashion", options=SMALL)
+    yield Setting(name="fedpara, no clip", task="fashion", options=fedpara)
+    yield Setting(name="fedpara, clip 1", task="fashion", options={**fedpara, "clip": 1.0})
+    yield Setting(
+        name="fedpara, clip 1, small", task="fashion", options={**fedpara, "clip": 1.0, **SMALL}
+    )
+
+
 TABLES = {
+    "settings": Table(
+        "Fashion-MNIST, 10 of 100 clients a round: the README's settings beside dense.",
+        _settings,
+        seeds=(0,),
+    ),
     "finetuning": Table(
         "A small VGG, pretrained on one half of CIFAR-10, fine-tuned by 50 skewed clients that "
         "hold the other half: accuracy of the server's model and of the clients' own, and bytes.",
