@@ -1,7 +1,7 @@
 """Studies of federated runs on real data: accuracy against bytes.
 
     python benchmarks/study --list
-    python benchmarks/study --table finetuning --data FOLDER     # goes on where it stopped
+    python benchmarks/study --table finetuning --data FOLDER     # does the runs that are missing
     python benchmarks/study --table finetuning --print           # runs nothing
 
 The runs take place in this process, over the exchange, the payloads and the references that the
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--table", choices=[*TABLES])
     parser.add_argument("--data", type=Path, help="folder with the data sets")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
-    parser.add_argument("--snapshots", type=Path, default=ROOT / "build" / "study")
+    parser.add_argument("--models", type=Path, default=ROOT / "build" / "study")
     parser.add_argument("--only", default="", help="runs whose name contains this text")
     parser.add_argument("--seeds", type=int, nargs="*", help="instead of the table's own")
     parser.add_argument("--rounds", type=int, help="at most, to try a table out")
@@ -45,7 +45,7 @@ def main() -> None:
     if not chosen.show:
         if chosen.data is None:
             parser.error("give the folder of the data sets with --data FOLDER, or --print")
-        Sitting(settings, chosen.data, results, chosen.snapshots).run()
+        Sitting(settings, chosen.data, results, chosen.models).run()
     print(markdown(settings, results))
 
 

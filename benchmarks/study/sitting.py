@@ -1,16 +1,13 @@
-"""A sitting: the runs of one table, one after the other, which can stop and go on at any moment.
+"""A sitting: the runs of one table, one after the other; a stopped one goes on with the next run.
 
-Each run has one file of JSON lines in the folder of results: the setting first, then a line a
-round. What is needed to go on lies in another folder until the run is done.
+Each run that is done has one file of JSON lines in the folder of results: the setting first, then a
+line a round. A run that was stopped begins anew; none takes longer than some minutes.
 """
 
 from __future__ import annotations
 
-import copyreg
 import json
 import os
-import pickle
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +16,9 @@ from typing import Any
 
 from federation import Federation
 from setting import Setting
-from tasks import Task, load
+from tasks import load
 
 __all__ = ["Sitting", "read_run"]
-
-SNAPSHOT_SECONDS = 60.0
-
-# A run holds the locks of the exchange; they are free between two rounds.
-copyreg.pickle(type(threading.Lock()), lambda lock: (threading.Lock, ()))
 
 
 @dataclass
@@ -37,17 +29,17 @@ class Sitting:
         settings: in their order.
         data: folder with the data sets.
         results: folder of the table's files.
-        snapshots: folder for what a stopped run needs to go on.
+        models: folder for pretrained models.
     """
 
     settings: Sequence[Setting]
     data: Path
     results: Path
-    snapshots: Path
+    models: Path
 
     def run(self) -> None:
         """Do the runs that are not done; print progress with the time that is left."""
-        for folder in (self.results, self.snapshots):
+        for folder in (self.results, self.models):
             folder.mkdir(parents=True, exist_ok=True)
         todo = [s for s in self.settings if not self._is_done(s)]
         rounds = sum(s.rounds for s in todo)
@@ -58,25 +50,11 @@ class Sitting:
 
     def _run_one(self, setting: Setting, clock: _Clock) -> None:
         task = load(setting.task, self.data, setting.seed)
-        path, snapshot = self._path(setting), self.snapshots / f"{setting.key}.pickle"
-        federation, lines = self._resumed(setting, task, snapshot)
-        clock.skip(federation.number)
-        saved = time.monotonic()
+        federation, lines = Federation(task, setting, self.models), list[dict[str, Any]]()
         while federation.number < setting.rounds and not federation.diverged:
             lines.append(federation.round(task))
             clock.tell(setting, lines[-1])
-            if time.monotonic() - saved > SNAPSHOT_SECONDS:
-                saved = time.monotonic()
-                _replace(snapshot, pickle.dumps((federation, lines)))
-        _replace(path, _text(setting, lines))
-        snapshot.unlink(missing_ok=True)
-
-    def _resumed(
-        self, setting: Setting, task: Task, snapshot: Path
-    ) -> tuple[Federation, list[dict[str, Any]]]:
-        if snapshot.exists():
-            return pickle.loads(snapshot.read_bytes())  # type: ignore[no-any-return]
-        return Federation(task, setting, self.snapshots), []
+        _replace(self._path(setting), _text(setting, lines))
 
     def _path(self, setting: Setting) -> Path:
         return self.results / f"{setting.key}.jsonl"
@@ -92,10 +70,6 @@ class _Clock:
         self._begin = time.monotonic()
         self._left = rounds
         self._done = 0
-
-    def skip(self, rounds: int) -> None:
-        """Leave out rounds that an earlier sitting did."""
-        self._left -= rounds
 
     def tell(self, setting: Setting, line: dict[str, Any]) -> None:
         """Print a line about a round."""
