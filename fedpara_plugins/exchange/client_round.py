@@ -29,7 +29,7 @@ from fedpara_plugins.exchange.budget import MessageBudget
 from fedpara_plugins.exchange.client_state import ClientState, PrivateParts
 from fedpara_plugins.exchange.coding import CodedRecord, encode_record, update_codec
 from fedpara_plugins.exchange.dense_round import DenseRound
-from fedpara_plugins.exchange.frozen import FROZEN, tensor_hash
+from fedpara_plugins.exchange.frozen import FROZEN, frozen_record, tensor_hash
 from fedpara_plugins.exchange.frozen_source import FrozenSource, OwnStates
 from fedpara_plugins.exchange.headers import (
     check_codecs,
@@ -47,7 +47,7 @@ from fedpara_plugins.exchange.settings import ExchangeSettings
 from fedpara_plugins.exchange.sizes import tensor_bytes
 from fedpara_plugins.models.infinities import check_finite, without_nan
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.references import DecodedDownlink
+from fedpara_plugins.references import DecodedDownlink, LostReferenceError
 
 __all__ = ["ClientRound", "OnEncoded"]
 
@@ -66,6 +66,9 @@ it is."""
 
 FEW_TENSORS, MOST_TENSORS = 256, 4096
 """Tensors of a record as long as no own model is known, and if none will be."""
+
+MOST_UNBUILT = 4 * MOST_TENSORS
+"""Rows of a description, and frozen tensors that travel once, as long as no own model is known."""
 
 
 class ClientRound:
@@ -132,8 +135,7 @@ class ClientRound:
             PayloadError: a payload is damaged.
         """
         once = {name: data for name, data in payloads.items() if name.startswith(FROZEN)}
-        payloads = {name: data for name, data in payloads.items() if name not in once}
-        self._asked = tuple(payloads)
+        payloads = self._without_frozen(payloads)
         if len(payloads) > MOST_RECORDS:
             raise PayloadError(
                 f"fedpara: the message has {len(payloads)} records of arrays, expected at most "
@@ -143,7 +145,9 @@ class ClientRound:
         if unbounded:
             most = max(map(first_model_limit, payloads.values()), default=0)
             budget = MessageBudget(most, parts=1)
-        self._sent_once = {n.removeprefix(FROZEN): self._copy_of(d) for n, d in once.items()}
+        self._sent_once = self._copies(
+            {name: once[frozen_record(name)] for name in payloads if frozen_record(name) in once}
+        )
         most = self._most_tensors(MOST_TENSORS if unbounded else FEW_TENSORS)
         held = {name: self._decoded(name, data, budget, most) for name, data in payloads.items()}
         self.received = {name: self._read(name, part, budget) for name, part in held.items()}
@@ -159,13 +163,24 @@ class ClientRound:
             Specs that hold weights alone, for `models.adopt_plans`.
 
         Raises:
+            LostReferenceError: a header refers to a description that the client does not hold.
             PayloadError: a payload is damaged.
         """
-        names = [n for n in payloads if self._kind_of(n) == "model" and not n.startswith(FROZEN)]
-        headers = [self._header(name, payloads[name]) for name in names]
+        payloads = self._without_frozen(payloads)
+        names = [name for name in payloads if self._kind_of(name) == "model"]
+        try:
+            headers = [self._header(name, payloads[name]) for name in names]
+        except LostDescriptionError as error:
+            raise LostReferenceError(str(error)) from error
         for header in headers:
-            check_rows(header, self._most_tensors(4 * MOST_TENSORS))
+            check_rows(header, self._most_tensors(MOST_UNBUILT))
         return [plans_of(header) for header in headers]
+
+    def _without_frozen(self, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        """Return a message's records without those of frozen tensors, and note their names."""
+        found = {name: data for name, data in payloads.items() if not name.startswith(FROZEN)}
+        self._asked = tuple(found)
+        return found
 
     def _most_tensors(self, unknown: int) -> int:
         """Return the tensors that a record may have: ``unknown`` if no own model is known."""
@@ -192,11 +207,17 @@ class ClientRound:
         check_codecs(held.header, self._settings.codec_names, remedy=self._remedy)
         return held
 
-    def _copy_of(self, payload: bytes) -> State:
-        """Return frozen tensors that travel once; what they are is checked by their hashes."""
+    def _copies(self, payloads: Mapping[str, bytes]) -> dict[str, State]:
+        """Return frozen tensors that travel once, by record; they are checked by their hashes."""
+        first = max(map(first_model_limit, payloads.values()), default=0)
         own = self._own.nbytes
-        limit = MessageBudget(own).left if own else first_model_limit(payload)
-        return decode_payload(payload, limit=limit).tensors
+        budget = MessageBudget(own) if own else MessageBudget(first, parts=1)
+        most = self._most_tensors(MOST_UNBUILT)
+        found = {}
+        for name, data in payloads.items():
+            found[name] = decode_payload(data, limit=budget.left, most_tensors=most).tensors
+            budget.spend(tensor_bytes(found[name]))
+        return found
 
     def _frozen_copy(self, record: str) -> State:
         return {**self._state.frozen(record), **self._sent_once.get(record, {})}
@@ -277,17 +298,14 @@ class ClientRound:
         Raises:
             PayloadError: values that became NaN or infinite, a private tensor in a side record, or
                 two private states of one model.
-            MismatchError: names or shapes that the model does not have, or the model that was
-                received is none of this client's.
+            MismatchError: names or shapes that the model does not have, the model that was received
+                is none of this client's, or what is frozen on the server has been trained.
             ConfigError: the client's code has built no model, and there may be private values.
         """
-        leaving = {name: self._leaving(name, each, start) for name, each in records.items()}
-        for name in () if noisy else leaving.keys() & self.received.keys():
-            _check_frozen(self.received[name], records[name])
-        return leaving
+        return {name: self._leaving(name, each, start, noisy) for name, each in records.items()}
 
     def _leaving(
-        self, name: str, tensors: Mapping[str, Tensor], start: DenseRound | None
+        self, name: str, tensors: Mapping[str, Tensor], start: DenseRound | None, noisy: bool
     ) -> Outgoing:
         self._check_finite(name, tensors)
         kind = self._kind_of(name)
@@ -303,6 +321,8 @@ class ClientRound:
             name, tensors, self._own, received=None if answered is None else answered.spec
         )
         if answered is not None:
+            if not noisy:
+                _check_frozen(answered, tensors)
             self._private.add(name, leaving.spec, tensors)
         return leaving
 
@@ -368,7 +388,8 @@ class ClientRound:
         """
         self._private.keep(self._state)
         for name, tensors in self._sent_once.items():
-            self._state.keep_frozen(name, tensors)
+            frozen = self.received[name].spec.frozen
+            self._state.keep_frozen(name, {k: v for k, v in tensors.items() if k in frozen})
         self._state.remember(self._own.built, self._settings.config)
         for name, residual in self._residuals.items():
             self._state.keep_residual(name, residual)

@@ -30,7 +30,7 @@ OWN = "own/"
 """Prefix of the models that this client's own code has built."""
 
 MOST_RECORDS_KEPT = 16
-"""Records whose references and residuals are kept; who sends them names them, and apps have few."""
+"""Records of which anything is kept; who sends them names them, and apps have few."""
 
 STEPS = "steps"
 REFERENCE = "reference/"
@@ -180,11 +180,13 @@ class ClientState:
         """
         places = [k[len(REFERENCE) :] for k in self._storage if k.startswith(REFERENCE)]
         held = dict.fromkeys(place.rpartition("/")[0] for place in places)
-        held |= dict.fromkeys(k[len(RESIDUAL) :] for k in self._storage if k.startswith(RESIDUAL))
+        for part in (RESIDUAL, SENT_ONCE):
+            held |= dict.fromkeys(k[len(part) :] for k in self._storage if k.startswith(part))
         others = [name for name in held if name not in records]
         for name in others[: max(0, len(held) - MOST_RECORDS_KEPT)]:
             self.references.forget(name)
             self.keep_residual(name, {})
+            self._storage.pop(SENT_ONCE + name, None)
 
     def steps(self) -> int | None:
         """Return the optimizer steps of the last round that was trained here; None before it."""

@@ -87,9 +87,10 @@ class DownlinkEncoder:
         Raises:
             PayloadError: values became NaN or infinite since the first ones.
         """
+        # First, since the mean of a frozen mask's infinities may be NaN, and is no change.
+        full = self._infinities.setdefault(record, OwnInfinities()).restored(full)
         if self._settings.leaves_frozen:
             full, spec = self._frozen.settle(record, full, spec, frozen or {})
-        full = self._infinities.setdefault(record, OwnInfinities()).restored(full)
         shared = shared_tensors(spec, full)
         self._contents[record] = _Content(spec, full, reference_hash(shared), sized_as or spec)
         self._descriptions.put(record, Description.of(spec.to_json(), shared))

@@ -155,6 +155,8 @@ class FrozenAgreement:
             return None
         self._lacking[client].discard(record)
         agreed = self._agreed[record]
+        if not agreed.values:  # the strategy has changed them since, so they are sent to everybody
+            return None
         known, payload = self._payloads.get(record, ({}, b""))
         if known != agreed.hashes:
             payload = encode_payload(agreed.values, codec=parse_codec(LOSSLESS).resolved(()))

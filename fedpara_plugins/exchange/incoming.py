@@ -107,9 +107,10 @@ def read_model(
     budget.spend(spec.private_bytes)
     private, first = state.private(spec, held.tensors)
     # An app may send the shared factors of a weight alone.
-    private = {key: value for key, value in private.items() if key in set(spec.keys)}
+    names = set(spec.keys)
+    private = {key: value for key, value in private.items() if key in names}
     received = {**held.tensors, **private}
-    if set(received) | set(spec.frozen) != set(spec.keys):
+    if set(received) | set(spec.frozen) != names:
         merge(spec, held.tensors, private)  # raises, and says which names are missing
     if settings.trains_dense:
         log_idle_options(settings.config)

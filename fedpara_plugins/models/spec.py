@@ -153,13 +153,19 @@ class ModelSpec:
         known, they are seeded too, or constants that suit their names.
 
         Args:
-            shared: shared state whose dtypes the factors get; float32 without it.
+            shared: shared state whose dtypes the factors get; float32 without it, and beside
+                frozen factors, which no message carries.
+
+        Raises:
+            PayloadError: the shared state lacks a factor.
         """
         values = {}
         for weight, plan in self.weights.items():
             keys = self.factor_keys(weight)
             first = initial_private(plan, seed=self.seed, key=weight)
-            like = torch.float32 if shared is None else _get(shared, keys["x1"]).dtype
+            like = torch.float32
+            if first and shared is not None and keys["x1"] not in self.frozen:
+                like = _get(shared, keys["x1"]).dtype
             values.update({keys[name]: value.to(like) for name, value in first.items()})
         for key, own in self.own.items():
             values[key] = self._first_value(key, own)

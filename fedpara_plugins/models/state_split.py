@@ -52,9 +52,9 @@ def merge(
     Raises:
         PayloadError: a name of the model is in neither part, or a part has a name too many.
     """
-    state = {**shared, **private}
+    state, names = {**shared, **private}, set(spec.keys)
     missing = [key for key in spec.keys if key not in state]
-    extra = [key for key in state if key not in set(spec.keys)]
+    extra = [key for key in state if key not in names]
     if missing or extra:
         raise PayloadError(
             f"the parts do not make up the model's state: missing {missing}, not expected {extra}."

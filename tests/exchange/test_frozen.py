@@ -127,6 +127,14 @@ def test_a_client_that_lacks_them_gets_them_once_and_exactly() -> None:
     assert agreement.payload_for("7", "model") is None
 
 
+def test_what_the_strategy_has_changed_since_a_client_asked_is_sent_to_everybody() -> None:
+    agreement, full = FrozenAgreement(), state_of(model())
+    settled(full, agreement)
+    assert agreement.note_lacking("7", ["model"]) == 1
+    settled({name: value + 1 for name, value in full.items()}, agreement)
+    assert agreement.payload_for("7", "model") is None
+
+
 # A client
 
 
