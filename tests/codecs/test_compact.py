@@ -10,6 +10,7 @@ import zlib
 
 import pytest
 import torch
+from lora_states import lora_state
 from torch import nn
 
 from fedpara_plugins import ModelSpec, convert
@@ -124,18 +125,6 @@ def transformer():
     return nn.Sequential(*(nn.TransformerEncoderLayer(32, 4, 64) for _ in range(48)))
 
 
-def lora(layers):
-    draw = torch.Generator().manual_seed(0)
-    return {
-        f"base_model.model.model.layers.{i}.self_attn.{part}_proj.lora_{side}.weight": torch.randn(
-            (8, 64) if side == "A" else (64, 8), generator=draw
-        )
-        for i in range(layers)
-        for part in "qv"
-        for side in "AB"
-    }
-
-
 def described(model, **options):
     model = convert(model, **options) if options else model
     spec = ModelSpec.of(model)
@@ -154,9 +143,9 @@ CASES = {
     "batch norm, fedpara": lambda: described(batch_normed(), method="fedpara", gamma=0.1),
     "batch norm, dense": lambda: described(batch_normed()),
     "48 layers, dense": lambda: described(transformer()),
-    "lora of 12": lambda: plain(lora(12)),
-    "lora of 80": lambda: plain(lora(80)),
-    "lora of 12, bfloat16": lambda: plain({k: v.bfloat16() for k, v in lora(12).items()}),
+    "lora of 12": lambda: plain(lora_state(12)),
+    "lora of 80": lambda: plain(lora_state(80)),
+    "lora of 12, bfloat16": lambda: plain({k: v.bfloat16() for k, v in lora_state(12).items()}),
 }
 
 

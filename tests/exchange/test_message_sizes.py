@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from lora_states import lora_state
 
 from fedpara_plugins import ModelSpec
 from fedpara_plugins.codecs.payload import open_payload
 from fedpara_plugins.exchange import plain_spec
-
-
-def lora(layers):
-    draw = torch.Generator().manual_seed(0)
-    return {
-        f"base_model.model.model.layers.{i}.self_attn.{part}_proj.lora_{side}.weight": torch.randn(
-            (8, 64) if side == "A" else (64, 8), generator=draw
-        )
-        for i in range(layers)
-        for part in "qv"
-        for side in "AB"
-    }
 
 
 def beside_values(payload, known):
@@ -35,7 +23,7 @@ def test_later_payloads_take_119_bytes_in_both_directions(helpers, codec, method
     """FedML's envelope adds 60 bytes to a message and 81 to a reply, Flower's marker 59."""
     pair = helpers.Pair(codec=codec, method=method)
     if method == "none":
-        pair.state = lora(12)
+        pair.state = lora_state(12)
         pair.spec = plain_spec(pair.state)
         pair.encoder.put("model", pair.state, pair.spec)
         assert isinstance(pair.spec, ModelSpec)
