@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 import fedpara_plugins as core
@@ -15,10 +19,11 @@ from fedpara_plugins import ModelSpec
 from fedpara_plugins.exchange import ExchangeSettings, budget
 from fedpara_plugins.references import PerClientDownlink
 from fedpara_plugins_flower.client import arrival
+from fedpara_plugins_flower.messages.deferred_record import DeferredRecord
 from fedpara_plugins_flower.messages.records import payload_record
 from harness.cells.flower import GAMMA
 from harness.flower import inprocess_grid
-from harness.flower.apps import Experiment, federate, plugin_apps
+from harness.flower.apps import Apps, Experiment, federate, plugin_apps
 from harness.flower.legacy_apps import LegacyExperiment, legacy_plugin_apps
 from harness.oracles.task import TrainingTask
 
@@ -68,6 +73,50 @@ def test_waiting_changes_nothing(
     assert whole.state
     for name, value in whole.state.items():
         assert torch.equal(waited.state[name], value), name
+
+
+def test_an_app_may_answer_with_what_it_was_sent_and_keep_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(budget, "SLACK", 0)
+    net = fedpara.factorised(TASK.net)
+
+    def client_app() -> ClientApp:
+        app = ClientApp(mods=[fedpara.client_mod])
+
+        @app.train()
+        def fit(message: Message, context: Context) -> Message:
+            content: Any = message.content
+            net()
+            assert isinstance(content["arrays"], DeferredRecord) == ("kept" not in context.state)
+            context.state["kept"] = content["arrays"]
+            answer = {"arrays": content["arrays"], "metrics": MetricRecord({"num-examples": 1})}
+            return Message(RecordDict(answer), reply_to=message)
+
+        return app
+
+    made = plugin_apps(Experiment(TASK, options={"fraction_evaluate": 0.0}))
+    outcome = federate(Apps(client_app, made.server, TASK.clients), _section("fedpara"))
+    kept: Any = outcome.grid.client_state(0)["kept"]
+    assert list(kept.to_torch_state_dict()) == list(outcome.state)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": lambda record: record.copy(),
+    "shallow": copy.copy,
+    "deep": copy.deepcopy,
+    "pickle": lambda record: pickle.loads(pickle.dumps(record)),
+    "waiting": lambda record: DeferredRecord(lambda: dict(record.items())),
+    "wire": lambda record: inprocess_grid.WireObject.of(record).rebuilt(),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_of_a_record_that_waits_is_the_whole_record(name: str) -> None:
+    whole = fedpara.arrays({"w": torch.arange(3.0).bfloat16()})
+    again = COPIES[name](DeferredRecord(lambda: whole))
+    assert DeferredRecord(lambda: whole) == again
+    assert dict(again.items()) == dict(whole.items())
 
 
 # A message that describes far more than the client's own model ------------------------------------

@@ -1,7 +1,9 @@
 """A Grid that runs the ClientApps in this process, without an engine, faithful to the wire.
 
 Every message is taken apart into the objects that Flower sends (their very bytes) and rebuilt on
-the other side, so no Python object is ever on both sides. Each node keeps its ``Context.state``
+the other side, so no Python object is ever on both sides. The bytes pass the check of Flower's
+SuperLink, and the name that stands in them is all that says what is rebuilt: a message with an
+object of another class is as impossible as with an engine. Each node keeps its ``Context.state``
 between messages, in the same form. A ClientApp is built anew for each message, as in Flower's
 deployment, where every message has a process of its own. Exceptions become the Error replies that
 the engine makes of them. HTTP's chunks are left out.
@@ -29,6 +31,11 @@ try:  # as in flwr 1.41
 except ImportError:  # as in flwr 1.22
     from flwr.client.client_app import ClientAppException  # type: ignore[import-not-found,no-redef]
 
+try:  # as in flwr 1.42
+    from flwr.supercore.inflatable import inflatable_utils
+except ImportError:  # as in flwr 1.22
+    from flwr.common import inflatable_utils  # type: ignore[attr-defined,no-redef]
+
 TaskIdentity: Any
 try:  # flwr 1.41 takes the sender of a new message from here
     from flwr.supercore.task_identity import TaskIdentity
@@ -51,25 +58,32 @@ class WireObject:
     """A message, record or array as it travels.
 
     Attributes:
-        kind: its class, which on Flower's wire stands in the first bytes.
-        content: the bytes that Flower sends for it.
+        content: the bytes that Flower sends for it; the name of its class comes first.
         children: the objects it consists of, by their id; equal ones travel once.
     """
 
-    kind: type[Any]
     content: bytes
     children: Mapping[str, WireObject]
 
     @classmethod
     def of(cls, value: Any) -> WireObject:
-        """Take a Flower object apart."""
+        """Take a Flower object apart, as a sender does, and check it, as a SuperLink does.
+
+        Raises:
+            UnexpectedObjectContentError: a SuperLink would refuse it, such as an object of a class
+                that is not Flower's own.
+        """
         children = {key: cls.of(child) for key, child in (value.children or {}).items()}
-        return cls(type(value), bytes(value.deflate()), children)
+        content = bytes(value.deflate())
+        inflatable_utils.validate_object_content(content)
+        return cls(content, children)
 
     def rebuilt(self) -> Any:
         """Build a new Flower object that shares nothing with the one that was taken apart."""
         children = {key: child.rebuilt() for key, child in self.children.items()}
-        return self.kind.inflate(self.content, children or None)
+        name = inflatable_utils.get_object_head_values_from_object_content(self.content)[0]
+        kind = inflatable_utils.inflatable_class_registry[name]
+        return kind.inflate(self.content, children or None)
 
     def contents(self) -> Iterator[bytes]:
         """Yield the bytes of this object and of all its parts."""
