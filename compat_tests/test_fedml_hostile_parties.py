@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +103,7 @@ def test_a_disturbance_at_the_start(
 ) -> None:
     """The client never takes part; its message comes before that of the other one."""
     parties = Parties(monkeypatch, keys=ENOUGH)
-    parties.start(0)
-    while 0 not in parties.transports:
-        time.sleep(0.01)
-    sender = type(parties.transports[0])(2, parties.transports)
+    sender = type(parties.start_server())(2, parties.transports)
     threading.Thread(target=sender.handle_receive_message, daemon=True).start()
     sender.send_message(message)
     parties.start(1)
@@ -123,10 +119,8 @@ def _to(parties: Parties, peer: int) -> list[Message]:
 
 def test_a_flood_does_not_stop_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     parties = Parties(monkeypatch, keys={**ENOUGH, "fedpara_start_timeout": 3})
-    parties.start(0)
-    while 0 not in parties.transports:
-        time.sleep(0.01)
-    sender, done = type(parties.transports[0])(2, parties.transports), threading.Event()
+    sender = type(parties.start_server())(2, parties.transports)
+    done = threading.Event()
     threading.Thread(target=sender.handle_receive_message, daemon=True).start()
 
     def flood() -> None:
@@ -155,10 +149,7 @@ def test_a_server_chooses_no_place_of_a_clients_files(
             message.add_params("silos", names)
         return message
 
-    parties.start(0)
-    while 0 not in parties.transports:
-        time.sleep(0.01)
-    parties.transports[0].altered = forged
+    parties.start_server(forged)
     parties.start(1)
     parties.wait()
     assert not parties.errors
@@ -179,10 +170,7 @@ def test_a_task_of_no_silo_makes_no_file(
             message.add_params("silo", silo)
         return message
 
-    parties.start(0)
-    while 0 not in parties.transports:
-        time.sleep(0.01)
-    parties.transports[0].altered = forged
+    parties.start_server(forged)
     parties.start(1)
     parties.wait()
     assert "its reply names the silo" in str(parties.errors[0])

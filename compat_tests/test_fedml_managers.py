@@ -30,6 +30,7 @@ from fedpara_plugins_fedml.modes.placement import SiloPlacement
 from fedpara_plugins_fedml.transport.blocking_queue import BlockingQueue, use_blocking_queue
 from fedpara_plugins_fedml.transport.protocol import CHECK, FINISH, HEARTBEAT, ONLINE, REPLY, TASK
 from fedpara_plugins_fedml.transport.shutdown import close_transport
+from harness.fedml.project import model
 from harness.fedml.project import run as run_single
 from harness.fedml.threads import PATIENCE, Parties, QueueTransport
 from harness.matrix.smoke import matrix_only
@@ -183,9 +184,7 @@ def test_a_task_that_cannot_be_read_is_asked_for_again(
         spoilt.append(message)
         return Message("not read by FedML", 0, 2)
 
-    parties.start(0)
-    wait_until(lambda: 0 in parties.transports)
-    parties.transports[0].altered = altered
+    parties.start_server(altered)
     for rank in (1, 2):
         parties.start(rank)
     with caplog.at_level(logging.WARNING, "fedpara.fedml"):
@@ -266,9 +265,20 @@ def test_a_client_that_does_not_answer_in_time(
     Slow.rounds = 0
     keys = {**PERSONAL, "fedpara_timeout": 30, "fedpara_round_timeout": 3, "comm_round": 6}
     parties = Parties(monkeypatch, keys=keys, trainers={2: Slow}, aggregator=Counting)
+
+    def spoilt(message: Message) -> Message:
+        if message.get_type() == FINISH and message.get("model_params"):
+            message.add_params("model_params", b"FPE1")
+        return message
+
     with caplog.at_level(logging.WARNING, "fedpara.fedml"):
-        parties.run()
+        parties.start_server(spoilt)
+        for rank in (1, 2):
+            parties.start(rank)
+        parties.wait()
     assert not parties.errors
+    for rank in (1, 2):  # its late answer is no reason to be silent about its last one
+        assert f"client {rank} cannot use the last model" in caplog.text
     lines = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
     assert "round 2: client 2 has not answered within 3 s" in lines[0]
     assert "round 3: client 2 still works on an earlier round" in lines[1]
@@ -324,6 +334,33 @@ def test_a_client_that_comes_back_is_asked_again(
     single = run_single(client_num_in_total=2, client_num_per_round=2, comm_round=3, **own)
     for name, value in single.state.items():
         torch.testing.assert_close(Kept.last[name], value)
+
+
+def test_a_client_that_comes_back_without_anything_takes_part_in_that_round(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It lacks the reference, and frozen tensors that its own model does not hold either."""
+
+    def frozen(seed: int) -> Callable[[], Any]:
+        def build() -> Any:
+            net = model(seed)
+            net[0].requires_grad_(False)
+            return net
+
+        return build
+
+    keys = {**KEYS, "fedpara_timeout": 30, "fedpara_init": "random", "fedpara_min_size": 0}
+    models = {0: frozen(3), 1: frozen(3), 2: frozen(4)}
+    parties = Dies.parties = Parties(monkeypatch, keys=keys, trainers={2: Killed}, models=models)
+    with caplog.at_level(logging.INFO, "fedpara"):
+        for rank in (0, 1, 2):
+            parties.start(rank)
+        wait_until(lambda: 2 in parties.errors)
+        parties._trainers = {}
+        parties.start(2)
+        parties.wait()
+    assert caplog.text.count("client 1 lacks the frozen tensors") == 2
+    assert "left out" not in caplog.text
 
 
 class ComesBack(ModelTrainerCLS):  # type: ignore[misc]

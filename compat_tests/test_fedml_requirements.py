@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.cells.transports import BACKENDS
-from harness.fedml.requirements import missing_for
+from harness.fedml.requirements import missing_for, skip_without
 
 SCRIPT = Path(__file__).parents[1] / "engine_tests" / "install.sh"
 
@@ -77,6 +77,25 @@ def test_why_a_transport_cannot_run(
         assert missing_for(backend).startswith(
             f"{backend} needs {missing} (engine_tests/install.sh"
         )
+
+
+def test_a_test_is_skipped_with_that_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.fedml.requirements.find_spec", lambda name: None)
+    with pytest.raises(pytest.skip.Exception, match=r"GRPC needs grpcio \(pip install grpcio\)"):
+        skip_without("GRPC")
+    skip_without("TRPC")
+
+
+def test_a_store_that_is_not_where_it_should_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program(tmp_path / "mosquitto", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("MOTO_SERVER", str(tmp_path / "moto_server"))
+    assert missing_for("MQTT_S3") == (
+        "MQTT_S3 needs moto_server (engine_tests/install.sh installs it; outside of tox, set "
+        "MOTO_SERVER to build/moto/bin/moto_server)"
+    )
 
 
 def test_a_missing_module_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.fedml.deployment import FedMLDeployment, missing_for
+from harness.fedml.deployment import FedMLDeployment
+from harness.fedml.requirements import skip_without
 from harness.processes.supervisor import wait_until
 
 FEDPARA = {"method": "fedpara", "gamma": 0.3, "codec": "balanced", "timeout": 20}
@@ -35,8 +36,7 @@ def check_ended(
 @pytest.mark.parametrize("backend", ["TRPC", "MPI", "GRPC"])
 def test_a_bad_client_costs_its_answer_only(tmp_path: Path, backend: str) -> None:
     """A training that raises, NaN, no message at all, half a message: one round each."""
-    if reason := missing_for(backend):
-        pytest.skip(reason)
+    skip_without(backend)
     trouble = {"raises": 1, "nan": 2, "garbage": 3, "cut": 4}
     words = ";".join(f"client 2 round {number} {what}" for what, number in trouble.items())
     train = {"comm_round": 5, "learning_rate": 0.1}
@@ -53,8 +53,7 @@ def test_a_bad_client_costs_its_answer_only(tmp_path: Path, backend: str) -> Non
 
 @pytest.mark.parametrize("backend", ["TRPC", "GRPC", "MQTT_S3"])
 def test_a_client_that_is_killed_and_needed_ends_the_run(tmp_path: Path, backend: str) -> None:
-    if reason := missing_for(backend):
-        pytest.skip(reason)
+    skip_without(backend)
     words, plugin = "client 2 round 2 dies", {**FEDPARA, "min_clients": 2}
     with FedMLDeployment(tmp_path, backend, plugin=plugin, trouble=words) as engine:
         engine.start_all()
@@ -63,8 +62,7 @@ def test_a_client_that_is_killed_and_needed_ends_the_run(tmp_path: Path, backend
 
 def test_a_process_that_is_killed_under_mpirun(tmp_path: Path) -> None:
     """Open MPI itself ends all processes of its job, and says so."""
-    if reason := missing_for("MPI"):
-        pytest.skip(reason)
+    skip_without("MPI")
     with FedMLDeployment(
         tmp_path, "MPI", plugin=FEDPARA, trouble="client 2 round 2 dies"
     ) as engine:
@@ -74,6 +72,7 @@ def test_a_process_that_is_killed_under_mpirun(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["TRPC", "GRPC"])
 def test_a_client_that_is_killed_and_can_be_spared(tmp_path: Path, backend: str) -> None:
+    skip_without(backend)
     train = {"comm_round": 4, "learning_rate": 0.1}
     words = "client 2 round 2 dies"
     with FedMLDeployment(tmp_path, backend, plugin=FEDPARA, train=train, trouble=words) as engine:
@@ -89,6 +88,7 @@ def test_a_client_that_is_killed_and_can_be_spared(tmp_path: Path, backend: str)
 
 @pytest.mark.parametrize("backend", ["TRPC", "GRPC"])
 def test_a_server_that_is_killed_ends_the_clients(tmp_path: Path, backend: str) -> None:
+    skip_without(backend)
     with FedMLDeployment(
         tmp_path, backend, plugin=FEDPARA, trouble="server round 2 dies"
     ) as engine:
@@ -97,6 +97,7 @@ def test_a_server_that_is_killed_ends_the_clients(tmp_path: Path, backend: str) 
 
 
 def test_an_error_of_the_server_is_told_to_all(tmp_path: Path) -> None:
+    skip_without("GRPC")
     with FedMLDeployment(
         tmp_path, "GRPC", plugin=FEDPARA, trouble="server round 2 raises"
     ) as engine:
@@ -141,6 +142,7 @@ def test_a_client_that_is_set_up_differently_is_left_out(
     tmp_path: Path, changed: dict[str, object], reason: str, code: int
 ) -> None:
     """If its options can be read it takes part, in vain; else it ends at once."""
+    skip_without("GRPC")
     other = {2: {**FEDPARA, **changed}}
     with FedMLDeployment(tmp_path, "GRPC", plugin=FEDPARA, of_rank=other) as engine:
         engine.start_all()
@@ -150,8 +152,7 @@ def test_a_client_that_is_set_up_differently_is_left_out(
 @pytest.mark.parametrize("backend", ["TRPC", "MPI", "MQTT_S3"])
 def test_the_same_over_another_transport(tmp_path: Path, backend: str) -> None:
     """Under mpirun it stays until the end: any other end of one process is the end of all."""
-    if reason := missing_for(backend):
-        pytest.skip(reason)
+    skip_without(backend)
     other = {2: {**FEDPARA, "gama": 0.3}}
     with FedMLDeployment(tmp_path, backend, plugin=FEDPARA, of_rank=other) as engine:
         engine.start_all()
@@ -164,6 +165,7 @@ def test_the_same_over_another_transport(tmp_path: Path, backend: str) -> None:
 def test_if_all_clients_are_the_run_ends_with_that_reason(
     tmp_path: Path, changed: dict[str, object], reason: str
 ) -> None:
+    skip_without("GRPC")
     of_rank = {rank: {**FEDPARA, **changed} for rank in (1, 2)}
     with FedMLDeployment(tmp_path, "GRPC", plugin=FEDPARA, of_rank=of_rank) as engine:
         engine.start_all()
@@ -172,8 +174,7 @@ def test_if_all_clients_are_the_run_ends_with_that_reason(
 
 def test_a_client_without_the_plugin_under_mpirun(tmp_path: Path) -> None:
     """FedML's own message ends it with the others."""
-    if reason := missing_for("MPI"):
-        pytest.skip(reason)
+    skip_without("MPI")
     with FedMLDeployment(tmp_path, "MPI", plugin=FEDPARA, of_rank={2: None}) as engine:
         engine.start_all()
         check_left_out(engine, "client 2 runs without the plugin", culprit=0)
@@ -185,8 +186,7 @@ def test_a_client_without_the_plugin(tmp_path: Path, backend: str) -> None:
 
     It says that it is there once; a broker has forgotten that when the server comes later.
     """
-    if reason := missing_for(backend):
-        pytest.skip(reason)
+    skip_without(backend)
     with FedMLDeployment(tmp_path, backend, plugin=FEDPARA, of_rank={2: None}) as engine:
         if backend == "MQTT_S3":
             first = engine.start(2)
@@ -202,8 +202,7 @@ def test_a_client_without_the_plugin(tmp_path: Path, backend: str) -> None:
 @pytest.mark.parametrize("backend", NOT_MPI)
 def test_a_server_without_the_plugin(tmp_path: Path, backend: str) -> None:
     """FedML's own server ends as well, with the reason as an unknown type in its log."""
-    if reason := missing_for(backend):
-        pytest.skip(reason)
+    skip_without(backend)
     with FedMLDeployment(tmp_path, backend, plugin=FEDPARA, of_rank={0: None}) as engine:
         engine.start_all()
         check_ended(engine, ["the server runs without the plugin"], stock="server")

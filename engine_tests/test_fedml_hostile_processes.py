@@ -15,7 +15,8 @@ from torch import Tensor
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import ModelSpec
-from harness.fedml.deployment import FedMLDeployment, Net, digits, missing_for
+from harness.fedml.deployment import FedMLDeployment, Net, digits
+from harness.fedml.requirements import skip_without
 from harness.fedml.hostile_process import ATTACKS, lines_of
 from harness.oracles.fedml_rules import ALGORITHMS
 
@@ -33,8 +34,7 @@ def test_a_hostile_process_is_left_out_of_each_round_and_named(
     tmp_path: Path, backend: str
 ) -> None:
     """An attack a round; the model is that of the three others alone, in plain torch."""
-    if reason := missing_for(backend):
-        pytest.skip(reason)
+    skip_without(backend)
     plan = list(ATTACKS)
     raising = plan.index("a training that raises") + 1
     with FedMLDeployment(

@@ -9,7 +9,8 @@ import pytest
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from harness.fedml.deployment import FedMLDeployment, Net, missing_for
+from harness.fedml.deployment import FedMLDeployment, Net
+from harness.fedml.requirements import skip_without
 from harness.processes.canaries import Canaries
 
 PLUGIN = {"method": "pfedpara", "gamma": 0.3}
@@ -28,8 +29,7 @@ def test_private_bytes_on_the_wire(tmp_path: Path, backend: str, leaks: bool) ->
     The control of the sound run is that the same search finds the shared factors; the leaky one
     sends the private factors as well, and the search finds those.
     """
-    if reason := missing_for(backend):
-        pytest.skip(reason)
+    skip_without(backend)
     with FedMLDeployment(
         tmp_path, backend, plugin=PLUGIN, train={"comm_round": ROUNDS}, record=True
     ) as engine:

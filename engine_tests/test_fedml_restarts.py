@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import fedpara_plugins as fedpara
-from harness.fedml.deployment import FedMLDeployment, Net, missing_for
+from harness.fedml.deployment import FedMLDeployment, Net
+from harness.fedml.requirements import skip_without
 
 PLUGIN: dict[str, Any] = {"method": "pfedpara", "gamma": 0.3, "codec": "balanced"}
 LIMIT = 600.0
@@ -24,6 +25,7 @@ RETURNING = {**PLUGIN, "timeout": 300}  # longer than a process takes to start
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> FedMLDeployment:
     """Run to the end without a kill; every transport gives these weights."""
+    skip_without("GRPC")
     folder = tmp_path_factory.mktemp("whole")
     with FedMLDeployment(folder / "run", "GRPC", plugin=RETURNING) as engine:
         engine.finished()
@@ -48,8 +50,7 @@ def test_a_client_that_is_started_again_goes_on(
     It is killed when it has loaded the round's model, in the middle of its training, when it has
     trained and all that it keeps has changed in memory, or when that is written and not yet valid.
     """
-    if reason := missing_for(backend):
-        pytest.skip(reason)
+    skip_without(backend)
     engine = killed_and_started_again(tmp_path, backend, when)
     check_equal(engine.final, whole.final)
     check_private(engine.noted(1, 2, "before"), engine.noted(1, 1, "after"))
@@ -103,8 +104,7 @@ def test_a_run_whose_processes_are_killed_is_started_again(
 
     Both clients are killed, in the middle of a training; the server then ends with the reason.
     """
-    if reason := missing_for(backend):
-        pytest.skip(reason)
+    skip_without(backend)
     plugin = {**PLUGIN, "timeout": 20, "state_dir": str(tmp_path / "state")}
     trouble = "client 1 round 2 dies;client 2 round 2 dies-in-step"
     with FedMLDeployment(tmp_path / "run", backend, plugin=plugin, trouble=trouble) as engine:

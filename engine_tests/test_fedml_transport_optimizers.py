@@ -12,7 +12,8 @@ from torch import Tensor
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import ModelSpec
-from harness.fedml.deployment import FedMLDeployment, Net, digits, missing_for
+from harness.fedml.deployment import FedMLDeployment, Net, digits
+from harness.fedml.requirements import skip_without
 from harness.oracles.fedml_rules import ALGORITHMS
 
 Keys = Mapping[str, Any]
@@ -54,8 +55,7 @@ def test_dense_in_cross_silo(tmp_path: Path, optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_factors_in_mpi_simulation(tmp_path: Path, optimizer: str) -> None:
     """Five silos on two processes: variates, duals and private factors follow the silo."""
-    if reason := missing_for("MPI"):
-        pytest.skip(reason)
+    skip_without("MPI")
     keys, plugin, _ = OPTIMIZERS[optimizer]
     plugin = {**plugin, "method": "pfedpara", "gamma": GAMMA}
     train = {"learning_rate": LR, "comm_round": ROUNDS, "federated_optimizer": optimizer, **keys}

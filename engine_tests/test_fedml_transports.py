@@ -11,7 +11,8 @@ import torch
 
 from fedpara_plugins import Ledger
 from harness.cells.transports import TRANSPORT_CELLS, TransportCell
-from harness.fedml.deployment import FedMLDeployment, accuracy, missing_for
+from harness.fedml.deployment import FedMLDeployment, accuracy
+from harness.fedml.requirements import skip_without
 from harness.matrix.results import CellResult
 
 ROUNDS = 4
@@ -57,8 +58,7 @@ def test_the_transport_makes_no_difference(
     tmp_path: Path, cell: TransportCell, result: CellResult, single: Single
 ) -> None:
     """Bit for bit: nothing that a transport does may touch a number."""
-    if reason := missing_for(cell.transport):
-        pytest.skip(reason)
+    skip_without(cell.transport)
     with engine_of(tmp_path, cell.transport, cell) as engine:
         engine.finished()
         entries = list(Ledger.read(engine.ledger))

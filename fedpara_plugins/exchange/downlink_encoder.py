@@ -210,6 +210,8 @@ class DownlinkEncoder:
         for record, held in has.items():
             if record in self._contents:
                 self._downlink.refused(client, record, held)
+                if not held:
+                    self._frozen.note_lost(client, record)
 
     def note_failure(self, client: str) -> None:
         """Record that a client answered with an error.
@@ -238,7 +240,7 @@ class DownlinkEncoder:
         """Log how many clients got a whole model instead of an update since the last call."""
         counts = self._downlink.counts
         first, full = (counts[kind] - self._told[kind] for kind in ("first", "full"))
-        if first:
+        if first > 0:  # negative where a client that is known lacked frozen tensors
             log.info("fedpara: sent the whole model, coded, to %d clients that are new", first)
         if full:
             log.info("fedpara: sent the whole model, coded, to %d clients that lost it", full)

@@ -60,6 +60,7 @@ class FrozenAgreement:
     def __init__(self) -> None:
         self._agreed: dict[str, _Agreed] = {}
         self._lacking: dict[str, set[str]] = {}
+        self._sent: dict[str, set[str]] = {}
         self._payloads: dict[str, tuple[Mapping[str, str], bytes]] = {}
 
     def settle(
@@ -149,11 +150,22 @@ class FrozenAgreement:
         self._lacking.setdefault(client, set()).update(found)
         return len(found)
 
+    def note_lost(self, client: str, record: str) -> None:
+        """Note that a client lost all that it held of a record: a copy that it was sent, too.
+
+        Args:
+            client: its name.
+            record: the record's name.
+        """
+        if record in self._sent.get(client, ()):
+            self._lacking[client].add(record)
+
     def payload_for(self, client: str, record: str) -> bytes | None:
         """Return the frozen tensors of a record for a client that lacks them, once; else None."""
         if record not in self._lacking.get(client, ()):
             return None
         self._lacking[client].discard(record)
+        self._sent.setdefault(client, set()).add(record)
         agreed = self._agreed[record]
         if not agreed.values:  # the strategy has changed them since, so they are sent to everybody
             return None

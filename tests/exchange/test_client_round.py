@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from fedpara_plugins import ConfigError, MismatchError, ModelSpec, PayloadError, TooLargeError
-from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec, peek_header
+from fedpara_plugins.codecs import (
+    LostDescriptionError,
+    decode_payload,
+    encode_payload,
+    parse_codec,
+    peek_header,
+)
 from fedpara_plugins.exchange import ClientRound, ClientState, DownlinkEncoder, OwnModels
 from fedpara_plugins.exchange.outgoing import Outgoing
 from fedpara_plugins.exchange.records import plain_spec
@@ -475,3 +481,22 @@ def test_a_description_of_many_rows_is_refused_before_it_is_read(helpers, field)
         pair.round().receive({"model": payload})
     with pytest.raises(TooLargeError, match=rf"describes 20000 '{field}'"):
         pair.round().described_plans({"model": payload})
+
+
+def test_a_description_that_is_lost_is_a_lost_reference(helpers):
+    """A client that was started again without its state."""
+    pair = helpers.Pair(codec="small")
+    first = pair.received()
+    first.keep()
+    pair.encoder.acknowledge("7", first.received_hashes, first.decoders)
+    pair.encoder.put("model", helpers.moved(pair.state, 5), pair.spec)
+    payloads = pair.payloads()
+    assert len(pair.round().described_plans(payloads)) == 1
+    pair.storage.clear()
+    again = pair.round()
+    with pytest.raises(LostDescriptionError):
+        peek_header(payloads["model"], descriptions={})
+    with pytest.raises(LostReferenceError):
+        again.described_plans(payloads)
+    with pytest.raises(LostReferenceError):
+        again.receive(payloads)

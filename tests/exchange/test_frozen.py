@@ -135,6 +135,21 @@ def test_what_the_strategy_has_changed_since_a_client_asked_is_sent_to_everybody
     assert agreement.payload_for("7", "model") is None
 
 
+def test_a_client_that_lost_its_copy_gets_it_again() -> None:
+    agreement = FrozenAgreement()
+    settled(state_of(model()), agreement)
+    agreement.note_lost("7", "model")
+    assert agreement.payload_for("7", "model") is None  # it has had none: its own will do
+    agreement.note_lacking("7", ["model"])
+    payload = agreement.payload_for("7", "model")
+    agreement.note_lost("7", "elsewhere")
+    assert agreement.payload_for("7", "model") is None
+    agreement.note_lost("7", "model")
+    assert agreement.payload_for("8", "model") is None
+    assert agreement.payload_for("7", "model") == payload
+    assert agreement.payload_for("7", "model") is None
+
+
 # A client
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fedpara_plugins import FedParaConfig, ModelSpec, convert, split
 from harness.cells.transports import BACKENDS
-from harness.fedml.requirements import missing_for
 from harness.processes.kept_private import KeptPrivate, Traffic
 from harness.processes.supervisor import Processes, Program, wait_until
 
@@ -31,7 +30,7 @@ from net import Net  # noqa: E402
 
 from harness.fedml.taps import TransportTaps  # noqa: E402
 
-__all__ = ["BACKENDS", "FedMLDeployment", "Net", "accuracy", "missing_for"]
+__all__ = ["BACKENDS", "FedMLDeployment", "Net", "accuracy"]
 
 APP = ROOT / "engine_tests" / "fedml_app" / "main.py"
 

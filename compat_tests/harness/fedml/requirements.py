@@ -1,4 +1,4 @@
-"""Programs and packages that FedML's transports need. Standard library only."""
+"""Programs and packages that FedML's transports need: what is missing, and how to get it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["missing_for"]
+import pytest
+
+__all__ = ["missing_for", "skip_without"]
+
+
+def skip_without(backend: str) -> None:
+    """Skip the test that calls this if a backend cannot run here, with the reason and the remedy.
+
+    Args:
+        backend: FedML's name of it.
+    """
+    if reason := missing_for(backend):
+        pytest.skip(reason)
 
 
 def missing_for(backend: str) -> str:
@@ -17,7 +29,7 @@ def missing_for(backend: str) -> str:
 
 
 def _programs(backend: str) -> list[str]:
-    missing = []
+    missing, more = [], ""
     if backend == "MPI" and shutil.which("mpirun") is None:
         missing.append("mpirun")
     if backend == "MQTT_S3":
@@ -27,7 +39,9 @@ def _programs(backend: str) -> list[str]:
         moto = os.environ.get("MOTO_SERVER") or shutil.which("moto_server")
         if moto is None or not Path(moto).exists():
             missing.append("moto_server")
-    return [f"{', '.join(missing)} (engine_tests/install.sh installs it)"] if missing else []
+            more = "; outside of tox, set MOTO_SERVER to build/moto/bin/moto_server"
+    names = ", ".join(missing)
+    return [f"{names} (engine_tests/install.sh installs it{more})"] if missing else []
 
 
 def _modules(backend: str) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -152,6 +153,25 @@ class Parties:
 
         self._threads[rank] = threading.Thread(target=run, name=f"party-{rank}", daemon=True)
         self._threads[rank].start()
+
+    def start_server(self, altered: Callable[[Message], Message] | None = None) -> QueueTransport:
+        """Start the server, and return its transport when it is there.
+
+        Args:
+            altered: what becomes of each message that it sends from then on.
+
+        Raises:
+            TimeoutError: it does not come.
+        """
+        self.start(0)
+        end = time.monotonic() + PATIENCE
+        while 0 not in self.transports:
+            if time.monotonic() > end:
+                raise TimeoutError(f"the server does not come; errors so far: {self.errors}")
+            time.sleep(0.01)
+        if altered is not None:
+            self.transports[0].altered = altered
+        return self.transports[0]
 
     def run(self) -> Parties:
         """Start all parties, and wait."""

@@ -66,7 +66,7 @@ def wait_for_byes(
     endpoint: Endpoint,
     peers: set[int],
     on_other: Callable[[Event], None],
-    deadline: Callable[[], float] | None,
+    deadline: Callable[[], float],
 ) -> None:
     """Wait until each of some clients has sent BYE, and send them CLOSE.
 
@@ -74,13 +74,12 @@ def wait_for_byes(
         endpoint: to the clients.
         peers: their ids; the caller removes those that are gone while this function waits.
         on_other: called with all other events.
-        deadline: returns the monotonic time at which to give up; None to wait until each has sent
-            BYE or is gone.
+        deadline: returns the monotonic time at which to give up.
     """
     heard: set[int] = set()
     while peers - heard:
-        seconds = None if deadline is None else deadline() - time.monotonic()
-        if seconds is not None and seconds <= 0:
+        seconds = deadline() - time.monotonic()
+        if seconds <= 0:
             break
         event = endpoint.next(seconds)
         if event is None:

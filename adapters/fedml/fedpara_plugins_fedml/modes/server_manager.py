@@ -224,10 +224,9 @@ class ServerManager:
 
     def _handle_in_round(self, event: Event) -> None:
         peer, silo = event.peer, event.number("silo")
-        if event.kind == REPLY and self._late[peer]:
-            self._late[peer] -= 1
-            log.info("fedpara: a late answer of client %d is dropped", peer)
-        elif event.kind == REPLY and self._waiting.get(silo) == peer:
+        if event.kind == REPLY and self._drop_late(peer):
+            return
+        if event.kind == REPLY and self._waiting.get(silo) == peer:
             self._handle_reply(silo, event)
         elif event.kind == REPLY:
             self._leave_out(peer, f"its reply names the silo {silo}, which it was not asked for")
@@ -235,6 +234,14 @@ class ServerManager:
             self._leave_out(peer, f"it sends {event.name} in the place of a reply")
         else:
             self._handle(event)
+
+    def _drop_late(self, peer: int) -> bool:
+        """Drop an answer of an earlier round; return whether it is one."""
+        if not self._late[peer]:
+            return False
+        self._late[peer] -= 1
+        log.info("fedpara: a late answer of client %d is dropped", peer)
+        return True
 
     def _takes_part(self, peer: int) -> bool:
         return peer in self._roster.here
@@ -305,5 +312,5 @@ class ServerManager:
             self._left.discard(event.peer)
         elif event.kind == HELLO:  # it comes, or comes back, when all is done
             self._endpoint.send(event.peer, FINISH)
-        elif event.kind == REPLY and event.peer not in self._late:
+        elif event.kind == REPLY and not self._drop_late(event.peer):
             log.warning("fedpara: client %d cannot use the last model", event.peer)
