@@ -16,8 +16,8 @@ from torch import Tensor
 import fedpara_plugins as fedpara
 from fedpara_plugins import ModelSpec
 from harness.fedml.deployment import FedMLDeployment, Net, digits
-from harness.fedml.requirements import skip_without
 from harness.fedml.hostile_process import ATTACKS, lines_of
+from harness.fedml.requirements import skip_without
 from harness.oracles.fedml_rules import ALGORITHMS
 
 RANK, CLIENTS = 2, 4
