@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord
 
 from fedpara_plugins_flower.messages.sixteen_bits import TypedRecord
 
@@ -20,6 +20,8 @@ class DeferredRecord(TypedRecord):
     Args:
         make: returns the arrays; called once. Its errors reach whoever reads the record.
     """
+
+    __qualname__ = ArrayRecord.__qualname__  # an app may answer with it, or keep it
 
     def __init__(self, make: Callable[[], Mapping[str, Array]]) -> None:
         super().__init__()
@@ -60,6 +62,8 @@ class DeferredRecord(TypedRecord):
 
     def __eq__(self, other: object) -> bool:
         self._fill()
+        if isinstance(other, DeferredRecord):
+            other._fill()
         return super().__eq__(other)
 
     __hash__ = None  # type: ignore[assignment]
@@ -85,5 +89,5 @@ class DeferredRecord(TypedRecord):
 
     def copy(self) -> DeferredRecord:
         """Return a record of the same arrays."""
-        self._fill()
-        return super().copy()
+        arrays = dict(self.items())
+        return DeferredRecord(lambda: arrays)
