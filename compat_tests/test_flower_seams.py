@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import flwr.serverapp.strategy as strategies
@@ -38,6 +38,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 import fedpara_plugins_flower
 from fedpara_plugins_flower import seams
 from harness.flower.inprocess_grid import InProcessGrid
+from harness.flower.pulling_grid import MODULE, PullingGrid
 
 FOLDER = Path(seams.__file__).parent
 PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy")
@@ -349,6 +350,64 @@ def test_a_grid_that_forwards() -> None:
     for name in names:
         found = getattr(grid, name)
         assert (found if isinstance(found, str) else found(1, x=2)) == name
+
+
+def test_a_transport_that_fails_is_no_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the SuperLink is out of reach, the Grid's own error is right."""
+    failure: list[Exception] = []
+
+    def pull_objects(object_ids: list[str]) -> None:
+        raise failure[0]
+
+    module: Any = ModuleType("grid_of_a_deployment")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    vars(module).update(
+        {name: getattr(MODULE, name) for name in ("make_message", "Metadata", "Error")},
+        pull_objects=pull_objects,
+        inflate_object_from_contents=lambda key, contents: contents[key],
+    )
+    pulling = {"__module__": module.__name__, "pull_messages": None}
+    assert seams.guard_pulling(type("Grid", (), pulling)())  # type: ignore[arg-type]
+    for name in ("httpx", "grpc._channel"):
+        kind = type("Failure", (Exception,), {"__module__": name})
+        failure[:] = [kind("refused")]
+        with pytest.raises(kind):
+            module.pull_objects(["a"])
+    failure[:] = [ConnectionResetError()]
+    with pytest.raises(ConnectionResetError):
+        module.pull_objects(["a"])
+    failure[:] = [ValueError("no such object")]
+    with pytest.raises(ValueError, match="no such object"):  # nothing says whose reply it is
+        module.inflate_object_from_contents("a", module.pull_objects(["a"]))
+
+
+def test_a_grid_that_pulls_object_by_object() -> None:
+    """What becomes of such replies: `test_flower_unreadable_replies.py`."""
+    inner = InProcessGrid(answering, nodes=1)
+
+    def main(grid: Any) -> list[str | None]:
+        found = []
+        for content in (None, b"junk"):
+            pulling = PullingGrid(inner, lambda reply, objects: _spoil(reply, objects, content))  # noqa: B023
+            assert seams.guard_pulling(pulling)
+            (reply,) = pulling.send_and_receive([message(inner, Content({"arrays": ARRAYS}))])
+            found.append(seams.unreadable(reply))
+            assert reply.has_error() == (content is not None)
+        return found
+
+    honest, changed = serve(main)
+    assert honest is None
+    assert changed.startswith("Flower cannot read it: ")
+
+
+def _spoil(reply: Message, objects: dict[str, bytes], content: bytes | None) -> None:
+    if content is not None:
+        objects[reply.object_id] = content
+
+
+def test_a_grid_without_these_functions_is_left_alone() -> None:
+    assert not seams.guard_pulling(InProcessGrid(ServerApp, nodes=1))
+    assert not seams.guard_pulling(SimpleNamespace())  # type: ignore[arg-type]
 
 
 # Strategies --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.stages.checks import check_dimensions
 from fedpara_plugins.stages.entropy_decoders import decoders
 from fedpara_plugins.stages.handed_over import HandedOver, working_limit
-from fedpara_plugins.stages.stage import Notes, Stage, Tensors, byte_size, check_limit
+from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit
 
 __all__ = ["FEEDBACK", "NONE", "Codec", "EntropyChoice", "codec_from_names"]
 
@@ -247,7 +247,7 @@ def _working_beside(reference: Tensors, working: int) -> int:
 def _check_output(stage: Stage, tensors: Tensors, limit: int) -> None:
     for name, tensor in tensors.items():
         check_dimensions(name, tensor.ndim)
-    size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in tensors.values())
+    size = sum(tensor.nbytes for tensor in tensors.values())
     check_limit(size, limit, f"the output of stage {stage.name!r}")
 
 

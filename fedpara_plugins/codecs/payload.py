@@ -40,7 +40,6 @@ from fedpara_plugins.codecs.plain import plain_tensors, unshared
 from fedpara_plugins.codecs.reference import digest_of
 from fedpara_plugins.errors import PayloadError, TooLargeError
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.stages.dtypes import byte_size
 from fedpara_plugins.stages.entropy_decoders import decoders
 from fedpara_plugins.stages.handed_over import HandedOver, working_limit
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit
@@ -290,7 +289,7 @@ class OpenedPayload:
             if type(error) is not PayloadError or not hint:
                 raise
             raise PayloadError(f"{error}{hint}") from error
-        size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in decoded.values())
+        size = sum(tensor.nbytes for tensor in decoded.values())
         check_limit(size, limit, "the tensors")
         check_tensors(decoded, expect, like)
         return DecodedPayload(decoded if borrowed else _own(decoded), header)

@@ -6,7 +6,7 @@ import torch
 
 from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.stages.checks import all_finite
-from fedpara_plugins.stages.dtypes import REAL_DTYPES, byte_size, tensor_bytes
+from fedpara_plugins.stages.dtypes import REAL_DTYPES, tensor_bytes
 from fedpara_plugins.stages.handed_over import may_overwrite, take
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit, check_notes
 
@@ -68,7 +68,7 @@ class DeltaStage(Stage):
                 f"stage 'delta': expected different places among {len(tensors)} tensors, got "
                 f"{whole[:5]}"
             )
-        size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in tensors.values())
+        size = sum(tensor.nbytes for tensor in tensors.values())
         check_limit(size, limit, "the sum of reference and delta")
         exact = set(whole)
         decoded: Tensors = {}

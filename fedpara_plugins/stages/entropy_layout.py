@@ -145,12 +145,16 @@ def read_tensors(source: ByteSource, layout: Layout) -> Tensors:
             is damaged.
     """
     decoded: Tensors = {}
-    for name, dtype, shape in layout:
-        size = byte_size(dtype, shape)
+    sizes = [byte_size(dtype, shape) for _, dtype, shape in layout]
+    block, used = bytearray(), 0
+    for place, (name, dtype, shape) in enumerate(layout):
+        size = sizes[place]
         if 0 < size < _SMALL:
-            data = bytearray(size)
-            source.read_into(memoryview(data))
-            tensor = torch.frombuffer(data, dtype=dtype).reshape(shape)
+            if used == len(block):
+                block, used = _next_block(source, sizes, place), 0
+            tensor = torch.frombuffer(block[used : used + size], dtype=dtype)
+            tensor = tensor if len(shape) == 1 else tensor.reshape(shape)
+            used += size
         else:
             tensor = empty_tensor(name, dtype, shape)
             if size:
@@ -158,3 +162,16 @@ def read_tensors(source: ByteSource, layout: Layout) -> Tensors:
         check_booleans(name, tensor)
         decoded[name] = tensor
     return decoded
+
+
+def _next_block(source: ByteSource, sizes: Sequence[int], place: int) -> bytearray:
+    """Return the bytes of as many small tensors as are read together, from one on."""
+    total = sizes[place]
+    for following in range(place + 1, len(sizes)):
+        size = sizes[following]
+        if size >= _SMALL or total + size > _SMALL:
+            break
+        total += size
+    block = bytearray(total)
+    source.read_into(memoryview(block))
+    return block

@@ -127,7 +127,7 @@ def check_decoded(
         PayloadError: they do.
     """
     pairs = list(zip(tensors.values(), dtypes, strict=True))
-    size = sum(byte_size(to or x.dtype, x.shape) for x, to in pairs)
+    size = sum((to or x.dtype).itemsize * x.numel() for x, to in pairs)
     check_limit(size, limit, what)
     if isinstance(tensors, HandedOver) and not tensors.fits(size + held):
         sizes = [0 if to is None or in_place(x, to) else byte_size(to, x.shape) for x, to in pairs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import struct
+from collections.abc import Sequence
 
 import torch
 
@@ -17,12 +18,22 @@ from fedpara_plugins.stages.dtypes import (
     pack_dtypes,
     unpack_dtypes,
 )
-from fedpara_plugins.stages.handed_over import check_decoded, decode_each, in_chunks
+from fedpara_plugins.stages.handed_over import (
+    HandedOver,
+    check_decoded,
+    decode_each,
+    in_chunks,
+)
+from fedpara_plugins.stages.small_tensors import SMALL, batches, joined, parts_of
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_notes
 
 __all__ = ["Int8Stage"]
 
 LARGEST_SYMBOL = 127
+_BOUNDS = {
+    dtype: (torch.finfo(arithmetic_dtype(dtype)).tiny, torch.finfo(dtype).max)
+    for dtype in REAL_DTYPES
+}
 
 
 class Int8Stage(Stage):
@@ -77,9 +88,48 @@ class Int8Stage(Stage):
         dtypes = unpack_dtypes(notes, len(tensors))
         check_decoded(tensors, dtypes, limit, "the values behind the int8 symbols")
         scales = iter(_unpack_scales(notes["scales"], sum(d is not None for d in dtypes)))
-        return decode_each(
-            tensors, dtypes, lambda name, x, dtype: _dequantise(name, x, next(scales), dtype)
-        )
+        each = [next(scales) if dtype is not None else 0.0 for dtype in dtypes]
+        for (name, x), dtype, scale in zip(tensors.items(), dtypes, each, strict=True):
+            if dtype is not None:
+                _check(name, x, scale, dtype)
+        done: Tensors = {}
+        widest = 8 * sum(x.nbytes for x in tensors.values())
+        if not isinstance(tensors, HandedOver) or tensors.fits(widest):
+            done = _small_tensors(tensors, dtypes, each)
+        left = iter([scale for scale, dtype in zip(each, dtypes, strict=True) if dtype])
+
+        def decode(name: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            scale = next(left)
+            return done.pop(name) if name in done else _dequantise(name, x, scale, dtype)
+
+        return decode_each(tensors, dtypes, decode)
+
+
+def _small_tensors(
+    tensors: Tensors, dtypes: Sequence[torch.dtype | None], scales: Sequence[float]
+) -> Tensors:
+    """Return the small tensors behind their symbols, many at a time.
+
+    Raises:
+        PayloadError: see `_check_symbols`.
+    """
+    kinds: dict[str, torch.dtype] = {}
+    steps: dict[str, float] = {}
+    for (name, tensor), dtype, scale in zip(tensors.items(), dtypes, scales, strict=True):
+        if dtype is not None and 0 < tensor.nbytes <= SMALL:
+            kinds[name], steps[name] = dtype, scale
+    decoded: Tensors = {}
+    for dtype, names in batches(tensors, kinds):
+        near, counts = joined([tensors[name] for name in names])
+        if int(near.min()) < -LARGEST_SYMBOL:
+            for name in names:
+                _check_symbols(name, tensors[name])
+        exact = near.to(arithmetic_dtype(dtype))
+        every = torch.tensor([steps[name] for name in names], dtype=exact.dtype)
+        exact.mul_(torch.repeat_interleave(every, torch.from_numpy(counts)))
+        shapes = [tensors[name].shape for name in names]
+        decoded.update(zip(names, parts_of(exact.to(dtype), counts, shapes), strict=True))
+    return decoded
 
 
 def _scale(tensor: torch.Tensor) -> float:
@@ -110,18 +160,26 @@ def _unpack_scales(packed: str, count: int) -> list[float]:
     return list(struct.unpack(f"<{count}d", raw))
 
 
-def _dequantise(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+def _check(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtype) -> None:
+    """Raise unless the symbols have the right form, and the scale fits the dtype."""
     if tensor.dtype != torch.int8 or tensor.ndim == 0 or dtype not in REAL_DTYPES:
         raise PayloadError(
             f"tensor {name!r}: expected int8 symbols for F16, BF16, F32 or F64, got "
             f"{tuple(tensor.shape)} {tensor.dtype} for {dtype_name(dtype)}"
         )
-    wide = arithmetic_dtype(dtype)
-    peak = LARGEST_SYMBOL * scale
-    if not torch.finfo(wide).tiny <= scale or not peak <= torch.finfo(dtype).max:
+    tiny, most = _BOUNDS[dtype]
+    if not tiny <= scale or not LARGEST_SYMBOL * scale <= most:
         raise PayloadError(f"tensor {name!r}: the int8 scale {scale} does not fit {dtype}")
+
+
+def _check_symbols(name: str, tensor: torch.Tensor) -> None:
     if tensor.numel() and int(tensor.min()) < -LARGEST_SYMBOL:
         raise PayloadError(f"tensor {name!r}: int8 symbols go from -127 to 127, got -128")
+
+
+def _dequantise(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    _check_symbols(name, tensor)
+    wide = arithmetic_dtype(dtype)
     if wide == dtype:
         return tensor.to(wide).mul_(scale)
     values = torch.empty(tensor.shape, dtype=dtype, device="cpu")

@@ -12,18 +12,19 @@ from numpy.typing import NDArray
 from fedpara_plugins.errors import PayloadError
 from fedpara_plugins.stages.dtypes import (
     REAL_DTYPES,
-    byte_size,
     dtype_name,
     pack_dtypes,
     tensor_bytes,
     unpack_dtypes,
 )
 from fedpara_plugins.stages.handed_over import HandedOver, decode_each, may_overwrite
+from fedpara_plugins.stages.small_tensors import SMALL, batches, joined, parts_of
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors, check_limit, check_notes
 
 __all__ = ["PlanesStage"]
 
 _SIGNED = frozenset({torch.int64, torch.int32, torch.int16})
+_SORTED = REAL_DTYPES | _SIGNED
 _LARGE = 2**20
 """Bytes from which on planes are joined in their own memory, which takes longer."""
 _CHUNK = 2**15
@@ -52,7 +53,7 @@ class PlanesStage(Stage):
 
     def encode(self, tensors: Tensors, *, reference: Tensors | None) -> tuple[Tensors, Notes]:
         """Split tensors into byte planes."""
-        acts = {n: t.dtype in REAL_DTYPES | _SIGNED and t.ndim > 0 for n, t in tensors.items()}
+        acts = {n: t.dtype in _SORTED and t.ndim > 0 for n, t in tensors.items()}
         coded = {n: _to_planes(t) if acts[n] else t for n, t in tensors.items()}
         return coded, pack_dtypes([t.dtype if acts[n] else None for n, t in tensors.items()])
 
@@ -66,14 +67,17 @@ class PlanesStage(Stage):
         """
         check_notes(self.name, notes, {"dtypes": list, "each": str})
         dtypes = unpack_dtypes(notes, len(tensors))
-        size = sum(byte_size(tensor.dtype, tensor.shape) for tensor in tensors.values())
+        size = sum(tensor.nbytes for tensor in tensors.values())
         what = "the tensors behind their planes"
         check_limit(size, limit, what)
 
         def in_place(tensor: torch.Tensor) -> bool:
             return tensor.nbytes >= _LARGE and may_overwrite(tensors, tensor)
 
-        if isinstance(tensors, HandedOver) and not tensors.fits(size):
+        done: Tensors = {}
+        if not isinstance(tensors, HandedOver) or tensors.fits(size):
+            done = _small_tensors(tensors, dtypes)
+        else:
             # No list of tensors here: it would keep alive what is used up.
             kinds = [(x.nbytes, in_place(x)) for x in tensors.values()]
             halves = [
@@ -86,6 +90,8 @@ class PlanesStage(Stage):
             tensors.check_peak(sizes, what, held=max(halves, default=0))
 
         def decode(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            if name in done:
+                return done.pop(name)
             _check_planes(name, tensor, dtype)
             if in_place(tensor):
                 return _from_planes_in_place(tensor, dtype)
@@ -110,11 +116,38 @@ def _to_planes(tensor: torch.Tensor) -> torch.Tensor:
 def _check_planes(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     width = dtype.itemsize
     fits = tensor.dtype == torch.uint8 and tensor.ndim > 1 and tensor.shape[0] == width
-    if not fits or dtype not in REAL_DTYPES | _SIGNED:
+    if not fits or dtype not in _SORTED:
         raise PayloadError(
             f"tensor {name!r}: expected {width} planes of uint8 for {dtype_name(dtype)}, got "
             f"{tuple(tensor.shape)} {tensor.dtype}"
         )
+
+
+def _small_tensors(tensors: Tensors, dtypes: Sequence[torch.dtype | None]) -> Tensors:
+    """Return the small tensors behind their planes, many at a time.
+
+    Raises:
+        PayloadError: see `_check_planes`.
+    """
+    kinds: dict[str, torch.dtype] = {}
+    for (name, tensor), dtype in zip(tensors.items(), dtypes, strict=True):
+        if dtype is not None and 0 < tensor.nbytes <= SMALL:
+            _check_planes(name, tensor, dtype)
+            kinds[name] = dtype
+    found: Tensors = {}
+    for dtype, names in batches(tensors, kinds):
+        data, sizes = joined([tensors[name] for name in names])
+        octets = data.numpy()
+        counts = sizes // dtype.itemsize
+        # The first byte of each word, and the distance to its next one.
+        before = np.cumsum(sizes) - sizes - (np.cumsum(counts) - counts)
+        lowest = np.arange(counts.sum()) + np.repeat(before, counts)
+        between = np.repeat(counts, counts)
+        words = _words([octets[lowest + k * between] for k in range(dtype.itemsize)], dtype)
+        values = torch.from_numpy(words.view(np.uint8)).view(dtype)
+        shapes = [tensors[name].shape[1:] for name in names]
+        found.update(zip(names, parts_of(values, counts, shapes), strict=True))
+    return found
 
 
 def _from_planes(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -28,12 +28,16 @@ from fedpara_plugins.stages.options import (
 from fedpara_plugins.stages.quantise_notes import (
     MAX_BLOCK,
     QuantisedTensor,
+    ReadNotes,
+    SymbolGroups,
     dequantise,
+    dequantise_together,
     read_quantised,
     write_quantised,
 )
 from fedpara_plugins.stages.quantise_steps import PER_TENSOR, QuantiserStep, Rows, StepRule, group
 from fedpara_plugins.stages.quantise_symbols import narrowest_symbols
+from fedpara_plugins.stages.small_tensors import SMALL, batches, parts_of
 from fedpara_plugins.stages.stage import Notes, Stage, Tensors
 
 __all__ = ["QuantiseStage", "fresh_generator"]
@@ -149,16 +153,20 @@ class QuantiseStage(Stage):
         tensors = tensors if isinstance(tensors, HandedOver) else dict(tensors)
         found = read_quantised(tensors, notes)
         groups = iter(found.groups)
+        done: Tensors = {}
 
         def in_place(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
             return tensor.itemsize == dtype.itemsize and may_overwrite(tensors, tensor)
 
         def decode(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            group = next(groups)
+            if name in done:
+                return done.pop(name)
             own = in_place(tensor, dtype)
             out = (
                 tensor.view(dtype) if own else torch.empty(tensor.shape, dtype=dtype, device="cpu")
             )
-            dequantise(tensor, next(groups), out=out)
+            dequantise(tensor, group, out=out)
             _check_finite(name, out)
             return out
 
@@ -170,6 +178,9 @@ class QuantiseStage(Stage):
             in_place=in_place,
             held=found.held,
         )
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if not isinstance(tensors, HandedOver) or tensors.fits(8 * size + found.held):
+            done = _small_tensors(tensors, found)
         return decode_each(tensors, found.dtypes, decode)
 
     def _quantise(
@@ -232,6 +243,34 @@ def _round_to_steps(
     # The sum was rounded, and may have reached the next whole number.
     most = np.array([[step.largest_symbol] for step in steps], dtype=rows.dtype)
     return np.clip(out, -most, most, out=out)
+
+
+def _small_tensors(tensors: Tensors, found: ReadNotes) -> Tensors:
+    """Return the small tensors behind their symbols, many at a time.
+
+    Raises:
+        PayloadError: see `_check_finite`.
+    """
+    groups: dict[str, SymbolGroups] = {}
+    kinds: dict[str, tuple[torch.dtype, torch.dtype, bool]] = {}
+    every = iter(found.groups)
+    for (name, tensor), dtype in zip(tensors.items(), found.dtypes, strict=True):
+        if dtype is None:
+            continue
+        group = next(every)
+        if 0 < tensor.nbytes <= SMALL:
+            groups[name] = group
+            kinds[name] = (tensor.dtype, dtype, isinstance(group.steps, torch.Tensor))
+    decoded: Tensors = {}
+    for (_, dtype, _), names in batches(tensors, kinds):
+        symbols = [tensors[name] for name in names]
+        values, counts = dequantise_together(symbols, [groups[name] for name in names], dtype)
+        parts = list(parts_of(values, counts, [each.shape for each in symbols]))
+        if not all_finite(values):
+            for name, part in zip(names, parts, strict=True):
+                _check_finite(name, part)
+        decoded.update(zip(names, parts, strict=True))
+    return decoded
 
 
 def _check_finite(name: str, values: torch.Tensor) -> None:

@@ -24,6 +24,7 @@ from fedpara_plugins.stages.dtypes import (
 from fedpara_plugins.stages.handed_over import CHUNK, in_chunks
 from fedpara_plugins.stages.quantise_steps import PER_BLOCK, PER_ROW, PER_TENSOR
 from fedpara_plugins.stages.quantise_symbols import Symbols, escape_mask, far_dtype
+from fedpara_plugins.stages.small_tensors import SMALL, Counts, batches, joined
 from fedpara_plugins.stages.stage import Notes, Tensors, check_notes
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "ReadNotes",
     "SymbolGroups",
     "dequantise",
+    "dequantise_together",
     "read_quantised",
     "write_quantised",
 ]
@@ -177,6 +179,37 @@ def dequantise(symbols: torch.Tensor, groups: SymbolGroups, *, out: torch.Tensor
             into.copy_(exact)
 
 
+def dequantise_together(
+    symbols: Sequence[torch.Tensor], groups: Sequence[SymbolGroups], dtype: torch.dtype
+) -> tuple[torch.Tensor, Counts]:
+    """Return what `dequantise` gives for several small tensors, end to end, and how many each has.
+
+    Args:
+        symbols: of one dtype.
+        groups: of each.
+        dtype: of the result.
+    """
+    wide = arithmetic_dtype(dtype)
+    near, counts = joined(symbols)
+    exact = near.to(wide)
+    if any(each.far.numel() for each in groups):
+        exact.numpy()[escape_mask(near)] = torch.cat([each.far for each in groups]).numpy()
+    lengths: list[int] = []
+    steps: list[torch.Tensor] = []
+    for each, count in zip(groups, counts.tolist(), strict=True):
+        number = len(each.steps)
+        lengths += [each.size] * (number - 1)
+        lengths.append(count - each.size * (number - 1))
+        if isinstance(each.steps, torch.Tensor):
+            steps.append(each.steps.to(wide))
+    if steps:
+        every = torch.cat(steps)
+    else:
+        every = torch.tensor([float(each.steps[0]) for each in groups], dtype=wide)
+    exact.mul_(torch.repeat_interleave(every, torch.tensor(lengths)))
+    return exact.to(dtype), counts
+
+
 def _pieces(
     count: int, groups: SymbolGroups, wide: torch.dtype
 ) -> Iterator[tuple[int, int, float | torch.Tensor]]:
@@ -231,7 +264,21 @@ def _count_escapes(near: torch.Tensor) -> int:
 
 def _split_escaped(near: Sequence[torch.Tensor], far: torch.Tensor) -> Sequence[torch.Tensor]:
     """Return the escaped values of each tensor of symbols."""
-    counts = [_count_escapes(tensor) if tensor.dtype == torch.int8 else 0 for tensor in near]
+    counts = [0] * len(near)
+    small: dict[str, None] = {}
+    for place, tensor in enumerate(near):
+        if tensor.dtype != torch.int8:
+            continue
+        if tensor.nbytes > SMALL:
+            counts[place] = _count_escapes(tensor)
+        else:
+            small[str(place)] = None
+    for _, places in batches({place: near[int(place)] for place in small}, small):
+        symbols, sizes = joined([near[int(place)] for place in places])
+        before = np.concatenate([[0], np.cumsum(escape_mask(symbols))])
+        ends = np.cumsum(sizes)
+        for place, count in zip(places, before[ends] - before[ends - sizes], strict=True):
+            counts[int(place)] = int(count)
     if sum(counts) != len(far):
         raise _malformed(f"{len(far)} values for {sum(counts)} symbols that escape")
     return torch.split(far, counts)
@@ -260,20 +307,29 @@ def _read_steps(
     total = sum(n for n, (_, letter) in zip(counts, kinds, strict=True) if letter != PER_TENSOR)
     if len(raw) != struct.calcsize(form) or len(many) != total:
         raise _malformed(f"another number of steps than {len(single)} and {total}")
-    ones, start = iter(struct.unpack(form, raw)), 0
+    ones = iter(struct.unpack(form, raw))
+    rest = [n for n, (_, letter) in zip(counts, kinds, strict=True) if letter != PER_TENSOR]
+    groups = iter(torch.split(many, rest))
+    wides = [arithmetic_dtype(dtype) for dtype, _ in kinds]
+    _check_many(many, rest, [w for w, (_, s) in zip(wides, kinds, strict=True) if s != PER_TENSOR])
+    bounds = {wide: (torch.finfo(wide).tiny, torch.finfo(wide).max) for wide in set(wides)}
     found: list[Sequence[float] | torch.Tensor] = []
-    for (dtype, letter), count in zip(kinds, counts, strict=True):
-        wide = arithmetic_dtype(dtype)
-        if letter == PER_TENSOR:
-            step = next(ones)
-            if not torch.finfo(wide).tiny <= step <= torch.finfo(wide).max:
-                raise _abnormal(wide)
-            found.append([step])
+    for (_, letter), wide in zip(kinds, wides, strict=True):
+        if letter != PER_TENSOR:
+            found.append(next(groups))
             continue
-        found.append(many[start : start + count])
-        _check_steps(many[start : start + count], wide)
-        start += count
+        step = next(ones)
+        if not bounds[wide][0] <= step <= bounds[wide][1]:
+            raise _abnormal(wide)
+        found.append([step])
     return found
+
+
+def _check_many(many: torch.Tensor, counts: Sequence[int], wides: Sequence[torch.dtype]) -> None:
+    """Raise unless all steps are normal numbers; see `_check_steps`."""
+    for wide in set(wides):
+        mine = np.repeat([each == wide for each in wides], counts)
+        _check_steps(many if mine.all() else many[torch.from_numpy(mine)], wide)
 
 
 def _check_steps(steps: torch.Tensor, wide: torch.dtype) -> None:

@@ -21,7 +21,7 @@ import stat
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -104,6 +104,7 @@ def hold_state_dir(
     run: str,
     role: str = "",
     keeper: Keeper | None = None,
+    others: Collection[str] = (),
     outages: Outages | None = None,
 ) -> StateDirHold:
     """Take part in a run that uses a state-dir.
@@ -116,6 +117,8 @@ def hold_state_dir(
         run: the run's id; processes that name the same one share the folder.
         role: what this process is in the run, where only one process may be; "" for any number.
         keeper: the process that goes on holding the folder when this one has ended.
+        others: runs that are known to go on, besides this one. Keepers of one group leave the
+            folder from one run to the next, and a run that goes on keeps it between its messages.
         outages: gets what cannot be written; None logs it alone.
 
     Raises:
@@ -127,7 +130,7 @@ def hold_state_dir(
     try:
         _prepare(folder)
         with _process_lock:
-            return StateDirHold(_joined(folder, run, role, keeper), role)
+            return StateDirHold(_joined(folder, run, role, keeper, others), role)
     except OSError as error:
         outages.note(
             "the lock of the state-dir",
@@ -208,26 +211,31 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_members)
 
 
-def _joined(folder: Path, run: str, role: str, keeper: Keeper | None) -> _Member:
+def _joined(
+    folder: Path, run: str, role: str, keeper: Keeper | None, others: Collection[str]
+) -> _Member:
     key = os.path.realpath(folder)
     member = _members.get(key)
+    locks = folder / LOCKS
     if member is not None:
         if member.run != run:
             raise _refusal(folder, {"run": member.run, "pid": os.getpid()}, run, role)
         if keeper is not None:
-            with _mutex(folder / LOCKS):
-                _keep(folder, run, keeper)
+            with _mutex(locks):
+                _check_keepers(folder, run, keeper, others)
+                _keep(locks, run, keeper)
         member.add(role)
         return member
-    locks = folder / LOCKS
     with _mutex(locks):
-        others = [about for path in locks.glob("*.member") if (about := _living(path)) is not None]
-        for about in others:
+        if keeper is not None:  # before the members: a keeper stays, and they come and go
+            _check_keepers(folder, run, keeper, others)
+        present = [about for path in locks.glob("*.member") if (about := _living(path)) is not None]
+        for about in present:
             if about.get("run") != run or (role and role in (about.get("roles") or ())):
                 raise _refusal(folder, about, run, role)
         if keeper is not None:
-            _keep(folder, run, keeper)
-        if not others:
+            _keep(locks, run, keeper)
+        if not present:
             _tidy(folder)
         member = _Member(key, locks, run)
         member.add(role)
@@ -235,22 +243,32 @@ def _joined(folder: Path, run: str, role: str, keeper: Keeper | None) -> _Member
         return member
 
 
-def _keep(folder: Path, run: str, keeper: Keeper) -> None:
-    """Note that a process holds the folder from now on, unless one of another group does."""
+def _check_keepers(folder: Path, run: str, keeper: Keeper, others: Collection[str]) -> None:
+    """Raise if a keeper of another group lives, or one that works for a run that goes on."""
     host = socket.gethostname()
-    mine = {"run": run, "host": host, **asdict(keeper)}
     for path in (folder / LOCKS).glob(f"*{KEEPER}"):
         about = _about(path.read_bytes())
         here, pid = about.get("host") == host, about.get("pid")
         alive = type(pid) is int and (not here or started_at(pid) == about.get("started"))
         if not alive:
             path.unlink(missing_ok=True)
-        elif about == mine:
+            continue
+        about = about if here else {**about, "file": path}
+        if about.get("group") != keeper.group:
+            raise _refusal(folder, about, run, "")
+        if about.get("run") != run and about.get("run") in others:
+            raise _refusal(folder, {**about, "goes on": True}, run, "")
+
+
+def _keep(locks: Path, run: str, keeper: Keeper) -> None:
+    """Note that a process holds the folder from now on, for a run."""
+    host = socket.gethostname()
+    path = locks / f"{host}-{keeper.pid}{KEEPER}".replace(os.sep, "_")
+    text = json.dumps({"run": run, "host": host, **asdict(keeper)}).encode()
+    with contextlib.suppress(FileNotFoundError):
+        if path.read_bytes() == text:
             return
-        elif about.get("group") != keeper.group:
-            raise _refusal(folder, about if here else {**about, "file": path}, run, "")
-    name = f"{host}-{keeper.pid}".replace(os.sep, "_")
-    replace_file(folder / LOCKS / f"{name}{KEEPER}", json.dumps(mine).encode(), private=True)
+    replace_file(path, text, private=True)
 
 
 def _living(path: Path) -> Mapping[str, Any] | None:
@@ -310,7 +328,8 @@ def _refusal(folder: Path, about: Mapping[str, Any], run: str, role: str) -> Con
     mend = "Choose another state-dir, or wait until that run has ended"
     if what := about.get("what"):
         holder += f" ({what})"
-        mend = "Choose another state-dir, or end that process"
+        if not about.get("goes on"):
+            mend = "Choose another state-dir, or end that process"
     holder = printable(shortened(holder, 200))
     if (file := about.get("file")) is not None:
         mend += f"; its file system has no locks: if that process is gone, remove {file}"

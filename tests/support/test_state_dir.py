@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -178,6 +179,51 @@ def test_a_keeper_holds_it_between_messages_and_until_it_ends(tmp_path, keepers)
     with pytest.raises(ConfigError, match="run 99"):
         hold_state_dir(folder, run="18", keeper=keepers("a:1"))
     hold_state_dir(folder, run="100", role="server").release()  # it knows no group
+
+
+@needs_proc
+def test_a_keeper_is_named_though_its_process_works_on_a_message(tmp_path, keepers):
+    folder = tmp_path / "state"
+    mine, other = keepers("a:1"), keepers("b:2")
+    with (
+        hold_state_dir(folder, run="17", keeper=mine),
+        subprocess_refused(folder, "99", other) as text,
+    ):
+        assert f"process {mine.pid} (a node of a:1)" in text
+
+
+@contextlib.contextmanager
+def subprocess_refused(folder, run, keeper):
+    """Yield what another process is told."""
+    code = (
+        "import sys; from pathlib import Path; from fedpara_plugins.support import *\n"
+        "folder, run, pid, started, group = sys.argv[1:]\n"
+        "hold_state_dir(Path(folder), run=run, keeper=Keeper(int(pid), started, group))"
+    )
+    arguments = [str(folder), run, str(keeper.pid), keeper.started, keeper.group]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    yield done.stderr
+
+
+@needs_proc
+def test_a_run_that_goes_on_keeps_it_between_its_messages(tmp_path, keepers):
+    folder = tmp_path / "state"
+    mine, friend = keepers("a:1"), keepers("a:1")
+    hold_state_dir(folder, run="17", keeper=mine, others=["16", "18"]).release()
+    for keeper in (mine, friend):
+        with pytest.raises(ConfigError) as found:
+            hold_state_dir(folder, run="18", keeper=keeper, others=["17"])
+        text = str(found.value)
+        assert f"in use by run 17, host {socket.gethostname()}, process {mine.pid}" in text
+        assert "refused to run 18. Choose another state-dir, or wait until that run has" in text
+    hold_state_dir(folder, run="17", keeper=friend, others=["18"]).release()
+    keepers.kill(0)
+    keepers.kill(1)
+    hold_state_dir(folder, run="18", keeper=keepers("a:1"), others=["17"]).release()
+    hold_state_dir(folder, run="19", keeper=keepers("a:1")).release()  # 18 has ended
 
 
 @needs_proc

@@ -27,7 +27,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from fedpara_plugins.support import parent_of
+from fedpara_plugins.support import parent_of, shortened
 
 __all__ = [
     "CLIPPING_MODS",
@@ -52,6 +52,7 @@ __all__ = [
     "change_class",
     "checked_replies",
     "forward_grid",
+    "guard_pulling",
     "is_legacy",
     "mods_of",
     "ndarrays_to_parameters",
@@ -63,6 +64,7 @@ __all__ = [
     "seen_components",
     "strategy_attributes",
     "supernode_of_this_process",
+    "unreadable",
     "wrap_strategy_start",
     "wrap_unmask_stage",
 ]
@@ -283,6 +285,107 @@ def _forwarder(name: str, inner: str, *, is_property: bool) -> Any:
     if is_property:
         return property(lambda self: getattr(getattr(self, inner), name))
     return lambda self, *args, **kwargs: getattr(getattr(self, inner), name)(*args, **kwargs)
+
+
+UNREADABLE = "_fedpara_unreadable"
+"""Attribute of a message that stands for one that could not be read: why."""
+
+TRANSPORTS = {"grpc", "httpx", "httpcore"}
+
+
+def guard_pulling(grid: Grid) -> bool:
+    """Let a reply that a Grid cannot read become an error reply of its node, once a process.
+
+    Stands on: ``pull_messages`` of the Grids of a deployment calls the functions ``pull_objects``
+    and ``inflate_object_from_contents`` of its module for each entry ``msg_proto`` of the
+    SuperLink's answer, whose metadata the SuperLink has checked; and ``make_message``, ``Metadata``
+    and ``Error`` there.
+    Not public: an exception in the middle ends the call, and with it all replies of the round.
+    Seen: flwr 1.22 (``flwr.server.grid.grpc_grid``) to 1.42 (``flwr.superlink.grid.http_grid``).
+
+    Returns:
+        Whether this Grid is guarded now; one that takes nothing apart needs no guard.
+    """
+    owner = next((each for each in type(grid).__mro__ if "pull_messages" in vars(each)), None)
+    module: Any = sys.modules.get(getattr(owner, "__module__", ""))
+    needed = ("pull_objects", "inflate_object_from_contents", "make_message", "Metadata", "Error")
+    if not all(callable(getattr(module, name, None)) for name in needed):
+        return False
+    _replace_once(module, "pull_objects", _guarded_pull)
+    _replace_once(module, "inflate_object_from_contents", functools.partial(_guarded, module))
+    return True
+
+
+def unreadable(message: Message) -> str | None:
+    """Return why a reply could not be read; None if it could.
+
+    Stands on: a message has a ``__dict__``.
+    Not public, seen: as `guard_pulling`.
+    """
+    found: str | None = vars(message).get(UNREADABLE)
+    return found
+
+
+class _Unpulled(dict[str, bytes]):
+    """The objects of a message that could not be pulled."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
+def _guarded_pull(original: Method) -> Method:
+    def pull_objects(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:
+            if {each.__module__.partition(".")[0] for each in type(error).__mro__} & TRANSPORTS:
+                raise
+            return _Unpulled(error)
+
+    return pull_objects
+
+
+def _guarded(module: Any, original: Method) -> Method:
+    def inflate_object_from_contents(object_id: str, contents: Any, **kwargs: Any) -> Any:
+        asked = sys._getframe(1).f_locals.get("msg_proto")
+        try:
+            if isinstance(contents, _Unpulled):
+                raise contents.error
+            message = original(object_id, contents, **kwargs)
+            if asked is not None:
+                _check_sender(message, asked.metadata)
+            return message
+        except Exception as error:
+            if asked is None:
+                raise
+            return _unreadable_reply(module, asked.metadata, error)
+
+    return inflate_object_from_contents
+
+
+def _check_sender(message: Any, metadata: Any) -> None:
+    """Raise unless a message says of itself what the SuperLink knows of it."""
+    if not isinstance(message, Message):
+        raise TypeError(f"expected a Message, got {type(message).__name__}")
+    for name in ("reply_to_message_id", "src_node_id"):
+        if getattr(message.metadata, name) != getattr(metadata, name):
+            raise ValueError(f"{name} is another one than the SuperLink's")
+
+
+def _unreadable_reply(module: Any, about: Any, error: Exception) -> Message:
+    """Return an error in the place of a reply, as the Grid itself makes one for a lost reply."""
+    reason = f"Flower cannot read it: {type(error).__name__}: {shortened(str(error), 300)}"
+    names = ("run_id", "src_node_id", "dst_node_id", "group_id", "ttl", "message_type")
+    known = {name: getattr(about, name) for name in (*names, "reply_to_message_id", "created_at")}
+    message: Message = module.make_message(
+        metadata=module.Metadata(message_id="", **known),
+        error=module.Error(code=ErrorCode.UNKNOWN, reason=reason),
+    )
+    vars(message)[UNREADABLE] = reason
+    return message
 
 
 # Strategies ---------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ __all__ = [
     "Experiment",
     "Hooks",
     "Outcome",
+    "captured_log",
     "federate",
     "main_app",
     "plain_apps",
@@ -199,7 +200,7 @@ def federate(
         apps.client, nodes=apps.clients, run_config=config, engine=engine, tap=tap, late=late
     )
     outcome = Outcome(grid, sent=grid.sent)
-    with _captured_log() as outcome.log, kept_private() as outcome.kept:
+    with captured_log() as outcome.log, kept_private() as outcome.kept:
         try:
             grid.serve(apps.server(outcome), run_config)
         except Exception as error:
@@ -312,7 +313,7 @@ def _strategy(experiment: Experiment) -> Strategy:
 
 
 @contextmanager
-def _captured_log() -> Iterator[list[str]]:
+def captured_log() -> Iterator[list[str]]:
     """Collect what Flower and the plugin log, and keep it off the terminal."""
     lines: list[str] = []
     logger = logging.getLogger("flwr")

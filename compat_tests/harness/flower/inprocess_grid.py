@@ -222,8 +222,10 @@ class InProcessGrid(Grid):
         """Let a client forget everything, as after a restart of its SuperNode."""
         self._nodes[self.node_id(partition)].state = WireObject.of(RecordDict())
 
-    def serve(self, app: ServerApp, run_config: RunConfig | None = None) -> None:
-        """Run a ServerApp to its end, as the engine does."""
+    def serve(
+        self, app: ServerApp, run_config: RunConfig | None = None, grid: Grid | None = None
+    ) -> None:
+        """Run a ServerApp to its end, as the engine does, with this Grid or one around it."""
         context = Context(
             run_id=RUN_ID,
             node_id=SUPERLINK_NODE_ID,
@@ -232,7 +234,7 @@ class InProcessGrid(Grid):
             run_config=dict(run_config or {}),
         )
         with _identity(SUPERLINK_NODE_ID):
-            app(grid=self, context=context)
+            app(grid=grid or self, context=context)
 
     def replace_app(self, client_app: Callable[[], ClientApp]) -> None:
         """Run another ClientApp from the next message on; nodes keep their state."""

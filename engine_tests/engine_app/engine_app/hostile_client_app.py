@@ -35,7 +35,7 @@ def plugin(message: Message, context: Context, call_next: App) -> Message:
 
     if names is None:
         return honest(message, context)
-    attacks = [HOSTILE[name][0] if name in HOSTILE else _raise for name in names]
+    attacks = [HOSTILE[name][0] if name in HOSTILE else OWN[name] for name in names]
     hostile: Mod = tampering(attacks, int(client))
     return hostile(message, context, honest)
 
@@ -47,6 +47,14 @@ def without(message: Message, context: Context, call_next: App) -> Message:
 
 def _raise(reply: Message) -> None:
     raise RuntimeError("the disk is full")
+
+
+def _take_no_message(reply: Message) -> None:
+    """Let what is sent pass the SuperLink's checks, and be no message that Flower can rebuild."""
+    vars(reply)["deflate"] = lambda: b"Message  4\0junk"
+
+
+OWN = {"an app that raises": _raise, "no message": _take_no_message}
 
 
 app = NotedClientApp(mods=[plugin])

@@ -26,6 +26,7 @@ from fedpara_plugins_flower.messages.snippets import ADD_MOD
 from fedpara_plugins_flower.privacy import secagg
 from fedpara_plugins_flower.privacy.clipping import check_clipped_message
 from fedpara_plugins_flower.run import Run
+from fedpara_plugins_flower.seams import guard_pulling
 from fedpara_plugins_flower.server.accounting import Accounting
 from fedpara_plugins_flower.server.final_state import FinalState
 from fedpara_plugins_flower.server.first_contact import FirstContact, reads_payloads
@@ -71,6 +72,7 @@ class CodecGrid(ForwardingGrid):
 
     def __init__(self, inner: Grid, run: Run, accounting: Accounting, final: FinalState) -> None:
         super().__init__(inner)
+        guard_pulling(inner)
         self.fatal: FedParaError | None = None
         self._run = run
         self._accounting = accounting

@@ -18,6 +18,7 @@ from fedpara_plugins_flower.messages.reply_marker import Marker
 from fedpara_plugins_flower.messages.snippets import ADD_MOD
 from fedpara_plugins_flower.privacy import secagg
 from fedpara_plugins_flower.run import Run
+from fedpara_plugins_flower.seams import unreadable
 from fedpara_plugins_flower.server.accounting import Accounting
 from fedpara_plugins_flower.server.outbox import Outbox
 from fedpara_plugins_flower.server.reply_forms import StrategyKeys, check_values, value_bytes
@@ -95,6 +96,8 @@ class ReplyDecoder:
             return ReadReply(reply)  # the SuperLink's own, for a node that is gone
         try:
             known.request = self._requests.take(reply)
+            if (why := unreadable(reply)) is not None:
+                raise PayloadError(why)
             return self._read(reply, known)
         except Exception as error:  # whatever it is, it is this reply's alone
             return ReadReply(reply, known.request, reason=reason_of(error))
