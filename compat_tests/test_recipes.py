@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from harness.flower.apps import Outcome, federate
+from harness.flower.part_apps import PARTS, Part, part_apps
 from harness.flower.recipes import recipe
 
 
@@ -38,3 +42,75 @@ def test_what_the_codec_saves_of_an_adapter(tmp_path: Path) -> None:
     sent, before = (sum(s.array_bytes for s in o.sent) for o in (coded, plain))
     print(before / sent, [json.loads(x) for x in ledger.read_text().splitlines()][:3])
     assert sent < before / 4
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_below_the_adapter(bits: int, tmp_path: Path) -> None:
+    """As in FlowerTune: bitsandbytes' layers, checkpointed, and adapters on them."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: tox run -e core-loops")
+    base = tmp_path / "base"
+    with recipe("flower_llm", base) as _:
+        models = importlib.import_module("llm_app.models")
+        models._base("", 0).save_pretrained(base / "model")
+    small = {"num-server-rounds": 2, "max-steps": 2, "quantization": bits,
+             "model-name": str(base / "model")}  # fmt: skip
+    plain = run("flower_llm", tmp_path, plugin=False, **small)
+    coded = run("flower_llm", tmp_path, **small, **{"fedpara.codec": "lossless"})
+    assert plain.state.keys() == coded.state.keys()
+    for name, value in plain.state.items():
+        assert value.abs().sum() > 0
+        assert torch.equal(coded.state[name], value), name
+
+
+def bitsandbytes_body() -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: tox run -e core-loops")
+    return Quantised(bnb.nn.Linear4bit(32, 48, compute_dtype=torch.float32)).to("cpu")
+
+
+def torchao_body() -> nn.Module:
+    torchao = pytest.importorskip(
+        "torchao.quantization", reason="needs torchao: tox run -e core-loops"
+    )
+    model = Quantised(nn.Linear(32, 48))
+    torchao.quantize_(model.body, torchao.Int8WeightOnlyConfig())
+    return model
+
+
+class Quantised(nn.Module):
+    """A body whose weights are no ordinary ones, and a head."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body.requires_grad_(False)
+        self.heads = nn.Module()
+        self.heads.hidden, self.heads.head = nn.Linear(48, 48), nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.heads.head(torch.relu(self.heads.hidden(self.body(x))))
+        return out
+
+
+def seeded(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def factory() -> nn.Module:
+        torch.manual_seed(0)
+        return build()
+
+    return factory
+
+
+@pytest.mark.parametrize("method", ["none", "lowrank", "pfedpara"])
+@pytest.mark.parametrize("build", [bitsandbytes_body, torchao_body])
+def test_a_head_over_a_quantised_body(build: Any, method: str) -> None:
+    part = Part(seeded(build), PARTS["head"].records, PARTS["head"].load)
+    options = {"method": method, "codec": "lossless", "rank": 4, "min_size": 0, "base": "frozen"}
+    if build is torchao_body:
+        options["exclude"] = "body"
+    section = {f"fedpara.{key}": value for key, value in options.items()}
+    coded, plain = federate(part_apps(part), section), federate(part_apps(part, plugin=False))
+    if method == "none":
+        assert coded.state.keys() == plain.state.keys()
+        for name, value in plain.state.items():
+            assert torch.equal(coded.state[name], value), name
+    else:
+        assert "head.weight_base" in coded.state
+        assert coded.state["head.x1"].abs().sum() > 0
