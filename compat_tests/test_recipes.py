@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from harness.flower.apps import Outcome, federate
@@ -40,8 +42,40 @@ def test_what_the_codec_saves_of_an_adapter(tmp_path: Path) -> None:
     plain = run("flower_llm", tmp_path, plugin=False)
     coded = run("flower_llm", tmp_path, **{"fedpara.ledger": str(ledger)})
     sent, before = (sum(s.array_bytes for s in o.sent) for o in (coded, plain))
-    print(before / sent, [json.loads(x) for x in ledger.read_text().splitlines()][:3])
-    assert sent < before / 4
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    layers = {x["layer"].rpartition(".")[2] for x in lines if x.get("line") == "layer"}
+    assert layers == {"lora_A", "lora_B"}
+    assert sent < before / 6
+
+
+TUNED = {
+    "flower_lightning": {"num-server-rounds": 3},
+    "flower_trainer": {"num-server-rounds": 2, "max-steps": 40},
+}
+"""Apps with the residual form, in small."""
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_the_update_of_a_trained_model(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "dense.safetensors"
+    plain = run(name, tmp_path, plugin=False, **TUNED[name])
+    coded = run(name, tmp_path, **TUNED[name], **{"fedpara.checkpoint": str(path)})
+    assert {n for n in coded.state if n.endswith("_base")}
+    sent, before = (sum(s.array_bytes for s in o.sent) for o in (coded, plain))
+    assert sent < before / 40
+    assert all(v.abs().sum() > 0 for n, v in coded.state.items() if n.endswith(".x1"))
+    assert coded.accuracies[0] == plain.accuracies[0]
+    assert coded.accuracies[-1] > coded.accuracies[0] + 0.2
+    dense = load_file(path)
+    assert {n: v.shape for n, v in dense.items()} == {n: v.shape for n, v in plain.state.items()}
+
+
+def test_a_saved_transformer_is_an_ordinary_one(tmp_path: Path) -> None:
+    saved, path = tmp_path / "saved", tmp_path / "dense.safetensors"
+    small = {"num-server-rounds": 1, "max-steps": 2, "save-path": str(saved)}
+    run("flower_trainer", tmp_path, **small, **{"fedpara.checkpoint": str(path)})
+    found = transformers.AutoModelForImageClassification.from_pretrained(saved).state_dict()
+    torch.testing.assert_close(dict(found), load_file(path))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -71,6 +71,8 @@ def _watched(app: ServerApp, outcome: Outcome) -> Any:
         def kept(self: FedAvg, *own: Any, **named: Any) -> Result:
             result = start(self, *own, **named)
             outcome.state = dict(result.arrays.to_torch_state_dict())
+            scores = result.evaluate_metrics_serverapp
+            outcome.accuracies = [float(scores[number]["accuracy"]) for number in sorted(scores)]
             return result
 
         FedAvg.start = kept
