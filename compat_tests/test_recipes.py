@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fedpara_plugins import FedParaError
 from harness.flower.apps import Outcome, federate
 from harness.flower.part_apps import PARTS, Part, part_apps
 from harness.flower.recipes import recipe
@@ -148,3 +149,10 @@ def test_a_head_over_a_quantised_body(build: Any, method: str) -> None:
     else:
         assert "head.weight_base" in coded.state
         assert coded.state["head.x1"].abs().sum() > 0
+
+
+def test_adapters_of_different_ranks_are_refused_with_both(tmp_path: Path) -> None:
+    small = {"num-server-rounds": 1, "max-steps": 1}
+    words = "model has rank 4, the server's has rank 8"
+    with recipe("flower_llm", tmp_path) as (apps, own), pytest.raises(FedParaError, match=words):
+        federate(apps, own | small, client_config=own | small | {"lora-r": 4})
