@@ -1,7 +1,7 @@
 """The fixture and hooks of `harness.matrix`, and the choice of the installed framework's tests.
 
 Flower and FedML cannot share an environment: each runs the tests of the one that is installed. The
-tests of training loops run where Lightning is installed.
+tests of training loops run where Lightning is installed, those of recipes with Flower and PEFT.
 """
 
 import os
@@ -27,6 +27,8 @@ torch.set_num_threads(1)
 collect_ignore_glob = []
 if find_spec("lightning") is None:
     collect_ignore_glob += ["test_loop_*.py"]
+if find_spec("flwr") is None or find_spec("peft") is None:
+    collect_ignore_glob += ["test_recipe*.py"]
 if find_spec("flwr") is None:
     collect_ignore_glob += ["test_flower_*.py"]
 if find_spec("fedml") is None:

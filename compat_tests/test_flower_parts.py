@@ -158,3 +158,35 @@ def test_lists_of_the_legacy_api(method: str, part: str) -> None:
         assert outcome.losses == pytest.approx(plain.losses, rel=1e-5)
     else:
         assert len(outcome.losses) == len(plain.losses)
+
+
+def _adapted(rank: int) -> nn.Module:
+    model = Adapted()
+    model.lora_A = nn.ModuleDict({"default": nn.Linear(32, rank, bias=False)})
+    model.lora_B = nn.ModuleDict({"default": nn.Linear(rank, 32, bias=False)})
+    return model
+
+
+@pytest.mark.parametrize("method", ["none", "lowrank"])
+@pytest.mark.parametrize("loads", [True, False])
+def test_adapters_of_different_ranks_are_refused_with_both(loads: bool, method: str) -> None:
+    records, load = _of("adapter")
+    part = Part(lambda: _adapted(8), records, load if loads else lambda m, r: None)
+    apps = part_apps(part, client_factory=lambda: _adapted(4))
+    words = "model has rank 4, the server's has" if loads else "of rank 4, this server sent one of"
+    with pytest.raises(FedParaError, match=f"{words} rank 8"):
+        federate(apps, section(method, "small"))
+
+
+@pytest.mark.parametrize("base", ["frozen", "factors"])
+def test_updates_of_different_ranks_are_refused_with_both(base: str) -> None:
+    """Factors of the plugin, by another gamma."""
+    options = {"base": base, "trained": "discard"} if base == "factors" else {"base": base}
+    apps = part_apps(PARTS["whole"])
+    server, client = (
+        section("lowrank", "small", **options) | {"fedpara.gamma": gamma} for gamma in (0.6, 0.1)
+    )
+    with pytest.raises(
+        FedParaError, match=r"this client has .*rank \d+ .* the server has .*rank \d"
+    ):
+        federate(apps, server, client_config=client)

@@ -15,6 +15,7 @@ from fedpara_plugins.errors import MismatchError, PayloadError
 from fedpara_plugins.exchange.records import State, cast, in_pieces
 from fedpara_plugins.factors.fast.form import is_known
 from fedpara_plugins.factors.plan import WeightPlan
+from fedpara_plugins.models.adapter_ranks import rank_conflict
 from fedpara_plugins.models.infinities import check_finite, remedy_for, without_nan
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.stages.checks import all_finite
@@ -190,6 +191,12 @@ def check_first(spec: ModelSpec, tensors: State) -> None:
 def _check_shape(name: str, value: Tensor, sent: Tensor) -> None:
     """Raise for a tensor of another shape, which no average accepts: the round would end."""
     if value.shape != sent.shape:
+        if ranks := rank_conflict(name, value.shape, sent.shape):
+            raise MismatchError(
+                f"the client answers with an adapter of rank {ranks[0]}, this server sent one of "
+                f"rank {ranks[1]} (the first tensor is {name!r}): factors of different ranks have "
+                f"no average; build adapters of the same rank on both sides"
+            )
         raise MismatchError(
             f"the client answers with {name!r} of shape {tuple(value.shape)}, this server sent "
             f"it with shape {tuple(sent.shape)}; build the same model on both sides"

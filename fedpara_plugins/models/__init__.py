@@ -6,6 +6,7 @@ that take a model and return one or describe it.
 
 from __future__ import annotations
 
+from fedpara_plugins.models.adapter_ranks import rank_conflict, rank_hint
 from fedpara_plugins.models.agreed_plans import adopt_plans, agreed_config
 from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.models.checkpoints import load_factors, save_dense, save_factors
@@ -39,6 +40,8 @@ __all__ = [
     "keep_own_values",
     "load_factors",
     "merge",
+    "rank_conflict",
+    "rank_hint",
     "report",
     "restore_infinities",
     "save_dense",

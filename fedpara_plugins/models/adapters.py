@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["why_adapter"]
+__all__ = ["in_adapter", "why_adapter"]
 
 PREFIXES = (
     *("lora_", "poly_lora_", "randlora_", "vblora_", "hada_", "lokr_", "ia3_", "vera_", "oft_"),
@@ -23,6 +23,11 @@ PREFIXES = (
 _COPIES = "modules_to_save"
 
 _PACKAGE = "peft.tuners."
+
+
+def in_adapter(name: str) -> bool:
+    """Return whether a tensor's name is that of a part of an adapter."""
+    return any(part.startswith(PREFIXES) for part in name.split("."))
 
 
 def why_adapter(name: str, layer: nn.Module) -> str:

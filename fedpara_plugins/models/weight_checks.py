@@ -93,6 +93,12 @@ def why_no_kind(layer: nn.Module, kinds: Iterable[type[nn.Module]]) -> str:
     if isinstance(layer, torch.jit.ScriptModule):
         return "it is scripted: convert the model first, then trace it (torch.jit.trace)"
     own = [p for p in own_parameters(layer).values() if p is not None and p.dim() >= 2]
+    packed = [p for p in own if not p.is_floating_point()]
+    if packed and any(isinstance(layer, kind) for kind in kinds):
+        return (
+            f"{name} holds a quantised weight ({type(packed[0]).__name__} of {packed[0].dtype}): "
+            f"adapt it with PEFT, whose adapter the codec sends, or convert the float model"
+        )
     if own and not any(isinstance(layer, kind) for kind in kinds):
         return f"no factorised kind is registered for {name}"
     return f"{name} is no kind of layer that can be factorised"

@@ -10,8 +10,14 @@ __all__ = ["has_values", "infinite", "nonfinite"]
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Return whether there are values that could be NaN or infinite."""
+    """Return whether there are values that could be NaN or infinite.
+
+    Tensors that keep theirs in other tensors (quantised by torchao, sharded, fake) count as having
+    none: most of them answer no such questions.
+    """
     if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+        return False
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return False
     floating = tensor.is_floating_point() or tensor.is_complex()
     return floating and not tensor.is_meta and tensor.layout == torch.strided

@@ -31,10 +31,10 @@ def net():
     )
 
 
-def trained(method):
+def trained(method, base="factors"):
     torch.manual_seed(0)
-    model = fedpara.convert(net(), method=method, gamma=0.3, min_size=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model = fedpara.convert(net(), method=method, gamma=0.3, min_size=0, base=base)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(inputs()).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -135,11 +135,11 @@ def test_compile(model):
     torch.testing.assert_close(got, model[5].x1.grad, rtol=1e-4, atol=1e-5)
 
 
-def ddp_worker(port, method, folder, rank):
+def ddp_worker(port, method, base, folder, rank):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     rank = int(rank)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    model = nn.parallel.DistributedDataParallel(trained(method))
+    model = nn.parallel.DistributedDataParallel(trained(method, base))
     model(inputs() * (rank + 1)).square().mean().backward()
     written = Path(folder) / f"{rank}.part"
     torch.save({k: p.grad for k, p in model.module.named_parameters()}, written)
@@ -150,19 +150,25 @@ def ddp_worker(port, method, folder, rank):
     os._exit(0)
 
 
-@pytest.mark.parametrize("method", ["fedpara", "pfedpara"])
-def test_ddp_on_two_processes(method, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "base"),
+    [("fedpara", "factors"), ("pfedpara", "factors"), ("lowrank", "frozen")],
+)
+def test_ddp_on_two_processes(method, base, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # This very file is the program of both processes, since they cannot import it by a name.
-    command = [sys.executable, __file__, str(port), method, str(tmp_path)]
+    command = [sys.executable, __file__, str(port), method, base, str(tmp_path)]
     workers = [subprocess.Popen([*command, str(rank)]) for rank in (0, 1)]
     assert [worker.wait(timeout=600) for worker in workers] == [0, 0]
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    model = trained(method)
+    model = trained(method, base)
     sum(0.5 * model(inputs() * k).square().mean() for k in (1, 2)).backward()
     for name, parameter in model.named_parameters():
+        if name.endswith("_base"):
+            assert (one[name], two[name], parameter.grad) == (None, None, None)
+            continue
         torch.testing.assert_close(one[name], two[name])
         torch.testing.assert_close(one[name], parameter.grad, rtol=1e-4, atol=1e-6)
 

@@ -20,7 +20,7 @@ from fedpara_plugins.support import PrefixView, Storage
 from fedpara_plugins.training import round_progress, start_round
 from fedpara_plugins_fedml.engine.client_models import ClientModels
 from fedpara_plugins_fedml.engine.labels import count_once
-from fedpara_plugins_fedml.engine.models import plain_state, to_state
+from fedpara_plugins_fedml.engine.models import to_state
 from fedpara_plugins_fedml.messages.envelope import Envelope, pack, unpack
 from fedpara_plugins_fedml.messages.head import MODEL, Head
 from fedpara_plugins_fedml.rules import LocalRule, ReplyExtras, RoundContext, State
@@ -140,7 +140,7 @@ class ClientEngine(ClientModels):
         model = self._received(client_round, envelope.payloads)
         trainer.set_id(int(client))
         trainer.update_dataset(*data)
-        trainer.set_model_params(plain_state(model.user_tensors))
+        self._give_trainer(model.user_tensors)
         beside = {
             name: part.user_tensors for name, part in client_round.received.items() if name != MODEL
         }

@@ -19,7 +19,7 @@ from fedpara_plugins.exchange import (
     RecordKind,
     own_checkpoint,
 )
-from fedpara_plugins.models import adopt_plans
+from fedpara_plugins.models import adopt_plans, rank_hint
 from fedpara_plugins_fedml.engine.client_storage import ClientStorages
 from fedpara_plugins_fedml.engine.models import (
     dense_of,
@@ -98,7 +98,7 @@ class ClientModels:
         with contextlib.closing(self._storages.open(client)) as storage:
             model = self._received(self._round_of(ClientState(storage)), envelope.payloads)
         self._trainer.set_id(int(client))
-        self._trainer.set_model_params(plain_state(model.user_tensors))
+        self._give_trainer(model.user_tensors)
         private = self._spec.private_keys
         return {name: value for name, value in model.full.items() if name not in private}
 
@@ -111,7 +111,20 @@ class ClientModels:
         """
         self._trainer.set_id(int(client or 0))
         full = dict(state) if client is None else self._completed(client, state)
-        self._trainer.set_model_params(plain_state(self._loadable(full)))
+        self._give_trainer(self._loadable(full))
+
+    def _give_trainer(self, state: Mapping[str, Tensor]) -> None:
+        """Let the trainer load a state into its model.
+
+        Raises:
+            MismatchError: the model holds an adapter of another rank.
+        """
+        try:
+            self._trainer.set_model_params(plain_state(state))
+        except Exception as error:  # the user's code
+            if (hint := rank_hint(error)) is not None:
+                raise MismatchError(hint) from error
+            raise
 
     def _completed(self, client: str, state: Mapping[str, Tensor]) -> State:
         with contextlib.closing(self._storages.open(client)) as storage:

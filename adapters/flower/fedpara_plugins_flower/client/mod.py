@@ -14,6 +14,7 @@ from torch import nn
 from fedpara_plugins import ConfigError, FedParaError, ModelSpec, PayloadError
 from fedpara_plugins.codecs import readable
 from fedpara_plugins.exchange import ClientRound, LacksFrozenError, OwnModels, ReceivedRecord
+from fedpara_plugins.models import rank_hint
 from fedpara_plugins.references import LostReferenceError
 from fedpara_plugins.support import Storage
 from fedpara_plugins_flower.client.arrival import Arrival
@@ -228,6 +229,8 @@ def _call_app(message: Message, context: Context, call_next: App, run: Run) -> M
             raise
         except Exception as error:
             if (hint := sixteen_bits.hint_of(error)) is not None:
+                raise ConfigError(hint) from error
+            if (hint := rank_hint(error)) is not None:
                 raise ConfigError(hint) from error
             built = run.specs or run.trains_dense
             if not built and any(spec.weights for spec in run.expected):

@@ -1,0 +1,1 @@
+"""Federated fine-tuning of a trained model: a Flower app with Lightning."""

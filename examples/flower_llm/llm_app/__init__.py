@@ -1,0 +1,1 @@
+"""Federated LoRA fine-tuning of a language model: a Flower app with PEFT."""
