@@ -18,7 +18,7 @@ from fedpara_plugins.factors.planning import plan_weight
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.models.adapters import why_adapter
-from fedpara_plugins.models.norms import has_norms
+from fedpara_plugins.models.norms import first_norm
 from fedpara_plugins.models.private import matches
 from fedpara_plugins.models.weight_checks import (
     refuse_unusable_layer,
@@ -83,7 +83,7 @@ def decide_layers(
     ]
     _check_patterns(config, [name for name, _ in found])
     owners = _parameter_owners(found)
-    norms = has_norms(model)
+    norms = first_norm(model) is not None
     decided = []
     for name, layer in found:
         try:
@@ -166,7 +166,7 @@ def _decide_weight(
     assert parameter is not None
     if config.init == "fit":  # fitted factors follow the weight by themselves
         refuse_without_values(name, slot.name, parameter)
-        return plan_weight(slot, method, config, without_norms=not norms)
+        return plan_weight(slot, method, config)
     return plan_weight(slot, method, config, spread=spread_of(parameter), without_norms=not norms)
 
 
