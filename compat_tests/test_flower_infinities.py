@@ -170,11 +170,12 @@ def test_a_parameter_that_becomes_infinite_leaves_that_client_out(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({}, "or set the fedpara option clip = 1.0. If"),
+        ({}, "or set the fedpara option clip = relative. If"),
         ({"clip": 0.5}, "or the fedpara option clip, which is 0.5. If"),
+        ({"clip": "relative"}, "or the fedpara option clip, which is relative. If"),
         ({"local": "dense"}, "or clip gradients in your own training loop. If"),
     ],
-    ids=["no-clip", "clip", "dense"],
+    ids=["no-clip", "clip", "relative", "dense"],
 )
 def test_what_to_do_follows_from_the_options(more: dict[str, Any], said: str) -> None:
     apps = plugin_apps(

@@ -39,6 +39,14 @@ def test_private_steps_are_counted_anew_in_every_round(wanted: float, share: flo
             assert private == round(share * seen[client, server_round - 1][1])
 
 
+def test_the_relative_clip_reaches_the_clients() -> None:
+    """Factors stay where they are at a share of almost nothing, and other parameters move."""
+    still = federate(plugin_apps(Experiment()), SECTION | {"fedpara.clip": "relative:1e-9"})
+    moved = federate(plugin_apps(Experiment()), SECTION | {"fedpara.clip": "relative:0.5"})
+    assert abs(moved.losses[-1] - moved.losses[0]) > 0.1
+    assert abs(still.losses[-1] - still.losses[0]) < abs(moved.losses[-1] - moved.losses[0]) / 2
+
+
 def test_clip_reaches_the_clients() -> None:
     clipped = federate(plugin_apps(Experiment()), SECTION | {"fedpara.clip": 1e-6})
     free = federate(plugin_apps(Experiment()), SECTION)

@@ -40,6 +40,7 @@ SKIPPED = (1, 4)
 
 PLAIN = {
     "clip": PlainOptions(clip=0.5),
+    "relative": PlainOptions(relative=0.002, speed=0.1),
     "decay": PlainOptions(decay=0.5),
     "schedule": PlainOptions(private_steps=2),
     "feddyn": PlainOptions(alpha=5.0),

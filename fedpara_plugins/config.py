@@ -13,6 +13,7 @@ from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.support.option_values import (
     Overrides,
     convert_value,
+    parse_clip,
     parse_overrides,
     to_float,
 )
@@ -37,7 +38,7 @@ LAYER_OPTIONS = frozenset(
     }
 )
 EVERYTHING = ("*",)
-VARIANCE_RULES = ("default", "he")
+VARIANCE_RULES = ("torch", "he", "auto")
 VARIANCES = (1e-9, 1e4)
 SPEEDS = (1e-3, 1e3)
 """The limits within which the factors of every shape fit into float32."""
@@ -64,9 +65,11 @@ class FedParaConfig:
         min_size: weights with fewer parameters stay dense.
         tanh: apply tanh to every operand, as the paper does in most experiments; its own ablation
             shows no effect.
-        variance: variance of fresh composed weights: ``default``, that of the kind of layer, or the
-            dense weight's own where its standard deviation is far from it; ``he``, 2 / fan_in; or a
-            number, such as 0.0004 for a standard deviation of 0.02.
+        variance: variance of fresh composed weights: ``torch``, that of the kind of layer, or the
+            dense weight's own where its standard deviation is far from it; ``auto``, the same with
+            2 / fan_in (He's) for linear layers and convolutions of a model without norm layers;
+            ``he``, 2 / fan_in for all weights; or a number, such as 0.0004 for a standard deviation
+            of 0.02.
         speed: K, how far a composed weight moves per step of SGD, dense = 1; None is the method's
             default (1/2 for fedpara, 1/4 for lowrank and pfedpara's shared half).
         private_speed: K of pfedpara's private half.
@@ -80,7 +83,9 @@ class FedParaConfig:
             fedpara-plugins-kernels it takes no longer, and nothing is ever held.
         decay: what the optimizer's weight decay shrinks: ``composed`` weights, as the same setting
             would shrink dense ones, or each of the ``factors``.
-        clip: bound of the gradient's norm over the whole model at each step; None for no bound.
+        clip: bound of each step. ``relative`` bounds lr |gradient| of every factor by a share of
+            the factor's norm, .03 (pfedpara: .1), and ``relative:0.02`` sets another share. A
+            number bounds the gradient's norm over the whole model. None, or ``none``, is no bound.
         schedule: how pfedpara trains. ``joint``, the paper's, trains both halves in every step.
             ``decoupled`` begins each round with private steps, with the shared half frozen as
             received, and continues with shared steps, with the private half switched off (the
@@ -137,13 +142,13 @@ class FedParaConfig:
     overrides: Overrides = ()
     min_size: int = 1024
     tanh: bool = False
-    variance: str | float = "default"
+    variance: str | float = "torch"
     speed: float | None = None
     private_speed: float = 0.2
     local: str = "factors"
     recompute: bool | None = None
     decay: str = "composed"
-    clip: float | None = None
+    clip: float | str | None = None
     schedule: str = "joint"
     private_steps: float = 0.2
     first_private_steps: int = 10
@@ -175,7 +180,6 @@ class FedParaConfig:
         self._check("private_speed", _in(SPEEDS, self.private_speed), _between(SPEEDS))
         self._check("local", self.local in ("factors", "dense"), "'factors' or 'dense'")
         self._check("decay", self.decay in ("composed", "factors"), "'composed' or 'factors'")
-        self._check("clip", self.clip is None or 0 < self.clip < inf, "a number above 0, or none")
         self._check("schedule", self.schedule in ("joint", "decoupled"), "'joint' or 'decoupled'")
         steps = "a share above 0 and below 1, or a number of steps"
         self._check("private_steps", 0 < self.private_steps < inf, steps)
@@ -314,7 +318,9 @@ class FedParaConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.default is MISSING or value != field.default:
-                changed[field.name] = list(value) if isinstance(value, tuple) else value
+                plain = list(value) if isinstance(value, tuple) else value
+                # A mapping's None stands for the default.
+                changed[field.name] = "none" if plain is None else plain
         return changed
 
 
@@ -333,11 +339,15 @@ def _converted(name: str, value: Any) -> Any:
         return None
     if name == "variance":
         return _variance(value)
+    if name == "clip":
+        return parse_clip(value)
     return convert_value(name, declared.split(" ")[0].split("[")[0], value)
 
 
 def _variance(value: Any) -> str | float:
     text = value.strip().lower() if isinstance(value, str) else value
+    if text == "default":  # what "torch" was called before
+        return "torch"
     try:
         return text if text in VARIANCE_RULES else to_float(text)
     except (TypeError, ValueError, OverflowError):
@@ -353,4 +363,4 @@ def _between(limits: tuple[float, float]) -> str:
     return f"a number from {limits[0]:g} to {limits[1]:g}"
 
 
-_VARIANCE_TEXT = f"'default', 'he' or {_between(VARIANCES)}"
+_VARIANCE_TEXT = f"'torch', 'he', 'auto' or {_between(VARIANCES)}"

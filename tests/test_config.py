@@ -39,6 +39,14 @@ def test_reads_a_flat_mapping_with_prefix():
         ({"gama": 0.1}, ["gama", "gamma"]),
         ({"speed": 0}, ["speed"]),
         ({"private_speed": 0}, ["private_speed"]),
+        ({"clip": 0}, ["'clip'", "relative:SHARE", "got 0"]),
+        ({"clip": "inf"}, ["'clip'", "'none'", "'inf'"]),
+        ({"clip": "relative:0"}, ["'clip'", "'relative:0'"]),
+        ({"clip": "relative:"}, ["'clip'", "'relative:'"]),
+        ({"clip": "absolute"}, ["'clip'", "'relative'", "'absolute'"]),
+        ({"clip": True}, ["'clip'", "True"]),
+        ({"variance": "xavier"}, ["'variance'", "'torch', 'he', 'auto'", "'xavier'"]),
+        ({"variance": 0}, ["'variance'", "1e-09"]),
         ({"min_size": -1}, ["min_size"]),
         ({"tanh": "perhaps"}, ["tanh", "bool", "perhaps"]),
         ({"overrides": {"head": {"gamma": 7}}}, ["gamma", "7"]),
@@ -51,6 +59,24 @@ def test_bad_options_say_what_is_expected_and_what_came(options, words):
         FedParaConfig.from_mapping(options)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        *(("relative", "relative"), (" Relative ", "relative"), ("relative: .02", "relative:0.02")),
+        *(("relative:2e-2", "relative:0.02"), ("1.5", 1.5), (2, 2.0), ("none", None)),
+    ],
+)
+def test_values_of_clip(given, kept):
+    config = FedParaConfig.from_mapping({"fp.clip": given}, prefix="fp.")
+    assert config.clip == kept
+    assert FedParaConfig.from_mapping(config.to_mapping()) == config
+    assert FedParaConfig(clip=kept) == config
+
+
+def test_the_former_name_of_torch_s_variance():
+    assert FedParaConfig(variance="default") == FedParaConfig(variance="torch")
 
 
 def test_overrides_in_both_forms():

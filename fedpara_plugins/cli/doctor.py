@@ -27,6 +27,7 @@ from fedpara_plugins.models.first_values import fit_errors, fit_summary
 from fedpara_plugins.models.forms import decide_form
 from fedpara_plugins.models.infinities import infinite_tensors
 from fedpara_plugins.models.layer_decisions import LayerDecision, decide_layers
+from fedpara_plugins.models.norms import first_norm
 from fedpara_plugins.plugins import layers
 from fedpara_plugins.support.findings import Finding
 from fedpara_plugins.support.torch_seams import own_parameters, trains_for_quantisation
@@ -61,6 +62,7 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
         lines = [Finding("ok", "(model)", note)]
         found = decide_layers(model, config, refused=refused)
     lines += [line for decision in found for line in _about_layer(decision, config)]
+    lines += _variance(model, config)
     lines += [Finding("attention", name or "(model)", str(e)) for name, e in refused.items()]
     lines += _repeated(repeated_modules(model, found))
     for name, count in infinite_tensors(model).items():
@@ -75,6 +77,19 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
     if not any(line.level == "attention" for line in lines):
         lines += _converting(model, config)
     return lines
+
+
+def _variance(model: nn.Module, config: FedParaConfig) -> Iterator[Finding]:
+    """Say what ``variance="auto"`` has found, unless no fresh weight is drawn."""
+    if config.variance != "auto" or config.base == "frozen" or config.init == "fit":
+        return
+    norm = first_norm(model)
+    if norm is None:
+        text = "auto: no norm layer, so fresh weights of linear layers and convolutions start as"
+        text += " 2 / fan-in (He)"
+    else:
+        text = f"auto: {norm!r} is a norm layer, so fresh weights start as their kind does"
+    yield Finding("ok", "variance", text)
 
 
 def _about_layer(decision: LayerDecision, config: FedParaConfig) -> Iterator[Finding]:

@@ -22,6 +22,7 @@ from fedpara_plugins.factors.plan import WeightPlan
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.support.findings import Finding
+from fedpara_plugins.training.relative_clip import share_of
 from fedpara_plugins.training.step_hooks import attach_progress
 
 __all__ = [
@@ -101,7 +102,7 @@ def check_training_settings(model: nn.Module, settings: TrainingSettings) -> lis
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         speed = sum(map(measured_speed, probed)) / len(probed)
-        lines = [*_learning_rate(settings, speed), *_clip(config)]
+        lines = [*_learning_rate(settings, speed), *_clip(config, plans)]
         lines += _weight_decay(layers, settings, config)
         lines += _mu(settings, speed, any(plan.private_names for plan in plans))
     return lines
@@ -121,10 +122,19 @@ def _learning_rate(settings: TrainingSettings, speed: float) -> Iterator[Finding
     yield Finding("note", rate, f"{text}; keep your rate, or set the option speed")
 
 
-def _clip(config: FedParaConfig) -> Iterator[Finding]:
+def _clip(config: FedParaConfig, plans: list[WeightPlan]) -> Iterator[Finding]:
     if config.clip is None:
-        text = "off; factors diverge where dense weights only overshoot: set clip = 1.0 unless"
+        text = "off; factors diverge where dense weights only overshoot: set clip = relative unless"
         yield Finding("note", "clip", f"{text} your own loop clips gradients")
+    elif isinstance(config.clip, str):
+        share = share_of(config.clip)
+        shares = {plan.method.clip for plan in plans} if share is None else {share}
+        text = (
+            f"bounds how far the gradient can move a factor in a step of SGD, lr |g|, by "
+            f"{' or '.join(f'{one:g}' for one in sorted(shares))} of the factor's norm; other "
+            f"parameters are left alone, and steps of Adam hardly depend on it"
+        )
+        yield Finding("note", f"clip {config.clip}", text)
     else:
         text = (
             "bounds the gradient's norm over all parameters, including factors, before every step;"

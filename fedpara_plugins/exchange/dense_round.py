@@ -132,6 +132,6 @@ def refuse_in_factor_space(algorithm: str, config: FedParaConfig) -> None:
 def log_idle_options(config: FedParaConfig) -> None:
     """Log once which options have no effect."""
     for name, does in IDLE.items():
-        if getattr(config, name) is not None and name not in _told:
+        if getattr(config, name) != getattr(FedParaConfig, name) and name not in _told:
             _told.add(name)
             log.info("fedpara: %s %s; with local='dense' clients train none", name, does)

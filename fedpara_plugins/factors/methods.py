@@ -36,6 +36,8 @@ class Method:
         combine: maps the inner weights to the (unscaled) weight; all have the weight's shape. It
             must be elementwise, and of order ``operands - len(private)`` in the shared operands.
         speed: default of K, the composed weight's movement per step relative to a dense weight's.
+        clip: share c of the option ``clip = "relative"``: a step moves a factor by at most c times
+            its norm, as far as the gradient decides.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Method:
     combine: Callable[[Sequence[Tensor]], Tensor]
     speed: float
     private: frozenset[int] = frozenset()
+    clip: float = 0.03
     update: Callable[[Sequence[Tensor]], Tensor] | None = None
 
     def as_update(self) -> Method:
@@ -72,6 +75,7 @@ PFEDPARA = Method(
     operands=2,
     combine=combine_pfedpara,
     speed=0.25,
+    clip=0.1,
     private=frozenset({1}),
     # In a product with a shared operand of zero, the private one would have no gradient.
     update=combine_sum,

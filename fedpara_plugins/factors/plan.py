@@ -47,6 +47,8 @@ class WeightSlot:
         fan_in: inputs per output, for the target variance.
         variance: the variance that this kind of layer gives its weight by default.
         obstacle: why this weight cannot be composed (a clause for the report); "" if it can.
+        he: whether the option ``variance="auto"`` may start it by He's rule, which is about weights
+            whose outputs are sums over the fan-in.
     """
 
     name: str
@@ -54,6 +56,7 @@ class WeightSlot:
     fan_in: int
     variance: float
     obstacle: str = ""
+    he: bool = False
 
 
 @dataclass(frozen=True)

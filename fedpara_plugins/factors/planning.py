@@ -23,11 +23,15 @@ from fedpara_plugins.factors.ranks import (
 )
 from fedpara_plugins.factors.tanh import tanh_bound, tanh_speed, tanh_spread
 
-__all__ = ["plan_weight", "portable", "stated_speed", "with_variance"]
+__all__ = ["plan_weight", "portable", "stated_speed", "usual_deviation", "with_variance"]
 
 SMALLEST_SIDE = 4
 """A weight with fewer rows or columns (a 3-channel stem, say) has no rank to save."""
 
+
+BY_KIND = ("torch", "auto", "default")
+"""Values of the option ``variance`` that leave a weight its own start; models that an earlier
+release pickled hold the last."""
 
 FAR = 1.5
 """How far from its kind's default a standard deviation is a start of the weight's own. Below are
@@ -39,7 +43,12 @@ sides that draw a weight by one recipe plan it alike; `WeightPlan.start` makes u
 
 
 def plan_weight(
-    slot: WeightSlot, method: Method, config: FedParaConfig, *, spread: float | None = None
+    slot: WeightSlot,
+    method: Method,
+    config: FedParaConfig,
+    *,
+    spread: float | None = None,
+    without_norms: bool = False,
 ) -> WeightPlan | str:
     """Plan one weight.
 
@@ -49,6 +58,7 @@ def plan_weight(
         config: the options of the layer.
         spread: root mean square of the dense weight. If it is far from the kind's default, the
             fresh weight keeps it, unless the option ``variance`` says otherwise. None does not ask.
+        without_norms: whether the model has no norm layer, which decides for ``variance="auto"``.
 
     Returns:
         The plan, or the reason (a sentence) why the weight is better left dense.
@@ -76,13 +86,17 @@ def plan_weight(
     entries = parameter_count(shape, rank, operands=method.operands)
     if entries >= dense:
         return f"rank {rank} would hold {entries:,} entries, the dense weight has {dense:,}"
-    plan = _scaled_plan(slot, method, rank, config, core=core)
+    plan = _scaled_plan(slot, method, rank, config, core=core, variance=_target(slot, config))
     if plan.residual:
         # The update starts at zero whatever the dense weight is, so both sides plan it alike.
         return replace(plan, start=0.0)
-    if spread is None or config.variance != "default":
-        return plan
-    return _with_own_start(plan, spread)
+    by_kind = config.variance in BY_KIND
+    if by_kind and spread is not None and _is_own_start(plan, spread):
+        return _with_own_start(plan, spread)
+    if config.variance == "auto" and without_norms and slot.he:
+        he = 2 / slot.fan_in
+        return _scaled_plan(slot, method, rank, config, core=core, variance=he)
+    return plan
 
 
 def _starts_at_zero(method: Method) -> bool:
@@ -100,6 +114,10 @@ def _has_core(method: Method, config: FedParaConfig) -> bool:
     return config.base != "frozen" or method.operands - len(method.private) > 1
 
 
+def _is_own_start(plan: WeightPlan, spread: float) -> bool:
+    return not 1 / FAR <= spread / sqrt(plan.variance) <= FAR
+
+
 def _with_own_start(plan: WeightPlan, spread: float) -> WeightPlan:
     """Return the plan of a fresh weight of this root mean square, with the same speeds.
 
@@ -107,8 +125,6 @@ def _with_own_start(plan: WeightPlan, spread: float) -> WeightPlan:
     must not grow with it. A large weight needs a smaller scale, that of a larger variance.
     """
     ratio = spread / sqrt(plan.variance)
-    if 1 / FAR <= ratio <= FAR:
-        return plan
     if ratio > 1:
         larger = 2 * FAR * LARGER ** max(0, ceil(log(ratio / (2 * FAR), LARGER)))
         variance = min(plan.variance * larger**2, VARIANCES[1])
@@ -151,14 +167,20 @@ def portable(number: float) -> float:
     return float(f"{number:.9g}")
 
 
-def _target_variance(slot: WeightSlot, config: FedParaConfig) -> float:
-    if config.variance == "default":
+def _target(slot: WeightSlot, config: FedParaConfig) -> float:
+    if config.variance in BY_KIND:
         return slot.variance
     return 2 / slot.fan_in if config.variance == "he" else float(config.variance)
 
 
 def _scaled_plan(
-    slot: WeightSlot, method: Method, rank: int, config: FedParaConfig, *, core: bool
+    slot: WeightSlot,
+    method: Method,
+    rank: int,
+    config: FedParaConfig,
+    *,
+    core: bool,
+    variance: float,
 ) -> WeightPlan:
     """Complete a plan by the numbers that variance and speeds decide."""
     residual = config.base == "frozen"
@@ -170,7 +192,7 @@ def _scaled_plan(
         scale=1.0,
         factor_std=1.0,
         private_std=0.0,
-        variance=_target_variance(slot, config),
+        variance=variance,
         tanh=config.tanh,
         recompute=config.recompute,
         residual=residual,
@@ -227,8 +249,30 @@ def stated_speed(plan: WeightPlan) -> float:
 def with_variance(plan: WeightPlan, variance: float) -> WeightPlan:
     """Return the plan for another variance, with the same speeds."""
     speed = stated_speed(plan)
-    private = plan.private_std ** (2 * (_per_operand(plan) - 1)) * _private_gain(plan)
+    private = _private_speed(plan)
     return _with_numbers(replace(plan, variance=variance), speed, private)
+
+
+def usual_deviation(plan: WeightPlan, factor: str) -> float:
+    """Return the standard deviation that a factor has where its plan's K and variance hold.
+
+    It is what a fresh factor has, but for one that starts at zero. A private one of these has,
+    by the same formula with F = 1, sqrt(v / K_private): its operand then changes the weight as much
+    as the weight's own size.
+
+    Args:
+        plan: the weight's plan.
+        factor: one of its `factor_names`.
+    """
+    if factor not in plan.private_names:
+        return plan.factor_std
+    if not plan.zero_at_start(factor):
+        return plan.private_std
+    return sqrt(plan.variance / _private_speed(plan))
+
+
+def _private_speed(plan: WeightPlan) -> float:
+    return plan.private_std ** (2 * (_per_operand(plan) - 1)) * _private_gain(plan)
 
 
 def _per_operand(plan: WeightPlan) -> int:

@@ -44,7 +44,7 @@ class ConvolutionMixin(FactorisedLayer):
         shape = tuple(dense.get_parameter("weight").shape)
         fan_in = prod(shape[1:])
         # The default, kaiming_uniform_(a=sqrt(5)), has this variance.
-        return [WeightSlot("weight", shape, fan_in, 1 / (3 * fan_in))]
+        return [WeightSlot("weight", shape, fan_in, 1 / (3 * fan_in), he=True)]
 
 
 class PlainConvolutionMixin(ConvolutionMixin):

@@ -35,7 +35,7 @@ class FactorisedLinear(FactorisedLayer, nn.Linear):
         fan_in = dense.in_features
         shape = (dense.out_features, fan_in)
         # The default, kaiming_uniform_(a=sqrt(5)), has this variance.
-        return [WeightSlot("weight", shape, fan_in, 1 / (3 * fan_in))]
+        return [WeightSlot("weight", shape, fan_in, 1 / (3 * fan_in), he=True)]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name for it)
         """Return the outputs, shape (..., out_features)."""

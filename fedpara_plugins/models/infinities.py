@@ -53,9 +53,9 @@ def remedy_for(config: FedParaConfig | None = None) -> str:
     if config is not None and config.local == "dense":
         return "Lower the learning rate, or clip gradients in your own training loop"
     if config is not None and config.clip is not None:
-        return f"Lower the learning rate, or the fedpara option clip, which is {config.clip:g}"
+        return f"Lower the learning rate, or the fedpara option clip, which is {config.clip}"
     where = "" if config is not None else " where none is set"
-    return f"Lower the learning rate, or set the fedpara option clip = 1.0{where}"
+    return f"Lower the learning rate, or set the fedpara option clip = relative{where}"
 
 
 def check_finite(

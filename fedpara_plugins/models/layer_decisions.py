@@ -18,6 +18,7 @@ from fedpara_plugins.factors.planning import plan_weight
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.models.adapters import why_adapter
+from fedpara_plugins.models.norms import first_norm
 from fedpara_plugins.models.private import matches
 from fedpara_plugins.models.weight_checks import (
     refuse_unusable_layer,
@@ -82,10 +83,11 @@ def decide_layers(
     ]
     _check_patterns(config, [name for name, _ in found])
     owners = _parameter_owners(found)
+    norms = first_norm(model) is not None
     decided = []
     for name, layer in found:
         try:
-            decided.append(_decide_layer(name, layer, config.for_layer(name), owners))
+            decided.append(_decide_layer(name, layer, config.for_layer(name), owners, norms))
         except ConversionError as error:
             if refused is None:
                 raise
@@ -94,7 +96,7 @@ def decide_layers(
 
 
 def _decide_layer(
-    name: str, layer: nn.Module, config: FedParaConfig, owners: dict[int, list[str]]
+    name: str, layer: nn.Module, config: FedParaConfig, owners: dict[int, list[str]], norms: bool
 ) -> LayerDecision:
     if isinstance(layer, FactorisedLayer):
         return LayerDecision(name, layer, layer.plans, layer.left_dense, layer.own_starts)
@@ -104,7 +106,7 @@ def _decide_layer(
     reasons: dict[str, str] = {}
     starts: dict[str, float] = {}
     for slot in layers()[type(layer)].slots(layer):
-        plan = _decide_weight(name, slot, layer, config, owners)
+        plan = _decide_weight(name, slot, layer, config, owners, norms)
         if isinstance(plan, str):
             reasons[slot.name] = plan
             continue
@@ -137,8 +139,18 @@ def _decide_weight(
     layer: nn.Module,
     config: FedParaConfig,
     owners: dict[int, list[str]],
+    norms: bool,
 ) -> WeightPlan | str:
-    """Return the plan of one weight, or why it stays dense."""
+    """Return the plan of one weight, or why it stays dense.
+
+    Args:
+        name: of the layer.
+        slot: the weight.
+        layer: the dense layer.
+        config: the layer's options.
+        owners: of each parameter, by memory.
+        norms: whether the model has norm layers.
+    """
     if matches(full_name(name, slot.name), config.private):
         return "private, so it never travels: factors would save nothing"
     parameter = own_parameters(layer).get(slot.name)
@@ -155,7 +167,7 @@ def _decide_weight(
     if config.init == "fit":  # fitted factors follow the weight by themselves
         refuse_without_values(name, slot.name, parameter)
         return plan_weight(slot, method, config)
-    return plan_weight(slot, method, config, spread=spread_of(parameter))
+    return plan_weight(slot, method, config, spread=spread_of(parameter), without_norms=not norms)
 
 
 def _parameter_owners(found: Iterable[tuple[str, nn.Module]]) -> dict[int, list[str]]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import inf
 from typing import Any
 
 from fedpara_plugins.errors import ConfigError
 
-__all__ = ["Overrides", "convert_value", "parse_overrides", "to_float"]
+__all__ = ["RELATIVE", "Overrides", "convert_value", "parse_clip", "parse_overrides", "to_float"]
 
 Overrides = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 """Pairs of a pattern and of options with their values; hashable."""
+
+RELATIVE = "relative"
+"""The value of the option ``clip`` that bounds steps relative to factors; a share may follow."""
 
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -52,6 +56,34 @@ def parse_overrides(overrides: Any) -> Overrides:
             f"option 'overrides': expected a mapping of patterns to options or text such as "
             f"'body.*: gamma=0.5; head: method=none', got {overrides!r}"
         ) from None
+
+
+def parse_clip(value: Any) -> float | str | None:
+    """Return a value of the option ``clip``: a bound, ``relative``, ``relative:SHARE``, or None.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    text = value.strip().lower() if isinstance(value, str) else value
+    if text == "none":
+        return None
+    kind, colon, share = text.partition(":") if isinstance(text, str) else ("", "", "")
+    try:
+        if kind.strip() != RELATIVE:
+            return _above_zero(text)
+        return f"{RELATIVE}:{_above_zero(share):.9g}" if colon else RELATIVE
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(
+            f"option 'clip': expected 'relative', 'relative:SHARE' with a share above 0 such as "
+            f"'relative:0.03', a number above 0, or 'none', got {repr(value)[:80]}"
+        ) from None
+
+
+def _above_zero(value: Any) -> float:
+    number = to_float(value)
+    if not 0 < number < inf:
+        raise ValueError
+    return number
 
 
 def to_float(value: Any) -> float:

@@ -1,4 +1,4 @@
-"""The bound on the gradient's norm, over the whole model and whatever optimizers train it."""
+"""The bound on the gradient of a step: its norm over the whole model, or each factor's own step."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fedpara_plugins.training.held_models import HeldModel
 from fedpara_plugins.training.iteration import Iteration
 from fedpara_plugins.training.progress import RoundProgress
 from fedpara_plugins.training.real_steps import Step
+from fedpara_plugins.training.relative_clip import clip_relatively, share_of
 
 __all__ = ["check_last_norm", "clip_gradients"]
 
@@ -28,22 +29,35 @@ _norms = weakref.WeakKeyDictionary()
 
 
 def clip_gradients(
-    step: Step, model: HeldModel, iteration: Iteration, left_out: set[int], bound: float
+    step: Step, model: HeldModel, iteration: Iteration, left_out: set[int], bound: float | str
 ) -> None:
-    """Multiply the gradients of a step such that the whole model's norm is within the bound.
+    """Multiply the gradients of a step such that it is within the bound.
 
-    Gradients that wait for another optimizer's step count, and are left to that step.
+    A number bounds the whole model's norm: gradients that wait for another optimizer's step count,
+    and are left to that step. A text bounds each factor's step (`clip_relatively`).
 
     Args:
         step: a step whose gradients are ready, and may be scaled.
         model: the model that they are of.
         iteration: holds the factor, if another optimizer has computed it.
         left_out: ids of the parameters that this iteration does not move.
-        bound: of the norm.
+        bound: a value of the option ``clip``.
     """
+    if isinstance(bound, str):
+        norm = clip_relatively(step, model, share_of(bound))
+    else:
+        norm = _clip_norm(step, model, iteration, left_out, bound)
+    if norm is not None:
+        _watch(step, model.progress, norm)
+
+
+def _clip_norm(
+    step: Step, model: HeldModel, iteration: Iteration, left_out: set[int], bound: float
+) -> Tensor | None:
+    """Bound the norm, and return it before that; None if the optimizer has no gradient."""
     own = [p for p in model.own if p.grad is not None]
     if not own:
-        return
+        return None
     step.unscale()
     if model.is_whole:
         norm = nn.utils.clip_grad_norm_(own, bound)
@@ -57,7 +71,7 @@ def clip_gradients(
         for parameter in own:
             assert parameter.grad is not None
             parameter.grad.mul_(iteration.factor.to(parameter.grad.device))
-    _watch(step, model.progress, norm)
+    return norm
 
 
 def _waiting(step: Step, model: HeldModel, left_out: set[int]) -> list[Tensor]:

@@ -21,13 +21,19 @@ from harness.oracles.plain_steps import (
 )
 
 LR = 0.01
+SLOW = {"variance": "torch", "speed": 0.1, "private_speed": 0.1}
 OPTIONS = {
     "clip": ({"clip": 0.5}, PlainOptions(clip=0.5)),
+    "relative": ({"clip": "relative:0.002", **SLOW}, PlainOptions(relative=0.002, speed=0.1)),
     "decay": ({"decay": "composed"}, PlainOptions(decay=0.5)),
     "schedule": ({"schedule": "decoupled", "private_steps": 2}, PlainOptions(private_steps=2)),
     "all": (
         {"clip": 0.5, "decay": "composed", "schedule": "decoupled", "private_steps": 2},
         PlainOptions(clip=0.5, decay=0.5, private_steps=2),
+    ),
+    "all, relative": (
+        {"clip": "relative:0.002", "schedule": "decoupled", "private_steps": 2, **SLOW},
+        PlainOptions(relative=0.002, speed=0.1, decay=0.5, private_steps=2),
     ),
 }
 NEAR = 2e-4
@@ -121,7 +127,7 @@ def expected(model, make, options, steps, method="pfedpara", **more):
     ("name", "option"),
     [
         *((name, option) for name in ("SGD", "AdamW") for option in OPTIONS),
-        *((name, "all") for name in MAKERS if "," in name),
+        *((name, kind) for name in MAKERS if "," in name for kind in ("all", "all, relative")),
     ],
 )
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
@@ -238,7 +244,7 @@ def twice(net, x, options, steps_made):
             and (phase == "joint" or (name in net.private()) == (phase == "private"))
         }
         if options.clip is None:
-            return moving
+            return {name: net.held(name, g, options, LR) for name, g in moving.items()}
         norm = torch.cat([g.flatten() for g in moving.values()]).norm()
         return {name: g * min(1.0, options.clip / float(norm)) for name, g in moving.items()}
 

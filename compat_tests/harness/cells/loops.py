@@ -24,6 +24,10 @@ LOOPS: Mapping[str, str] = {
 
 LOOP_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "clip": {"clip": 0.5},
+    "relative": {
+        **{"clip": "relative:0.002", "variance": "torch"},
+        **{"speed": 0.1, "private_speed": 0.1},
+    },
     "decay": {"decay": "composed"},
     "schedule": {"schedule": "decoupled", "private_steps": 2},
     "feddyn": {},

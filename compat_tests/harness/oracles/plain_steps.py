@@ -36,6 +36,9 @@ class PlainOptions:
 
     Attributes:
         clip: bound of the gradient's norm over all parameters that move.
+        relative: bound of each factor's step, as a share of the factor's norm, for a model that was
+            converted with torch's variance.
+        speed: K of that model, in both halves.
         decay: the user's weight decay, of composed weights; 0 for none.
         decoupled: whether it shrinks the parameter itself, as AdamW's does.
         private_steps: number of private steps before shared ones; None trains both halves.
@@ -43,6 +46,8 @@ class PlainOptions:
     """
 
     clip: float | None = None
+    relative: float | None = None
+    speed: float = 1.0
     decay: float = 0.0
     decoupled: bool = False
     private_steps: int | None = None
@@ -92,6 +97,25 @@ class PlainNet:
         """Return the names of the private parameters."""
         own = self.method == "pfedpara"
         return {name for name in self.values if own and name.endswith(("x2", "y2"))}
+
+    def held(self, name: str, gradient: Tensor, options: PlainOptions, rate: float) -> Tensor:
+        """Return a gradient after the bound on its factor's step.
+
+        Where K is that of the options and the weight's variance is v = 1 / (3 fan-in), shared
+        factors have the variance F v / K. Y2 of pFedPara has K / (v R), and X2, which starts at
+        zero, has v / K.
+        """
+        if options.relative is None or name.endswith("bias"):
+            return gradient
+        value = self.values[name].detach()
+        variance = 1 / (3 * self.values[f"{name[0]}.y1"].shape[0])
+        square = variance * self.factors_together(name) / options.speed
+        if name in self.private():
+            x2, y2 = variance / options.speed, options.speed / (variance * value.shape[1])
+            square = x2 if name.endswith("x2") else y2
+        bound = options.relative * max(float(value.norm()), (square * value.numel()) ** 0.5)
+        length = rate * float(gradient.norm())
+        return gradient * (bound / length) if length > bound else gradient
 
     def factors_together(self, name: str) -> int:
         """Return how many factors shrink one weight, or one half of it, together."""
@@ -166,6 +190,7 @@ def act(
             gradient.mul_(min(1.0, options.clip / float(norm)))
     for name, value in moving.items():
         assert value.grad is not None
+        value.grad.copy_(net.held(name, value.grad, options, rate))
         value.grad.add_(value - net.start[name], alpha=options.alpha)
         count = net.factors_together(name)
         if options.decoupled:
