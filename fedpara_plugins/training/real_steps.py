@@ -34,9 +34,6 @@ __all__ = ["Step", "StepObserver", "add_observer", "observe_real_steps", "parame
 
 log = logging.getLogger(__name__)
 
-AROUND_OTHERS = frozenset({"ScheduleFreeWrapper", "ScheduleFreeWrapperReference"})
-"""Classes that change parameters before and after a step of another optimizer."""
-
 WHY = (
     "fedpara: the options clip, decay and schedule act before each optimizer step, outside of "
     "compiled code: compile the step without fullgraph=True, or compile the model alone"
@@ -70,10 +67,9 @@ class Step:
                     parameter.grad.div_(scale.to(parameter.grad.device))
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
-    def is_amid_another(self) -> bool:
-        """Return whether another optimizer has moved parameters before this step, for its own."""
-        names = functions_above(self.optimizer)
-        return any(function == "second_step" or owner in AROUND_OTHERS for function, owner in names)
+    def callers(self) -> list[tuple[str, object]]:
+        """Return the functions that make this step, innermost first, each with its object."""
+        return functions_above(self.optimizer)
 
 
 def _of_interest(optimizer: Optimizer) -> bool:
