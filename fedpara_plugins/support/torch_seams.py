@@ -61,6 +61,7 @@ __all__ = [
     "own_buffers",
     "own_children",
     "own_parameters",
+    "own_step_hooks",
     "persistent_buffers",
     "projects_jointly",
     "register_load_state_dict_pre_hook",
@@ -409,6 +410,15 @@ def functions_above(optimizer: Optimizer) -> list[tuple[str, object]]:
             found.append((frame.f_code.co_name, frame.f_locals.get("self")))
         above = above or (frame.f_code is _STEP and frame.f_locals.get("self") is optimizer)
     return found[:_ABOVE]
+
+
+def own_step_hooks(optimizer: Optimizer) -> Mapping[int, Callable[..., Any]]:
+    """Return the hooks of ``optimizer.register_step_pre_hook``, in their order.
+
+    Seen in torch 2.4.0 to 2.14.1. They run after those of every optimizer. The public method adds
+    hooks, and does not tell of them.
+    """
+    return optimizer._optimizer_step_pre_hooks
 
 
 def stepping_scaler(optimizer: Optimizer) -> GradScaler | None:

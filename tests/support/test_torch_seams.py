@@ -446,6 +446,24 @@ def test_functions_above_a_step():
     assert (function, type(around)) == ("second_step", Around)
 
 
+def test_an_optimizer_s_own_hooks_are_known_and_run_after_those_of_all():
+    called = []
+
+    def note(name):
+        return lambda optimizer, args, kwargs: called.append(name)
+
+    optimizer = torch.optim.SGD([one_parameter()], lr=0.1)
+    assert not seams.own_step_hooks(optimizer)
+    handle = seams.register_optimizer_step_pre_hook(note("all"))
+    own = [note("first"), note("second")]
+    for hook in own:
+        optimizer.register_step_pre_hook(hook)
+    assert list(seams.own_step_hooks(optimizer).values()) == own
+    optimizer.step()
+    handle.remove()
+    assert called == ["all", "first", "second"]
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_scaler_that_steps_is_found(fused):
     parameter = one_parameter()

@@ -951,6 +951,31 @@ def test_steps_under_a_scaler_that_overflow_are_not_logged(caplog):
     assert "NaN" not in caplog.text
 
 
+@pytest.mark.parametrize("loop", [backward_then_step, with_closure])
+def test_the_options_act_after_the_hooks_of_the_optimizer(loop):
+    """They may change gradients too, and may come at any time."""
+    options, plain = OPTIONS["all"]
+    model = build(**options)
+    steps = [[x] for x in batches(5)]
+    net = expected(model, sgd, plain, steps)
+    optimizer = sgd(model.parameters(), 0.5)
+
+    def enlarge(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1000)
+
+    first = optimizer.register_step_pre_hook(enlarge)
+    loop(model, optimizer, steps[:2])
+    optimizer.register_step_pre_hook(enlarge)
+    loop(model, optimizer, steps[2:4])
+    first.remove()
+    loop(model, optimizer, steps[4:])
+    assert distance(model, net) < NEAR
+    assert round_progress(model).steps == 5
+
+
 def test_other_optimizers_get_their_closure_itself():
     build(clip=0.5)
     seen = []
