@@ -13,8 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
-from fedpara_plugins import ConfigError
-from fedpara_plugins.training import round_progress
+from fedpara_plugins.training import round_progress, start_round
 from harness.loops.apps import InOrder, LightningNet, TransformersNet, lightning_fit
 from harness.oracles.plain_steps import (
     PlainNet,
@@ -254,13 +253,101 @@ def test_the_schedule_free_wrapper_with_clip_and_decay() -> None:
     assert distance(model, net) < NEAR
 
 
-def test_the_schedule_free_wrapper_refuses_the_decoupled_schedule() -> None:
-    model = build(schedule="decoupled")
-    optimizer = schedulefree.ScheduleFreeWrapper(torch.optim.SGD(model.parameters(), lr=LR))
+class PlainWrapper:
+    """The wrapper as its documentation has it, around SGD, for values that may have no gradient."""
+
+    def __init__(self, values: list[Tensor], decay: float, decay_at_y: float, beta: float) -> None:
+        self.param_groups = [{"params": values, "lr": LR}]
+        self.decay, self.decay_at_y, self.beta = decay, decay_at_y, beta
+        self.made = 0
+        self.averages: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def zero_grad(self) -> None:
+        for value in self.param_groups[0]["params"]:
+            value.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.made += 1
+        for y in self.param_groups[0]["params"]:
+            if y.grad is None:
+                continue
+            z, x = self.averages.get(id(y), (y.clone(), y.clone()))
+            z = z - LR * self.decay_at_y * y
+            z = z - LR * (y.grad + self.decay * z)
+            x = x + (z - x) / self.made
+            self.averages[id(y)] = z, x
+            y.copy_((1 - self.beta) * z + self.beta * x)
+
+
+@pytest.mark.parametrize("decay_at_y", [0.0, 0.3])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_the_schedule_free_wrapper_in_the_decoupled_schedule(
+    zeros: bool, decay_at_y: float
+) -> None:
+    """Two rounds with one optimizer; gradients may be zeros where the model has none."""
+    model = build(clip=0.5, schedule="decoupled", private_steps=2, decay="factors")
+    net = PlainNet(model, "pfedpara")
+    options = PlainOptions(clip=0.5, private_steps=2)
+    plain = PlainWrapper(list(net.values.values()), 0.5, decay_at_y, 0.8)
+    optimizer = schedulefree.ScheduleFreeWrapper(
+        torch.optim.SGD(model.parameters(), lr=LR, weight_decay=0.5),
+        momentum=0.8,
+        weight_decay_at_y=decay_at_y,
+    )
     optimizer.train()
-    loss_of(model(drawn(1)[0])).backward()
-    with pytest.raises(ConfigError, match=r"'schedule'.*schedule-free.*use SGD itself"):
+    for _ in range(2):
+        start_round(model)
+        plain_steps(net, lambda _: plain, [[x] for x in drawn(5)], options)
+        for x in drawn(5):
+            optimizer.zero_grad(set_to_none=not zeros)
+            loss_of(model(x)).backward()
+            optimizer.step()
+        assert distance(model, net) < NEAR
+    optimizer.eval()
+    with torch.no_grad():
+        for value in net.values.values():
+            value.copy_(plain.averages[id(value)][1])
+    assert distance(model, net) < NEAR
+    progress = round_progress(model)
+    assert progress is not None
+    assert progress.steps == 5
+
+
+def test_the_schedule_free_wrapper_leaves_what_a_private_step_leaves_out_bit_by_bit() -> None:
+    model = build(schedule="decoupled", private_steps=3).float()
+    before = {
+        n: p.detach().clone() for n, p in model.named_parameters() if n[-2:] not in ("x2", "y2")
+    }
+    base = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer = schedulefree.ScheduleFreeWrapper(base)
+    optimizer.train()
+    for x in drawn(3):
+        optimizer.zero_grad()
+        loss_of(model(x.float())).backward()
         optimizer.step()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not any("z" in base.state[after[name]] for name in before)
+
+
+def test_the_reference_wrapper_does_as_for_parameters_without_gradients() -> None:
+    model, by_hand = (
+        build(**given) for given in ({"schedule": "decoupled", "private_steps": 2}, {})
+    )
+    net = PlainNet(by_hand, "pfedpara")
+    made = []
+    for values in (list(model.parameters()), list(net.values.values())):
+        base = torch.optim.SGD(values, lr=LR)
+        optimizer = schedulefree.ScheduleFreeWrapperReference(base)
+        optimizer.train()
+        made.append(optimizer)
+    plain_steps(net, lambda _: made[1], [[x] for x in drawn(5)], PlainOptions(private_steps=2))
+    for x in drawn(5):
+        made[0].zero_grad()
+        loss_of(model(x)).backward()
+        made[0].step()
+    assert distance(model, net) < NEAR
 
 
 def test_nothing_of_it_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 from torch.fx import _symbolic_trace
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -39,7 +40,9 @@ __all__ = [
     "TensorWeakRef",
     "are_functorch_transforms_active",
     "assembled_module",
+    "at_end_of_backward",
     "attributes_of",
+    "backward_number",
     "break_graph",
     "convolve",
     "count_dispatch_modes",
@@ -49,6 +52,7 @@ __all__ = [
     "has_hooks",
     "in_backward",
     "in_forward_mode",
+    "in_nested_backward",
     "is_legacy_batchedtensor",
     "is_quantised",
     "is_symbolically_tracing",
@@ -57,6 +61,7 @@ __all__ = [
     "own_buffers",
     "own_children",
     "own_parameters",
+    "own_step_hooks",
     "persistent_buffers",
     "projects_jointly",
     "register_load_state_dict_pre_hook",
@@ -394,18 +399,26 @@ def steps_on_stack(optimizer: Optimizer) -> int:
     )
 
 
-def functions_above(optimizer: Optimizer) -> list[tuple[str, str]]:
-    """Return the functions above an optimizer's ``step``, each with the class of its object.
+def functions_above(optimizer: Optimizer) -> list[tuple[str, object]]:
+    """Return the functions above an optimizer's ``step``, each with its object, or None.
 
     Seen in torch 2.4.0 to 2.14.1. See `steps_on_stack`.
     """
     found, above = [], False
     for frame in _frames():
         if above:
-            owner = frame.f_locals.get("self")
-            found.append((frame.f_code.co_name, type(owner).__name__))
+            found.append((frame.f_code.co_name, frame.f_locals.get("self")))
         above = above or (frame.f_code is _STEP and frame.f_locals.get("self") is optimizer)
     return found[:_ABOVE]
+
+
+def own_step_hooks(optimizer: Optimizer) -> Mapping[int, Callable[..., Any]]:
+    """Return the hooks of ``optimizer.register_step_pre_hook``, in their order.
+
+    Seen in torch 2.4.0 to 2.14.1. They run after those of every optimizer. The public method adds
+    hooks, and does not tell of them.
+    """
+    return optimizer._optimizer_step_pre_hooks
 
 
 def stepping_scaler(optimizer: Optimizer) -> GradScaler | None:
@@ -468,6 +481,40 @@ def in_backward() -> bool:
     Hooks of tensors run there. No public function says so.
     """
     return torch._C._current_graph_task_id() != -1
+
+
+def backward_number() -> int | None:
+    """Return the number of the backward pass that this thread is amid; None outside of any.
+
+    Seen in torch 2.4.0 to 2.14.1. Each pass of the process has its own number, and so has a pass
+    inside of another. See `in_backward`.
+    """
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else number
+
+
+def in_nested_backward() -> bool:
+    """Return whether the backward pass of this thread was called by another one.
+
+    Seen in torch 2.4.0 to 2.14.1. ``torch.utils.checkpoint`` with ``use_reentrant=True`` calls it
+    in the backward of a function. The inner pass has a number and an end of its own, and nothing
+    but the stack says that there is an outer one.
+    """
+    called = False
+    for frame in _frames():
+        if called and any(isinstance(one, BackwardCFunction) for one in frame.f_locals.values()):
+            return True
+        called = called or frame.f_code is torch.autograd.backward.__code__
+    return False
+
+
+def at_end_of_backward(function: Callable[[], None]) -> None:
+    """Call a function when the present backward pass has ended without an error.
+
+    Seen in torch 2.4.0 to 2.14.1. torch's own data parallel modules do this; hooks of a tensor, the
+    public ones, run before the gradients of others are there.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def run_eagerly(function: Callable[..., T], *args: Any) -> T:

@@ -62,15 +62,17 @@ def _clip_norm(
     if model.is_whole:
         norm = nn.utils.clip_grad_norm_(own, bound)
     else:
-        if iteration.factor is None or step.scaler is not None:
+        factor = iteration.factor
+        if factor is None or step.scaler is not None or in_backward():
             others = _waiting(step, model, left_out)
             norm = _norm([*own, *others])
-            iteration.factor = (bound / (norm + 1e-6)).clamp(max=1.0)
+            factor = (bound / (norm + 1e-6)).clamp(max=1.0)
+            iteration.factor = None if in_backward() else factor  # others have no gradients yet
         else:
             norm = torch.zeros(())
         for parameter in own:
             assert parameter.grad is not None
-            parameter.grad.mul_(iteration.factor.to(parameter.grad.device))
+            parameter.grad.mul_(factor.to(parameter.grad.device))
     return norm
 
 

@@ -74,11 +74,23 @@ def split_groups(optimizer: torch.optim.Optimizer, counts: Mapping[int, int]) ->
         parts = split.parts_of(group, by_count)
         for count, part in zip(by_count, parts, strict=True):
             share = _share(optimizer, group, decay, count)
-            part.update({**group, "params": part["params"], "weight_decay": share})
+            given = group if part is parts[0] else _with_own_tensors(group)
+            part.update({**given, "params": part["params"], "weight_decay": share})
         groups += parts
     if _ids(groups) != _ids(optimizer.param_groups):
         split.groups = optimizer.param_groups
         optimizer.param_groups = groups
+
+
+def _with_own_tensors(group: Group) -> Group:
+    """Copy the tensors that an optimizer notes in a group: all parts would add to the same one.
+
+    LAMB counts its steps so.
+    """
+    return {
+        key: value.clone() if isinstance(value, Tensor) and key != "lr" else value
+        for key, value in group.items()
+    }
 
 
 def join_groups(optimizer: torch.optim.Optimizer) -> None:

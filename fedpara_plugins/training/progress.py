@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,26 +20,43 @@ __all__ = ["DenseParameters", "RoundProgress", "layers_of", "set_phase"]
 class DenseParameters:
     """The parameters of a model that belong to none of its factorised layers.
 
-    They are held weakly. A copy of the model, and a pickled one, gets those of the copy.
+    Parameters that the model gets later, by ``load_state_dict(..., assign=True)`` or with another
+    head, belong to them. All is held weakly: of a part that outlives its model, the parameters are
+    those that the model had, as in a pickled model until its next round. A copy of the model gets
+    those of the copy.
     """
 
-    def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
+    def __init__(self, parameters: Iterable[Tensor] = (), model: nn.Module | None = None) -> None:
         self._references = [TensorWeakRef(parameter) for parameter in parameters]
+        self._model = None if model is None else weakref.ref(model)
 
     @classmethod
     def of(cls, model: nn.Module) -> DenseParameters:
         """Return those of a model."""
-        own = {id(p) for layer in layers_of(model) for p in layer.parameters(recurse=False)}
-        return cls(p for p in model.parameters() if id(p) not in own)
+        return cls(_outside_of_layers(model), model)
 
     def __iter__(self) -> Iterator[Tensor]:
+        model = self._model and self._model()
+        if model is not None:
+            yield from _outside_of_layers(model)
+            return
         for reference in self._references:
             parameter = reference()
             if parameter is not None:
                 yield parameter
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DenseParameters:
+        model = self._model and self._model()
+        # A model is in the memo before its parts are.
+        return type(self)(copy.deepcopy(list(self), memo), memo.get(id(model)))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (list(self),)
+
+
+def _outside_of_layers(model: nn.Module) -> Iterator[Tensor]:
+    own = {id(p) for layer in layers_of(model) for p in layer.parameters(recurse=False)}
+    return (p for p in model.parameters() if id(p) not in own)
 
 
 @dataclass(eq=False)

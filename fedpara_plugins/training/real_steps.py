@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from fedpara_plugins.layers.base import layers_alive
 from fedpara_plugins.support.torch_seams import (
     break_graph,
     functions_above,
+    own_step_hooks,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
     run_eagerly,
@@ -33,9 +35,6 @@ from fedpara_plugins.support.torch_seams import (
 __all__ = ["Step", "StepObserver", "add_observer", "observe_real_steps", "parameters_of"]
 
 log = logging.getLogger(__name__)
-
-AROUND_OTHERS = frozenset({"ScheduleFreeWrapper", "ScheduleFreeWrapperReference"})
-"""Classes that change parameters before and after a step of another optimizer."""
 
 WHY = (
     "fedpara: the options clip, decay and schedule act before each optimizer step, outside of "
@@ -70,10 +69,9 @@ class Step:
                     parameter.grad.div_(scale.to(parameter.grad.device))
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
-    def is_amid_another(self) -> bool:
-        """Return whether another optimizer has moved parameters before this step, for its own."""
-        names = functions_above(self.optimizer)
-        return any(function == "second_step" or owner in AROUND_OTHERS for function, owner in names)
+    def callers(self) -> list[tuple[str, object]]:
+        """Return the functions that make this step, innermost first, each with its object."""
+        return functions_above(self.optimizer)
 
 
 def _of_interest(optimizer: Optimizer) -> bool:
@@ -103,6 +101,7 @@ class StepObserver(NamedTuple):
 _lock = threading.Lock()
 _observers: tuple[StepObserver, ...] = ()
 _running: weakref.WeakKeyDictionary[Optimizer, _Running] = weakref.WeakKeyDictionary()
+_last_hooks: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 _ignored_closures: set[type[Optimizer]] = set()
 
 
@@ -177,12 +176,23 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Arguments | None:
     # What the observers do depends on more than tensors, so they are never traced.
     if not torch.compiler.is_compiling():
+        if own_step_hooks(optimizer) and any(one.concerns(optimizer) for one in _observers):
+            _hook_last(optimizer)
+            return None
         return _begin(optimizer, args, kwargs)
     if not _anything_to_observe():
         return None
     # Before torch 2.8 a full graph's error shows no reason, but this line of the source.
     break_graph(WHY)  # fedpara: clip, decay and schedule need a step without fullgraph=True
     return run_eagerly(_begin, optimizer, args, kwargs)
+
+
+def _hook_last(optimizer: Optimizer) -> None:
+    """Let a step begin after the optimizer's own hooks, which may change gradients too."""
+    if next(reversed(own_step_hooks(optimizer).values())) is not _begin:
+        if optimizer in _last_hooks:
+            _last_hooks[optimizer].remove()
+        _last_hooks[optimizer] = optimizer.register_step_pre_hook(_begin)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

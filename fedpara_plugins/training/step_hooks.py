@@ -22,7 +22,7 @@ from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError
 from fedpara_plugins.layers.base import FactorisedLayer, Phase, layers_alive
 from fedpara_plugins.layers.kept_weights import drop_before_step
-from fedpara_plugins.support.torch_seams import forget_curvature, in_backward
+from fedpara_plugins.support.torch_seams import forget_curvature, in_nested_backward
 from fedpara_plugins.training.clip import check_last_norm, clip_gradients
 from fedpara_plugins.training.decay import join_groups, split_groups
 from fedpara_plugins.training.held_models import HeldModel, held_models
@@ -30,6 +30,7 @@ from fedpara_plugins.training.iteration import forget_iteration, iteration_of
 from fedpara_plugins.training.label_counts import warn_without_counts
 from fedpara_plugins.training.progress import DenseParameters, RoundProgress, layers_of, set_phase
 from fedpara_plugins.training.real_steps import Step, StepObserver, add_observer
+from fedpara_plugins.training.schedule_free import take_back_averaging
 
 __all__ = [
     "RoundProgress",
@@ -129,8 +130,9 @@ def _ready(step: Step) -> None:
             step.continued.add(id(progress))
         left_out: set[int] = set()
         if progress.decoupled:
-            _refuse_around(step)
+            _refuse_unknown_ends(step)
             left_out = _left_out(model, iteration.phase)
+            take_back_averaging(step, model.own, left_out)
             _drop_gradients(model, left_out)
         if decays and progress.config.decay == "composed":
             counts.update(_factor_counts(layers))
@@ -156,19 +158,21 @@ def _concerns(optimizer: Optimizer) -> bool:
 add_observer(StepObserver(_ready, _end, _begin, _concerns))
 
 
-def _refuse_around(step: Step) -> None:
-    if step.is_amid_another():
+def _refuse_unknown_ends(step: Step) -> None:
+    """Refuse the decoupled schedule where nothing says which steps are one step of the model."""
+    name = type(step.optimizer).__name__
+    if any(function == "second_step" for function, _ in step.callers()):
         raise ConfigError(
             f"option 'schedule': 'decoupled' leaves parameters out of each step, and the optimizer "
-            f"around {type(step.optimizer).__name__} has moved them already (SAM's first step, a "
-            f"schedule-free wrapper): use {type(step.optimizer).__name__} itself, or set "
+            f"around {name} has moved them already (SAM's first step): use {name} itself, or set "
             f"schedule='joint'"
         )
-    if in_backward():
+    if in_nested_backward():
         raise ConfigError(
             "option 'schedule': 'decoupled' counts whole steps, and this optimizer steps amid a "
-            "backward pass, for a part of the model: call step() after backward(), or set "
-            "schedule='joint'"
+            "backward pass that is a part of another one, which torch numbers like a pass of its "
+            "own, so steps of one batch look like steps of several: checkpoint with "
+            "use_reentrant=False, call step() after backward(), or set schedule='joint'"
         )
 
 

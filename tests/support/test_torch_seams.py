@@ -442,7 +442,26 @@ def test_functions_above_a_step():
     seen, handle = seen_in_steps(seams.functions_above, optimizer)
     Around().second_step(optimizer)
     handle.remove()
-    assert seen[0][0] == ("second_step", "Around")
+    function, around = seen[0][0]
+    assert (function, type(around)) == ("second_step", Around)
+
+
+def test_an_optimizer_s_own_hooks_are_known_and_run_after_those_of_all():
+    called = []
+
+    def note(name):
+        return lambda optimizer, args, kwargs: called.append(name)
+
+    optimizer = torch.optim.SGD([one_parameter()], lr=0.1)
+    assert not seams.own_step_hooks(optimizer)
+    handle = seams.register_optimizer_step_pre_hook(note("all"))
+    own = [note("first"), note("second")]
+    for hook in own:
+        optimizer.register_step_pre_hook(hook)
+    assert list(seams.own_step_hooks(optimizer).values()) == own
+    optimizer.step()
+    handle.remove()
+    assert called == ["all", "first", "second"]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -520,6 +539,35 @@ def test_backward_passes_are_seen():
     parameter.sum().backward()
     assert seen == [True]
     assert not seams.in_backward()
+
+
+def test_backward_passes_have_numbers_and_ends():
+    seen = []
+    parameter = nn.Parameter(torch.ones(2))
+
+    def note(gradient):
+        seams.at_end_of_backward(lambda: seen.append(parameter.grad is not None))
+        seen.append(seams.backward_number())
+
+    parameter.register_hook(note)
+    for _ in range(2):
+        parameter.grad = None
+        parameter.sum().backward()
+    first, ended, second, ended_too = seen
+    assert (ended, ended_too) == (True, True)
+    assert first != second
+    assert seams.backward_number() is None
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_backward_pass_inside_of_another_is_seen(nested):
+    seen = []
+    inputs = torch.ones(2, requires_grad=True)
+    layer = nn.Linear(2, 2)
+    layer.weight.register_hook(lambda gradient: seen.append(seams.in_nested_backward()))
+    checkpoint(layer, inputs, use_reentrant=nested).sum().backward()
+    assert seen == [nested]
+    assert not seams.in_nested_backward()
 
 
 def test_weak_references_to_gradients_and_their_versions():

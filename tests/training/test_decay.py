@@ -112,6 +112,22 @@ def test_groups_are_the_users_own_outside_of_a_step():
     assert saved["param_groups"][0]["params"] == [0, 1, 2, 3, 4]
 
 
+def test_a_count_that_an_optimizer_keeps_as_a_tensor_of_the_group_counts_once():
+    class Counting(Mine):
+        def step(self, closure=None):
+            super().step()
+            for group in self.param_groups:
+                group.setdefault("count", torch.zeros(())).add_(1)
+
+    layer = fedpara.convert(nn.Linear(64, 64), method="fedpara", gamma=0.3)
+    optimizer = Counting(layer.parameters())
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(3):
+        optimizer.step()
+    assert float(optimizer.param_groups[0]["count"]) == 3
+
+
 def test_a_group_that_a_closure_adds_stays():
     layer = fedpara.convert(nn.Linear(64, 64), method="fedpara", gamma=0.3)
     more = nn.Parameter(torch.ones(1))

@@ -5,6 +5,7 @@ import gc
 import pickle
 import weakref
 
+import pytest
 import torch
 from torch import nn
 
@@ -14,10 +15,12 @@ from fedpara_plugins.training.progress import DenseParameters
 from fedpara_plugins.training.step_hooks import round_progress
 
 
-def build():
+def build(**options):
     torch.manual_seed(0)
     layers = [nn.Linear(64, 64), nn.Linear(64, 8), nn.LayerNorm(8)]
-    return fedpara.convert(nn.Sequential(*layers), method="fedpara", gamma=0.3, exclude="1")
+    return fedpara.convert(
+        nn.Sequential(*layers), method="fedpara", gamma=0.3, exclude="1", **options
+    )
 
 
 def sgd(parameters):
@@ -80,12 +83,22 @@ def test_state_and_pickles_do_not_grow_by_it():
     assert "dense" not in " ".join(model.state_dict())
 
 
-def test_a_state_that_was_assigned_is_known_from_the_next_round_on():
-    model = build()
+@pytest.mark.parametrize("copied", [False, True])
+def test_parameters_that_a_model_gets_later_are_its_own(copied):
+    model = build(clip=0.5)
+    model = copy.deepcopy(model) if copied else model
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
-    fedpara.training.start_round(model)
-    (held,) = held_models(sgd(model[1].parameters()))
-    assert held.progress is round_progress(model)
+    model[2] = nn.Linear(8, 8)
+    both = [torch.optim.SGD(p.parameters(), lr=1.0) for p in (model[0], model[1:])]
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    (100 * model(torch.ones(2, 64)).square().mean()).backward()
+    for optimizer in both:
+        (held,) = held_models(optimizer)
+        assert held.progress is round_progress(model)
+        assert len(held.own) + len(held.others()) == len(list(model.parameters()))
+        optimizer.step()
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert float(moved.norm()) == pytest.approx(0.5, rel=1e-3)
 
 
 def test_dense_parameters_forget_those_that_are_gone():

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import ConfigError
@@ -744,27 +745,112 @@ def test_a_gradient_that_was_added_to_is_a_new_one():
     assert round_progress(model).steps == 2
 
 
-def test_steps_within_a_backward_pass_are_bounded_and_logged_or_refused(caplog):
-    def attach(model):
-        each = {p: torch.optim.SGD([p], lr=1.0) for p in model.parameters()}
+# Steps within a backward pass
 
-        def step(parameter):
-            each[parameter].step()
-            parameter.grad = None
 
-        for parameter in each:
-            parameter.register_post_accumulate_grad_hook(step)
+def step_in_backward(model, make=sgd, trained=None):
+    """Give each parameter an optimizer, which steps when its gradient is there."""
+    each = {p: make([p]) for p in trained or model.parameters()}
 
+    def step(parameter):
+        each[parameter].step()
+        each[parameter].zero_grad()
+
+    return [parameter.register_post_accumulate_grad_hook(step) for parameter in each]
+
+
+def test_steps_within_a_backward_pass_are_bounded_and_logged(caplog):
     model = build(clip=0.5)
-    attach(model)
+    step_in_backward(model, lambda p: torch.optim.SGD(p, lr=1.0))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    net = PlainNet(model, "pfedpara")
+    net.loss(batches(1)[0]).backward()
     loss(model, batches(1)[0]).backward()
-    assert all(float((p - before[name]).norm()) < 0.501 for name, p in model.named_parameters())
+    for name, parameter in model.named_parameters():
+        gradient = net.values[name].grad
+        wanted = gradient * min(1.0, 0.5 / (float(gradient.norm()) + 1e-6))
+        torch.testing.assert_close(before[name] - parameter, wanted, rtol=1e-4, atol=1e-6)
     assert "not all others have gradients at the same time" in caplog.text
-    decoupled = build(schedule="decoupled")
-    attach(decoupled)
-    with pytest.raises(ConfigError, match=r"'schedule'.*amid a backward pass"):
-        loss(decoupled, batches(1)[0]).backward()
+    assert round_progress(model).steps == 1
+
+
+@pytest.mark.parametrize("make", [sgd, functools.partial(adamw, foreach=True)])
+@pytest.mark.parametrize("option", ["decay", "schedule"])
+def test_steps_within_a_backward_pass(make, option):
+    """Two rounds; each pass is one step of the model, in the phase of its forward."""
+    options, plain = OPTIONS[option]
+    plain = PlainOptions(**{**vars(plain), "decoupled": make is not sgd})
+    model = build(**options)
+    net = PlainNet(model, "pfedpara")
+    step_in_backward(model, functools.partial(make, decay=plain.decay))
+    optimizer = make(list(net.values.values()))
+    for _ in range(2):
+        start_round(model)
+        plain_steps(net, lambda _: optimizer, [[x] for x in batches(5)], plain)
+        for x in batches(5):
+            loss(model, x).backward()
+        assert round_progress(model).steps == 5
+    assert distance(model, net) < NEAR
+
+
+def test_some_optimizers_step_within_the_backward_pass_and_some_after_it():
+    model = build(schedule="decoupled", private_steps=2)
+    net = expected(model, sgd, PlainOptions(private_steps=2), [[x] for x in batches(5)])
+    amid, after = split(model, False)
+    step_in_backward(model, trained=amid)
+    optimizer = sgd(after)
+    for x in batches(5):
+        optimizer.zero_grad()
+        loss(model, x).backward()
+        optimizer.step()
+    assert distance(model, net) < NEAR
+    assert round_progress(model).steps == 5
+
+
+class Checkpointed(nn.Module):
+    """A net of which the backward pass computes the forward again."""
+
+    def __init__(self, net, reentrant):
+        super().__init__()
+        self.net, self.reentrant = net, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.net, x.requires_grad_(), use_reentrant=self.reentrant)
+
+
+def test_a_forward_that_a_backward_pass_repeats_is_of_the_same_phase():
+    model = build(schedule="decoupled", private_steps=2)
+    net = expected(model, sgd, PlainOptions(private_steps=2), [[x] for x in batches(5)])
+    step_in_backward(model)
+    for x in batches(5):
+        loss(Checkpointed(model, False), x).backward()
+    assert distance(model, net) < NEAR
+
+
+def test_a_backward_pass_inside_of_another_is_refused_by_the_decoupled_schedule():
+    model = build(schedule="decoupled")
+    step_in_backward(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigError, match=r"'schedule'.*use_reentrant=False"):
+        loss(Checkpointed(model, True), batches(1)[0]).backward()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_a_backward_pass_that_fails_does_not_count():
+    model = build(schedule="decoupled", private_steps=1)
+    step_in_backward(model)
+
+    def fail(gradient):
+        raise ValueError("broken")
+
+    broken = model[0].y2.register_hook(fail)
+    with pytest.raises(ValueError, match="broken"):
+        loss(model, batches(1)[0]).backward()
+    assert (round_progress(model).steps, model[0].phase) == (0, "private")
+    broken.remove()
+    loss(model, batches(1)[0]).backward()
+    assert (round_progress(model).steps, model[0].phase) == (1, "shared")
 
 
 # Parameter groups that change
@@ -869,6 +955,31 @@ def test_steps_under_a_scaler_that_overflow_are_not_logged(caplog):
         model = build(clip=0.5)
         scaled(model, sgd(model.parameters(), fused=fused), two_each(), overflow=(1,))
     assert "NaN" not in caplog.text
+
+
+@pytest.mark.parametrize("loop", [backward_then_step, with_closure])
+def test_the_options_act_after_the_hooks_of_the_optimizer(loop):
+    """They may change gradients too, and may come at any time."""
+    options, plain = OPTIONS["all"]
+    model = build(**options)
+    steps = [[x] for x in batches(5)]
+    net = expected(model, sgd, plain, steps)
+    optimizer = sgd(model.parameters(), 0.5)
+
+    def enlarge(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1000)
+
+    first = optimizer.register_step_pre_hook(enlarge)
+    loop(model, optimizer, steps[:2])
+    optimizer.register_step_pre_hook(enlarge)
+    loop(model, optimizer, steps[2:4])
+    first.remove()
+    loop(model, optimizer, steps[4:])
+    assert distance(model, net) < NEAR
+    assert round_progress(model).steps == 5
 
 
 def test_other_optimizers_get_their_closure_itself():
