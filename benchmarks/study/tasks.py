@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 
 import networks
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 __all__ = ["TASKS", "Share", "Task", "load"]
 
@@ -31,6 +33,8 @@ class Task:
         test: what the server's model is judged by.
         rate: dense's own learning rate of SGD on this task.
         own: each client's held-out data, for what stays on it; empty where nobody asks.
+        sampled: clients of a round.
+        batch: examples of a step of a client's.
         before: what a pretrained model has seen; None where training starts from nothing.
     """
 
@@ -39,6 +43,8 @@ class Task:
     test: Share
     rate: float
     own: Sequence[Share] = ()
+    sampled: int = 10
+    batch: int = 32
     before: Share | None = field(default=None, repr=False)
 
 
@@ -64,14 +70,46 @@ def load(name: str, folder: Path, seed: int) -> Task:
 
 def fashion(folder: Path, draw: np.random.Generator) -> Task:
     """Return Fashion-MNIST: 100 clients with 256 images each, all classes alike."""
-    with np.load(folder / "fashion_mnist.npz") as z:
-        x, y, test = z["x_train"], z["y_train"], (z["x_test"], z["y_test"])
+    x, y, *test = fashion_mnist(folder)
     parts = draw.permutation(len(y))[: 100 * 256].reshape(100, 256)
     return Task(
         build=networks.small_cnn,
         clients=[(grey(x[part]), classes(y[part])) for part in parts],
         test=(grey(test[0][:5000]), classes(test[1][:5000])),
         rate=0.1,
+    )
+
+
+def turned(folder: Path, draw: np.random.Generator, alpha: float | None) -> Task:
+    """Return Fashion-MNIST at 14x14: a model of upright images, clients whose images lie.
+
+    The model has seen one half of the data, and 24 clients hold 240 images each of the other half,
+    all turned by a quarter. So there is much to learn, and quickly.
+
+    Args:
+        folder: with the data sets.
+        draw: the generator.
+        alpha: of Dirichlet's distribution over a client's classes; None for all classes alike.
+    """
+    x, y, *test = fashion_mnist(folder)
+    half = len(y) // 2
+    parts = (
+        list(draw.permutation(half)[: 24 * 240].reshape(24, 240))
+        if alpha is None
+        else divide(y[half:], 24, 240, alpha, draw)
+    )
+
+    def share(images: np.ndarray, labels: np.ndarray, turns: int) -> Share:
+        halved = avg_pool2d(grey(images), 2)
+        return torch.rot90(halved, turns, (2, 3)).contiguous(), classes(labels)
+
+    return Task(
+        build=networks.mlp,
+        clients=[share(x[half:][part], y[half:][part], 1) for part in parts],
+        test=share(test[0][:2000], test[1][:2000], 1),
+        rate=0.05,
+        sampled=6,
+        before=share(x[:half], y[:half], 0),
     )
 
 
@@ -83,13 +121,14 @@ def pretrained(folder: Path, draw: np.random.Generator) -> Task:
     """
     before, (x, y) = cifar_part(folder, "train_a"), cifar_part(folder, "train_b")
     test = cifar_part(folder, "test")
-    parts = divide(y, 50, 300, 0.3, draw)
+    parts = divide(y, 50, 160, 0.3, draw)
     return Task(
         build=networks.small_vgg,
-        clients=[(colour(x[part[60:]]), classes(y[part[60:]])) for part in parts],
-        own=[(colour(x[part[:60]]), classes(y[part[:60]])) for part in parts],
-        test=(colour(test[0][:5000]), classes(test[1][:5000])),
+        clients=[(colour(x[part[32:]]), classes(y[part[32:]])) for part in parts],
+        own=[(colour(x[part[:32]]), classes(y[part[:32]])) for part in parts],
+        test=(colour(test[0][:2000]), classes(test[1][:2000])),
         rate=0.03,
+        batch=16,
         before=(colour(before[0]), classes(before[1])),
     )
 
@@ -136,6 +175,14 @@ def classes(y: np.ndarray) -> Tensor:
     return torch.from_numpy(y).long()
 
 
+@cache
+def fashion_mnist(folder: Path) -> tuple[np.ndarray, ...]:
+    """Return images, shape (N, 28, 28), and classes of Fashion-MNIST, for training and test."""
+    with np.load(folder / "fashion_mnist.npz") as z:
+        return z["x_train"], z["y_train"], z["x_test"], z["y_test"]
+
+
+@cache
 def cifar_part(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return images, shape (N, 3, 32, 32), and classes of one of CIFAR-10's files.
 
@@ -152,4 +199,6 @@ def cifar_part(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 TASKS: dict[str, Callable[[Path, np.random.Generator], Task]] = {
     "fashion": fashion,
     "cifar, pretrained": pretrained,
+    "fashion, turned, alike": partial(turned, alpha=None),
+    "fashion, turned, skewed": partial(turned, alpha=0.3),
 }
