@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from setting import Setting
+from summary import by_rule, markdown
 
 __all__ = ["TABLES", "Table"]
 
@@ -20,11 +22,13 @@ class Table:
         about: what it shows, and what it costs on one core.
         rows: returns the runs of one seed.
         seeds: of the table.
+        show: returns the finished runs of a file as Markdown.
     """
 
     about: str
     rows: Callable[[], Iterable[Setting]]
     seeds: Sequence[int] = (0, 1, 2)
+    show: Callable[[Sequence[Setting], Path], str] = markdown
 
     def settings(
         self, seeds: Sequence[int] | None = None, rounds: int | None = None
@@ -166,5 +170,6 @@ TABLES = {
     "aggregation": Table(
         "Rules of aggregation for the residual form, on turned images of Fashion-MNIST.",
         _aggregation,
+        show=by_rule,
     ),
 }
