@@ -145,7 +145,7 @@ def test_the_closest_low_rank_update_is_the_truncated_svd(study):
 def test_the_closest_hadamard_update_is_as_near_as_a_long_descent(study):
     spec, before, replies = weights("fedpara")
     aggregate = study("aggregation").aggregate
-    state, missed = aggregate("composed", spec, replies, before)
+    _, missed = aggregate("composed", spec, replies, before)
     plain, of_mean = aggregate("factors", spec, replies, before)
     wanted = mean_of_weights(spec, replies) - before["0.weight_base"].double()
     plan, keys = spec.weights["0.weight"], spec.factor_keys("0.weight")
