@@ -163,8 +163,8 @@ TABLES = {
         seeds=(0,),
     ),
     "finetuning": Table(
-        "A small VGG, pretrained on one half of CIFAR-10, fine-tuned by 50 skewed clients that "
-        "hold the other half: accuracy of the server's model and of the clients' own, and bytes.",
+        "A small VGG, pretrained on one half of CIFAR-10, fine-tuned by 50 skewed clients whose "
+        "images are upside down: accuracy of the server's model, of the clients' own, and bytes.",
         _finetuning,
     ),
     "aggregation": Table(
