@@ -38,7 +38,7 @@ def start(task: Task, setting: Setting, kept: Path | None = None) -> nn.Module:
         return model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     draw = torch.Generator().manual_seed(0)
-    x, y = task.before
+    x, y = task.before()
     for number in range(setting.pretrained):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - number / setting.pretrained)
         batch = torch.randint(len(x), (BATCH,), generator=draw)

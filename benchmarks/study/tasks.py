@@ -7,7 +7,7 @@ tasks; `load` reads one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Task:
         own: each client's held-out data, for what stays on it; empty where nobody asks.
         sampled: clients of a round.
         batch: examples of a step of a client's.
-        before: what a pretrained model has seen; None where training starts from nothing.
+        before: returns what a pretrained model has seen; None where training starts from nothing.
     """
 
     build: Callable[[], nn.Module]
@@ -45,7 +45,7 @@ class Task:
     own: Sequence[Share] = ()
     sampled: int = 10
     batch: int = 32
-    before: Share | None = field(default=None, repr=False)
+    before: Callable[[], Share] | None = None
 
 
 def load(name: str, folder: Path, seed: int) -> Task:
@@ -109,7 +109,7 @@ def turned(folder: Path, draw: np.random.Generator, alpha: float | None) -> Task
         test=share(test[0][:2000], test[1][:2000], 1),
         rate=0.05,
         sampled=6,
-        before=share(x[:half], y[:half], 0),
+        before=lambda: share(x[:half], y[:half], 0),
     )
 
 
@@ -120,12 +120,15 @@ def pretrained(folder: Path, draw: np.random.Generator) -> Task:
     Dirichlet's distribution with 0.3. Upright images would leave nothing to learn: the model has
     seen 25,000 of them.
     """
-    before, (x, y) = cifar_part(folder, "train_a"), cifar_part(folder, "train_b")
-    test = cifar_part(folder, "test")
+    (x, y), test = cifar_part(folder, "train_b"), cifar_part(folder, "test")
     parts = divide(y, 50, 160, 0.3, draw)
 
     def share(images: np.ndarray, labels: np.ndarray) -> Share:
         return torch.rot90(colour(images), 2, (2, 3)).contiguous(), classes(labels)
+
+    def before() -> Share:
+        images, labels = cifar_part(folder, "train_a")
+        return colour(images), classes(labels)
 
     return Task(
         build=networks.small_vgg,
@@ -134,7 +137,7 @@ def pretrained(folder: Path, draw: np.random.Generator) -> Task:
         test=share(test[0][:2000], test[1][:2000]),
         rate=0.03,
         batch=16,
-        before=(colour(before[0]), classes(before[1])),
+        before=before,
     )
 
 

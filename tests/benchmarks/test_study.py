@@ -43,7 +43,7 @@ def sitting(study, tmp_path, monkeypatch):
             test=share(60),
             rate=0.05,
             own=[share(10) for _ in range(3)],
-            before=share(100),
+            before=lambda: share(100),
             sampled=2,
         )
         module = study("sitting")
