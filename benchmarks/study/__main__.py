@@ -5,7 +5,7 @@
     python benchmarks/study --table finetuning --print           # runs nothing
 
 The runs take place in this process, over the exchange, the payloads and the references that the
-adapters use. Results are one file of JSON lines a run, in docs/results/TABLE.
+adapters use. Results are JSON lines in docs/results/TABLE.jsonl, from which the table is printed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from sitting import Sitting
-from summary import markdown
 from tables import TABLES
 
 ROOT = Path(__file__).parents[2]
@@ -41,12 +40,12 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = TABLES[chosen.table].settings(chosen.seeds, chosen.rounds)
     settings = [s for s in settings if chosen.only in s.name]
-    results = chosen.results / chosen.table
+    results = chosen.results / f"{chosen.table}.jsonl"
     if not chosen.show:
         if chosen.data is None:
             parser.error("give the folder of the data sets with --data FOLDER, or --print")
         Sitting(settings, chosen.data, results, chosen.models).run()
-    print(markdown(settings, results))
+    print(TABLES[chosen.table].show(settings, results))
 
 
 if __name__ == "__main__":

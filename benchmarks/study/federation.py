@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from aggregation import aggregate
 from local import accuracy, start, train
 from setting import Setting
 from tasks import Share, Task
@@ -29,7 +30,6 @@ from fedpara_plugins.exchange import (
     OwnModel,
     OwnModels,
     ReplyReader,
-    cast,
     zero_private_factors,
 )
 from fedpara_plugins.models import frozen_tensors
@@ -38,9 +38,6 @@ from fedpara_plugins.training import start_round
 __all__ = ["Federation"]
 
 RECORD = "model"
-SAMPLED = 10
-"""Clients of a round."""
-
 State = dict[str, Tensor]
 
 
@@ -104,13 +101,15 @@ class Federation:
         self.number += 1
         setting = self._setting
         draw = torch.Generator().manual_seed(1000 * setting.seed + self.number)
-        chosen = torch.randperm(len(task.clients), generator=draw)[:SAMPLED].tolist()
+        chosen = torch.randperm(len(task.clients), generator=draw)[: task.sampled].tolist()
         self._downlink.put(RECORD, self._state, self._spec, frozen=self._frozen)
         self._state = dict(self._downlink.content(RECORD))
         states = {client: self._client(client, task) for client in chosen}
         replies = [(s, len(task.clients[c][1])) for c, s in states.items() if s is not None]
         self.diverged = not replies
-        self._state = mean(replies, self._state) if replies else self._state
+        missed = None
+        if replies:
+            self._state, missed = aggregate(setting.aggregation, self._spec, replies, self._state)
         line: dict[str, Any] = {
             "round": self.number,
             "up": self.bytes.up,
@@ -121,6 +120,8 @@ class Federation:
             line["diverged"] = True
         else:
             line |= self._figures(task)
+            if missed is not None:
+                line["missed"] = round(missed, 4)
         return line
 
     # One client
@@ -151,7 +152,15 @@ class Federation:
         self._model.load_state_dict(received.user_tensors)
         start_round(self._model, previous_steps=client_round.previous_steps)
         draw = hash((self._setting.seed, self.number, client)) % 2**31
-        steps = train(self._model, task.clients[client], task.rate, draw)
+        rate = task.rate if self._setting.rate is None else self._setting.rate
+        steps = train(
+            self._model,
+            task.clients[client],
+            rate=rate,
+            draw=draw,
+            batch=task.batch,
+            steps=self._setting.steps,
+        )
         answer = {k: v.detach().clone() for k, v in self._model.state_dict().items()}
         reader = ReplyReader(
             self._downlink,
@@ -174,9 +183,12 @@ class Federation:
 
     def _figures(self, task: Task) -> dict[str, float]:
         """Return the accuracy of the server's model, and of the clients' own at the end."""
+        last = self.number == self._setting.rounds
+        if self.number % self._setting.every and not last:
+            return {}
         self._model.load_state_dict(self._state)
         found = {"accuracy": accuracy(self._model, task.test)}
-        if task.own and (self.number == self._setting.rounds or self.number % 20 == 0):
+        if task.own and last:
             own = [self._own(c, share) for c, share in enumerate(task.own)]
             found["own"] = sum(own) / len(own)
         return found
@@ -186,13 +198,3 @@ class Federation:
         private, _ = ClientState(self._storages.get(client, {})).private(self._spec, self._state)
         self._model.load_state_dict({**self._state, **private})
         return accuracy(self._model, share)
-
-
-def mean(replies: list[tuple[State, int]], like: State) -> State:
-    """Return FedAvg's mean of the clients' states, by numbers of examples."""
-    total = sum(examples for _, examples in replies)
-    found = {}
-    for name, value in like.items():
-        parts = [state[name].double() * (examples / total) for state, examples in replies]
-        found[name] = cast(torch.stack(parts).sum(0), value.dtype)
-    return found

@@ -12,55 +12,68 @@ from torch.nn.functional import cross_entropy
 
 __all__ = ["accuracy", "start", "train"]
 
-BATCH = 32
+BATCH = 64
+"""Examples of a step before the run."""
 
 
 def start(task: Task, setting: Setting, kept: Path | None = None) -> nn.Module:
     """Return the model that a run starts from: dense, drawn from the seed, or pretrained.
+
+    A pretrained model is the same for all seeds, as one that is downloaded would be.
 
     Args:
         task: of the run.
         setting: of the run.
         kept: folder in which pretrained models are kept for other runs.
     """
-    torch.manual_seed(setting.seed)
+    pretrained = setting.pretrained and task.before is not None
+    torch.manual_seed(0 if pretrained else setting.seed)
     model = task.build()
-    if not setting.pretrained or task.before is None:
+    if not pretrained or task.before is None:
         return model
-    name = f"pretrained-{setting.task}-{setting.seed}-{setting.pretrained}.pt".replace(" ", "")
+    name = f"pretrained-{setting.task}-{setting.pretrained}.pt".replace(" ", "")
     path = None if kept is None else kept / name
     if path is not None and path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    draw = torch.Generator().manual_seed(setting.seed)
-    x, y = task.before
-    for _ in range(setting.pretrained):
-        batch = torch.randint(len(x), (2 * BATCH,), generator=draw)
+    draw = torch.Generator().manual_seed(0)
+    x, y = task.before()
+    for number in range(setting.pretrained):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - number / setting.pretrained)
+        batch = torch.randint(len(x), (BATCH,), generator=draw)
         step(model, optimizer, (x[batch], y[batch]))
     if path is not None:
         torch.save(model.state_dict(), path)
     return model
 
 
-def train(model: nn.Module, share: Share, rate: float, draw: int) -> int:
-    """Train as one client in one round: one pass over its data.
+def train(
+    model: nn.Module, share: Share, *, rate: float, draw: int, batch: int = 32, steps: int = 0
+) -> int:
+    """Train as one client in one round.
 
     Args:
         model: with the round's first state; changed in place.
         share: of the client.
         rate: of SGD.
         draw: seed of the batches.
+        batch: examples of each.
+        steps: their number, in as many passes over the data as they take; 0 for one pass.
 
     Returns:
         The number of steps.
     """
     x, y = share
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(draw)).split(BATCH)
+    generator = torch.Generator().manual_seed(draw)
+    order = list(torch.randperm(len(x), generator=generator).split(batch))
+    while len(order) < steps:
+        order += torch.randperm(len(x), generator=generator).split(batch)
+    order = order[: steps or None]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
     model.train()
-    for batch in order:
-        step(model, optimizer, (x[batch], y[batch]))
+    for chosen in order:
+        step(model, optimizer, (x[chosen], y[chosen]))
     return len(order)
 
 

@@ -21,6 +21,10 @@ class Setting:
         task: one of `tasks.TASKS`.
         options: of the plugin, as in its config section; none for dense FedAvg in float32.
         rounds: of the run.
+        rate: of SGD on the clients; None for the task's, which is dense's own.
+        every: the server's model is evaluated in rounds that this number divides, and the last.
+        steps: of SGD of a client in a round; 0 for one pass over its data.
+        aggregation: the server's rule, one of `aggregation.AGGREGATIONS`.
         seed: of the model, the division of the data, the sampling and the batches.
         pretrained: steps of training before the run, for tasks with such data; 0 for none.
         trainable: name patterns of a dense model's parameters that are trained; () for all.
@@ -30,6 +34,10 @@ class Setting:
     task: str
     options: Mapping[str, Any] = field(default_factory=dict)
     rounds: int = 60
+    rate: float | None = None
+    every: int = 1
+    steps: int = 0
+    aggregation: str = "factors"
     seed: int = 0
     pretrained: int = 0
     trainable: tuple[str, ...] = ()
@@ -41,7 +49,7 @@ class Setting:
     @property
     def key(self) -> str:
         """A short name that no other setting has."""
-        fields = dataclasses.asdict(self)
+        fields = self.to_json()
         fields.pop("name")
         text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

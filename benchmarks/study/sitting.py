@@ -1,7 +1,8 @@
 """A sitting: the runs of one table, one after the other; a stopped one goes on with the next run.
 
-Each run that is done has one file of JSON lines in the folder of results: the setting first, then a
-line a round. A run that was stopped begins anew; none takes longer than some minutes.
+The results of a table are one file of JSON lines: for each run that is done its setting, with its
+key, then a line for each round with an evaluation. A run that was stopped begins anew; none takes
+longer than some minutes. Several sittings may do a table's runs at once, by seed say.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from federation import Federation
 from setting import Setting
 from tasks import load
 
-__all__ = ["Sitting", "read_run"]
+__all__ = ["Line", "Sitting", "read_runs"]
+
+Line = dict[str, Any]
 
 
 @dataclass
@@ -28,7 +31,7 @@ class Sitting:
     Attributes:
         settings: in their order.
         data: folder with the data sets.
-        results: folder of the table's files.
+        results: the table's file.
         models: folder for pretrained models.
     """
 
@@ -39,9 +42,10 @@ class Sitting:
 
     def run(self) -> None:
         """Do the runs that are not done; print progress with the time that is left."""
-        for folder in (self.results, self.models):
+        for folder in (self.results.parent, self.models):
             folder.mkdir(parents=True, exist_ok=True)
-        todo = [s for s in self.settings if not self._is_done(s)]
+        done = read_runs(self.results)
+        todo = [s for s in self.settings if s.key not in done]
         rounds = sum(s.rounds for s in todo)
         print(f"{len(todo)} of {len(self.settings)} runs to do, {rounds} rounds", flush=True)
         clock = _Clock(rounds)
@@ -50,17 +54,11 @@ class Sitting:
 
     def _run_one(self, setting: Setting, clock: _Clock) -> None:
         task = load(setting.task, self.data, setting.seed)
-        federation, lines = Federation(task, setting, self.models), list[dict[str, Any]]()
+        federation, lines = Federation(task, setting, self.models), list[Line]()
         while federation.number < setting.rounds and not federation.diverged:
             lines.append(federation.round(task))
             clock.tell(setting, lines[-1])
-        _replace(self._path(setting), _text(setting, lines))
-
-    def _path(self, setting: Setting) -> Path:
-        return self.results / f"{setting.key}.jsonl"
-
-    def _is_done(self, setting: Setting) -> bool:
-        return self._path(setting).exists()
+        _append(self.results, _text(setting, lines))
 
 
 class _Clock:
@@ -71,7 +69,7 @@ class _Clock:
         self._left = rounds
         self._done = 0
 
-    def tell(self, setting: Setting, line: dict[str, Any]) -> None:
+    def tell(self, setting: Setting, line: Line) -> None:
         """Print a line about a round."""
         self._done += 1
         self._left -= 1
@@ -86,18 +84,30 @@ class _Clock:
         )
 
 
-def read_run(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return a run's setting and its rounds, from its file."""
-    first, *rounds = (json.loads(line) for line in path.read_text().splitlines())
-    return first, rounds
+def read_runs(path: Path) -> dict[str, list[Line]]:
+    """Return the lines of each run in a table's file, by key; none if there is no file."""
+    runs: dict[str, list[Line]] = {}
+    key = ""
+    for text in path.read_text().splitlines() if path.exists() else ():
+        line = json.loads(text)
+        key = line.get("key", key)
+        if "key" in line:
+            runs[key] = []
+        else:
+            runs[key].append(line)
+    return runs
 
 
-def _text(setting: Setting, lines: Sequence[dict[str, Any]]) -> bytes:
-    rows = [setting.to_json(), *lines]
+def _text(setting: Setting, lines: Sequence[Line]) -> bytes:
+    rows = [{"key": setting.key, **setting.to_json()}]
+    rows += [line for line in lines if "accuracy" in line or "diverged" in line]
     return "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()
 
 
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+def _append(path: Path, data: bytes) -> None:
+    """Append a run in one write, so that other sittings' runs stay whole."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, data)
+    finally:
+        os.close(file)

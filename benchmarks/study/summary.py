@@ -10,9 +10,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from setting import Setting
-from sitting import read_run
+from sitting import Line, read_runs
 
-__all__ = ["markdown"]
+__all__ = ["by_rule", "markdown"]
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Student's t for an interval of 95 % of the mean, by number of seeds."""
@@ -28,11 +28,42 @@ def markdown(settings: Sequence[Setting], results: Path) -> str:
     until the mean of three evaluations reaches the end of the task's first row minus 0.5 points.
     """
     found: dict[str, dict[str, list[list[dict[str, Any]]]]] = defaultdict(lambda: defaultdict(list))
+    runs = read_runs(results)
     for setting in settings:
-        path = results / f"{setting.key}.jsonl"
-        if path.exists():
-            found[setting.task][setting.name].append(read_run(path)[1])
+        if setting.key in runs:
+            found[setting.task][setting.name].append(runs[setting.key])
     return "\n\n".join(_table(task, rows) for task, rows in found.items())
+
+
+def by_rule(settings: Sequence[Setting], results: Path) -> str:
+    """Return accuracies and bytes by rule of aggregation, as Markdown.
+
+    The names of runs end in the rule. The first rule has its accuracy at the end, the others have
+    their difference from it, by seed. Bytes are those of all rounds, first contacts apart.
+    """
+    runs = read_runs(results)
+    found: dict[str, dict[str, dict[int, list[Line]]]] = defaultdict(lambda: defaultdict(dict))
+    for setting in settings:
+        if setting.key in runs:
+            row, _, rule = setting.name.rpartition(", ")
+            found[f"{setting.task}, {row}"][rule][setting.seed] = runs[setting.key]
+    rules = list(dict.fromkeys(setting.name.rpartition(", ")[2] for setting in settings))
+    heads = [f"| run | seeds | {rules[0]}, % | it misses, % |"]
+    heads += [f" {rule} |" for rule in rules[1:]] + [f" kB, {rule} |" for rule in rules]
+    lines = ["".join(heads), "| --- |" + " ---: |" * (2 * len(rules) + 2)]
+    for row, by_seed in found.items():
+        first = by_seed[rules[0]]
+        missed = [100 * line["missed"] for run in first.values() for line in run]
+        cells = [row, str(len(first)), _interval([_end(run) for run in first.values()])]
+        cells.append(f"{mean(missed or [0]):.1f}")
+        for rule in rules[1:]:
+            pairs = [(run, first[seed]) for seed, run in by_seed[rule].items() if seed in first]
+            cells.append(_interval([_end(a) - _end(b) for a, b in pairs], sign="+"))
+        for rule in rules:
+            ends = [run[-1]["up"] + run[-1]["down"] for run in by_seed[rule].values()]
+            cells.append(f"{mean(ends or [0]) / 1e3:.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _table(task: str, rows: Mapping[str, list[list[dict[str, Any]]]]) -> str:
@@ -78,10 +109,10 @@ def _bytes_to(run: Sequence[Mapping[str, Any]], target: float) -> int | None:
     return None
 
 
-def _interval(values: Sequence[float]) -> str:
+def _interval(values: Sequence[float], sign: str = "-") -> str:
     if not values:
         return ""
     if len(values) == 1:
-        return f"{values[0]:.1f}"
+        return f"{values[0]:{sign}.1f}"
     half = T95.get(len(values), 2.6) * stdev(values) / sqrt(len(values))
-    return f"{mean(values):.1f} ± {half:.1f}"
+    return f"{mean(values):{sign}.1f} ± {half:.1f}"

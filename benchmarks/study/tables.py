@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from setting import Setting
+from summary import by_rule, markdown
 
 __all__ = ["TABLES", "Table"]
 
@@ -20,11 +22,13 @@ class Table:
         about: what it shows, and what it costs on one core.
         rows: returns the runs of one seed.
         seeds: of the table.
+        show: returns the finished runs of a file as Markdown.
     """
 
     about: str
     rows: Callable[[], Iterable[Setting]]
     seeds: Sequence[int] = (0, 1, 2)
+    show: Callable[[Sequence[Setting], Path], str] = markdown
 
     def settings(
         self, seeds: Sequence[int] | None = None, rounds: int | None = None
@@ -44,28 +48,95 @@ class Table:
 SMALL = {"codec": "small"}
 
 
+FINETUNING: Mapping[str, Any] = {
+    "task": "cifar, pretrained",
+    "pretrained": 1200,
+    "rounds": 15,
+    "every": 3,
+}
+FROZEN = {"base": "frozen", "rank": 4, **SMALL}
+HEAD = ("head.*",)
+KINDS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "full, small": (SMALL, {}),
+    "lowrank (LoRA), small": ({"method": "lowrank", **FROZEN}, {}),
+    "fedpara (LoHa), small": ({"method": "fedpara", **FROZEN}, {}),
+    "lowrank, one-sided, small": ({"method": "lowrank", "train": "right", **FROZEN}, {}),
+    "head alone, small": (SMALL, {"trainable": HEAD}),
+}
+"""What each row trains: options, and other fields."""
+
+TRIED: Mapping[str, tuple[float, ...]] = {
+    "full, small": (0.01, 0.03, 0.1),
+    "lowrank (LoRA), small": (0.03, 0.1, 0.3),
+    "head alone, small": (0.03, 0.1, 0.3),
+}
+"""Learning rates that were tried. All rows with factors take that of LoRA."""
+
+RATES: Mapping[str, float] = {}
+"""The best of those rates (table `finetuning-rates`)."""
+
+
+def _finetuning_rates() -> Iterable[Setting]:
+    """The learning rates of fine-tuning, the same number for each kind of row."""
+    for kind, rates in TRIED.items():
+        for rate in rates:
+            options, others = KINDS[kind]
+            yield Setting(
+                name=f"{kind}, rate {rate}",
+                options=options,
+                rate=rate,
+                **others,
+                **{**FINETUNING, "rounds": 6},
+            )
+
+
 def _finetuning() -> Iterable[Setting]:
-    """Fine-tuning of a pretrained model on skewed clients."""
-    common: dict[str, Any] = {"task": "cifar, pretrained", "pretrained": 600, "rounds": 40}
-    frozen = {"base": "frozen", "gamma": 0.1, **SMALL}
-    rows: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
-        "full, float32": ({}, {}),
-        "full, small": (SMALL, {}),
-        "head alone, small": (SMALL, {"trainable": ("*20.*", "*22.*")}),
-        "full, small, private head": ({**SMALL, "private": "22.*"}, {}),
-        "residual lowrank (LoRA), small": ({"method": "lowrank", **frozen}, {}),
-        "residual lowrank, one-sided, small": (
-            {"method": "lowrank", "train": "right", **frozen},
-            {},
-        ),
-        "residual fedpara (LoHa), small": ({"method": "fedpara", **frozen}, {}),
-        "residual pfedpara, small": ({"method": "pfedpara", **frozen}, {}),
-        "residual lowrank, private head, small": (
-            {"method": "lowrank", "private": "22.*", **frozen}, {},
-        ),
-    }  # fmt: skip
-    for name, (options, others) in rows.items():
-        yield Setting(name=name, options=options, **others, **common)
+    """Fine-tuning of a pretrained model on skewed clients, at the best rate of each kind."""
+    private = {"private": "head.*"}
+    lora = KINDS["lowrank (LoRA), small"][0]
+    rows: Mapping[str, tuple[str, dict[str, Any]]] = {
+        "full, float32": ("full, small", {}),
+        **{kind: (kind, options) for kind, (options, _) in KINDS.items()},
+        "pfedpara, small": ("lowrank (LoRA), small", {**lora, "method": "pfedpara"}),
+        "full, small, private head": ("full, small", {**SMALL, **private}),
+        "lowrank (LoRA), small, private head": ("lowrank (LoRA), small", {**lora, **private}),
+    }
+    for name, (kind, options) in rows.items():
+        rate = RATES.get(kind, RATES["lowrank (LoRA), small"])
+        yield Setting(name=name, options=options, rate=rate, **KINDS[kind][1], **FINETUNING)
+
+
+ROUNDS: Mapping[int, tuple[int, int]] = {1: (20, 4), 8: (12, 2), 32: (8, 1), 128: (4, 1)}
+"""By local steps of a round: the number of rounds, and how often the model is evaluated."""
+
+
+def _aggregation() -> Iterable[Setting]:
+    """Rules of aggregation for the residual form, by local steps and skew."""
+    methods = {
+        "lowrank": {"method": "lowrank", "rank": 8},
+        "fedpara": {"method": "fedpara", "rank": 4},
+    }
+    rules: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "mean of factors": ({}, {}),
+        "composed": ({}, {"aggregation": "composed"}),
+        "product": ({"send": "all"}, {"aggregation": "product"}),
+        "one-sided": ({"train": "right"}, {}),
+    }
+    for split in ("alike", "skewed"):
+        for steps, (rounds, every) in ROUNDS.items():
+            for method, options in methods.items():
+                for rule, (more, others) in rules.items():
+                    yield Setting(
+                        name=f"{method}, {steps} steps, {rule}",
+                        task=f"fashion, turned, {split}",
+                        options={"base": "frozen", **SMALL, **options, **more},
+                        pretrained=600,
+                        rounds=rounds,
+                        every=every,
+                        steps=steps,
+                        rate={"lowrank": 0.2, "fedpara": 0.05}[method],
+                        **others,
+                    )
 
 
 def _settings() -> Iterable[Setting]:
@@ -86,9 +157,19 @@ TABLES = {
         _settings,
         seeds=(0,),
     ),
+    "finetuning-rates": Table(
+        "Learning rates for table finetuning: short runs with one seed.",
+        _finetuning_rates,
+        seeds=(0,),
+    ),
     "finetuning": Table(
-        "A small VGG, pretrained on one half of CIFAR-10, fine-tuned by 50 skewed clients that "
-        "hold the other half: accuracy of the server's model and of the clients' own, and bytes.",
+        "A small VGG, pretrained on one half of CIFAR-10, fine-tuned by 50 skewed clients whose "
+        "images are upside down: accuracy of the server's model, of the clients' own, and bytes.",
         _finetuning,
+    ),
+    "aggregation": Table(
+        "Rules of aggregation for the residual form, on turned images of Fashion-MNIST.",
+        _aggregation,
+        show=by_rule,
     ),
 }

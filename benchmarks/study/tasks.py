@@ -7,13 +7,15 @@ tasks; `load` reads one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import networks
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 __all__ = ["TASKS", "Share", "Task", "load"]
 
@@ -31,7 +33,9 @@ class Task:
         test: what the server's model is judged by.
         rate: dense's own learning rate of SGD on this task.
         own: each client's held-out data, for what stays on it; empty where nobody asks.
-        before: what a pretrained model has seen; None where training starts from nothing.
+        sampled: clients of a round.
+        batch: examples of a step of a client's.
+        before: returns what a pretrained model has seen; None where training starts from nothing.
     """
 
     build: Callable[[], nn.Module]
@@ -39,7 +43,9 @@ class Task:
     test: Share
     rate: float
     own: Sequence[Share] = ()
-    before: Share | None = field(default=None, repr=False)
+    sampled: int = 10
+    batch: int = 32
+    before: Callable[[], Share] | None = None
 
 
 def load(name: str, folder: Path, seed: int) -> Task:
@@ -64,8 +70,7 @@ def load(name: str, folder: Path, seed: int) -> Task:
 
 def fashion(folder: Path, draw: np.random.Generator) -> Task:
     """Return Fashion-MNIST: 100 clients with 256 images each, all classes alike."""
-    with np.load(folder / "fashion_mnist.npz") as z:
-        x, y, test = z["x_train"], z["y_train"], (z["x_test"], z["y_test"])
+    x, y, *test = fashion_mnist(folder)
     parts = draw.permutation(len(y))[: 100 * 256].reshape(100, 256)
     return Task(
         build=networks.small_cnn,
@@ -75,22 +80,64 @@ def fashion(folder: Path, draw: np.random.Generator) -> Task:
     )
 
 
-def pretrained(folder: Path, draw: np.random.Generator) -> Task:
-    """Return CIFAR-10, one half for a pretrained model, the other on 50 skewed clients.
+def turned(folder: Path, draw: np.random.Generator, alpha: float | None) -> Task:
+    """Return Fashion-MNIST at 14x14: a model of upright images, clients whose images lie.
 
-    The clients' classes follow Dirichlet's distribution with 0.3; a fifth of each client's images
-    is held out.
+    The model has seen one half of the data, and 24 clients hold 240 images each of the other half,
+    all turned by a quarter. So there is much to learn, and quickly.
+
+    Args:
+        folder: with the data sets.
+        draw: the generator.
+        alpha: of Dirichlet's distribution over a client's classes; None for all classes alike.
     """
-    before, (x, y) = cifar_part(folder, "train_a"), cifar_part(folder, "train_b")
-    test = cifar_part(folder, "test")
-    parts = divide(y, 50, 300, 0.3, draw)
+    x, y, *test = fashion_mnist(folder)
+    half = len(y) // 2
+    parts = (
+        list(draw.permutation(half)[: 24 * 240].reshape(24, 240))
+        if alpha is None
+        else divide(y[half:], 24, 240, alpha, draw)
+    )
+
+    def share(images: np.ndarray, labels: np.ndarray, turns: int) -> Share:
+        halved = avg_pool2d(grey(images), 2)
+        return torch.rot90(halved, turns, (2, 3)).contiguous(), classes(labels)
+
+    return Task(
+        build=networks.mlp,
+        clients=[share(x[half:][part], y[half:][part], 1) for part in parts],
+        test=share(test[0][:2000], test[1][:2000], 1),
+        rate=0.05,
+        sampled=6,
+        before=lambda: share(x[:half], y[:half], 0),
+    )
+
+
+def pretrained(folder: Path, draw: np.random.Generator) -> Task:
+    """Return CIFAR-10: a model of one half, and 50 skewed clients whose images are upside down.
+
+    They hold 160 images each of the other half, of which 32 are held out. Their classes follow
+    Dirichlet's distribution with 0.3. Upright images would leave nothing to learn: the model has
+    seen 25,000 of them.
+    """
+    (x, y), test = cifar_part(folder, "train_b"), cifar_part(folder, "test")
+    parts = divide(y, 50, 160, 0.3, draw)
+
+    def share(images: np.ndarray, labels: np.ndarray) -> Share:
+        return torch.rot90(colour(images), 2, (2, 3)).contiguous(), classes(labels)
+
+    def before() -> Share:
+        images, labels = cifar_part(folder, "train_a")
+        return colour(images), classes(labels)
+
     return Task(
         build=networks.small_vgg,
-        clients=[(colour(x[part[60:]]), classes(y[part[60:]])) for part in parts],
-        own=[(colour(x[part[:60]]), classes(y[part[:60]])) for part in parts],
-        test=(colour(test[0][:5000]), classes(test[1][:5000])),
+        clients=[share(x[part[32:]], y[part[32:]]) for part in parts],
+        own=[share(x[part[:32]], y[part[:32]]) for part in parts],
+        test=share(test[0][:2000], test[1][:2000]),
         rate=0.03,
-        before=(colour(before[0]), classes(before[1])),
+        batch=16,
+        before=before,
     )
 
 
@@ -136,6 +183,14 @@ def classes(y: np.ndarray) -> Tensor:
     return torch.from_numpy(y).long()
 
 
+@cache
+def fashion_mnist(folder: Path) -> tuple[np.ndarray, ...]:
+    """Return images, shape (N, 28, 28), and classes of Fashion-MNIST, for training and test."""
+    with np.load(folder / "fashion_mnist.npz") as z:
+        return z["x_train"], z["y_train"], z["x_test"], z["y_test"]
+
+
+@cache
 def cifar_part(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return images, shape (N, 3, 32, 32), and classes of one of CIFAR-10's files.
 
@@ -152,4 +207,6 @@ def cifar_part(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 TASKS: dict[str, Callable[[Path, np.random.Generator], Task]] = {
     "fashion": fashion,
     "cifar, pretrained": pretrained,
+    "fashion, turned, alike": partial(turned, alpha=None),
+    "fashion, turned, skewed": partial(turned, alpha=0.3),
 }
