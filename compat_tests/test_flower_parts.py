@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedpara_plugins import FedParaError
+from fedpara_plugins.codecs.description import NO_DESCRIPTION
 from harness.flower.apps import Outcome, federate
 from harness.flower.legacy_apps import LegacyExperiment, legacy_plain_apps, legacy_plugin_apps
 from harness.flower.part_apps import PARTS, Adapted, Backbone, Part, part_apps
@@ -158,3 +159,11 @@ def test_lists_of_the_legacy_api(method: str, part: str) -> None:
         assert outcome.losses == pytest.approx(plain.losses, rel=1e-5)
     else:
         assert len(outcome.losses) == len(plain.losses)
+
+
+def test_headers_of_later_messages_refer_to_descriptions_in_both_directions() -> None:
+    outcome = federate(part_apps(PARTS["head"], rounds=3), section("fedpara", "small"))
+    down = [sent.payloads["arrays"] for sent in outcome.sent if sent.direction == "down"]
+    up = [sent.payloads["arrays"] for sent in outcome.sent if sent.direction == "up"]
+    for payload in (*down[2:], *up):  # two clients
+        assert peek_header(payload).description not in (None, NO_DESCRIPTION)

@@ -134,5 +134,6 @@ class Outbox(DownlinkEncoder):
     def note_reply(self, node: int, marker: Marker) -> None:
         """Take in what a client has said: by hash what it holds, and what it can decode."""
         self.acknowledge(str(node), marker.holds, marker.decoders)
-        self.note_refusal(str(node), marker.has)
+        if marker.lost:
+            self.note_refusal(str(node), marker.has)
         self.note_lacking(str(node), marker.lacks)
