@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from flwr.app import Array, ArrayRecord, Context, Message
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedpara_plugins import FedParaError
+from fedpara_plugins.codecs.description import NO_DESCRIPTION
 from harness.flower.apps import Outcome, federate
 from harness.flower.legacy_apps import LegacyExperiment, legacy_plain_apps, legacy_plugin_apps
 from harness.flower.part_apps import PARTS, Adapted, Backbone, Part, part_apps
@@ -190,3 +194,41 @@ def test_updates_of_different_ranks_are_refused_with_both(base: str) -> None:
         FedParaError, match=r"this client has .*rank \d+ .* the server has .*rank \d"
     ):
         federate(apps, server, client_config=client)
+
+
+def test_headers_of_later_messages_refer_to_descriptions_in_both_directions() -> None:
+    outcome = federate(part_apps(PARTS["head"], rounds=3), section("fedpara", "small"))
+    down = [sent.payloads["arrays"] for sent in outcome.sent if sent.direction == "down"]
+    up = [sent.payloads["arrays"] for sent in outcome.sent if sent.direction == "up"]
+    for payload in (*down[2:], *up):  # two clients
+        assert peek_header(payload).description not in (None, NO_DESCRIPTION)
+
+
+@pytest.mark.parametrize("codec", ["lossless", "small"])
+def test_all_records_travel_as_one_array(codec: str) -> None:
+    joint = federate(part_apps(PARTS["two_models"], rounds=3), section("none", codec))
+    assert not [line for line in joint.log if "left out" in line]
+    first = [sent for sent in joint.sent if sent.direction == "down"][:2]  # nothing is known yet
+    for sent in joint.sent:
+        names = {"encoder", "classifier"} if sent in first else {"fedpara_joint"}
+        assert set(sent.arrays) == names
+        assert list(sent.payloads) == ["encoder", "classifier"]
+        if sent not in first:
+            # Next to NumPy's 128 bytes and the checksums, a record takes what the values take.
+            assert sent.array_bytes < sum(map(len, sent.payloads.values())) + 128
+
+
+@pytest.mark.parametrize("damage", [b"FPP3", b"", b"FPP3" + bytes(60), b"FPP2" + bytes(60)])
+def test_a_damaged_payload_of_all_records_is_left_out(damage: bytes) -> None:
+    def forge(message: Message, context: Context, call_next: Any) -> Message:
+        reply: Message = call_next(message, context)
+        if context.node_config["partition-id"] == 1:
+            array = Array(np.frombuffer(damage, dtype=np.uint8))
+            reply.content["fedpara_joint"] = ArrayRecord({"fedpara.payload": array})
+        return reply
+
+    outcome = federate(part_apps(PARTS["two_models"], mods=[forge]), section("none", "small"))
+    lines = [line for line in outcome.log if "left out the reply" in line]
+    word = re.compile("not a joint payload|not a payload|damaged")
+    assert len(lines) == 2
+    assert all(word.search(line) for line in lines)

@@ -17,6 +17,13 @@ from fedpara_plugins._moved import serve_old_names
 from fedpara_plugins.codecs.chain import Codec
 from fedpara_plugins.codecs.description import Description, HeaderForm, LostDescriptionError
 from fedpara_plugins.codecs.feedback import encode_with_feedback
+from fedpara_plugins.codecs.joint import (
+    JOINT,
+    can_join,
+    join_payloads,
+    roll_of,
+    separate_payloads,
+)
 from fedpara_plugins.codecs.json_reader import strict_json
 from fedpara_plugins.codecs.payload import (
     COMPACT,
@@ -28,6 +35,7 @@ from fedpara_plugins.codecs.payload import (
     readable,
 )
 from fedpara_plugins.codecs.reference import reference_hash
+from fedpara_plugins.codecs.roll import Roll, RollRow
 from fedpara_plugins.codecs.text import PRESETS, parse_codec
 from fedpara_plugins.stages import BUILTIN_STAGES, Notes, Stage, Tensors
 from fedpara_plugins.stages.dtypes import byte_size, pack_dtypes, unpack_dtypes
@@ -37,6 +45,7 @@ from fedpara_plugins.stages.stage import check_limit, check_notes
 __all__ = [
     "BUILTIN_STAGES",
     "COMPACT",
+    "JOINT",
     "PRESETS",
     "Codec",
     "DecodedPayload",
@@ -45,20 +54,26 @@ __all__ = [
     "LostDescriptionError",
     "Notes",
     "PayloadHeader",
+    "Roll",
+    "RollRow",
     "Stage",
     "Tensors",
     "byte_size",
+    "can_join",
     "check_limit",
     "check_notes",
     "decode_payload",
     "decoders",
     "encode_payload",
     "encode_with_feedback",
+    "join_payloads",
     "pack_dtypes",
     "parse_codec",
     "peek_header",
     "readable",
     "reference_hash",
+    "roll_of",
+    "separate_payloads",
     "strict_json",
     "unpack_dtypes",
 ]

@@ -36,7 +36,16 @@ from fedpara_plugins.stages.entropy_layout import Layout, layout_notes, read_lay
 from fedpara_plugins.stages.handed_over import working_limit
 from fedpara_plugins.stages.stage import Tensors
 
-__all__ = ["MAGIC", "is_compact", "open_compact", "peek_compact", "write_compact"]
+__all__ = [
+    "MAGIC",
+    "checked_parts",
+    "is_compact",
+    "joined_parts",
+    "longest_header",
+    "open_compact",
+    "peek_compact",
+    "write_compact",
+]
 
 MAGIC = b"FPP2"
 """As a length of safetensors' table, far beyond what version 1 allows."""
@@ -81,13 +90,26 @@ def write_compact(coded: Tensors, fields: Mapping[str, Any], form: HeaderForm) -
     # The tensors' bytes begin where the widest of them need not be copied to be read.
     widest = max((tensor.dtype.itemsize for tensor in coded.values()), default=1)
     packed += bytes(-(_FIXED.size + len(packed)) % widest)
-    head = struct.pack("<I16s", len(packed), bytes.fromhex(form.digest))
-    parts: list[bytes | memoryview] = [head, packed]
-    parts += (tensor_bytes(coded[name]) for name in _in_file(list(coded), coded))
+    body = [tensor_bytes(coded[name]) for name in _in_file(list(coded), coded)]
+    return joined_parts(packed, form.digest, body)
+
+
+def joined_parts(
+    packed: bytes, digest: str, body: Sequence[bytes | memoryview], *, magic: bytes = MAGIC
+) -> bytes:
+    """Return the file of a packed header and what follows it.
+
+    Args:
+        packed: the header.
+        digest: the hash that stands before it.
+        body: the bytes behind it.
+        magic: the file's first four bytes.
+    """
+    parts = [struct.pack("<I16s", len(packed), bytes.fromhex(digest)), packed, *body]
     checksum = 0
     for part in parts:
         checksum = zlib.crc32(part, checksum)
-    return b"".join((MAGIC, struct.pack("<I", checksum), *parts))
+    return b"".join((magic, struct.pack("<I", checksum), *parts))
 
 
 def open_compact(
@@ -104,8 +126,8 @@ def open_compact(
         LostDescriptionError: the header refers to another description.
         PayloadError: not a payload, a damaged one, or one of more bytes than the limit allows.
     """
-    packed, body, digest = _checked_parts(data, limit)
-    text = unpack_text(packed, held_description(digest, descriptions), most=_longest(limit))
+    packed, body, digest = checked_parts(data, limit)
+    text = unpack_text(packed, held_description(digest, descriptions), most=longest_header(limit))
     cost = checked_cost(text, limit)
     table, header = _parsed(text, digest)
     return Container(text, table, body, cost), header
@@ -123,9 +145,9 @@ def peek_compact(data: bytes, limit: int | None) -> PayloadHeader:
     Raises:
         PayloadError: not a payload, a damaged one, or one of more bytes than the limit allows.
     """
-    packed, _, digest = _checked_parts(data, limit)
+    packed, _, digest = checked_parts(data, limit)
     known = held_description(digest, {digest: UNKNOWN})
-    text = unpack_text(packed, known, most=_longest(limit))
+    text = unpack_text(packed, known, most=longest_header(limit))
     checked_cost(text, limit)
     if known is None:
         return _parsed(text, digest)[1]
@@ -136,8 +158,16 @@ def peek_compact(data: bytes, limit: int | None) -> PayloadHeader:
     return compact_header(fields, None, digest)
 
 
-def _checked_parts(data: bytes, limit: int | None) -> tuple[memoryview, memoryview, str]:
-    """Return the packed header, the body and the hash of the description."""
+def checked_parts(data: bytes, limit: int | None) -> tuple[memoryview, memoryview, str]:
+    """Return the packed header, the body and the hash of a file with a right checksum.
+
+    Args:
+        data: what may be a payload.
+        limit: bytes that the tensors may have; None for no limit.
+
+    Raises:
+        PayloadError: not a payload, a damaged one, or one of more bytes than the limit allows.
+    """
     view = memoryview(data).cast("B")
     size = _header_size(view)
     _, checksum, _, digest = _FIXED.unpack_from(view)
@@ -151,8 +181,12 @@ def _checked_parts(data: bytes, limit: int | None) -> tuple[memoryview, memoryvi
     return view[_FIXED.size : _FIXED.size + size], body, digest.hex()
 
 
-def _longest(limit: int | None) -> int:
-    """Return the most characters of a header; its objects take several times as many bytes."""
+def longest_header(limit: int | None) -> int:
+    """Return the most characters of a header; its objects take several times as many bytes.
+
+    Args:
+        limit: bytes that the tensors may have; None for no limit.
+    """
     return LONGEST_TEXT if limit is None else min(LONGEST_TEXT, working_limit(limit) // 4)
 
 

@@ -13,7 +13,7 @@ import zlib
 from fedpara_plugins.codecs.description import Description
 from fedpara_plugins.errors import PayloadError
 
-__all__ = ["WORDS", "pack_text", "unpack_text"]
+__all__ = ["WORDS", "deflate_text", "inflate_text", "pack_text", "unpack_text"]
 
 WORDS = (
     b'"private":[],"own":{},"weights":[["fingerprint":"","seed":0,"lowrank","pfedpara","fedpara",['
@@ -79,10 +79,21 @@ def pack_text(text: str, description: Description | None) -> bytes:
     if description is not None:
         text = description.shorten(text)
     text = _BASE64.sub(lambda m: (hash_out if _HASH.fullmatch(m[0]) else numbers_out)(m), text)
-    pack = zlib.compressobj(9, wbits=-15, zdict=WORDS)
+    return deflate_text(text, b"".join(raw))
+
+
+def deflate_text(text: str, raw: bytes, *, level: int = 9) -> bytes:
+    """Return a text of ASCII, and raw bytes behind it, compressed.
+
+    Args:
+        text: without the byte 0.
+        raw: may be empty.
+        level: of zlib.
+    """
+    pack = zlib.compressobj(level, wbits=-15, zdict=WORDS)
     data = pack.compress(text.encode("ascii"))
     if raw:  # in a block of its own, since bytes and text have other statistics
-        data += pack.flush(zlib.Z_PARTIAL_FLUSH) + pack.compress(b"\0" + b"".join(raw))
+        data += pack.flush(zlib.Z_PARTIAL_FLUSH) + pack.compress(b"\0" + raw)
     return data + pack.flush()
 
 
@@ -97,13 +108,27 @@ def unpack_text(packed: memoryview, description: Description | None, *, most: in
     Raises:
         PayloadError: damaged, longer than allowed, or not ASCII.
     """
-    text, _, raw = _inflated(packed, most).partition(b"\0")
-    if not text.isascii():
-        raise PayloadError("the payload's header is not ASCII")
-    plain = _with_raw(text.decode("ascii"), raw, most)
+    text, raw = inflate_text(packed, most=most)
+    plain = _with_raw(text, raw, most)
     if description is not None:
         plain = description.expand(plain, most=most)
     return plain
+
+
+def inflate_text(packed: memoryview, *, most: int) -> tuple[str, bytes]:
+    """Undo `deflate_text`; the sender is not trusted.
+
+    Args:
+        packed: as for `unpack_text`.
+        most: bytes of text and raw bytes together.
+
+    Raises:
+        PayloadError: damaged, longer than allowed, or not ASCII.
+    """
+    text, _, raw = _inflated(packed, most).partition(b"\0")
+    if not text.isascii():
+        raise PayloadError("the payload's header is not ASCII")
+    return text.decode("ascii"), raw
 
 
 def _inflated(packed: memoryview, most: int) -> bytes:

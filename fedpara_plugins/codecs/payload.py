@@ -36,6 +36,7 @@ from fedpara_plugins.codecs.header import (
     parse_header,
     version_hint,
 )
+from fedpara_plugins.codecs.joint import JOINT
 from fedpara_plugins.codecs.plain import plain_tensors, unshared
 from fedpara_plugins.codecs.reference import digest_of
 from fedpara_plugins.errors import PayloadError, TooLargeError
@@ -377,11 +378,11 @@ def peek_header(
 
 
 def readable() -> tuple[str, ...]:
-    """Return what this side says that it can decode: entropy stages, and versions of headers.
+    """Return what this side says that it can decode: entropy stages, headers, joint payloads.
 
     Releases that know none but version 1 pass over names that they do not know.
     """
-    return (*decoders(), COMPACT)
+    return (*decoders(), COMPACT, JOINT)
 
 
 def _order(tensors: Tensors) -> list[int] | None:

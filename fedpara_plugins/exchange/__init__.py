@@ -35,6 +35,7 @@ from fedpara_plugins.exchange.record_models import RecordModels
 from fedpara_plugins.exchange.records import RecordKind, cast, plain_spec
 from fedpara_plugins.exchange.reply_figures import check_figures, check_hashes, examples_of
 from fedpara_plugins.exchange.reply_reader import ReadRecord, ReplyReader, reason_of
+from fedpara_plugins.exchange.rolls import JOINT_RECORD
 from fedpara_plugins.exchange.run_checkpoints import (
     close_own_checkpoints,
     own_checkpoint,
@@ -46,6 +47,7 @@ from fedpara_plugins.exchange.sizes import Size
 
 __all__ = [
     "FROZEN",
+    "JOINT_RECORD",
     "ClientRound",
     "ClientState",
     "DenseRound",

@@ -43,6 +43,13 @@ from fedpara_plugins.exchange.incoming import ReceivedRecord, read_model, read_s
 from fedpara_plugins.exchange.outgoing import Outgoing, select_outgoing
 from fedpara_plugins.exchange.own_models import OwnModels
 from fedpara_plugins.exchange.records import KindOf, State
+from fedpara_plugins.exchange.rolls import (
+    JOINT_RECORD,
+    answered_roll,
+    joined,
+    reads_joint,
+    separated,
+)
 from fedpara_plugins.exchange.settings import ExchangeSettings
 from fedpara_plugins.exchange.sizes import tensor_bytes
 from fedpara_plugins.models.infinities import check_finite, without_nan
@@ -109,10 +116,28 @@ class ClientRound:
         self._private = PrivateParts()
         self._residuals: dict[str, State] = {}
         self._named: set[str] = set()
+        self._joined = False
         self._sent_once: dict[str, State] = {}
         self._frozen = FrozenSource(states, self._frozen_copy)
 
     # In
+
+    def separate(self, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Return the records of a message, which may travel in one payload.
+
+        Args:
+            payloads: as they came.
+
+        Raises:
+            LostReferenceError: the client does not hold the roll that the payload refers to.
+            PayloadError: damaged.
+        """
+        limit = MessageBudget(self._own.nbytes, parts=self._parts).left if self._own else None
+        try:
+            return separated(payloads, self._state.rolls(), limit=limit)
+        except LostDescriptionError as error:
+            self._asked = (JOINT_RECORD,)  # whatever was in it
+            raise LostReferenceError(str(error)) from error
 
     def receive(
         self, payloads: Mapping[str, bytes], *, unbounded: bool = False
@@ -134,6 +159,7 @@ class ClientRound:
             TooLargeError: the message is larger than this client's models allow.
             PayloadError: a payload is damaged.
         """
+        payloads = self.separate(payloads)
         once = {name: data for name, data in payloads.items() if name.startswith(FROZEN)}
         payloads = self._without_frozen(payloads)
         if len(payloads) > MOST_RECORDS:
@@ -166,7 +192,7 @@ class ClientRound:
             LostReferenceError: a header refers to a description that the client does not hold.
             PayloadError: a payload is damaged.
         """
-        payloads = self._without_frozen(payloads)
+        payloads = self._without_frozen(self.separate(payloads))
         names = [name for name in payloads if self._kind_of(name) == "model"]
         try:
             headers = [self._header(name, payloads[name]) for name in names]
@@ -242,7 +268,11 @@ class ClientRound:
     # What a reply states besides the payloads
 
     def known_hashes(self) -> dict[str, tuple[str, ...]]:
-        """Return, by record of the message, the hashes of what the client holds of it."""
+        """Return, by record of the message, the hashes of what the client holds of it.
+
+        A payload of all records that cannot be separated counts as one record, of which it holds
+        nothing.
+        """
         return {name: self._state.references.holds(name) for name in self._asked}
 
     @property
@@ -250,8 +280,11 @@ class ClientRound:
         """By record, the hash of what the client has received.
 
         Where the server is known to read version 2 of headers, those are left out that a payload of
-        the reply names itself: `ReplyReader.references` has them.
+        the reply names itself, and all where one payload refers to the message as a whole:
+        `ReplyReader.references` has them.
         """
+        if self._joined:
+            return {}
         hashes = {name: part.held.reference for name, part in self.received.items()}
         if not self._is_known:
             return hashes
@@ -340,7 +373,7 @@ class ClientRound:
     def encode(
         self, leaving: Mapping[str, Outgoing], *, on_encoded: OnEncoded | None = None
     ) -> dict[str, bytes]:
-        """Return the payloads of a reply, by record.
+        """Return the payloads of a reply, by record; one of all records if the server reads that.
 
         Args:
             leaving: what `prepare_reply` returned, or the part of it that is to be encoded.
@@ -353,7 +386,13 @@ class ClientRound:
         coded = {name: self._coded(name, part, with_loss) for name, part in leaving.items()}
         if on_encoded is not None:
             on_encoded({name: part.lost for name, part in coded.items()})
-        return {name: part.payload for name, part in coded.items()}
+        payloads = {name: part.payload for name, part in coded.items()}
+        roll = answered_roll(self.received)
+        if roll is None or not reads_joint(self.received):
+            return payloads
+        found = joined(payloads, roll, {name: len(part.shared) for name, part in leaving.items()})
+        self._joined = found.keys() != payloads.keys()
+        return found
 
     def _coded(self, name: str, leaving: Outgoing, with_loss: bool) -> CodedRecord:
         part, told = self.received.get(name), self._counterpart(name)
@@ -398,6 +437,8 @@ class ClientRound:
                 self._state.references.keep(name, part.held)
             else:
                 self._state.references.keep_description(name, part.held)
+        if (roll := answered_roll(self.received)) is not None:
+            self._state.keep_roll(roll)
         self._state.keep_few({*self.received, *self._residuals})
         self._state.keep_steps(steps)
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, MutableMapping, Sequence
 import torch
 from torch import Tensor
 
-from fedpara_plugins.codecs import decode_payload, encode_payload, parse_codec
+from fedpara_plugins.codecs import Roll, decode_payload, encode_payload, parse_codec
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.exchange.own_models import MOST_REMEMBERED, OwnModel, shared_by
@@ -33,6 +33,7 @@ MOST_RECORDS_KEPT = 16
 """Records of which anything is kept; who sends them names them, and apps have few."""
 
 STEPS = "steps"
+ROLL = "roll"
 REFERENCE = "reference/"
 RESIDUAL = "residual/"
 SENT_ONCE = "frozen/"
@@ -187,6 +188,17 @@ class ClientState:
             self.references.forget(name)
             self.keep_residual(name, {})
             self._storage.pop(SENT_ONCE + name, None)
+
+    def rolls(self) -> dict[str, Roll]:
+        """Return the roll of the last message of several records, by its hash; empty for none."""
+        stored = self._storage.get(ROLL)
+        known = None if stored is None else Roll.from_bytes(stored)
+        return {} if known is None else {known.digest: known}
+
+    def keep_roll(self, roll: Roll) -> None:
+        """Replace the roll."""
+        if roll.digest not in self.rolls():
+            self._storage[ROLL] = roll.to_bytes()
 
     def steps(self) -> int | None:
         """Return the optimizer steps of the last round that was trained here; None before it."""

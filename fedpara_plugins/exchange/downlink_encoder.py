@@ -9,18 +9,24 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fedpara_plugins.codecs import Codec, Description, reference_hash
+from fedpara_plugins.codecs import JOINT, Codec, Description, Roll, RollRow, reference_hash
 from fedpara_plugins.exchange.descriptions import SharedDescriptions
 from fedpara_plugins.exchange.frozen import FrozenAgreement
 from fedpara_plugins.exchange.headers import downlink_form, header_extra
 from fedpara_plugins.exchange.outliers import update_norm
 from fedpara_plugins.exchange.records import State
+from fedpara_plugins.exchange.rolls import JOINT_RECORD, SharedRolls, joined
 from fedpara_plugins.exchange.settings import ExchangeSettings
 from fedpara_plugins.exchange.sizes import Size, size_of
 from fedpara_plugins.ledger import LayerSize, layer_sizes
 from fedpara_plugins.models.infinities import OwnInfinities
 from fedpara_plugins.models.spec import ModelSpec
-from fedpara_plugins.references import GridDownlink, PerClientDownlink, shared_tensors
+from fedpara_plugins.references import (
+    EncodedDownlink,
+    GridDownlink,
+    PerClientDownlink,
+    shared_tensors,
+)
 from fedpara_plugins.support import Outages
 
 __all__ = ["DownlinkEncoder", "downlink_of"]
@@ -52,6 +58,7 @@ class DownlinkEncoder:
         self._contents: dict[str, _Content] = {}
         self._decoders: dict[str, tuple[str, ...]] = {}
         self._descriptions = SharedDescriptions()
+        self._rolls = SharedRolls()
         self._announced: set[str] = set()
         self._told: Counter[str] = Counter()
         self._norms: dict[str, tuple[str, float]] = {}
@@ -126,12 +133,40 @@ class DownlinkEncoder:
             self._norms[record] = known.hash, norm
         return norm
 
+    def encode_all(self, client: str, records: Collection[str]) -> dict[str, bytes]:
+        """Return the payloads of a message for one client: one of all records, if it reads that.
+
+        Args:
+            client: its name.
+            records: their names, in order.
+
+        Raises:
+            PayloadError: a tensor cannot be encoded.
+        """
+        coded = {record: self._encoded(client, record) for record in records}
+        payloads = {record: each.payload for record, each in coded.items()}
+        if len(coded) < 2:
+            return payloads
+        known = self._rolls.held(client, records)
+        rows = []
+        for record, each in coded.items():
+            described = self._descriptions.current(record).digest
+            count = len(self.shared_names(record))
+            rows.append(RollRow(record, described, each.reference, count))
+        self._rolls.note_sent(client, Roll(tuple(rows)))
+        if JOINT not in self._decoders.get(client, ()):
+            return payloads
+        return joined(payloads, known, {row.name: row.tensors for row in rows})
+
     def encode(self, client: str, record: str) -> bytes:
         """Return the payload of a record for one client.
 
         Raises:
             PayloadError: a tensor cannot be encoded.
         """
+        return self._encoded(client, record).payload
+
+    def _encoded(self, client: str, record: str) -> EncodedDownlink:
         # A client that has answered once has compared our codecs with its own.
         codecs = () if client in self._decoders else self._settings.codec_names
         current = self._contents[record]
@@ -150,7 +185,7 @@ class DownlinkEncoder:
             form=form,
         )
         self._descriptions.note_sent(client, record)
-        return coded.payload
+        return coded
 
     def frozen_payload(self, client: str, record: str) -> bytes | None:
         """Return a record's frozen tensors for a client that lacks them, once; else None."""
@@ -180,6 +215,11 @@ class DownlinkEncoder:
         """By hash, the descriptions of what was sent, to which headers of replies may refer."""
         return self._descriptions.known
 
+    @property
+    def rolls(self) -> Mapping[str, Roll]:
+        """By hash, the rolls of what was sent, to which joint payloads of replies may refer."""
+        return self._rolls
+
     def acknowledge(
         self, client: str, holds: Mapping[str, str], decoders: Collection[str] = ()
     ) -> None:
@@ -195,6 +235,7 @@ class DownlinkEncoder:
         for record, reference in holds.items():
             self._downlink.acknowledge(client, record, reference)
             self._descriptions.note_held(client, record)
+        self._rolls.note_held(client, holds)
 
     def note_refusal(self, client: str, has: Mapping[str, Sequence[str]]) -> None:
         """Record that a client lost the reference that a message was coded against.
@@ -204,9 +245,13 @@ class DownlinkEncoder:
         Args:
             client: its name.
             has: by record, the hashes that it has. Records that were never sent are ignored, since
-                a client may name as many as it likes.
+                a client may name as many as it likes. The record of all records stands for those of
+                the client's last message.
         """
         self._descriptions.forget(client)
+        self._rolls.forget(client)
+        if JOINT_RECORD in has:
+            has = {**dict.fromkeys(self._rolls.sent_to(client), ()), **has}
         for record, held in has.items():
             if record in self._contents:
                 self._downlink.refused(client, record, held)
@@ -223,6 +268,7 @@ class DownlinkEncoder:
             client: its name.
         """
         self._descriptions.forget(client)
+        self._rolls.forget(client)
         self._decoders.pop(client, None)
 
     def note_lacking(self, client: str, records: Collection[str]) -> None:

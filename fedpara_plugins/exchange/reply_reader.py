@@ -13,7 +13,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from fedpara_plugins.codecs import DecodedPayload, decode_payload
+from fedpara_plugins.codecs import DecodedPayload, decode_payload, roll_of
 from fedpara_plugins.errors import FedParaError, MismatchError, PayloadError
 from fedpara_plugins.exchange.budget import MessageBudget
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
@@ -27,6 +27,7 @@ from fedpara_plugins.exchange.reply_checks import (
     check_side,
     in_sent_dtypes,
 )
+from fedpara_plugins.exchange.rolls import JOINT_RECORD, separated
 from fedpara_plugins.exchange.sizes import Size, size_of, tensor_bytes
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references import same_layout, shared_tensors
@@ -92,7 +93,8 @@ class ReplyReader:
 
     Attributes:
         size: of everything that was decoded, refused records included.
-        references: by record, the hash of what the client has received, where its payload names it.
+        references: by record, the hash of what the client has received, where its payload names it
+            or refers to the roll of the message.
     """
 
     def __init__(
@@ -127,13 +129,22 @@ class ReplyReader:
             payloads: the bytes of each record, by its name.
 
         Raises:
-            MismatchError: see `read`.
+            MismatchError: see `read`; or the reply refers to a message that was not sent.
             PayloadError: see `read`; or too many records.
         """
         most = len(self._sent.records) + MORE_RECORDS
+        payloads = self._separated(payloads)
         if len(payloads) > most:
             raise PayloadError(f"the reply holds {len(payloads)} records, at most {most} are taken")
         return {name: self.read(name, payload) for name, payload in payloads.items()}
+
+    def _separated(self, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        """Return the records of a reply; one payload of all says what the client has received."""
+        if JOINT_RECORD not in payloads:
+            return payloads
+        found = separated(payloads, self._sent.rolls, limit=self.budget.left)
+        self.references.update(roll_of(payloads[JOINT_RECORD], self._sent.rolls).references)
+        return found
 
     def read(self, record: str, payload: bytes) -> ReadRecord:
         """Read a record that answers what the server has sent.

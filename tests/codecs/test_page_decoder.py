@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from page_decoder import LETTERS, by_the_page, description_by_the_page, dictionary
+from page_decoder import (
+    LETTERS,
+    by_the_page,
+    description_by_the_page,
+    dictionary,
+    joint_by_the_page,
+    roll_by_the_page,
+)
 
 from fedpara_plugins.codecs import (
     Description,
     HeaderForm,
+    Roll,
+    RollRow,
     decode_payload,
     encode_payload,
+    join_payloads,
     parse_codec,
+    reference_hash,
 )
 from fedpara_plugins.codecs.header_packing import WORDS
 from fedpara_plugins.stages.stage import DTYPES
@@ -100,6 +111,43 @@ def test_the_page_is_enough_to_decode_version_2(name, codec, described):
     )
     assert (ours.header.model, ours.header.version) == (MODEL, 2)
     check_same(by_the_page(data, held(reference), {digest: text}), ours.tensors, tensors)
+
+
+@pytest.mark.parametrize("rolled", [True, False])
+@pytest.mark.parametrize("codec", ["delta+quantise:rms=0.05+ans", "planes+zlib", "delta+int8+ans"])
+def test_the_page_is_enough_to_decode_joint_payloads(codec, rolled):
+    names = ["heavy", *SAMPLE_NAMES[:3]]
+    pairs = {name: sample(name, codec) for name in names}
+    known = {name: Description.of(MODEL, reference) for name, (_, reference) in pairs.items()}
+    texts = {bytes.fromhex(each.digest): each.text.encode() for each in known.values()}
+    rows = [
+        (name, known[name].digest, reference_hash(reference), len(reference))
+        for name, (_, reference) in pairs.items()
+    ]
+    roll = Roll(tuple(RollRow(*row) for row in rows))
+    digest, text = roll_by_the_page(rows)
+    assert (roll.digest, roll.text) == (digest.hex(), text.decode())
+    payloads = {
+        name: encode_payload(
+            tensors, codec=parse_codec(codec), reference=reference, model=MODEL,
+            form=HeaderForm(known[name]),
+        )
+        for name, (tensors, reference) in pairs.items()
+    }  # fmt: skip
+    # A further record has the description of another, as an optimizer's has the model's.
+    again = {**payloads, "twin": payloads["heavy"]}
+    counts = dict.fromkeys(again, 3)
+    data = join_payloads(again, roll=roll if rolled else Roll(()), tensors=counts)
+    references = {name: held(pairs["heavy" if name == "twin" else name][1]) for name in again}
+    found = joint_by_the_page(data, references, texts, {digest: text})
+    assert list(found) == list(again)
+    for name in again:
+        tensors, reference = pairs["heavy" if name == "twin" else name]
+        ours = decode_payload(
+            again[name], reference=reference, limit=10**6,
+            descriptions={each.digest: each for each in known.values()},
+        ).tensors  # fmt: skip
+        check_same(found[name], ours, tensors)
 
 
 def test_the_dictionary_is_the_pages():

@@ -73,7 +73,7 @@ class Pair:
         self.encoder.put("model", self.state, self.spec)
 
     def payloads(self, *records):
-        return {name: self.encoder.encode("7", name) for name in records or ("model",)}
+        return self.encoder.encode_all("7", records or ("model",))
 
     def round(self, **options):
         state = ClientState(self.storage, "7")

@@ -16,7 +16,14 @@ import struct
 import zlib
 from pathlib import Path
 
-__all__ = ["LETTERS", "by_the_page", "description_by_the_page", "reference_by_the_page"]
+__all__ = [
+    "LETTERS",
+    "by_the_page",
+    "description_by_the_page",
+    "joint_by_the_page",
+    "reference_by_the_page",
+    "roll_by_the_page",
+]
 
 LETTERS = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b"}
 LETTERS |= {"U64": "Q", "U32": "I", "U16": "H", "U8": "B", "BOOL": "?"}
@@ -265,13 +272,18 @@ def dictionary():
     return "".join(line[4:] for line in lines).translate(PICTURES).encode()
 
 
-def unpacked(packed, lines):
-    """The header in a packed one."""
+def unpacked(packed):
+    """The text and the raw bytes in a packed header."""
     stream = zlib.decompressobj(wbits=-15, zdict=dictionary())
     plain = stream.decompress(packed)
     assert stream.eof
     assert stream.unused_data == bytes(len(stream.unused_data)) < bytes(8)
     text, _, raw = plain.partition(b"\0")
+    return text, raw
+
+
+def header_of(text, raw, lines):
+    """The header that a text and raw bytes stand for."""
 
     def taken(found):
         nonlocal raw
@@ -293,8 +305,12 @@ def opened_2(data, descriptions):
     checksum, size, digest = struct.unpack("<II16s", data[4:28])
     assert checksum == zlib.crc32(data[8:])
     lines = descriptions[digest].split(b"\n") if any(digest) else ()
-    header = unpacked(data[28 : 28 + size], lines)
-    layout, tensors, at = laid_out(header), {}, 28 + size
+    return with_body(header_of(*unpacked(data[28 : 28 + size]), lines), data[28 + size :])
+
+
+def with_body(header, data):
+    """A header, and the tensors whose bytes these are."""
+    layout, tensors, at = laid_out(header), {}, 0
     for name, kind, shape in sorted(layout, key=lambda entry: -min(WIDTHS[entry[1]], 8)):
         end = at + WIDTHS[kind] * math.prod(shape)
         tensors[name] = (kind, shape, plain(data[at:end], kind, math.prod(shape)))
@@ -318,6 +334,68 @@ def description_by_the_page(model, tensors):
     return hashlib.sha256(text).digest()[:16], text
 
 
+def opened_3(data, descriptions, rolls):
+    """The same of each record of a joint payload, by name."""
+    checksum, size, digest = struct.unpack("<II16s", data[4:28])
+    assert data[:4] == b"FPP3"
+    assert checksum == zlib.crc32(data[8:])
+    roll = json.loads(rolls[digest]) if any(digest) else []
+    text, raw = unpacked(data[28 : 28 + size])
+    lines, rest, found = text.split(b"\n"), data[28 + size :], {}
+    sizes = []
+    for _ in range(len(lines) // 2 - 1):
+        number = shift = 0
+        while True:
+            byte, raw = raw[0], raw[1:]
+            number += byte % 128 << shift
+            shift += 7
+            if byte < 128:
+                break
+        sizes.append(number)
+    sizes.append(len(rest) - sum(sizes))
+    for place, size in enumerate(sizes):
+        head, line = lines[2 * place : 2 * place + 2]
+        if not head:
+            name, described, reference, count = roll[place]
+        else:
+            name, described, *more = json.loads(head)
+            reference, count = "", more[0] if more else None
+            if count is None:
+                _, described, _, count = roll[described]
+        line = re.sub(rb"(.)\x10", lambda found, n=count: found[1] * n, line)
+        line = line.replace(b"\x12", b"%d" % size)
+        octets = b""
+
+        def taken(mark, reference=reference, count=count):
+            nonlocal raw, octets
+            if mark[0] == b"\x0e":
+                octets += bytes.fromhex(reference)
+                return b"\x07"
+            wide = 32 if mark[0] == b"\x07" else 4 * count if mark[0] == b"\x11" else int(mark[1])
+            octets, raw = octets + raw[:wide], raw[wide:]
+            return b"\x05%d\x06" % wide if mark[0] == b"\x11" else mark[0]
+
+        line = re.sub(rb"\x05([0-9]{1,9})\x06|[\x07\x0e\x11]", taken, line)
+        digest = bytes.fromhex(described)
+        pieces = descriptions[digest].split(b"\n") if any(digest) else ()
+        found[name] = with_body(header_of(line, octets, pieces), rest[:size])
+        rest = rest[size:]
+    assert not raw
+    return found
+
+
+def roll_by_the_page(records):
+    """Hash and text of a roll, from (name, hash of the description, reference, count)."""
+    text = json.dumps([list(row) for row in records], separators=(",", ":")).encode()
+    return hashlib.sha256(text).digest()[:16], text
+
+
+def joint_by_the_page(data, references, descriptions, rolls):
+    """What `by_the_page` returns for each record of a joint payload."""
+    opened = opened_3(data, descriptions, rolls)
+    return {name: undone(*parts, references.get(name)) for name, parts in opened.items()}
+
+
 def by_the_page(data, reference=None, descriptions=None):
     """Name to (dtype's name, sizes, values) of a payload.
 
@@ -329,6 +407,11 @@ def by_the_page(data, reference=None, descriptions=None):
     else:
         header, tensors = opened(data)
         assert header["version"] == 1
+    return undone(header, tensors, reference)
+
+
+def undone(header, tensors, reference):
+    """The tensors before all stages."""
     stages = [] if header["codec"] == "none" else header["codec"].split("+")
     for stage, note in zip(reversed(stages), reversed(header["notes"]), strict=True):
         tensors = UNDO[stage](tensors, note, reference)

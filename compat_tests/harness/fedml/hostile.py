@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedpara_plugins.codecs import encode_payload, parse_codec
 from fedpara_plugins_fedml.messages.envelope import FIXED, pack, unpack
-from harness.oracles.descriptions import decode_payload
+from harness.oracles.descriptions import decode_payload, separated
 
 __all__ = ["ENVELOPES", "GRADIENTS", "STEPS", "VARIATES", "Attack", "tensors"]
 
@@ -65,7 +65,7 @@ def records(change: Callable[[dict[str, bytes]], Mapping[str, bytes]]) -> Attack
 
     def attack(data: bytes) -> bytes:
         found = unpack(data)
-        return pack(found.head, change(dict(found.payloads)))
+        return pack(found.head, change(separated(found.payloads)))
 
     return attack
 

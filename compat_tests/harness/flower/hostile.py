@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from torch import Tensor
 
 from fedpara_plugins.codecs import encode_payload, parse_codec
-from harness.oracles.descriptions import decode_payload
+from harness.oracles.descriptions import decode_payload, separated
 
 __all__ = ["HOSTILE", "LEGACY", "VARIATES", "Attack", "tampering"]
 
@@ -26,6 +26,7 @@ State = dict[str, Tensor]
 
 KEY = "fedpara.payload"
 MARKER = "fedpara"
+JOINT = "fedpara_joint"
 NUMPY = "numpy.ndarray"
 INF, NAN = float("inf"), float("nan")
 
@@ -44,10 +45,21 @@ def tampering(attacks: Attack | Sequence[Attack], client: int, kind: str = "trai
         reply: Message = call_next(message, context)
         mine = int(context.node_config["partition-id"]) == client
         if mine and message.metadata.message_type == kind:
+            _take_apart(reply)
             (attacks if callable(attacks) else attacks[number - 1])(reply)
         return reply
 
     return mod
+
+
+def _take_apart(reply: Message) -> None:
+    """Put the records of one payload in the place of it."""
+    if reply.has_content() and JOINT in reply.content.array_records:
+        data = bytes(reply.content.array_records[JOINT][KEY].numpy().tobytes())
+        del reply.content[JOINT]
+        for name, payload in separated({JOINT: data}).items():
+            array = Array(np.frombuffer(payload, dtype=np.uint8))
+            reply.content[name] = ArrayRecord({KEY: array})
 
 
 def _round_of(message: Message) -> int:

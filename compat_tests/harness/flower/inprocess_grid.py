@@ -26,6 +26,9 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
+from fedpara_plugins import FedParaError
+from harness.oracles.descriptions import separated
+
 try:  # as in flwr 1.41
     from flwr.clientapp.client_app import ClientAppException
 except ImportError:  # as in flwr 1.22
@@ -131,7 +134,7 @@ class Sent:
 
     @property
     def payloads(self) -> dict[str, bytes]:
-        """Return the plugin's payloads by record."""
+        """Return the plugin's payloads by record, those apart that travelled as one."""
         found = {}
         for name, record in self.arrays.items():
             if list(record) == [PAYLOAD]:
@@ -139,6 +142,8 @@ class Sent:
                     array = record[PAYLOAD].numpy()
                     if isinstance(array, np.ndarray):  # and no archive, which a hostile one may be
                         found[name] = array.tobytes()
+        with contextlib.suppress(FedParaError):  # a damaged one
+            return separated(found)
         return found
 
     @property

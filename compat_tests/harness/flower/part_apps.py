@@ -135,6 +135,7 @@ def part_apps(
     client_factorised: bool = True,
     evaluates: bool = False,
     reads_first: bool = False,
+    mods: Sequence[Any] = (),
 ) -> Apps:
     """Return an app that exchanges a part of its model.
 
@@ -150,6 +151,7 @@ def part_apps(
         client_factorised: whether the clients' factory is wrapped, if they have the mod.
         reads_first: whether clients read the message before they build their model.
         evaluates: whether clients evaluate what was aggregated, which tells the plugin of it.
+        mods: of the clients, before the plugin's.
     """
     on_client = plugin if client_plugin is None else client_plugin
     # A function is wrapped; a class of this file would be changed for other tests too.
@@ -157,7 +159,7 @@ def part_apps(
     client_build = _wrapped(client_factory or part.factory, wraps=on_client and client_factorised)
 
     def client() -> ClientApp:
-        app = ClientApp(mods=[fedpara.client_mod] if on_client else [])
+        app = ClientApp(mods=[*mods, fedpara.client_mod] if on_client else [])
 
         @app.train()
         def train(message: Message, context: Context) -> Message:

@@ -8,15 +8,23 @@ searched for them, and everything that a receiver decodes of it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
-from fedpara_plugins.codecs import Description, decode_payload, peek_header, reference_hash
+from fedpara_plugins.codecs import (
+    Description,
+    Roll,
+    RollRow,
+    decode_payload,
+    peek_header,
+    reference_hash,
+    separate_payloads,
+)
 from fedpara_plugins.errors import FedParaError
-from fedpara_plugins.exchange import ClientRound, ClientState
+from fedpara_plugins.exchange import FROZEN, JOINT_RECORD, ClientRound, ClientState
 from fedpara_plugins.models import ModelSpec
 from fedpara_plugins.references.version_zero import reference_from_header
 from harness.processes.canaries import Canaries
@@ -160,15 +168,32 @@ def decoded(traffic: Iterable[Traffic], direction: str) -> list[State]:
     """
     held: dict[str, Mapping[str, Tensor]] = {}
     described: dict[str, Description] = {}
+    rolls: dict[str, Roll] = {}
     found = []
     for each in traffic:
-        for payload in each.payloads.values():
-            tensors = _decoded(payload, held, described)
-            if tensors is None:
+        rows = []
+        for name, payload in _separated(each.payloads, rolls).items():
+            read = _decoded(payload, held, described)
+            if read is None:
                 continue
-            held[reference_hash(tensors)] = tensors
+            tensors, description = read
+            reference = reference_hash(tensors)
+            held[reference] = tensors
+            if not name.startswith(FROZEN):
+                rows.append(RollRow(name, description, reference, len(tensors)))
             if each.direction == direction:
                 found.append(tensors)
+        roll = Roll(tuple(rows))
+        rolls[roll.digest] = roll
+    return found
+
+
+def _separated(payloads: Mapping[str, bytes], rolls: Mapping[str, Roll]) -> dict[str, bytes]:
+    """Return the records of a message, where one payload may hold them all."""
+    found = dict(payloads)
+    if JOINT_RECORD in found:
+        with suppress(FedParaError):
+            found |= separate_payloads(found.pop(JOINT_RECORD), rolls=rolls)
     return found
 
 
@@ -176,7 +201,7 @@ def _decoded(
     payload: bytes,
     held: Mapping[str, Mapping[str, Tensor]],
     described: dict[str, Description],
-) -> State | None:
+) -> tuple[State, str] | None:
     """Decode a payload with what went before, and note its description for those to come."""
     try:
         header = peek_header(payload, descriptions=described)
@@ -189,7 +214,7 @@ def _decoded(
         return None
     description = Description.of(header.model, tensors)
     described[description.digest] = description
-    return tensors
+    return tensors, description.digest
 
 
 @contextmanager

@@ -165,7 +165,7 @@ class ServerEngine:
         records = [MODEL, *self.rule.records()] if purpose == "train" else [MODEL]
         task = dict(self.rule.task(client))
         head = Head(round=self.round, purpose=purpose, task=task)
-        payloads = {name: self._encoder.encode(client, name) for name in records}
+        payloads = self._encoder.encode_all(client, records)
         once = self._encoder.frozen_payload(client, MODEL)
         if once is not None:
             payloads[frozen_record(MODEL)] = once

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from flwr.app import Array, ArrayRecord, Message
 
 from fedpara_plugins import TooLargeError
-from fedpara_plugins.exchange import FROZEN, ClientRound, ReceivedRecord
+from fedpara_plugins.exchange import FROZEN, JOINT_RECORD, ClientRound, ReceivedRecord
 from fedpara_plugins.models import shapes_of
 from fedpara_plugins_flower.messages import legacy_lists
 from fedpara_plugins_flower.messages.deferred_record import DeferredRecord
@@ -54,6 +54,9 @@ class Arrival:
         Raises:
             LostReferenceError, ConfigError, PayloadError: see `ClientRound.receive`.
         """
+        self._payloads = self._round.separate(self._payloads)
+        if JOINT_RECORD in self._message.content.array_records:
+            del self._message.content[JOINT_RECORD]
         try:
             self._receive()
         except TooLargeError:

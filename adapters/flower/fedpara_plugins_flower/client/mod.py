@@ -27,7 +27,7 @@ from fedpara_plugins_flower.messages import legacy_lists, sixteen_bits
 from fedpara_plugins_flower.messages.records import (
     carried_payload,
     kind_of,
-    payload_record,
+    place_payloads,
     to_tensors,
 )
 from fedpara_plugins_flower.messages.refusal import refuse_plain_message
@@ -268,8 +268,7 @@ def _encode_in_place(
         for name, part in leaving.items():
             secagg.take_shared(reply.content, name, part.shared)
     coded = client_round.encode({} if masked else leaving, on_encoded=run.on_encoded)
-    for name, payload in coded.items():
-        reply.content[name] = payload_record(payload)
+    place_payloads(reply.content, coded, leaving)
     marker = Marker(
         holds=client_round.received_hashes,
         fresh=client_round.fresh,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from torch import Tensor
 
-from fedpara_plugins.exchange import RecordKind
+from fedpara_plugins.exchange import JOINT_RECORD, RecordKind
 from fedpara_plugins_flower.messages.sixteen_bits import TypedRecord, array_of, tensor_of
 from fedpara_plugins_flower.seams import NUMPY
 
@@ -22,6 +22,7 @@ __all__ = [
     "is_optimizer_record",
     "kind_of",
     "payload_record",
+    "place_payloads",
     "raw_bytes",
     "to_record",
     "to_tensors",
@@ -61,6 +62,23 @@ def kind_of(name: str) -> RecordKind:
 def payload_record(payload: bytes) -> ArrayRecord:
     """Return a record whose only array is the payload, as uint8."""
     return ArrayRecord({PAYLOAD_KEY: Array(np.frombuffer(payload, dtype=np.uint8))})
+
+
+def place_payloads(
+    content: RecordDict, payloads: Mapping[str, bytes], names: Collection[str]
+) -> None:
+    """Put payloads in the place of records of arrays.
+
+    Args:
+        content: of a message; changed.
+        payloads: by name of the record; or one of them all.
+        names: of the records.
+    """
+    if JOINT_RECORD in payloads:
+        for name in names:
+            del content[name]
+    for name, payload in payloads.items():
+        content[name] = payload_record(payload)
 
 
 def carried_payload(record: ArrayRecord) -> bytes | None:

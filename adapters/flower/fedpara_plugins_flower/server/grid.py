@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpara_plugins import FedParaError
-from fedpara_plugins.exchange import FROZEN, Size
+from fedpara_plugins.exchange import FROZEN, JOINT_RECORD, Size
 from fedpara_plugins.models import restore_infinities
 from fedpara_plugins_flower.messages import legacy_lists
 from fedpara_plugins_flower.messages.records import is_optimizer_record, with_content
@@ -249,7 +249,7 @@ class CodecGrid(ForwardingGrid):
             self._accounting.describe_layers(
                 message, lambda: chain.from_iterable(map(self._outbox.layers, models))
             )
-            once = encoded.content.array_records.keys() - set(names)
+            once = encoded.content.array_records.keys() - {*names, JOINT_RECORD}
             sizes = [*map(self._outbox.size, names)]
             sizes += [self._outbox.frozen_size(name.removeprefix(FROZEN)) for name in once]
             self._accounting.sent(encoded, sum(sizes, Size()))

@@ -22,6 +22,7 @@ from fedpara_plugins_flower.messages.records import (
     is_optimizer_record,
     kind_of,
     payload_record,
+    place_payloads,
     to_tensors,
     with_content,
 )
@@ -64,7 +65,9 @@ class Outbox(DownlinkEncoder):
         content = RecordDict(dict(message.content.items()))
         for name, record in message.content.array_records.items():
             self._put(name, record)
-            content[name] = payload_record(self.encode(client, name))
+        names = tuple(message.content.array_records)
+        place_payloads(content, self.encode_all(client, names), names)
+        for name in names:
             if (frozen := self.frozen_payload(client, name)) is not None:
                 content[frozen_record(name)] = payload_record(frozen)
         return with_content(message, content)
@@ -134,5 +137,6 @@ class Outbox(DownlinkEncoder):
     def note_reply(self, node: int, marker: Marker) -> None:
         """Take in what a client has said: by hash what it holds, and what it can decode."""
         self.acknowledge(str(node), marker.holds, marker.decoders)
-        self.note_refusal(str(node), marker.has)
+        if marker.lost:
+            self.note_refusal(str(node), marker.has)
         self.note_lacking(str(node), marker.lacks)

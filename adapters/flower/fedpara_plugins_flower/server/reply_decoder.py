@@ -10,7 +10,14 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from fedpara_plugins import FedParaError, MismatchError, PayloadError
-from fedpara_plugins.exchange import ReadRecord, ReplyReader, Size, reason_of, server_state
+from fedpara_plugins.exchange import (
+    JOINT_RECORD,
+    ReadRecord,
+    ReplyReader,
+    Size,
+    reason_of,
+    server_state,
+)
 from fedpara_plugins_flower.messages import legacy_lists
 from fedpara_plugins_flower.messages.drift_records import OPTIMIZER
 from fedpara_plugins_flower.messages.records import carried_payload, to_record
@@ -151,7 +158,10 @@ class ReplyDecoder:
                 for name, payload in payloads.items():
                     content[name] = to_record(self._first_weights(reader, name, payload))
             else:
-                for name, record in reader.read_all(payloads).items():
+                read = reader.read_all(payloads)
+                if JOINT_RECORD in payloads:
+                    del content[JOINT_RECORD]
+                for name, record in read.items():
                     self._warn_once(record.shared)
                     content[name] = to_record(averageable(record.state))
                     found.append(record)
