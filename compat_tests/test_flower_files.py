@@ -17,6 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from fedpara_plugins import ConfigError, FedParaError
+from fedpara_plugins.support import Keeper, announced_run, hold_state_dir, started_at
+from fedpara_plugins_flower.client import storage
+from fedpara_plugins_flower.server import app
 from harness.cells.flower import GAMMA
 from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
 from harness.oracles.task import TrainingTask
@@ -137,6 +140,30 @@ def test_a_second_run_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path: Pa
         holder.kill()
         holder.communicate()
     assert _run(tmp_path).accuracies
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_run_that_goes_on_keeps_the_state_between_its_messages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are runs of one SuperLink, whose servers see each other, and of one SuperNode."""
+    node = Keeper(os.getppid(), started_at(os.getppid()) or "", "a:1", "a SuperNode of a:1")
+    monkeypatch.setattr(storage, "_supernode", lambda: node)
+    monkeypatch.setattr(app, "superlink_of_this_process", lambda: "a:1")
+    hold_state_dir(tmp_path / "state", run="another", keeper=node).release()
+    server = _section(tmp_path)
+    del server["fedpara.state-dir"]
+    apps = plugin_apps(Experiment(TASK))
+
+    def run() -> Outcome:
+        return federate(apps, server, client_config=_section(tmp_path), raises=False)
+
+    with announced_run("another", "a:1"):
+        said = str(run().error)
+    for fact in ("run another", socket.gethostname(), f"process {node.pid} (a SuperNode of a:1)"):
+        assert fact in said
+    assert "wait until that run has ended" in said
+    assert run().accuracies  # it has
 
 
 def test_a_disk_that_refuses_costs_what_was_to_be_written(

@@ -10,6 +10,7 @@ import functools
 import inspect
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -583,7 +584,7 @@ if sys.argv[1:2] != ["inner"]:
     subprocess.run([sys.executable, "-c", os.environ["ASKING"], "inner"], check=True)
 else:
     from fedpara_plugins_flower import seams
-    print(os.getppid(), seams.supernode_of_this_process())
+    print(os.getppid(), seams.supernode_of_this_process(), seams.superlink_of_this_process())
 """
 
 
@@ -602,3 +603,18 @@ def test_the_supernode_of_a_process(
     pid, _, answer = found.strip().partition(" ")
     assert answer == (str((int(pid), link)) if name == "flower-supernode" else "None")
     assert shutil.which("flower-supernode", path=str(Path(sys.executable).parent))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_the_superlink_of_a_process(tmp_path: Path) -> None:
+    """The process of a run is a child of it, or a child's child."""
+    program = tmp_path / "flower-superlink"
+    program.write_text(ASKING)
+    env = {**os.environ, "ASKING": ASKING}
+    command = [sys.executable, str(program), "--insecure"]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    pid, supernode, superlink = found.split()
+    assert supernode == "None"
+    assert re.fullmatch(rf"{pid}-\d+", superlink)
+    assert seams.superlink_of_this_process() == ""
+    assert shutil.which("flower-superlink", path=str(Path(sys.executable).parent))

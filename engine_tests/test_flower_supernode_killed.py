@@ -63,6 +63,29 @@ def test_a_supernode_killed_while_its_client_trains(tmp_path: Path, kept: str) -
     assert app.figures["losses"][-1] < app.figures["losses"][0]
 
 
+def test_a_second_run_of_one_superlink_is_kept_out_of_the_clients_state(tmp_path: Path) -> None:
+    """The first one goes on, and the state is free when it has ended."""
+    node = {n: f'fedpara-state-dir="{tmp_path / f"state-{n}"}"' for n in range(2)}
+    first, second, third = (
+        EngineApp(
+            tmp_path / name, method="pfedpara", codec="balanced", rounds=2, options={"pause": pause}
+        )
+        for name, pause in (("first", 10), ("second", 0), ("third", 0))
+    )
+    with deployment(tmp_path / "run", node_config=node) as engine:
+        run = engine.submit(first.path, first.config)
+        wait_until(
+            lambda: first.noted(1, 1, "before") is not None,
+            seconds=600,
+            what="client 1 trains in round 1",
+        )
+        refused = engine.run(second.path, second.config)
+        assert refused.status != "finished:completed"
+        assert re.search(r"is in use by run \d+, host \S+, process \d+", refused.log)
+        engine.finish(run).check()
+        engine.run(third.path, third.config).check()
+
+
 def check_held(folder: Path, pid: int) -> None:
     """Assert that a SuperNode holds the state-dir: one of another SuperLink is kept out."""
     keeper = next((folder / "locks").glob(f"*-{pid}.keeper"))

@@ -38,6 +38,9 @@ EXPANSION = 64
 MOST_DECODED = 2**30
 """Bytes to which a small payload may decode."""
 
+MOST_TENSORS = 2**14
+"""Tensors that a payload may hold."""
+
 LONGEST_TEXT = 400
 """Most characters of a stranger's text on a line."""
 
@@ -136,7 +139,9 @@ def _payload_lines(path: Path) -> Iterator[str]:
         yield from _partial_lines(header)
         return
     limit = min(EXPANSION * len(data) + 2**20, max(2 * len(data), MOST_DECODED))
-    payload = decode_payload(data, limit=limit, stages=_without_references(stages()))
+    payload = decode_payload(
+        data, limit=limit, stages=_without_references(stages()), most_tensors=MOST_TENSORS
+    )
     tensors = payload.tensors
     size = sum(byte_size(t.dtype, t.shape) for t in tensors.values())
     yield f"  codec: {_short(header.codec)}, for tensors of {size:,} bytes"

@@ -32,6 +32,10 @@ OWN = "own/"
 MOST_RECORDS_KEPT = 16
 """Records of which anything is kept; who sends them names them, and apps have few."""
 
+MOST_PRIVATE = 32
+"""Private states that are kept. None is dropped for a newer one, or a server that describes one
+model after the other would take a client's private state away."""
+
 STEPS = "steps"
 ROLL = "roll"
 REFERENCE = "reference/"
@@ -85,9 +89,23 @@ class ClientState:
         return first, True
 
     def keep_private(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the private tensors of this model."""
-        if tensors:
-            self._save(private_key(spec), tensors)
+        """Replace the private tensors of this model.
+
+        Raises:
+            ConfigError: there are those of many other models already.
+        """
+        if not tensors:
+            return
+        key = private_key(spec)
+        held = sum(each.startswith(PRIVATE) for each in self._storage)
+        if key not in self._storage and held >= MOST_PRIVATE:
+            raise ConfigError(
+                f"fedpara: client {self._client} holds private state of {held} models in "
+                f"{self._place}, and keeps no more: this run describes another one. If that is "
+                f"what you want, choose another state-dir; otherwise the server changes its model "
+                f"from message to message"
+            )
+        self._save(key, tensors)
 
     def check_still_private(self, spec: ModelSpec) -> None:
         """Raise if a model shares what this client keeps private state of.

@@ -17,7 +17,7 @@ from fedpara_plugins.codecs import DecodedPayload, decode_payload, roll_of
 from fedpara_plugins.errors import FedParaError, MismatchError, PayloadError
 from fedpara_plugins.exchange.budget import MessageBudget
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
-from fedpara_plugins.exchange.headers import first_model_limit, spec_of
+from fedpara_plugins.exchange.headers import check_rows, first_model_limit, spec_of
 from fedpara_plugins.exchange.outliers import update_norm
 from fedpara_plugins.exchange.records import KindOf, State, plain_spec
 from fedpara_plugins.exchange.reply_checks import (
@@ -41,6 +41,8 @@ MORE_RECORDS = 4
 MORE_TENSORS = 64
 """Tensors that a record may have beyond those of the largest record sent."""
 
+MOST_FIRST = 4096
+"""Tensors of a model that a client starts the run with, and rows of its description."""
 LONGEST_REASON = 300
 """Characters of an unknown error that are repeated."""
 
@@ -185,6 +187,7 @@ class ReplyReader:
         """
         limit = first_model_limit(payload)
         decoded = self._decoded(record, payload, limit)
+        check_rows(decoded.header, MOST_FIRST)
         spec = spec_of(decoded.header, decoded.tensors, limit=limit)
         check_first(spec, decoded.tensors)
         return spec, decoded.tensors
@@ -267,7 +270,7 @@ class ReplyReader:
             references=self._sent.references,
             descriptions=self._sent.descriptions,
             limit=limit,
-            most_tensors=max(names) + MORE_TENSORS if names else None,
+            most_tensors=max(names) + MORE_TENSORS if names else MOST_FIRST,
         )
         self.size += self._size(record, decoded.tensors)
         return decoded

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from fedpara_plugins.support.database import Database, open_database
 from fedpara_plugins.support.findings import Finding, Level, satisfies
+from fedpara_plugins.support.live_runs import announced_run, other_runs
 from fedpara_plugins.support.os_locks import parent_of, started_at
 from fedpara_plugins.support.outages import Outages, cause_of, is_misplaced
 from fedpara_plugins.support.private_files import (
@@ -40,6 +41,7 @@ __all__ = [
     "PrefixView",
     "StateDirHold",
     "Storage",
+    "announced_run",
     "cause_of",
     "check_own_file",
     "close_folder_of",
@@ -47,6 +49,7 @@ __all__ = [
     "is_misplaced",
     "make_private_folder",
     "open_database",
+    "other_runs",
     "parent_of",
     "printable",
     "remove_leftovers",

@@ -8,6 +8,7 @@ import torch
 from fedpara_plugins import MismatchError, ModelSpec, PayloadError
 from fedpara_plugins.codecs import encode_payload, parse_codec
 from fedpara_plugins.exchange import DownlinkEncoder, plain_spec, reason_of
+from fedpara_plugins.exchange.reply_reader import MOST_FIRST
 
 NONE = parse_codec("none")
 
@@ -186,6 +187,17 @@ def test_a_client_names_what_it_has_received_by_hash(helpers):
     strange = next(h for h in pair.encoder.references if h != held)
     with pytest.raises(MismatchError, match="none of the record 'model'"):
         pair.reader().received("model", strange)
+
+
+def test_the_first_weights_are_of_so_many_tensors_at_most(pair):
+    """Each costs time, however small, and nothing has been sent that says how many to expect."""
+    pair.encoder = DownlinkEncoder(pair.settings)
+    many = {f"{i}": torch.ones(1) for i in range(MOST_FIRST + 4)}
+    with pytest.raises(PayloadError, match="holds 4100 tensors, this side expects at most 4096"):
+        pair.reader().read_first("parameters", payload_of(many, model=pair.spec.to_json()))
+    described = {**pair.spec.to_json(), "private": [f"{i}" for i in range(MOST_FIRST + 4)]}
+    with pytest.raises(PayloadError, match="describes 4100 'private' of a model"):
+        pair.reader().read_first("parameters", payload_of(pair.shared, model=described))
 
 
 def test_the_first_weights_bring_their_own_description(pair, helpers):

@@ -96,6 +96,8 @@ class Run:
         own_loop_told: on a server, whether the log has said that no hook sees its rounds.
         left_out: on a server, number of replies left out since the last aggregation.
         outages: what this side could not write.
+        other_runs: on a server, returns the runs of the same SuperLink that go on besides this one,
+            as far as their servers live on this machine.
     """
 
     settings: FlowerSettings
@@ -124,6 +126,7 @@ class Run:
     own_loop_told: bool = False
     left_out: int = 0
     outages: Outages = field(default_factory=lambda: Outages(log))
+    other_runs: Callable[[], list[str]] = list
     _begun: set[frozenset[str]] = field(default_factory=set)
 
     @property

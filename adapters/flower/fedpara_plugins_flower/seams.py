@@ -27,7 +27,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from fedpara_plugins.support import parent_of, shortened
+from fedpara_plugins.support import parent_of, shortened, started_at
 
 __all__ = [
     "CLIPPING_MODS",
@@ -63,6 +63,7 @@ __all__ = [
     "running_app",
     "seen_components",
     "strategy_attributes",
+    "superlink_of_this_process",
     "supernode_of_this_process",
     "unreadable",
     "wrap_strategy_start",
@@ -496,7 +497,7 @@ def is_legacy(message: Message) -> bool:
 
 # Processes ----------------------------------------------------------------------------------------
 
-SUPERNODE = "flower-supernode"
+SUPERNODE, SUPERLINK = "flower-supernode", "flower-superlink"
 
 
 def supernode_of_this_process() -> tuple[int, str] | None:
@@ -510,14 +511,32 @@ def supernode_of_this_process() -> tuple[int, str] | None:
     Returns:
         None if no ancestor is one, or the platform does not say.
     """
+    found = _ancestor(SUPERNODE)
+    return None if found is None else (found[0], _option(found[1], "--superlink"))
+
+
+def superlink_of_this_process() -> str:
+    """Return a name of the SuperLink for which this process runs a ServerApp; "" if unknown.
+
+    Stands on: ``flower-superlink`` starts, directly or through ``flower-superexec``, the process of
+    each run; and ``/proc``.
+    Not public: a ServerApp is not told of it, nor of other runs.
+    Seen: flwr 1.42.
+    """
+    found = _ancestor(SUPERLINK)
+    return "" if found is None else f"{found[0]}-{started_at(found[0])}"
+
+
+def _ancestor(program: str) -> tuple[int, list[str]] | None:
+    """Return the id and the command line of the process of a program that has started this one."""
     pid = parent_of(os.getpid())
     while pid is not None and pid > 1:
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             return None
-        if any(Path(word).name == SUPERNODE for word in words[:3]):
-            return pid, _option(words, "--superlink")
+        if any(Path(word).name == program for word in words[:3]):
+            return pid, words
         pid = parent_of(pid)
     return None
 

@@ -24,6 +24,7 @@ from fedpara_plugins_flower.client.storage import client_state, client_storage
 from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.logs import show_core_logs
 from fedpara_plugins_flower.messages import legacy_lists, sixteen_bits
+from fedpara_plugins_flower.messages.other_runs import take_other_runs
 from fedpara_plugins_flower.messages.records import (
     carried_payload,
     kind_of,
@@ -108,7 +109,8 @@ def _begin(
     if None in payloads.values():
         return refuse_plain_message(message)
     show_core_logs()
-    with contextlib.closing(client_storage(context, settings.state_dir)) as storage:
+    others = take_other_runs(message.content)
+    with contextlib.closing(client_storage(context, settings.state_dir, others)) as storage:
         sent = {name: payload for name, payload in payloads.items() if payload is not None}
         return _answer(message, sent, context, call_next, settings, storage)
 

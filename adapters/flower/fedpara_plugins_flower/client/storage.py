@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -60,11 +60,18 @@ def client_name(context: Context) -> str:
     return text
 
 
-def client_storage(context: Context, state_dir: Path | None) -> Storage:
+def client_storage(
+    context: Context, state_dir: Path | None, others: Collection[str] = ()
+) -> Storage:
     """Open the storage of this client's lasting state: a file of its own, or ``Context.state``.
 
     What the disk refuses is kept in ``Context.state`` until it takes it. The state-dir is held for
     this run until the storage is closed.
+
+    Args:
+        context: of the client.
+        state_dir: the option of that name.
+        others: runs that go on besides this one, as far as the server knows.
 
     Raises:
         ConfigError: see `client_name` and `hold_state_dir`.
@@ -73,7 +80,13 @@ def client_storage(context: Context, state_dir: Path | None) -> Storage:
     if state_dir is None:
         return in_context
     path = state_file(context, state_dir)
-    hold = hold_state_dir(state_dir, run=str(context.run_id), keeper=_supernode(), outages=OUTAGES)
+    hold = hold_state_dir(
+        state_dir,
+        run=str(context.run_id),
+        keeper=_supernode(),
+        others=others,
+        outages=OUTAGES,
+    )
     try:
         return _HeldStorage(path, in_context, hold)
     except BaseException:

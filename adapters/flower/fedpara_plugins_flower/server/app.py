@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 from flwr.app import Context
@@ -12,14 +13,18 @@ from torch import Tensor
 
 from fedpara_plugins import ConfigError, FedParaError
 from fedpara_plugins.exchange import server_checkpoint
-from fedpara_plugins.support import hold_state_dir
+from fedpara_plugins.support import announced_run, hold_state_dir, other_runs
 from fedpara_plugins_flower.factories import plain_model_hint
 from fedpara_plugins_flower.logs import log, show_core_logs
 from fedpara_plugins_flower.messages.legacy_lists import named_state
 from fedpara_plugins_flower.messages.sixteen_bits import hint_of
 from fedpara_plugins_flower.privacy.secagg import complete_sums
 from fedpara_plugins_flower.run import Run, open_run
-from fedpara_plugins_flower.seams import change_class, seen_components
+from fedpara_plugins_flower.seams import (
+    change_class,
+    seen_components,
+    superlink_of_this_process,
+)
 from fedpara_plugins_flower.server.accounting import Accounting
 from fedpara_plugins_flower.server.evaluation import record_evaluations
 from fedpara_plugins_flower.server.final_state import FinalState
@@ -91,7 +96,9 @@ def _run_app(app: App, grid: Grid, context: Context, settings: FlowerSettings) -
     log_relative_paths(settings)
     final = FinalState()
     run = Run(settings, side="server", on_loaded=final.seen)
-    with _held_state_dir(run, context):
+    mine = str(context.run_id), superlink_of_this_process() if settings.active else ""
+    run.other_runs = partial(other_runs, *mine)
+    with announced_run(*mine), _held_state_dir(run, context):
         _run_held(app, grid, context, run, final)
 
 

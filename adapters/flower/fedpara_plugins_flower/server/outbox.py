@@ -18,6 +18,7 @@ from fedpara_plugins.exchange import (
     plain_spec,
 )
 from fedpara_plugins_flower.logs import log
+from fedpara_plugins_flower.messages.other_runs import note_other_runs
 from fedpara_plugins_flower.messages.records import (
     is_optimizer_record,
     kind_of,
@@ -63,6 +64,7 @@ class Outbox(DownlinkEncoder):
         """Return a new message with payloads in the place of the records of arrays."""
         client = str(message.metadata.dst_node_id)
         content = RecordDict(dict(message.content.items()))
+        note_other_runs(content, self._run.other_runs())
         for name, record in message.content.array_records.items():
             self._put(name, record)
         names = tuple(message.content.array_records)
