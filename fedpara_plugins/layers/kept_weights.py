@@ -83,16 +83,25 @@ class _KeptWeight(NamedTuple):
 
 def _pull_back(value: Tensor, factors: Sequence[_Factor], graph: Tensor | None) -> None:
     """Propagate the gradient that a weight has accumulated to its factors."""
-    if graph is None or value.grad is None:
-        return
-    for _, tensor, version, trained in factors:
+    _pull_back_all([_KeptWeight(value, tuple(factors), True, "", graph)])
+
+
+def _pull_back_all(kept: Iterable[_KeptWeight]) -> None:
+    """Propagate the gradients of weights, in one backward pass: hooks may step optimizers in it."""
+    waiting = [one for one in kept if one.value.grad is not None]
+    for _, tensor, version, trained in (factor for one in waiting for factor in one.factors):
         if tensor._version != version or (trained and not tensor.requires_grad):
             raise ConversionError(
                 "factors were changed or frozen inside `composed_once` while gradients of the "
                 "weights that they composed were waiting: do so, or load a state, outside of it"
             )
-    gradient, value.grad = value.grad, None
-    graph.backward(gradient, retain_graph=True)  # type: ignore[no-untyped-call]
+    if not waiting:
+        return
+    gradients = [one.value.grad for one in waiting]
+    for one in waiting:
+        one.value.grad = None
+    graphs = [one.graph for one in waiting if one.graph is not None]
+    torch.autograd.backward(graphs, gradients, retain_graph=True)
 
 
 class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used)
@@ -153,9 +162,9 @@ class composed_once:  # noqa: N801  (reads like `torch.no_grad` where it is used
     ) -> None:
         _open.remove(self)
         trained, self._kept, self._layers, self._trained = self._trained, {}, {}, []
+        if kind is None:
+            _pull_back_all(trained)
         for value, factors, _, _, graph in trained:
-            if kind is None:
-                _pull_back(value, factors, graph)
             # The hook must not refer to the value, which holds the hook: neither would be freed.
             register = value.register_post_accumulate_grad_hook
             register(partial(_pull_back, factors=factors, graph=graph))  # type: ignore[no-untyped-call]

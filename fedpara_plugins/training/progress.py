@@ -36,7 +36,7 @@ class DenseParameters:
         return cls(_outside_of_layers(model), model)
 
     def __iter__(self) -> Iterator[Tensor]:
-        model = self._model and self._model()
+        model = None if self._model is None else self._model()
         if model is not None:
             yield from _outside_of_layers(model)
             return
@@ -46,7 +46,7 @@ class DenseParameters:
                 yield parameter
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenseParameters:
-        model = self._model and self._model()
+        model = None if self._model is None else self._model()
         # A model is in the memo before its parts are.
         return type(self)(copy.deepcopy(list(self), memo), memo.get(id(model)))
 

@@ -189,7 +189,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Arguments | No
 
 def _hook_last(optimizer: Optimizer) -> None:
     """Let a step begin after the optimizer's own hooks, which may change gradients too."""
-    if next(reversed(own_step_hooks(optimizer).values())) is not _begin:
+    if list(own_step_hooks(optimizer).values())[-1] is not _begin:
         if optimizer in _last_hooks:
             _last_hooks[optimizer].remove()
         _last_hooks[optimizer] = optimizer.register_step_pre_hook(_begin)

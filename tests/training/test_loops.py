@@ -827,6 +827,23 @@ def test_a_forward_that_a_backward_pass_repeats_is_of_the_same_phase():
     assert distance(model, net) < NEAR
 
 
+def test_steps_in_the_backward_pass_of_weights_that_were_composed_once():
+    """The gradients of all weights reach their factors in one pass."""
+    model = build(schedule="decoupled", private_steps=2)
+    net = PlainNet(model, "pfedpara")
+    names = [name for name in net.values if not name.endswith("bias")]
+    plain_steps(net, sgd, two_each(), PlainOptions(private_steps=2), names=names)
+    for layer in (model[0], model[2]):
+        layer.bias.requires_grad_(False)
+    step_in_backward(model, trained=[p for p in model.parameters() if p.requires_grad])
+    for accumulated in two_each():
+        with fedpara.composed_once(model):
+            for x in accumulated:
+                (loss(model, x) / 2).backward()
+    assert distance(model, net) < NEAR
+    assert round_progress(model).steps == 5
+
+
 def test_a_backward_pass_inside_of_another_is_refused_by_the_decoupled_schedule():
     model = build(schedule="decoupled")
     step_in_backward(model)
