@@ -277,8 +277,8 @@ def _split_escaped(near: Sequence[torch.Tensor], far: torch.Tensor) -> Sequence[
         symbols, sizes = joined([near[int(place)] for place in places])
         before = np.concatenate([[0], np.cumsum(escape_mask(symbols))])
         ends = np.cumsum(sizes)
-        for place, count in zip(places, before[ends] - before[ends - sizes], strict=True):
-            counts[int(place)] = int(count)
+        for each, count in zip(places, before[ends] - before[ends - sizes], strict=True):
+            counts[int(each)] = int(count)
     if sum(counts) != len(far):
         raise _malformed(f"{len(far)} values for {sum(counts)} symbols that escape")
     return torch.split(far, counts)

@@ -54,5 +54,5 @@ def parts_of(values: torch.Tensor, counts: Counts, shapes: Sequence[Any]) -> Ite
         counts: how many values each has.
         shapes: one for each.
     """
-    for part, shape in zip(values.split(counts.tolist()), shapes, strict=True):
+    for part, shape in zip(torch.split(values, counts.tolist()), shapes, strict=True):
         yield part.clone() if len(shape) == 1 else part.clone().reshape(shape)
