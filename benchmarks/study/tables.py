@@ -51,7 +51,7 @@ SMALL = {"codec": "small"}
 FINETUNING: Mapping[str, Any] = {
     "task": "cifar, pretrained",
     "pretrained": 1200,
-    "rounds": 15,
+    "rounds": 12,
     "every": 3,
 }
 FROZEN = {"base": "frozen", "rank": 4, **SMALL}
@@ -72,7 +72,11 @@ TRIED: Mapping[str, tuple[float, ...]] = {
 }
 """Learning rates that were tried. All rows with factors take that of LoRA."""
 
-RATES: Mapping[str, float] = {}
+RATES: Mapping[str, float] = {
+    "full, small": 0.1,
+    "lowrank (LoRA), small": 0.1,
+    "head alone, small": 0.3,
+}
 """The best of those rates (table `finetuning-rates`)."""
 
 
@@ -106,7 +110,7 @@ def _finetuning() -> Iterable[Setting]:
         yield Setting(name=name, options=options, rate=rate, **KINDS[kind][1], **FINETUNING)
 
 
-ROUNDS: Mapping[int, tuple[int, int]] = {1: (20, 4), 8: (12, 2), 32: (8, 1), 128: (4, 1)}
+ROUNDS: Mapping[int, tuple[int, int]] = {1: (20, 4), 8: (12, 2), 32: (6, 1), 128: (3, 1)}
 """By local steps of a round: the number of rounds, and how often the model is evaluated."""
 
 
