@@ -17,7 +17,14 @@ from fedpara_plugins import FedParaError
 from fedpara_plugins.codecs.description import NO_DESCRIPTION
 from harness.flower.apps import Outcome, federate
 from harness.flower.legacy_apps import LegacyExperiment, legacy_plain_apps, legacy_plugin_apps
-from harness.flower.part_apps import PARTS, Adapted, Backbone, Part, part_apps
+from harness.flower.part_apps import (
+    PARTS,
+    Adapted,
+    Backbone,
+    Part,
+    encoder_and_classifier,
+    part_apps,
+)
 from harness.oracles.descriptions import peek_header
 from harness.oracles.task import TrainingTask
 
@@ -232,3 +239,45 @@ def test_a_damaged_payload_of_all_records_is_left_out(damage: bytes) -> None:
     word = re.compile("not a joint payload|not a payload|damaged")
     assert len(lines) == 2
     assert all(word.search(line) for line in lines)
+
+
+def _trained_encoder_and_classifier() -> tuple[nn.Module, nn.Module]:
+    """Return two models that share names, of which the first looks trained."""
+    encoder, classifier = encoder_and_classifier()
+    with torch.no_grad():
+        encoder[0].weight.add_(torch.randn(48, 1) @ torch.randn(1, 32))  # type: ignore[index]
+    return encoder, nn.Sequential(classifier, nn.ReLU(), nn.Linear(32, 32))
+
+
+def _encoded() -> Tensor:
+    out: Tensor = _trained_encoder_and_classifier()[0](torch.ones(1, 32))
+    return out.detach()
+
+
+@pytest.mark.parametrize("method", ["lowrank", "fedpara", "pfedpara"])
+def test_an_encoder_beside_the_classifier_that_is_sent_stays_as_it_is(method: str) -> None:
+    encoded = []
+
+    def load(models: Any, records: Any) -> None:
+        encoded.append(models[0](torch.ones(1, 32)).detach())
+        models[1].load_state_dict(records["arrays"])
+        models[0].requires_grad_(False)
+
+    part = Part(_trained_encoder_and_classifier, lambda m: {"arrays": m[1].state_dict()}, load)
+    outcome = federate(part_apps(part, rounds=3), section(method, "small"))
+    assert methods(outcome, "arrays") == {method}
+    assert not [name for name in outcome.state if name.endswith("_base")]
+    assert len(encoded) == 6
+    for found in encoded:
+        torch.testing.assert_close(found, _encoded())
+
+
+def test_models_of_which_none_is_described_are_refused() -> None:
+    records = PARTS["two_models"].records
+    part = Part(encoder_and_classifier, records, PARTS["two_models"].load)
+
+    def others() -> Any:
+        return nn.Sequential(nn.Conv1d(32, 48, 3)), nn.Sequential(nn.Conv1d(48, 32, 3))
+
+    with pytest.raises(FedParaError, match="this client has"):
+        federate(part_apps(part, client_factory=others), section("fedpara", "small"))

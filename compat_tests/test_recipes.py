@@ -18,6 +18,7 @@ from fedpara_plugins import FedParaError
 from harness.flower.apps import Outcome, federate
 from harness.flower.part_apps import PARTS, Part, part_apps
 from harness.flower.recipes import recipe
+from harness.flower.tuning_apps import TUNING, tuning_apps
 
 
 def run(name: str, folder: Path, *, plugin: bool = True, **config: Any) -> Outcome:
@@ -156,3 +157,44 @@ def test_adapters_of_different_ranks_are_refused_with_both(tmp_path: Path) -> No
     words = "model has rank 4, the server's has rank 8"
     with recipe("flower_llm", tmp_path) as (apps, own), pytest.raises(FedParaError, match=words):
         federate(apps, own | small, client_config=own | small | {"lora-r": 4})
+
+
+README = {"method": "fedpara", "gamma": 0.1, "codec": "balanced", "clip": 1.0, "private": ""}
+"""The README's section, as it stands."""
+
+
+def section(**options: Any) -> dict[str, Any]:
+    return {f"fedpara.{key}": value for key, value in options.items()}
+
+
+@pytest.mark.parametrize("name", TUNING)
+def test_flowers_apps_for_fine_tuning_with_a_codec(name: str) -> None:
+    coded = federate(tuning_apps(TUNING[name]), section(method="none", codec="lossless"))
+    plain = federate(tuning_apps(TUNING[name], plugin=False))
+    assert coded.losses == plain.losses
+    assert coded.state.keys() == plain.state.keys()
+    for key, value in plain.state.items():
+        assert torch.equal(coded.state[key], value), key
+
+
+@pytest.mark.parametrize("options", [README, {**README, "method": "pfedpara", "codec": "small"}])
+@pytest.mark.parametrize("name", TUNING)
+def test_flowers_apps_for_fine_tuning_with_a_method(name: str, options: dict[str, Any]) -> None:
+    """The body computes what it did; the head alone is factorised, sent and trained."""
+    seen: list[Tensor] = []
+    app = TUNING[name]
+    outcome = federate(tuning_apps(app, seen=seen, rounds=3), section(**options))
+    body = app.features(app.factory(), torch.randn(app.batch, generator=_seeded(99))).detach()
+    for found in seen:
+        torch.testing.assert_close(found, body)
+    dense = app.head(app.factory()).state_dict()
+    factorised = {key.rpartition(".")[0] for key in outcome.state if key.endswith(".x1")}
+    assert factorised
+    assert {key.rpartition(".")[0] for key in outcome.state} == {
+        key.rpartition(".")[0] for key in dense
+    }
+    assert outcome.losses[-1] < outcome.losses[0]
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

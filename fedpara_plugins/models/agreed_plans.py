@@ -10,7 +10,7 @@ option ``base`` leaves it to the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import isclose
 
@@ -28,7 +28,9 @@ from fedpara_plugins.models.spec import ModelSpec
 __all__ = ["adopt_plans", "agreed_config"]
 
 
-def agreed_config(config: FedParaConfig, specs: Iterable[ModelSpec]) -> FedParaConfig:
+def agreed_config(
+    config: FedParaConfig, specs: Iterable[ModelSpec], model: nn.Module | None = None
+) -> FedParaConfig:
     """Return the options for a model that takes its values from a run that has begun.
 
     Its first factors will be replaced, so nothing is fitted, and no weight is asked whether it is
@@ -37,12 +39,26 @@ def agreed_config(config: FedParaConfig, specs: Iterable[ModelSpec]) -> FedParaC
     Args:
         config: the options of this side.
         specs: of the run's models, as far as they are known.
+        model: one that is built together with others, unconverted. Only specs of its own weights
+            count then: an encoder that no message carries does not take the form of the classifier
+            beside it.
     """
-    plans = [plan for spec in specs for plan in spec.weights.values()]
+    shapes = None if model is None else {n: tuple(p.shape) for n, p in model.named_parameters()}
+    plans = [
+        plan
+        for spec in specs
+        if shapes is None or _describes(spec, shapes)
+        for plan in spec.weights.values()
+    ]
     base = config.base
     if base is None and plans:
         base = "frozen" if any(plan.residual for plan in plans) else "factors"
     return replace(config, base=base).without_values()
+
+
+def _describes(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether all weights of a spec are a model's, by names and shapes."""
+    return all(shapes.get(weight) == plan.shape for weight, plan in spec.weights.items())
 
 
 def adopt_plans(model: nn.Module, spec: ModelSpec) -> None:

@@ -64,6 +64,7 @@ def _converted(run: Run, built: Any) -> Any:
             run.converted(each, beside=beside) if isinstance(each, nn.Module) else each
             for each in built
         ]
+        run.check_beside()
         if any(isinstance(each, nn.Module) for each in built):
             # A named tuple takes its fields one by one.
             kind: Any = type(built)

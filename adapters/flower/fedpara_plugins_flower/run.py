@@ -128,6 +128,7 @@ class Run:
     outages: Outages = field(default_factory=lambda: Outages(log))
     other_runs: Callable[[], list[str]] = list
     _begun: set[frozenset[str]] = field(default_factory=set)
+    _beside: list[tuple[ModelSpec, bool]] = field(default_factory=list)
 
     @property
     def trains_dense(self) -> bool:
@@ -175,16 +176,17 @@ class Run:
 
         Args:
             model: of the user's code.
-            beside: whether another model, built together with it, is converted.
+            beside: whether another model, built together with it, is converted. Call
+                `check_beside` after the last of them.
 
         Raises:
             MismatchError: if the server's message describes another model.
         """
-        config = self._config(model)
+        config = self._config(model, beside=beside)
         if self.trains_dense:
-            return self._compared(model, config)
+            return self._compared(model, config, beside=beside)
         model = convert_or_keep(model, config, may_keep=beside)
-        spec = self._register(model)
+        spec = self._register(model, beside=beside)
         self._keep_built(spec, model)
         keep_own_values(model, self.standing_in)
         if self.side == "server":
@@ -202,7 +204,20 @@ class Run:
         if self.settings.leaves_frozen and not (known and self.side == "server"):
             self.built.append((spec, model))
 
-    def _register(self, model: nn.Module, *, plain_bytes: int = 0) -> ModelSpec:
+    def check_beside(self) -> None:
+        """Raise if none of the models that were built together has a part in the message.
+
+        Raises:
+            MismatchError: the server's message describes another model.
+        """
+        built, self._beside = self._beside, []
+        if built and self.expected and not any(met for _, met in built):
+            spec = built[0][0]
+            spec.check_equal(self.expected[0], here="this client", there="the server")
+
+    def _register(
+        self, model: nn.Module, *, plain_bytes: int = 0, beside: bool = False
+    ) -> ModelSpec:
         self._adopt_plans(model)
         spec = ModelSpec.of(model)
         alike = _of_parameters(spec, model)
@@ -211,7 +226,11 @@ class Run:
         if trained is not None:
             specs.setdefault(frozenset(trained.keys), trained)
         shapes = shapes_of(model.state_dict())
-        self._check_expected(spec, specs, shapes)
+        met = self._meets_expected(spec, specs, shapes)
+        if beside:  # an encoder, of which only the classifier beside it is sent
+            self._beside.append((spec, met))
+        elif self.expected and not met:
+            spec.check_equal(self.expected[0], here="this client", there="the server")
         self.specs |= specs
         self.shapes |= dict.fromkeys(specs, shapes)
         if self.own is not None:
@@ -226,10 +245,14 @@ class Run:
         for agreed in (*self.plans, *first):
             adopt_plans(model, agreed)
 
-    def _check_expected(
+    def _meets_expected(
         self, spec: ModelSpec, specs: Mapping[frozenset[str], ModelSpec], shapes: Shapes
-    ) -> None:
-        """Raise if a model that was built has no part in what the message describes."""
+    ) -> bool:
+        """Return whether a model that was built has a part in what the message describes.
+
+        Raises:
+            MismatchError: it has, and differs.
+        """
         met = any(frozenset(expected.keys) in self.specs for expected in self.expected)
         for expected in self.expected:
             names = frozenset(expected.keys)
@@ -242,14 +265,13 @@ class Run:
                 mine.check_equal(expected, here="this client", there="the server")
                 met = True
             met = met or is_apart(expected, spec)
-        if self.expected and not met:
-            spec.check_equal(self.expected[0], here="this client", there="the server")
+        return met
 
-    def _compared(self, model: M, config: FedParaConfig) -> M:
+    def _compared(self, model: M, config: FedParaConfig, *, beside: bool = False) -> M:
         first = self.starts and not self.specs
         factors = converted_copy(model, config)
         size = sum(value.nbytes for value in model.state_dict().values())
-        spec = self._register(factors, plain_bytes=size)
+        spec = self._register(factors, plain_bytes=size, beside=beside)
         self._keep_built(spec, factors)
         keep_own_values(model, self.standing_in)
         if first:
@@ -259,7 +281,7 @@ class Run:
             self.plain = {frozenset(names): plain_spec(names) for names in lists}
         return model
 
-    def _config(self, model: nn.Module) -> FedParaConfig:
+    def _config(self, model: nn.Module, *, beside: bool = False) -> FedParaConfig:
         """Return the config; only a model that the run starts from keeps its values."""
         names = frozenset(model.state_dict()) if isinstance(model, nn.Module) else frozenset()
         first = (self.side == "server" or self.starts) and names not in self._begun
@@ -267,7 +289,8 @@ class Run:
         config = self.settings.config
         if first:
             return config
-        return agreed_config(config, (*self.plans, *self.specs.values()))
+        known = (*self.plans, *self.specs.values())
+        return agreed_config(config, known, model if beside else None)
 
 
 def active_run() -> Run | None:
