@@ -156,3 +156,59 @@ def test_the_ledger_counts_frozen_tensors_as_dense_bytes_alone(tmp_path: Path) -
     messages = [e for e in entries if "direction" in e]
     assert messages
     assert all(e["dense_bytes"] == whole and e["raw_bytes"] < whole / 2 for e in messages)
+
+
+class Tabled(nn.Module):
+    """A table that no training changes, and a norm whose statistics all training changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(32, 32)
+        self.norm = nn.BatchNorm1d(32)
+        self.register_buffer("table", torch.arange(128.0).sin())
+        self.register_buffer("places", torch.arange(96))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normed outputs, moved by the table."""
+        out: Tensor = self.norm(self.layer(x)) + self.table[:32]  # type: ignore[index]
+        return out
+
+
+class Counting(Tabled):
+    """The same; places move on with each training step, as those of a queue do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs."""
+        if self.training:
+            self.places.copy_(self.places + 1)  # type: ignore[operator]
+        return super().forward(x)
+
+
+def tabled(factory: Any) -> Part:
+    return Part(
+        factory,
+        lambda m: {"arrays": m.state_dict()},
+        lambda m, r: m.load_state_dict(r["arrays"]),
+    )
+
+
+@pytest.mark.parametrize("method", ["none", "fedpara"])
+def test_buffers_that_nobody_changes_are_in_no_message(method: str) -> None:
+    left_out = federate(part_apps(tabled(Tabled)), section(method=method))
+    sent = federate(part_apps(tabled(Tabled)), section(method=method, send="all"))
+    assert not sent_names(left_out) & {"table", "places"}
+    assert sent_names(left_out) >= {"norm.running_mean", "norm.num_batches_tracked"}
+    assert not once(left_out)
+    for name, value in sent.state.items():
+        assert torch.equal(left_out.state[name], value), name
+
+
+def test_a_buffer_that_clients_change_is_heard_and_sent_from_then_on() -> None:
+    left_out = federate(part_apps(tabled(Counting), rounds=3), section())
+    sent = federate(part_apps(tabled(Counting), rounds=3), section(send="all"))
+    for name, value in sent.state.items():
+        assert torch.equal(left_out.state[name], value), name
+    changed = [s.round for s in left_out.sent if "fedpara_changed_arrays" in s.payloads]
+    assert changed == [1, 1]
+    assert any("this client has changed 1 buffers" in line for line in left_out.log)

@@ -218,7 +218,7 @@ def test_all_records_travel_as_one_array(codec: str) -> None:
     first = [sent for sent in joint.sent if sent.direction == "down"][:2]  # nothing is known yet
     for sent in joint.sent:
         names = {"encoder", "classifier"} if sent in first else {"fedpara_joint"}
-        assert set(sent.arrays) == names
+        assert set(sent.content.array_records) == names
         assert list(sent.payloads) == ["encoder", "classifier"]
         if sent not in first:
             # Next to NumPy's 128 bytes and the checksums, a record takes what the values take.

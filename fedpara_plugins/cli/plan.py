@@ -19,7 +19,7 @@ from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.errors import ConfigError, PayloadError
 from fedpara_plugins.models.checkpoint_files import RESERVED_NAME, RESERVED_TEXT
 from fedpara_plugins.models.conversion import convert
-from fedpara_plugins.models.frozen import frozen_tensors
+from fedpara_plugins.models.frozen import frozen_tensors, static_buffers
 from fedpara_plugins.models.model_report import Report, report
 from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.models.state_split import split
@@ -243,7 +243,7 @@ def _sent(model: nn.Module) -> dict[str, Tensor]:
 
     If that is nothing, all that is not private is sent.
     """
-    shared, frozen = split(model).shared, frozen_tensors(model)
+    shared, frozen = split(model).shared, {**frozen_tensors(model), **static_buffers(model)}
     return {name: value for name, value in shared.items() if name not in frozen} or shared
 
 

@@ -24,7 +24,7 @@ from fedpara_plugins.exchange.dense_round import (
     refuse_in_factor_space,
 )
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
-from fedpara_plugins.exchange.frozen import FROZEN, frozen_record
+from fedpara_plugins.exchange.frozen import FROZEN, changed_record, frozen_record
 from fedpara_plugins.exchange.frozen_source import LacksFrozenError
 from fedpara_plugins.exchange.incoming import ReceivedRecord
 from fedpara_plugins.exchange.outliers import Outliers
@@ -65,6 +65,7 @@ __all__ = [
     "RunAccounting",
     "Size",
     "cast",
+    "changed_record",
     "check_figures",
     "check_hashes",
     "close_own_checkpoints",

@@ -13,14 +13,19 @@ Adapters carry the payloads, call the user's code, and commit the client's stora
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from fedpara_plugins.codecs import (
+    HeaderForm,
     LostDescriptionError,
     PayloadHeader,
     decode_payload,
+    encode_payload,
+    parse_codec,
     peek_header,
     readable,
 )
@@ -29,7 +34,7 @@ from fedpara_plugins.exchange.budget import MessageBudget
 from fedpara_plugins.exchange.client_state import ClientState, PrivateParts
 from fedpara_plugins.exchange.coding import CodedRecord, encode_record, update_codec
 from fedpara_plugins.exchange.dense_round import DenseRound
-from fedpara_plugins.exchange.frozen import FROZEN, frozen_record, tensor_hash
+from fedpara_plugins.exchange.frozen import FROZEN, changed_record, frozen_record, tensor_hash
 from fedpara_plugins.exchange.frozen_source import FrozenSource, OwnStates
 from fedpara_plugins.exchange.headers import (
     check_codecs,
@@ -57,6 +62,8 @@ from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.references import DecodedDownlink, LostReferenceError
 
 __all__ = ["ClientRound", "OnEncoded"]
+
+log = logging.getLogger("fedpara")
 
 OnEncoded = Callable[[Mapping[str, State]], None]
 """Called with what the codec lost of each record: the tensors given minus those that the server
@@ -357,6 +364,8 @@ class ClientRound:
             if not noisy:
                 _check_frozen(answered, tensors)
             self._private.add(name, leaving.spec, tensors)
+        if noisy:  # there is no telling what has changed
+            return replace(leaving, changed={})
         return leaving
 
     def _check_finite(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -384,15 +393,32 @@ class ClientRound:
         """
         with_loss = on_encoded is not None
         coded = {name: self._coded(name, part, with_loss) for name, part in leaving.items()}
+        changed = {name: part.changed for name, part in leaving.items() if part.changed}
         if on_encoded is not None:
             on_encoded({name: part.lost for name, part in coded.items()})
         payloads = {name: part.payload for name, part in coded.items()}
+        tensors = {name: len(part.shared) for name, part in leaving.items()}
+        for name, values in changed.items():
+            log.info(
+                "fedpara: this client has changed %d buffers of record %r that are not part of "
+                "messages (the first is %r): their values are sent", len(values), name, min(values),
+            )  # fmt: skip
+            payloads[changed_record(name)] = self._coded_buffers(name, values)
+            tensors[changed_record(name)] = len(values)
         roll = answered_roll(self.received)
         if roll is None or not reads_joint(self.received):
             return payloads
-        found = joined(payloads, roll, {name: len(part.shared) for name, part in leaving.items()})
+        found = joined(payloads, roll, tensors)
         self._joined = found.keys() != payloads.keys()
         return found
+
+    def _coded_buffers(self, name: str, values: State) -> bytes:
+        """Return changed buffers as they are."""
+        told = self._counterpart(name)
+        decoders = None if told is None else decoders_of(told.held.header)
+        form = None if told is None or reply_form(told.held) is None else HeaderForm()
+        codec = parse_codec("lossless").resolved(decoders)
+        return encode_payload(values, codec=codec.first_contact(), form=form)
 
     def _coded(self, name: str, leaving: Outgoing, with_loss: bool) -> CodedRecord:
         part, told = self.received.get(name), self._counterpart(name)
@@ -447,6 +473,8 @@ def _check_frozen(answered: ReceivedRecord, tensors: Mapping[str, Tensor]) -> No
     """Raise if the user's code has changed what is frozen on the server, and is not sent."""
     for name, digest in answered.spec.frozen.items():
         # What was received may lie in the memory of the model that was trained: hashes tell.
+        if name in answered.spec.buffers:
+            continue  # it is sent
         if name in tensors and tensor_hash(name, tensors[name]) != digest:
             raise MismatchError(
                 f"fedpara: this client has changed {name!r}, which is frozen on the server and so "

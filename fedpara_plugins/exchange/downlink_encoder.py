@@ -75,6 +75,7 @@ class DownlinkEncoder:
         *,
         sized_as: ModelSpec | None = None,
         frozen: Mapping[str, Tensor] | None = None,
+        buffers: Collection[str] = (),
     ) -> None:
         """Send these tensors under a name from now on.
 
@@ -90,6 +91,7 @@ class DownlinkEncoder:
             frozen: those of the tensors that are frozen, as the server's model holds them; what
                 counts is what they are when the record is first put. They are sent to nobody but
                 clients that lack them (`frozen_payload`).
+            buffers: those of ``frozen`` that are buffers: a client that changes one sends it.
 
         Raises:
             PayloadError: values became NaN or infinite since the first ones.
@@ -97,7 +99,7 @@ class DownlinkEncoder:
         # First, since the mean of a frozen mask's infinities may be NaN, and is no change.
         full = self._infinities.setdefault(record, OwnInfinities()).restored(full)
         if self._settings.leaves_frozen:
-            full, spec = self._frozen.settle(record, full, spec, frozen or {})
+            full, spec = self._frozen.settle(record, full, spec, frozen or {}, buffers)
         shared = shared_tensors(spec, full)
         self._contents[record] = _Content(spec, full, reference_hash(shared), sized_as or spec)
         self._descriptions.put(record, Description.of(spec.to_json(), shared))
@@ -281,6 +283,10 @@ class DownlinkEncoder:
         lacking = self._frozen.note_lacking(client, records)
         if client not in self._decoders:
             self._told["first"] += lacking  # it is sent its first message once more
+
+    def note_changed(self, record: str, names: Collection[str]) -> None:
+        """Record that a client has changed frozen buffers: whatever becomes of them is sent."""
+        self._frozen.note_changed(record, names)
 
     def log_first_contacts(self) -> None:
         """Log how many clients got a whole model instead of an update since the last call."""

@@ -8,7 +8,7 @@ or gets the server's once, losslessly, if it has none or none that look trained.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +21,10 @@ from fedpara_plugins.models.spec import ModelSpec
 from fedpara_plugins.support.units import readable_bytes
 
 __all__ = [
+    "CHANGED",
     "FROZEN",
     "FrozenAgreement",
+    "changed_record",
     "frozen_record",
     "tensor_hash",
 ]
@@ -31,6 +33,9 @@ log = logging.getLogger("fedpara")
 
 FROZEN = "fedpara_frozen_"
 """Prefix of the records that carry frozen tensors once, before the name of the record."""
+
+CHANGED = "fedpara_changed_"
+"""Prefix of a reply's records of frozen buffers that the client has changed."""
 
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Relative difference, by dtype, that is an average's rounding and no change."""
@@ -43,6 +48,11 @@ def frozen_record(record: str) -> str:
     return FROZEN + record
 
 
+def changed_record(record: str) -> str:
+    """Return the name of the record that carries the changed frozen buffers of another."""
+    return CHANGED + record
+
+
 def tensor_hash(name: str, value: Tensor) -> str:
     """Return 32 hexadecimal digits of a tensor's name, dtype, shape and values."""
     return reference_hash({name: value.detach().cpu().contiguous()})[:32]
@@ -52,6 +62,15 @@ def tensor_hash(name: str, value: Tensor) -> str:
 class _Agreed:
     values: State
     hashes: Mapping[str, str]
+    buffers: frozenset[str] = frozenset()
+
+    def without(self, names: Collection[str]) -> _Agreed:
+        """Return all but some of them."""
+        return _Agreed(
+            {k: v for k, v in self.values.items() if k not in names},
+            {k: v for k, v in self.hashes.items() if k not in names},
+            self.buffers.difference(names),
+        )
 
 
 class FrozenAgreement:
@@ -59,12 +78,18 @@ class FrozenAgreement:
 
     def __init__(self) -> None:
         self._agreed: dict[str, _Agreed] = {}
+        self._heard: dict[str, set[str]] = {}
         self._lacking: dict[str, set[str]] = {}
         self._sent: dict[str, set[str]] = {}
         self._payloads: dict[str, tuple[Mapping[str, str], bytes]] = {}
 
     def settle(
-        self, record: str, full: State, spec: ModelSpec, own: Mapping[str, Tensor]
+        self,
+        record: str,
+        full: State,
+        spec: ModelSpec,
+        own: Mapping[str, Tensor],
+        buffers: Collection[str] = (),
     ) -> tuple[State, ModelSpec]:
         """Return what is sent under a name, with its frozen tensors as at the start.
 
@@ -77,31 +102,34 @@ class FrozenAgreement:
             spec: of them.
             own: at the first call, the frozen ones as the server's model holds them, by the
                 record's names.
+            buffers: those of ``own`` that are buffers, which a client may change.
 
         Returns:
             The tensors, and their spec, which names the frozen ones.
         """
         if record not in self._agreed:
-            self._agreed[record] = self._first(record, full, spec, own)
+            first = self._first(record, full, spec, own)
+            among = frozenset(buffers).intersection(first.values)
+            self._agreed[record] = replace(first, buffers=among)
         agreed = self._agreed[record]
+        heard = self._heard.pop(record, set())
         changed = [
             name
             for name, value in agreed.values.items()
-            if name in full and not _is_same(full[name], value)
+            if name in full and not _is_same(full[name], value, exactly=name in heard)
         ]
         if changed:
             log.info(
-                "fedpara: %d frozen tensors of record %r have been changed on the server (the "
-                "first is %r): they are sent from now on", len(changed), record, changed[0],
+                "fedpara: %d frozen tensors of record %r have been changed (the first is %r): they "
+                "are sent from now on", len(changed), record, changed[0],
             )  # fmt: skip
-            agreed = _Agreed(
-                {k: v for k, v in agreed.values.items() if k not in changed},
-                {k: v for k, v in agreed.hashes.items() if k not in changed},
-            )
+            agreed = agreed.without(changed)
             self._agreed[record] = agreed
         values = {name: agreed.values.get(name, value) for name, value in full.items()}
         hashes = {name: digest for name, digest in agreed.hashes.items() if name in full}
-        return values, replace(spec, frozen=hashes) if hashes else spec
+        if not hashes:
+            return values, spec
+        return values, replace(spec, frozen=hashes, buffers=agreed.buffers.intersection(hashes))
 
     def _first(
         self, record: str, full: State, spec: ModelSpec, own: Mapping[str, Tensor]
@@ -126,6 +154,10 @@ class FrozenAgreement:
                 readable_bytes(tensor_bytes(values)), readable_bytes(tensor_bytes(full)),
             )  # fmt: skip
         return _Agreed(values, {name: tensor_hash(name, value) for name, value in values.items()})
+
+    def note_changed(self, record: str, names: Iterable[str]) -> None:
+        """Note that a client has changed buffers of a record, by however little."""
+        self._heard.setdefault(record, set()).update(names)
 
     def nbytes(self, record: str) -> int:
         """Return the bytes of the frozen tensors of a record."""
@@ -185,11 +217,11 @@ class FrozenAgreement:
         return Size(len(values), tensor_bytes(values), 0)
 
 
-def _is_same(value: Tensor, agreed: Tensor) -> bool:
-    """Return whether values differ by no more than an average's rounding."""
+def _is_same(value: Tensor, agreed: Tensor, *, exactly: bool = False) -> bool:
+    """Return whether values differ by no more than an average's rounding, or not at all."""
     if value.shape != agreed.shape:
         return False
-    rounding = ROUNDING.get(agreed.dtype, 0.0)
+    rounding = 0.0 if exactly else ROUNDING.get(agreed.dtype, 0.0)
     if not rounding or torch.equal(value, agreed.to(value.dtype)):
         return bool(torch.equal(value, agreed.to(value.dtype)))
     return torch.allclose(value, agreed.to(value.dtype), rtol=rounding, atol=0, equal_nan=True)

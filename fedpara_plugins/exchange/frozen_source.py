@@ -57,8 +57,8 @@ class FrozenSource:
 
         Raises:
             LacksFrozenError: nothing here holds them.
-            MismatchError: this client's own model holds others, which look trained; or one of them
-                is private for it.
+            MismatchError: this client's own model holds others, which are no buffers and look
+                trained; or one of them is private for it.
         """
         wanted = spec.frozen
         kept = self._kept(record) if wanted else {}
@@ -74,10 +74,11 @@ class FrozenSource:
             mine = {name: state[part.names[name]] for name in wanted}
             found = _matching(wanted, mine) | found
             unlike |= {name: value for name, value in mine.items() if name not in found}
-            trained = trained or any(_is_trained(value) for value in mine.values())
+            told = (value for name, value in mine.items() if name not in spec.buffers)
+            trained = trained or any(map(_is_trained, told))
         missing = [name for name in wanted if name not in found]
         for name in missing:
-            if trained and name in unlike:
+            if trained and name in unlike and name not in spec.buffers:
                 raise MismatchError(
                     f"fedpara: the frozen part differs at {name!r}: this client's has hash "
                     f"{tensor_hash(name, unlike[name])}, the server's has {wanted[name]}. Start "

@@ -7,11 +7,12 @@ and nothing that came with a message. A client encodes nothing but `Outgoing`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from fedpara_plugins.errors import MismatchError, PayloadError
+from fedpara_plugins.exchange.frozen import tensor_hash
 from fedpara_plugins.exchange.own_models import OwnModels
 from fedpara_plugins.exchange.records import RecordKind, State, plain_spec
 from fedpara_plugins.models.spec import ModelSpec
@@ -27,10 +28,12 @@ class Outgoing:
     Attributes:
         spec: the model that the tensors belong to, for the receiver.
         shared: the tensors by name, none of them private.
+        changed: frozen buffers that the client has changed, none of them private either.
     """
 
     spec: ModelSpec
     shared: State
+    changed: State = field(default_factory=dict)
 
 
 def select_outgoing(
@@ -69,7 +72,9 @@ def select_outgoing(
             check_names(spec, tensors)
         hidden = own.hidden_names(tensors, spec)
         kept = hidden | set(spec.frozen)
-        return Outgoing(spec, {k: value for k, value in tensors.items() if k not in kept})
+        shared = {k: value for k, value in tensors.items() if k not in kept}
+        buffers = {k: tensors[k] for k in spec.buffers if k in tensors and k not in hidden}
+        return Outgoing(spec, shared, _changed(spec, buffers))
     own.check_known()
     # Such a record is sent whole, so it must hold nothing private.
     private = own.hidden_names(tensors, plain_spec(()))
@@ -79,6 +84,11 @@ def select_outgoing(
             f"device: leave private names out of it"
         )
     return Outgoing(plain_spec(tensors), dict(tensors))
+
+
+def _changed(spec: ModelSpec, buffers: State) -> State:
+    """Return the buffers whose values are not those that the message has named by their hashes."""
+    return {k: v for k, v in buffers.items() if tensor_hash(k, v) != spec.frozen[k]}
 
 
 def check_names(spec: ModelSpec, tensors: Mapping[str, Tensor], *, others: bool = False) -> None:

@@ -152,12 +152,12 @@ class OwnModels:
         if self._complete:
             (mine,) = self.specs
             mine.check_equal(theirs, here=HERE, there=THERE)
-            return replace(mine, frozen=theirs.frozen) if theirs.frozen else mine
+            return _leaving_out(mine, theirs)
         known = self._known.get(frozenset(theirs.keys))
         part = known.spec if known is not None else self._part(theirs.keys, shapes or {})
         if part is not None:
             part.check_equal(theirs, here=HERE, there=THERE)
-            return replace(part, frozen=theirs.frozen) if theirs.frozen else part
+            return _leaving_out(part, theirs)
         if self._known and self.is_apart(theirs):
             self._check_nothing_hidden(theirs.keys)
             return theirs
@@ -384,3 +384,10 @@ def shared_by(spec: ModelSpec, kept: Iterable[str]) -> str | None:
         if name in spec.keys or (layer in layers and layer not in hidden):
             return name
     return None
+
+
+def _leaving_out(mine: ModelSpec, theirs: ModelSpec) -> ModelSpec:
+    """Return this side's spec with what the other side's message leaves out as frozen."""
+    if not theirs.frozen:
+        return mine
+    return replace(mine, frozen=theirs.frozen, buffers=theirs.buffers)

@@ -17,6 +17,7 @@ from fedpara_plugins.codecs import DecodedPayload, decode_payload, roll_of
 from fedpara_plugins.errors import FedParaError, MismatchError, PayloadError
 from fedpara_plugins.exchange.budget import MessageBudget
 from fedpara_plugins.exchange.downlink_encoder import DownlinkEncoder
+from fedpara_plugins.exchange.frozen import CHANGED, changed_record
 from fedpara_plugins.exchange.headers import check_rows, first_model_limit, spec_of
 from fedpara_plugins.exchange.outliers import update_norm
 from fedpara_plugins.exchange.records import KindOf, State, plain_spec
@@ -136,9 +137,16 @@ class ReplyReader:
         """
         most = len(self._sent.records) + MORE_RECORDS
         payloads = self._separated(payloads)
-        if len(payloads) > most:
-            raise PayloadError(f"the reply holds {len(payloads)} records, at most {most} are taken")
-        return {name: self.read(name, payload) for name, payload in payloads.items()}
+        changed = {name: data for name, data in payloads.items() if name.startswith(CHANGED)}
+        records = {name: data for name, data in payloads.items() if name not in changed}
+        if len(records) > most:
+            raise PayloadError(f"the reply holds {len(records)} records, at most {most} are taken")
+        if alone := changed.keys() - set(map(changed_record, records)):
+            raise MismatchError(f"the client answers with {min(alone)[:80]!r} without its record")
+        return {
+            name: self.read(name, payload, changed.get(changed_record(name)))
+            for name, payload in records.items()
+        }
 
     def _separated(self, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
         """Return the records of a reply; one payload of all says what the client has received."""
@@ -148,12 +156,13 @@ class ReplyReader:
         self.references.update(roll_of(payloads[JOINT_RECORD], self._sent.rolls).references)
         return found
 
-    def read(self, record: str, payload: bytes) -> ReadRecord:
+    def read(self, record: str, payload: bytes, changed: bytes | None = None) -> ReadRecord:
         """Read a record that answers what the server has sent.
 
         Args:
             record: its name.
             payload: its bytes.
+            changed: those of the frozen buffers that the client has changed.
 
         Raises:
             MismatchError: names, shapes or dtypes do not fit those sent, or the record was not
@@ -168,10 +177,12 @@ class ReplyReader:
             self.references[record] = decoded.header.reference
         shared = decoded.tensors
         self.budget.spend(tensor_bytes(shared))
+        if kind == "model" and self._sent.has_record(record):
+            return self._read_model(record, shared, self._changed(record, changed))
+        if changed is not None:
+            raise MismatchError(f"record {record[:80]!r} has no buffers that are left out")
         if kind != "model":
             return self._read_side(record, shared)
-        if self._sent.has_record(record):
-            return self._read_model(record, shared)
         return self._read_own(record, shared)
 
     def read_first(self, record: str, payload: bytes) -> tuple[ModelSpec, State]:
@@ -227,15 +238,30 @@ class ReplyReader:
 
     # One kind of record
 
-    def _read_model(self, record: str, shared: State) -> ReadRecord:
+    def _changed(self, record: str, payload: bytes | None) -> State:
+        """Return frozen buffers that a client has changed."""
+        if payload is None:
+            return {}
+        values = self._decoded(changed_record(record), payload, self.budget.left).tensors
+        self.budget.spend(tensor_bytes(values))
+        if unlike := values.keys() - self._sent.spec(record).buffers:
+            raise MismatchError(
+                f"the client answers with {min(unlike)[:80]!r} as a changed buffer of record "
+                f"{record[:80]!r}, and this server left out no such buffer"
+            )
+        return values
+
+    def _read_model(self, record: str, shared: State, changed: State) -> ReadRecord:
         full, names = self._sent.content(record), self._sent.shared_names(record)
         self._check_names(shared, names, self._sent.spec(record).private_keys)
-        shared = in_sent_dtypes(shared, full)
+        shared, changed = in_sent_dtypes(shared, full), in_sent_dtypes(changed, full)
         spec = self._sent.spec(record)
         check_composed(spec, {**{name: full[name] for name in spec.frozen}, **shared}, full)
-        sent = {key: full[key] for key in shared}
-        state = self.completed(record, shared)
-        return ReadRecord(shared, state, update_norm(shared, sent), self._sent.norm(record))
+        answered = {**shared, **changed}
+        sent = {key: full[key] for key in answered}
+        state = {**self.completed(record, shared), **changed}
+        self._sent.note_changed(record, changed)
+        return ReadRecord(answered, state, update_norm(answered, sent), self._sent.norm(record))
 
     def _check_names(self, shared: State, names: Collection[str], private: Collection[str]) -> None:
         unlike = sorted({*shared} ^ {*names} if self._strict else {*shared} - {*names})

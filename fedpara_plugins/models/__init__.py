@@ -12,7 +12,7 @@ from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.models.checkpoints import load_factors, save_dense, save_factors
 from fedpara_plugins.models.conversion import convert
 from fedpara_plugins.models.dense_copy import to_dense
-from fedpara_plugins.models.frozen import frozen_tensors
+from fedpara_plugins.models.frozen import frozen_tensors, static_buffers
 from fedpara_plugins.models.infinities import check_finite, diverged, restore_infinities
 from fedpara_plugins.models.model_report import Report, report
 from fedpara_plugins.models.peft_export import save_peft
@@ -50,5 +50,6 @@ __all__ = [
     "shapes_of",
     "shared_names",
     "split",
+    "static_buffers",
     "to_dense",
 ]

@@ -29,6 +29,7 @@ from fedpara_plugins.models.private_start import first_values
 from fedpara_plugins.models.spec_rows import (
     check_same_rows,
     compared_part,
+    frozen_buffers,
     frozen_rows,
     merged_names,
     plan_from_row,
@@ -53,6 +54,7 @@ class ModelSpec:
         frozen: hashes (`tensor_hash`) by full name of the tensors that a message leaves out because
             both sides hold them. They are what one message says, and no part of what a model is:
             two specs may be equal and differ here.
+        buffers: those of ``frozen`` that are buffers: a client that changes one sends its value.
         held: first values of those in ``own`` that the model itself holds, by full name; not a part
             of the description. A spec that was read from a message has none.
     """
@@ -62,6 +64,7 @@ class ModelSpec:
     seed: int
     own: Mapping[str, PrivateTensor] = field(default_factory=dict)
     frozen: Mapping[str, str] = field(default_factory=dict, compare=False)
+    buffers: frozenset[str] = field(default=frozenset(), compare=False)
     held: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -328,6 +331,8 @@ class ModelSpec:
             described["frozen"] = [
                 [i, key, self.frozen[key]] for i, key in enumerate(self.keys) if key in self.frozen
             ]
+        if self.buffers:
+            described["buffers"] = [i for i, key in enumerate(self.keys) if key in self.buffers]
         return described
 
     def _described(self) -> dict[str, Any]:
@@ -358,9 +363,17 @@ class ModelSpec:
                 str(key): PrivateTensor.from_row(row) for key, row in data.get("own", {}).items()
             }
             hashes = {key: digest for _, key, digest in frozen}
+            buffers = frozen_buffers(data.get("buffers", []), frozen)
             if len(set(keys)) != len(keys):
                 raise ValueError("a name is there twice")
-            spec = cls(weights=weights, keys=keys, seed=int(data["seed"]), own=own, frozen=hashes)
+            spec = cls(
+                weights=weights,
+                keys=keys,
+                seed=int(data["seed"]),
+                own=own,
+                frozen=hashes,
+                buffers=buffers,
+            )
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise PayloadError(f"the header's model description is malformed: {error!r}") from error
         if spec.fingerprint != data.get("fingerprint"):

@@ -15,6 +15,7 @@ from fedpara_plugins.plugins import methods
 __all__ = [
     "check_same_rows",
     "compared_part",
+    "frozen_buffers",
     "frozen_rows",
     "merged_names",
     "plan_from_row",
@@ -114,6 +115,22 @@ def frozen_rows(rows: Sequence[Sequence[Any]]) -> list[tuple[int, str, str]]:
                 f"a frozen tensor has name {str(key)[:40]!r}, hash {str(digest)[:40]!r}"
             )
     return found
+
+
+def frozen_buffers(places: Sequence[Any], frozen: Sequence[tuple[int, str, str]]) -> frozenset[str]:
+    """Return the names of those frozen tensors that are buffers.
+
+    Args:
+        places: anything that claims to be their places among all names.
+        frozen: what `frozen_rows` returned.
+
+    Raises:
+        ValueError, TypeError: a place is not that of a frozen tensor.
+    """
+    names = {place: key for place, key, _ in frozen}
+    if not isinstance(places, list) or not all(type(n) is int and n in names for n in places):
+        raise ValueError(f"frozen buffers have places {str(places)[:40]}")
+    return frozenset(names[place] for place in places)
 
 
 def merged_names(shared: Sequence[str], private: Sequence[Sequence[Any]]) -> tuple[str, ...]:

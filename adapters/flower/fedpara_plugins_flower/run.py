@@ -37,6 +37,7 @@ from fedpara_plugins.models import (
     frozen_tensors,
     keep_own_values,
     shapes_of,
+    static_buffers,
 )
 from fedpara_plugins.support import Outages, Storage
 from fedpara_plugins.training import RoundProgress, round_progress, start_round
@@ -153,20 +154,25 @@ class Run:
         for spec, model in self.built:
             yield spec, model.state_dict()
 
-    def frozen_in(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    def frozen_in(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], frozenset[str]] | None:
         """Return the frozen ones of tensors that are sent, as the model holds them.
 
         Args:
             tensors: a state of a model that was built here, or a part of one.
 
         Returns:
-            The frozen tensors by the names that are sent; None if no such model is known.
+            The frozen tensors by the names that are sent, and which of them are buffers; None if no
+            such model is known.
         """
         for spec, model in self.built:
             part = find_part([(spec, shapes_of(model.state_dict()))], shapes_of(tensors))
             if part is not None:
-                frozen = frozen_tensors(model)
-                return {name: frozen[key] for name, key in part.names.items() if key in frozen}
+                buffers = static_buffers(model)
+                frozen = {**frozen_tensors(model), **buffers}
+                found = {name: frozen[key] for name, key in part.names.items() if key in frozen}
+                return found, frozenset(k for k in found if part.names[k] in buffers)
         return None
 
     def converted(self, model: M, *, beside: bool = False) -> M:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 import numpy as np
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid, ServerApp
@@ -53,6 +53,7 @@ RunConfig = Mapping[str, bool | float | int | str]
 RUN_ID = 1234567890123
 
 PAYLOAD = "fedpara.payload"
+JOINT = "fedpara_joint"
 """Name of the array that holds a payload."""
 
 
@@ -129,12 +130,20 @@ class Sent:
 
     @property
     def arrays(self) -> dict[str, ArrayRecord]:
-        """Return its records of arrays by name."""
-        return dict(self.content.array_records)
+        """Return its records of arrays by name, those apart that travelled as one."""
+        found = dict(self.content.array_records)
+        if JOINT not in found:
+            return found
+        with contextlib.suppress(FedParaError):  # a damaged one
+            records = separated({JOINT: found[JOINT][PAYLOAD].numpy().tobytes()})
+            del found[JOINT]
+            for name, payload in records.items():
+                found[name] = ArrayRecord({PAYLOAD: Array(np.frombuffer(payload, dtype=np.uint8))})
+        return found
 
     @property
     def payloads(self) -> dict[str, bytes]:
-        """Return the plugin's payloads by record, those apart that travelled as one."""
+        """Return the plugin's payloads by record."""
         found = {}
         for name, record in self.arrays.items():
             if list(record) == [PAYLOAD]:
@@ -142,8 +151,6 @@ class Sent:
                     array = record[PAYLOAD].numpy()
                     if isinstance(array, np.ndarray):  # and no archive, which a hostile one may be
                         found[name] = array.tobytes()
-        with contextlib.suppress(FedParaError):  # a damaged one
-            return separated(found)
         return found
 
     @property
@@ -154,7 +161,8 @@ class Sent:
     @property
     def array_bytes(self) -> int:
         """Count the bytes of all arrays as Flower serialises each, without names and framing."""
-        return sum(len(a.data) for record in self.arrays.values() for a in record.values())
+        records = self.content.array_records.values()
+        return sum(len(array.data) for record in records for array in record.values())
 
 
 class _Node:

@@ -20,10 +20,11 @@ from fedpara_plugins.exchange import (
     plain_spec,
     zero_private_factors,
 )
-from fedpara_plugins.models import StatePart, find_part, frozen_tensors, shapes_of
+from fedpara_plugins.models import StatePart, find_part, frozen_tensors, shapes_of, static_buffers
 from fedpara_plugins_fedml.settings import FedMLSettings, naming_keys
 
 __all__ = [
+    "buffers_of",
     "check_names_for",
     "client_model",
     "converted",
@@ -174,18 +175,29 @@ def check_names_for(optimizer: str, model: nn.Module, names: Collection[str]) ->
 
 
 def frozen_of(model: nn.Module, names: Collection[str] | Mapping[str, Tensor]) -> State:
-    """Return copies of the frozen tensors among what a project exchanges.
+    """Return copies of the frozen tensors among what a project exchanges, buffers too.
 
     Args:
         model: the project's, converted or plain.
         names: of what is exchanged.
     """
-    frozen = frozen_tensors(model)
-    own = {name: name for name in names}
+    frozen = {**frozen_tensors(model), **static_buffers(model)}
+    own = _own_names(model, names)
+    return {name: frozen[key].detach().cpu().clone() for name, key in own.items() if key in frozen}
+
+
+def buffers_of(model: nn.Module, names: Collection[str] | Mapping[str, Tensor]) -> frozenset[str]:
+    """Return the names of those of `frozen_of` that are buffers, for the same arguments."""
+    buffers = static_buffers(model)
+    return frozenset(name for name, key in _own_names(model, names).items() if key in buffers)
+
+
+def _own_names(model: nn.Module, names: Collection[str] | Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the model's own names of what a project exchanges, by the project's names."""
     if isinstance(names, Mapping) and not set(names) <= set(model.state_dict()):
         part = part_under_other_names(model, names)
-        own = {} if part is None else dict(part.names)
-    return {name: frozen[key].detach().cpu().clone() for name, key in own.items() if key in frozen}
+        return {} if part is None else dict(part.names)
+    return {name: name for name in names}
 
 
 def dense_of(model: nn.Module, exchanged: Mapping[str, Tensor], *, private: bool) -> State:

@@ -24,6 +24,7 @@ from fedpara_plugins.exchange import (
 from fedpara_plugins.optimizers import trained_parameters
 from fedpara_plugins_fedml.engine.aggregation import Aggregation
 from fedpara_plugins_fedml.engine.models import (
+    buffers_of,
     check_names_for,
     dense_of,
     frozen_of,
@@ -88,6 +89,7 @@ class ServerEngine:
         self._spec = spec_for(aggregator.model, self._x)
         check_names_for(rule.name, aggregator.model, self._x)
         self._frozen = frozen_of(aggregator.model, self._x)
+        self._buffers = buffers_of(aggregator.model, self._x)
         rule.trained = frozenset(trained_parameters(aggregator.model)) & self._x.keys()
         self._aggregation = Aggregation(aggregator, args, self._spec)
         self._encoder = DownlinkEncoder(settings, self._outages)
@@ -148,7 +150,7 @@ class ServerEngine:
         self._put()
 
     def _put(self) -> None:
-        self._encoder.put(MODEL, self._x, self._spec, frozen=self._frozen)
+        self._encoder.put(MODEL, self._x, self._spec, frozen=self._frozen, buffers=self._buffers)
         self._x = dict(self._encoder.content(MODEL))  # frozen tensors without an average's rounding
         for name, tensors in self.rule.records().items():
             self._encoder.put(name, dict(tensors), plain_spec(tensors), sized_as=self._spec)

@@ -34,6 +34,7 @@ from fedpara_plugins_flower.server.requests import Request
 __all__ = ["Outbox"]
 
 State = dict[str, Tensor]
+NOTHING: tuple[State, frozenset[str]] = ({}, frozenset())
 
 ADD_LINE = "Add to the server, after the imports: Net = fedpara.factorised(Net)"
 IN_PLACE = (
@@ -79,14 +80,15 @@ class Outbox(DownlinkEncoder):
             full = self._with_first_dtypes(name, to_tensors(record))
             spec = self._spec(name, full)
             sized_as = self._model_of(full) if is_optimizer_record(name) else None
-            frozen = {} if is_optimizer_record(name) else self._frozen_of(name, full)
-            self.put(name, full, spec, sized_as=sized_as, frozen=frozen)
+            frozen, buffers = self._frozen_of(name, full)
+            self.put(name, full, spec, sized_as=sized_as, frozen=frozen, buffers=buffers)
             self._records[name] = record
 
-    def _frozen_of(self, name: str, tensors: State) -> State:
-        """Return the frozen tensors of a record that is sent for the first time."""
-        if name in self._started or not self._run.settings.leaves_frozen:
-            return {}
+    def _frozen_of(self, name: str, tensors: State) -> tuple[State, frozenset[str]]:
+        """Return a record's frozen tensors when it is first sent, and which ones are buffers."""
+        first = name not in self._started and not is_optimizer_record(name)
+        if not first or not self._run.settings.leaves_frozen:
+            return NOTHING
         self._started.add(name)
         found = self._run.frozen_in(tensors)
         if found is None:
@@ -95,7 +97,7 @@ class Outbox(DownlinkEncoder):
                     "fedpara: the server has built no model with the plugin, so that nothing says "
                     "which parameters are frozen: all of record %r is sent. %s", name, ADD_LINE,
                 )  # fmt: skip
-            return {}
+            return NOTHING
         return found
 
     def _with_first_dtypes(self, name: str, tensors: State) -> State:

@@ -15,6 +15,7 @@ from fedpara_plugins.exchange import (
     ReadRecord,
     ReplyReader,
     Size,
+    changed_record,
     reason_of,
     server_state,
 )
@@ -159,8 +160,8 @@ class ReplyDecoder:
                     content[name] = to_record(self._first_weights(reader, name, payload))
             else:
                 read = reader.read_all(payloads)
-                if JOINT_RECORD in payloads:
-                    del content[JOINT_RECORD]
+                for name in payloads.keys() - read.keys():  # one of all records, changed buffers
+                    del content[name]
                 for name, record in read.items():
                     self._warn_once(record.shared)
                     content[name] = to_record(averageable(record.state))
@@ -221,7 +222,7 @@ def _check_records(content: RecordDict, request: Request) -> None:
     if OPTIMIZER in content and not request.reports:
         raise MismatchError(f"it answers with a record {OPTIMIZER!r} unasked")
     if request.legacy:
-        names = {legacy_lists.PARAMETERS}
+        names = {legacy_lists.PARAMETERS, changed_record(legacy_lists.PARAMETERS), JOINT_RECORD}
         if request.masked:
             names |= set(legacy_lists.LEGACY_REPLIES.values())
         if request.kind in legacy_lists.LEGACY_REPLIES and not content.array_records:
