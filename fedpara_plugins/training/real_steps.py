@@ -44,6 +44,13 @@ WHY = (
 )
 
 
+AVERAGING = frozenset({"ScheduleFreeWrapper", "ScheduleFreeWrapperReference", "Lookahead"})
+"""Classes that step another optimizer and move the parameters further, by name.
+
+Other classes around an optimizer, such as accelerate's, move nothing.
+"""
+
+
 class Step:
     """One step of one optimizer.
 
@@ -74,6 +81,14 @@ class Step:
     def callers(self) -> list[tuple[str, object]]:
         """Return the functions that make this step, innermost first, each with its object."""
         return functions_above(self.optimizer)
+
+    def averaging(self) -> list[Any]:
+        """Return the objects around the optimizer that move the parameters after its step."""
+        return [
+            owner
+            for _, owner in self.callers()
+            if any(kind.__name__ in AVERAGING for kind in type(owner).__mro__)
+        ]
 
 
 def _of_interest(optimizer: Optimizer) -> bool:
