@@ -10,9 +10,12 @@ import pytest
 import schedulefree
 import torch
 import transformers
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 import fedpara_plugins as fedpara
+from fedpara_plugins import ConfigError
+from fedpara_plugins.optimizers import LocalScaffold
 from fedpara_plugins.training import round_progress, start_round
 from harness.loops.apps import InOrder, LightningNet, TransformersNet, lightning_fit
 from harness.oracles.plain_steps import (
@@ -348,6 +351,25 @@ def test_the_reference_wrapper_does_as_for_parameters_without_gradients() -> Non
         loss_of(model(x)).backward()
         made[0].step()
     assert distance(model, net) < NEAR
+
+
+@pytest.mark.parametrize("name", ["ScheduleFreeWrapper", "ScheduleFreeWrapperReference"])
+def test_scaffold_refuses_sgd_inside_of_the_wrappers(name: str) -> None:
+    model = build()
+    optimizer = getattr(schedulefree, name)(torch.optim.SGD(model.parameters(), lr=LR))
+    optimizer.train()
+    loss_of(model(drawn(1)[0])).backward()
+    with pytest.raises(ConfigError, match=f"uses {name}"), LocalScaffold(model):
+        optimizer.step()
+
+
+def test_scaffold_trains_through_accelerate() -> None:
+    model = build()
+    optimizer: Any = Accelerator(cpu=True).prepare(torch.optim.SGD(model.parameters(), lr=LR))
+    loss_of(model(drawn(1)[0])).backward()
+    with LocalScaffold(model) as local:
+        optimizer.step()
+    assert local.result.steps == 1
 
 
 def test_nothing_of_it_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -34,7 +34,8 @@ class AddedGradient:
     Args:
         parameters: by name.
         term: the term to add.
-        check: called with each optimizer that has any of the parameters, before its first step.
+        check: called with each optimizer that has any of the parameters, before its first step, and
+            with what averages parameters around it.
 
     Attributes:
         steps: number of steps made.
@@ -103,7 +104,8 @@ class AddedGradient:
         if optimizer not in self._checked:
             _refuse_closures(optimizer)
             if self._check is not None:
-                self._check(optimizer)
+                for one in (optimizer, *step.averaging()):
+                    self._check(one)
             self._checked.add(optimizer)
         step.unscale()
         moved = [entry for entry in held if entry[0].grad is not None]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from fedpara_plugins.layers.base import layers_alive
 from fedpara_plugins.support.torch_seams import (
     break_graph,
     functions_above,
+    hook_step_end_first,
+    own_step_end_hooks,
     own_step_hooks,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -40,6 +42,13 @@ WHY = (
     "fedpara: the options clip, decay and schedule act before each optimizer step, outside of "
     "compiled code: compile the step without fullgraph=True, or compile the model alone"
 )
+
+
+AVERAGING = frozenset({"ScheduleFreeWrapper", "ScheduleFreeWrapperReference", "Lookahead"})
+"""Classes that step another optimizer and move the parameters further, by name.
+
+Other classes around an optimizer, such as accelerate's, move nothing.
+"""
 
 
 class Step:
@@ -73,6 +82,14 @@ class Step:
         """Return the functions that make this step, innermost first, each with its object."""
         return functions_above(self.optimizer)
 
+    def averaging(self) -> list[Any]:
+        """Return the objects around the optimizer that move the parameters after its step."""
+        return [
+            owner
+            for _, owner in self.callers()
+            if any(kind.__name__ in AVERAGING for kind in type(owner).__mro__)
+        ]
+
 
 def _of_interest(optimizer: Optimizer) -> bool:
     return True
@@ -101,7 +118,9 @@ class StepObserver(NamedTuple):
 _lock = threading.Lock()
 _observers: tuple[StepObserver, ...] = ()
 _running: weakref.WeakKeyDictionary[Optimizer, _Running] = weakref.WeakKeyDictionary()
-_last_hooks: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
+_own_handles: weakref.WeakKeyDictionary[Optimizer, dict[str, RemovableHandle]]
+_own_handles = weakref.WeakKeyDictionary()
+Hooks = Mapping[int, Callable[..., Any]]
 _ignored_closures: set[type[Optimizer]] = set()
 
 
@@ -176,9 +195,11 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Arguments | None:
     # What the observers do depends on more than tensors, so they are never traced.
     if not torch.compiler.is_compiling():
-        if own_step_hooks(optimizer) and any(one.concerns(optimizer) for one in _observers):
-            _hook_last(optimizer)
-            return None
+        before, after = own_step_hooks(optimizer), own_step_end_hooks(optimizer)
+        if (before or after) and any(one.concerns(optimizer) for one in _observers):
+            _hook_inside_of_own(optimizer, before, after)
+            if before:
+                return None
         return _begin(optimizer, args, kwargs)
     if not _anything_to_observe():
         return None
@@ -187,12 +208,20 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Arguments | No
     return run_eagerly(_begin, optimizer, args, kwargs)
 
 
-def _hook_last(optimizer: Optimizer) -> None:
-    """Let a step begin after the optimizer's own hooks, which may change gradients too."""
-    if list(own_step_hooks(optimizer).values())[-1] is not _begin:
-        if optimizer in _last_hooks:
-            _last_hooks[optimizer].remove()
-        _last_hooks[optimizer] = optimizer.register_step_pre_hook(_begin)
+def _hook_inside_of_own(optimizer: Optimizer, before: Hooks, after: Hooks) -> None:
+    """Let a step begin after the optimizer's own hooks, and end before those of its end.
+
+    They may change gradients, and look at parameter groups.
+    """
+    handles = _own_handles.setdefault(optimizer, {})
+    if before and list(before.values())[-1] is not _begin:
+        if "begin" in handles:
+            handles["begin"].remove()
+        handles["begin"] = optimizer.register_step_pre_hook(_begin)
+    if after and next(iter(after.values())) is not _after_step:
+        if "end" in handles:
+            handles["end"].remove()
+        handles["end"] = hook_step_end_first(optimizer, _after_step)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

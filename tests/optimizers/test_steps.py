@@ -256,6 +256,32 @@ def test_scaffold_refuses_optimizers_that_are_not_plain_sgd(make, word):
         optimizer.step()
 
 
+class Lookahead(torch.optim.Optimizer):
+    """The optimizer of that name: goes back a part of the way."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        before = [p.detach().clone() for p in self.inner.param_groups[0]["params"]]
+        self.inner.step(closure)
+        with torch.no_grad():
+            for slow, p in zip(before, self.inner.param_groups[0]["params"], strict=True):
+                p.lerp_(slow, 0.5)
+
+
+def test_scaffold_refuses_sgd_inside_of_what_moves_parameters_further():
+    model = made()
+    optimizer = Lookahead(torch.optim.SGD(model.parameters(), lr=0.1))
+    loss(model).backward()
+    with pytest.raises(ConfigError, match="uses Lookahead"), LocalScaffold(model):
+        optimizer.step()
+    with LocalFedDyn(model, alpha=0.1) as local:
+        optimizer.step()
+    assert local.result.steps == 1
+
+
 def test_lbfgs_is_refused_by_both():
     model = made()
     optimizer = torch.optim.LBFGS(model.parameters())

@@ -464,6 +464,26 @@ def test_an_optimizer_s_own_hooks_are_known_and_run_after_those_of_all():
     assert called == ["all", "first", "second"]
 
 
+def test_a_hook_may_come_first_after_a_step():
+    called = []
+
+    def note(name):
+        return lambda optimizer, args, kwargs: called.append(name)
+
+    optimizer = torch.optim.SGD([one_parameter()], lr=0.1)
+    assert not seams.own_step_end_hooks(optimizer)
+    handle = seams.register_optimizer_step_post_hook(note("all"))
+    optimizer.register_step_post_hook(note("own"))
+    first = note("first")
+    own = seams.hook_step_end_first(optimizer, first)
+    assert next(iter(seams.own_step_end_hooks(optimizer).values())) is first
+    optimizer.step()
+    handle.remove()
+    own.remove()
+    optimizer.step()
+    assert called == ["first", "own", "all", "own"]
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_scaler_that_steps_is_found(fused):
     parameter = one_parameter()

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fedpara_plugins as fedpara
 from fedpara_plugins import ConfigError
+from fedpara_plugins.optimizers import LocalFedDyn
 from fedpara_plugins.training import round_progress, start_round
 from harness.oracles.plain_steps import (
     PlainNet,
@@ -997,6 +998,27 @@ def test_the_options_act_after_the_hooks_of_the_optimizer(loop):
     loop(model, optimizer, steps[4:])
     assert distance(model, net) < NEAR
     assert round_progress(model).steps == 5
+
+
+def test_hooks_after_the_step_see_the_user_s_own_groups_and_gradients():
+    model = build(method="fedpara", decay="composed")
+    optimizer = sgd(model.parameters(), 0.5)
+    gradients, groups, same = [], [], []
+
+    def look(optimizer, args, kwargs):
+        groups.append((len(optimizer.param_groups), optimizer.param_groups[0]["weight_decay"]))
+        same.append(all(map(torch.equal, gradients, (p.grad for p in model.parameters()))))
+
+    with LocalFedDyn(model, alpha=5.0):
+        for x in batches(3):
+            optimizer.register_step_post_hook(look)
+            optimizer.zero_grad()
+            loss(model, x).backward()
+            gradients[:] = [p.grad.clone() for p in model.parameters()]
+            optimizer.step()
+    assert groups == [(1, 0.5)] * 6
+    assert all(same)
+    assert round_progress(model).steps == 3
 
 
 def test_other_optimizers_get_their_closure_itself():
