@@ -70,8 +70,10 @@ def _scale_down(
         gradient.mul_((bound / length).clamp(max=1.0))
         return
     found = float(length)
-    if found > share * least and found > (bound := share * max(float(_norm(factor)), least)):
-        gradient.mul_(bound / found)
+    if found > share * least:
+        limit = share * max(float(_norm(factor)), least)
+        if found > limit:
+            gradient.mul_(limit / found)
 
 
 def _rates(step: Step) -> dict[int, float | Tensor]:
