@@ -1,6 +1,8 @@
 import pytest
+from torch import nn
 
-from fedpara_plugins import ConfigError, FedParaConfig
+from fedpara_plugins import ConfigError, FedParaConfig, convert
+from fedpara_plugins.training import round_progress
 
 
 def test_defaults_change_nothing():
@@ -73,6 +75,16 @@ def test_values_of_clip(given, kept):
     assert config.clip == kept
     assert FedParaConfig.from_mapping(config.to_mapping()) == config
     assert FedParaConfig(clip=kept) == config
+
+
+def test_no_clip_is_none_in_python_and_in_mappings_a_word():
+    assert FedParaConfig(clip=None).clip is None
+    assert FedParaConfig.from_mapping({"clip": None}) == FedParaConfig()
+    for options in ({"clip": None}, {"clip": "none"}):
+        model = nn.Linear(64, 64)
+        assert round_progress(convert(model, gamma=0.1, **options)).config.clip is None
+        config = FedParaConfig(method="fedpara", clip=1.0)
+        assert round_progress(convert(model, config, **options)).config.clip is None
 
 
 def test_the_former_name_of_torch_s_variance():

@@ -62,7 +62,8 @@ def check_model(model: nn.Module, config: FedParaConfig) -> list[Finding]:
         lines = [Finding("ok", "(model)", note)]
         found = decide_layers(model, config, refused=refused)
     lines += [line for decision in found for line in _about_layer(decision, config)]
-    lines += _variance(model, config)
+    if any(decision.plans for decision in found):
+        lines += _variance(model, config)
     lines += [Finding("attention", name or "(model)", str(e)) for name, e in refused.items()]
     lines += _repeated(repeated_modules(model, found))
     for name, count in infinite_tensors(model).items():

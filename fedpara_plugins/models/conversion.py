@@ -150,6 +150,8 @@ def _factorised(decision: LayerDecision, conversion: Conversion) -> FactorisedLa
 
 def _complete_config(config: FedParaConfig | None, options: dict[str, Any]) -> FedParaConfig:
     if config is None:
+        if "clip" in options and options["clip"] is None:
+            options = {**options, "clip": "none"}  # in a mapping, None stands for the default
         return FedParaConfig.from_mapping({"method": "fedpara", **options})
     if not isinstance(config, FedParaConfig):
         raise ConfigError(

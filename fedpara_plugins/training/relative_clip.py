@@ -55,12 +55,25 @@ def clip_relatively(step: Step, model: HeldModel, share: float | None) -> Tensor
         gradient = own.pop(id(factor), None)
         if gradient is None:
             continue
-        bound = usual * _norm(factor.detach()).clamp(min=least)
         length = rates[id(factor)] * norms[id(factor)]
-        gradient.mul_((bound / length).clamp(max=1.0))
+        _scale_down(gradient, length, factor, usual, least)
     every = list(norms.values())
     whole: Tensor = torch.linalg.vector_norm(torch.stack([n.to(every[0].device) for n in every]))
     return whole
+
+
+def _scale_down(
+    gradient: Tensor, length: Tensor, factor: Tensor, share: float, least: float
+) -> None:
+    if length.device.type != "cpu":  # without waiting for the device
+        bound = share * _norm(factor).clamp(min=least)
+        gradient.mul_((bound / length).clamp(max=1.0))
+        return
+    found = float(length)
+    if found > share * least:
+        limit = share * max(float(_norm(factor)), least)
+        if found > limit:
+            gradient.mul_(limit / found)
 
 
 def _rates(step: Step) -> dict[int, float | Tensor]:

@@ -11,9 +11,9 @@ from torch import nn
 import fedpara_plugins as fedpara
 from fedpara_plugins.factors.planning import usual_deviation
 from fedpara_plugins.models import adopt_plans
+from harness.oracles.relative_clip import SHARES, clipped, usual_norms
 
 METHODS = ("lowrank", "fedpara", "pfedpara")
-SHARES = {"lowrank": 0.03, "fedpara": 0.03, "pfedpara": 0.1}
 UNIT = {"speed": 1.0, "private_speed": 1.0, "variance": "torch"}
 
 
@@ -38,48 +38,14 @@ def fill_gradients(model, size):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def least_norms(model, method):
-    """The floors by hand, for K = 1 and torch's variance v = 1 / (3 fan-in).
-
-    Shared factors have the variance F v. The private operand X Yᵀ is multiplied by W1, of variance
-    v, so that Y of variance 1 / (v R) makes K = v R var(Y); a core T lies between X and Y, and then
-    both have 1 / (R sqrt v). The factor of zeros has v.
-    """
-    found = {}
-    for place in ("0", "3"):
-        layer = model.get_submodule(place)
-        shape = tuple(layer.weight.shape)
-        variance = 1 / (3 * torch.Size(shape[1:]).numel())
-        rank = layer.x1.shape[1]
-        kernel = len(shape) > 2
-        for name, factor in layer.named_parameters(recurse=False):
-            if name == "bias":
-                continue
-            shared = {"lowrank": 1, "fedpara": 2, "pfedpara": 1}[method] * (3 if kernel else 2)
-            square = shared * variance
-            if method == "pfedpara" and name.endswith("2"):
-                square = 1 / (rank * sqrt(variance)) if kernel else 1 / (variance * rank)
-                if name == ("t2" if kernel else "x2"):
-                    square = variance
-            found[f"{place}.{name}"] = sqrt(square * factor.numel())
-    return found
-
-
 def step_by_hand(model, gradients, least, share, rate_of):
     """Return all parameters after one step of SGD, and how many gradients the rule has changed."""
     after, acted = {}, 0
     for name, p in model.named_parameters():
-        gradient = gradients.get(name)
-        if gradient is None:
-            after[name] = p.detach().clone()
-            continue
-        factor = 1.0
-        if name in least:
-            bound = share * max(float(p.detach().square().sum() ** 0.5), least[name])
-            length = rate_of(name) * float(gradient.square().sum() ** 0.5)
-            factor = bound / length if length > bound else 1.0
-            acted += factor < 1
-        after[name] = p.detach() - rate_of(name) * factor * gradient
+        gradient = gradients.get(name, torch.zeros_like(p))
+        held = clipped(name, p, gradient, rate=rate_of(name), share=share, norms=least)
+        acted += not torch.equal(held, gradient)
+        after[name] = p.detach() - rate_of(name) * held
     return after, acted
 
 
@@ -92,7 +58,7 @@ def assert_moved_as(model, after):
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_are_those_of_the_rule_written_out(method, size):
     model = build(method)
-    least = least_norms(model, method)
+    least = usual_norms(model, method)
     rates = {"0": 0.3, "1": 0.3, "3": 0.05}
     groups = [
         {"params": list(model.get_submodule(place).parameters()), "lr": rate}
@@ -118,7 +84,7 @@ def test_another_share_for_all_factors():
     model = build("pfedpara", clip="relative:0.004")
     gradients = fill_gradients(model, 1e4)
     after, acted = step_by_hand(
-        model, gradients, least_norms(model, "pfedpara"), 0.004, lambda name: 0.1
+        model, gradients, usual_norms(model, "pfedpara"), 0.004, lambda name: 0.1
     )
     assert acted >= 6
     torch.optim.SGD(model.parameters(), lr=0.1).step()
@@ -230,7 +196,7 @@ def test_without_a_rate_in_its_group_an_optimizer_s_rate_counts_as_one(group):
     model = build()
     gradients = fill_gradients(model, 10.0)
     after, acted = step_by_hand(
-        model, gradients, least_norms(model, "fedpara"), 0.03, lambda name: 1.0
+        model, gradients, usual_norms(model, "fedpara"), 0.03, lambda name: 1.0
     )
     assert acted
     RateOfItsOwn(model.parameters(), **group).step()
