@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fedpara_plugins.layers.base import FactorisedLayer, layers_alive
+from fedpara_plugins.support.torch_seams import own_parameters
 from fedpara_plugins.training.progress import RoundProgress
 from fedpara_plugins.training.real_steps import parameters_of
 
@@ -94,5 +95,5 @@ def _in_another(
 
 def _parameters(progress: RoundProgress, layers: list[FactorisedLayer]) -> Iterator[Tensor]:
     for layer in layers:
-        yield from layer.parameters(recurse=False)
+        yield from (p for p in own_parameters(layer).values() if p is not None)
     yield from progress.dense or ()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedpara_plugins.config import FedParaConfig
 from fedpara_plugins.layers.base import FactorisedLayer, Phase
-from fedpara_plugins.support.torch_seams import TensorWeakRef
+from fedpara_plugins.support.torch_seams import TensorWeakRef, own_parameters
 
 __all__ = ["DenseParameters", "RoundProgress", "layers_of", "set_phase"]
 
@@ -55,8 +55,12 @@ class DenseParameters:
 
 
 def _outside_of_layers(model: nn.Module) -> Iterator[Tensor]:
-    own = {id(p) for layer in layers_of(model) for p in layer.parameters(recurse=False)}
-    return (p for p in model.parameters() if id(p) not in own)
+    inside: dict[int, Tensor] = {}
+    outside: dict[int, Tensor] = {}
+    for module in model.modules():
+        found = inside if isinstance(module, FactorisedLayer) else outside
+        found.update({id(p): p for p in own_parameters(module).values() if p is not None})
+    return (p for key, p in outside.items() if key not in inside)
 
 
 @dataclass(eq=False)
