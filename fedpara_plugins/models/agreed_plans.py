@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from math import isclose
+from math import isclose, prod
 
 import torch
 from torch import nn
@@ -25,7 +25,33 @@ from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.layers.kept_weights import drop_kept_weights
 from fedpara_plugins.models.spec import ModelSpec
 
-__all__ = ["adopt_plans", "agreed_config"]
+__all__ = ["adopt_plans", "agreed_config", "specs_for"]
+
+
+def specs_for(model: nn.Module, specs: Iterable[ModelSpec]) -> list[ModelSpec]:
+    """Return those of some specs that may be of a model or of its parts, by names and sizes.
+
+    A run may have several models, of which each has a form of its own. Where two specs name the
+    same weight, the one that knows more of the model counts. If none fits, all are returned, since
+    parts may be sent under other names.
+
+    Args:
+        model: converted or not.
+        specs: of the run.
+    """
+    specs = list(specs)
+    sizes = {name: value.numel() for name, value in model.state_dict().items()}
+    for path, layer in model.named_modules():
+        if isinstance(layer, FactorisedLayer):
+            sizes |= {full_name(path, w): prod(plan.shape) for w, plan in layer.plans.items()}
+    found: list[ModelSpec] = []
+    taken: set[str] = set()
+    for spec in sorted(specs, key=lambda each: -len(each.weights)):
+        fits = all(sizes.get(w) == prod(plan.shape) for w, plan in spec.weights.items())
+        if fits and spec.weights and not taken & spec.weights.keys():
+            found.append(spec)
+            taken |= spec.weights.keys()
+    return found or specs
 
 
 def agreed_config(config: FedParaConfig, specs: Iterable[ModelSpec]) -> FedParaConfig:
