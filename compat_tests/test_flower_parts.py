@@ -281,3 +281,80 @@ def test_models_of_which_none_is_described_are_refused() -> None:
 
     with pytest.raises(FedParaError, match="this client has"):
         federate(part_apps(part, client_factory=others), section("fedpara", "small"))
+
+
+class Pretrained(nn.Module):
+    """A model whose weight looks trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(64, 64)
+        with torch.no_grad():
+            self.layer.weight += torch.outer(torch.linspace(-1, 1, 64), torch.linspace(-2, 2, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs."""
+        out: Tensor = self.layer(x)
+        return out
+
+
+class Fresh(nn.Module):
+    """A fresh one with the same name and shape in it, and another layer."""
+
+    def __init__(self, deviation: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(64, 64)
+        self.last = nn.Linear(64, 64)
+        with torch.no_grad():
+            self.layer.weight *= deviation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs."""
+        out: Tensor = self.last(self.layer(x))
+        return out
+
+
+class Wide(Pretrained):
+    """The same as the trained one, and fresh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer.reset_parameters()
+
+
+def two(first: Any, second: Any) -> Part:
+    return Part(
+        lambda: (first(), second()),
+        lambda m: {"encoder": m[0].state_dict(), "decoder": m[1].state_dict()},
+        lambda m, r: (m[0].load_state_dict(r["encoder"]), m[1].load_state_dict(r["decoder"])),
+    )
+
+
+def rows(outcome: Outcome, record: str) -> dict[str, Any]:
+    model = peek_header(outcome.sent[-1].payloads[record]).model
+    assert model is not None
+    return {row[0]: row[1:] for row in model["weights"]}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_each_of_two_models_has_the_form_that_its_own_weights_ask_for(turned: bool) -> None:
+    """One looks trained, and gets an update; the other is fresh, and gets factors."""
+    models = (Fresh, Pretrained) if turned else (Pretrained, Fresh)
+    outcome = federate(part_apps(two(*models), inputs=64, rate=1e-4), section("fedpara", "small"))
+    assert not [line for line in outcome.log if "left out" in line]
+    names = ("decoder", "encoder") if turned else ("encoder", "decoder")
+    trained, fresh = (rows(outcome, name) for name in names)
+    assert [row[6:] != [] for row in trained.values()] == [True]
+    assert [row[6:] for row in fresh.values()] == [[], []]
+
+
+def test_each_of_two_models_has_the_plan_of_its_own_variance() -> None:
+    factories = (lambda: Fresh(4.0), Wide)
+    outcome = federate(
+        part_apps(two(*factories), inputs=64, rate=1e-4), section("fedpara", "small", init="fit")
+    )
+    assert not [line for line in outcome.log if "left out" in line]
+    wide, own = (rows(outcome, name)["layer.weight"][3] for name in ("encoder", "decoder"))
+    assert wide != own

@@ -7,7 +7,7 @@ that take a model and return one or describe it.
 from __future__ import annotations
 
 from fedpara_plugins.models.adapter_ranks import rank_conflict, rank_hint
-from fedpara_plugins.models.agreed_plans import adopt_plans, agreed_config
+from fedpara_plugins.models.agreed_plans import adopt_plans, agreed_config, specs_for
 from fedpara_plugins.models.attached_config import config_of
 from fedpara_plugins.models.checkpoints import load_factors, save_dense, save_factors
 from fedpara_plugins.models.conversion import convert
@@ -49,6 +49,7 @@ __all__ = [
     "save_peft",
     "shapes_of",
     "shared_names",
+    "specs_for",
     "split",
     "static_buffers",
     "to_dense",

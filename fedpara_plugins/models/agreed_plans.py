@@ -10,9 +10,9 @@ option ``base`` leaves it to the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from math import isclose
+from math import isclose, prod
 
 import torch
 from torch import nn
@@ -25,12 +25,40 @@ from fedpara_plugins.layers.base import full_name
 from fedpara_plugins.layers.kept_weights import drop_kept_weights
 from fedpara_plugins.models.spec import ModelSpec
 
-__all__ = ["adopt_plans", "agreed_config"]
+__all__ = ["adopt_plans", "agreed_config", "specs_for"]
 
 
-def agreed_config(
-    config: FedParaConfig, specs: Iterable[ModelSpec], model: nn.Module | None = None
-) -> FedParaConfig:
+def specs_for(
+    model: nn.Module, specs: Iterable[ModelSpec], *, beside: bool = False
+) -> list[ModelSpec]:
+    """Return those of some specs that may be of a model or of its parts, by names and sizes.
+
+    A run may have several models, of which each has a form of its own. Where two specs name the
+    same weight, the one that knows more of the model counts. If none fits, all are returned, since
+    parts may be sent under other names.
+
+    Args:
+        model: converted or not.
+        specs: of the run.
+        beside: whether the model is built together with others. None is returned then if none fits:
+            an encoder that no message carries does not take the form of the classifier beside it.
+    """
+    specs = list(specs)
+    sizes = {name: value.numel() for name, value in model.state_dict().items()}
+    for path, layer in model.named_modules():
+        if isinstance(layer, FactorisedLayer):
+            sizes |= {full_name(path, w): prod(plan.shape) for w, plan in layer.plans.items()}
+    found: list[ModelSpec] = []
+    taken: set[str] = set()
+    for spec in sorted(specs, key=lambda each: -len(each.weights)):
+        fits = all(sizes.get(w) == prod(plan.shape) for w, plan in spec.weights.items())
+        if fits and spec.weights and not taken & spec.weights.keys():
+            found.append(spec)
+            taken |= spec.weights.keys()
+    return found or ([] if beside else specs)
+
+
+def agreed_config(config: FedParaConfig, specs: Iterable[ModelSpec]) -> FedParaConfig:
     """Return the options for a model that takes its values from a run that has begun.
 
     Its first factors will be replaced, so nothing is fitted, and no weight is asked whether it is
@@ -39,26 +67,12 @@ def agreed_config(
     Args:
         config: the options of this side.
         specs: of the run's models, as far as they are known.
-        model: one that is built together with others, unconverted. Only specs of its own weights
-            count then: an encoder that no message carries does not take the form of the classifier
-            beside it.
     """
-    shapes = None if model is None else {n: tuple(p.shape) for n, p in model.named_parameters()}
-    plans = [
-        plan
-        for spec in specs
-        if shapes is None or _describes(spec, shapes)
-        for plan in spec.weights.values()
-    ]
+    plans = [plan for spec in specs for plan in spec.weights.values()]
     base = config.base
     if base is None and plans:
         base = "frozen" if any(plan.residual for plan in plans) else "factors"
     return replace(config, base=base).without_values()
-
-
-def _describes(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether all weights of a spec are a model's, by names and shapes."""
-    return all(shapes.get(weight) == plan.shape for weight, plan in spec.weights.items())
 
 
 def adopt_plans(model: nn.Module, spec: ModelSpec) -> None:

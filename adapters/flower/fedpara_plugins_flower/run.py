@@ -37,6 +37,7 @@ from fedpara_plugins.models import (
     frozen_tensors,
     keep_own_values,
     shapes_of,
+    specs_for,
     static_buffers,
 )
 from fedpara_plugins.support import Outages, Storage
@@ -246,9 +247,10 @@ class Run:
         return spec
 
     def _adopt_plans(self, model: nn.Module) -> None:
-        """Take over the plans that the other side, or the first model here, has made of weights."""
-        first = list(self.specs.values())[:1] if self.side == "server" else []
-        for agreed in (*self.plans, *first):
+        """Take over the plans that the other side, or the first such model here, has made."""
+        known = self.specs.get(frozenset(model.state_dict())) if self.side == "server" else None
+        first = [] if known is None else [known]
+        for agreed in specs_for(model, self.plans) + first:
             adopt_plans(model, agreed)
 
     def _meets_expected(
@@ -260,10 +262,12 @@ class Run:
             MismatchError: it has, and differs.
         """
         met = any(frozenset(expected.keys) in self.specs for expected in self.expected)
+        # Another model's names may all be among this one's: it is no part of this one for that.
+        whole = any(frozenset(expected.keys) in specs for expected in self.expected)
         for expected in self.expected:
             names = frozenset(expected.keys)
             mine = specs.get(names)
-            if mine is None and names not in self.specs:
+            if mine is None and names not in self.specs and not whole:
                 given = self.received.get(names, {})
                 part = find_part([(spec, shapes)], {key: given.get(key) for key in expected.keys})
                 mine = None if part is None else part.spec
@@ -293,10 +297,10 @@ class Run:
         first = (self.side == "server" or self.starts) and names not in self._begun
         self._begun.add(names)
         config = self.settings.config
-        if first:
+        if first or not isinstance(model, nn.Module):
             return config
-        known = (*self.plans, *self.specs.values())
-        return agreed_config(config, known, model if beside else None)
+        known = specs_for(model, (*self.plans, *self.specs.values()), beside=beside)
+        return agreed_config(config, known)
 
 
 def active_run() -> Run | None:

@@ -136,6 +136,8 @@ def part_apps(
     evaluates: bool = False,
     reads_first: bool = False,
     mods: Sequence[Any] = (),
+    inputs: int = 32,
+    rate: float = 0.1,
 ) -> Apps:
     """Return an app that exchanges a part of its model.
 
@@ -152,6 +154,8 @@ def part_apps(
         reads_first: whether clients read the message before they build their model.
         evaluates: whether clients evaluate what was aggregated, which tells the plugin of it.
         mods: of the clients, before the plugin's.
+        inputs: of the first model.
+        rate: of training.
     """
     on_client = plugin if client_plugin is None else client_plugin
     # A function is wrapped; a class of this file would be changed for other tests too.
@@ -169,7 +173,9 @@ def part_apps(
             received = {k: r.to_torch_state_dict() for k, r in records.items()}
             built = client_build() if built is None else built
             part.load(built, received)
-            _train(built, seed=int(str(context.node_config["partition-id"])))
+            _train(
+                built, seed=int(str(context.node_config["partition-id"])), inputs=inputs, rate=rate
+            )
             found = {name: ArrayRecord(state) for name, state in part.records(built).items()}
             reply = RecordDict({**found, "metrics": MetricRecord({"num-examples": 8})})
             return Message(reply, reply_to=message)
@@ -212,13 +218,13 @@ def _wrapped(factory: Callable[[], Any], *, wraps: bool) -> Callable[[], Any]:
     return fedpara.factorised(lambda: factory()) if wraps else factory
 
 
-def _train(built: Any, *, seed: int) -> None:
+def _train(built: Any, *, seed: int, inputs: int, rate: float) -> None:
     models = built if isinstance(built, tuple) else (built,)
     trained = [p for model in models for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, 0.1)
+    optimizer = torch.optim.SGD(trained, rate)
     draw = torch.Generator().manual_seed(seed)
     for _ in range(3):
-        out = torch.randn(8, 32, generator=draw)
+        out = torch.randn(8, inputs, generator=draw)
         for model in models:
             out = model(out)
         optimizer.zero_grad()
