@@ -264,7 +264,7 @@ def test_an_encoder_beside_the_classifier_that_is_sent_stays_as_it_is(method: st
         models[0].requires_grad_(False)
 
     part = Part(_trained_encoder_and_classifier, lambda m: {"arrays": m[1].state_dict()}, load)
-    outcome = federate(part_apps(part, rounds=3), section(method, "small"))
+    outcome = federate(part_apps(part, rounds=3), section(method, "small", clip="relative"))
     assert methods(outcome, "arrays") == {method}
     assert not [name for name in outcome.state if name.endswith("_base")]
     assert len(encoded) == 6
