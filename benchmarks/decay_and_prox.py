@@ -24,6 +24,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 METHODS = ("none", "lowrank", "fedpara", "pfedpara")
 OPTIMIZERS = (torch.optim.SGD, torch.optim.AdamW)
+SPEEDS = {"lowrank": 0.25, "fedpara": 0.5, "pfedpara": 0.25}
+COMMON = {"gamma": 0.3, "variance": "torch", "private_speed": 0.2, "clip": "none"}
 DRAWS = 4
 STEPS = 400
 MU = 0.1
@@ -34,7 +36,8 @@ def build(name: str, method: str, decay: str) -> nn.Module:
     layer = LAYERS[name]()
     if method == "none":
         return layer
-    layer = fedpara.convert(layer, method=method, gamma=0.3, decay=decay)
+    options = {**COMMON, "method": method, "speed": SPEEDS[method], "decay": decay}
+    layer = fedpara.convert(layer, **options)
     for key, parameter in layer.named_parameters():
         parameter.requires_grad_(not (method == "pfedpara" and key.endswith("2")))
     return layer
@@ -85,7 +88,7 @@ def main() -> None:
     print("| layer | method | K | mu_dense / mu, SGD | AdamW | 1 / K |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for name, method in product(LAYERS, METHODS):
-        speed = {"none": 1.0, "fedpara": 0.5}.get(method, 0.25)
+        speed = SPEEDS.get(method, 1.0)
         figures = [
             sum(held_back(build(name, method, "composed"), kind) for _ in range(DRAWS)) / DRAWS
             for kind in OPTIMIZERS

@@ -29,7 +29,10 @@ TRAIN, TEST = 60, 100
 EPOCHS, BATCH, RATE, CLIP = 5, 20, 0.3, 1.0
 CONCENTRATION = 3.0
 
-PFEDPARA = {"method": "pfedpara", "gamma": 0.5, "clip": CLIP}
+PFEDPARA = {
+    **{"method": "pfedpara", "gamma": 0.5, "clip": CLIP},
+    **{"variance": "torch", "speed": 0.25, "private_speed": 0.2},
+}
 DECOUPLED = {**PFEDPARA, "schedule": "decoupled", "first_private_steps": TRAIN // BATCH}
 BOTH = {**DECOUPLED, "private_head": True, "label_prior": True}
 ROWS: dict[str, dict[str, object]] = {

@@ -62,7 +62,8 @@ def network(init: str, width: int) -> nn.Module:
     net = nn.Sequential(
         nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
     )
-    return fedpara.convert(net, method="fedpara", gamma=0.1, init=init, clip=1.0)
+    options = {"gamma": 0.1, "clip": 1.0, "variance": "torch", "speed": 0.5}
+    return fedpara.convert(net, method="fedpara", init=init, **options)
 
 
 def trained(model: nn.Module, state: State, share: Share, epochs: int) -> State:

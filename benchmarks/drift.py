@@ -121,7 +121,9 @@ class Run:
         torch.manual_seed(self.seed)
         model = Net()
         if self.method != "none":
-            model = fedpara.convert(model, method=self.method, gamma=0.1, clip=self.clip)
+            options = {"gamma": 0.1, "variance": "torch", "speed": 0.5}
+            clip = self.clip or "none"
+            model = fedpara.convert(model, method=self.method, clip=clip, **options)
         self.scaffold = ScaffoldServer()
         self.feddyn = FedDynServer(alpha=self.algorithm.alpha)
         norms = NormHistory(self.algorithm.guard) if self.algorithm.guard else None

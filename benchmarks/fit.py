@@ -24,6 +24,11 @@ from torch.nn.functional import cross_entropy
 import fedpara_plugins as fedpara
 
 METHODS = ("lowrank", "fedpara", "pfedpara")
+SPEEDS = {
+    "lowrank": {"speed": 0.25},
+    "fedpara": {"speed": 0.5},
+    "pfedpara": {"speed": 0.25, "private_speed": 0.2},
+}
 GAMMAS = (0.1, 0.3, 0.6)
 BATCH = 64
 
@@ -93,7 +98,8 @@ def main() -> None:
     print("method, gamma: fitted, trained on; median and worst error")
     for method in METHODS:
         for gamma in GAMMAS:
-            model = fedpara.convert(copy.deepcopy(dense), method=method, gamma=gamma, init="fit")
+            options = {"gamma": gamma, "init": "fit", "clip": "none", **SPEEDS[method]}
+            model = fedpara.convert(copy.deepcopy(dense), method=method, **options)
             errors = [e for r in fedpara.report(model).rows if (e := r.fit_error) is not None]
             after = accuracy(model, test_x, test_y)
             on = accuracy(train(model, x, y, chosen.steps), test_x, test_y)

@@ -22,13 +22,17 @@ from torch.nn.functional import cross_entropy
 
 import fedpara_plugins as fedpara
 
+COMMON = {"gamma": 0.1, "variance": "torch", "private_speed": 0.2, "clip": "none"}
+LOWRANK = {**COMMON, "method": "lowrank", "speed": 0.25}
+FEDPARA = {**COMMON, "method": "fedpara", "speed": 0.5}
+PFEDPARA = {**COMMON, "method": "pfedpara", "speed": 0.25}
 METHODS: dict[str, dict[str, object]] = {
     "dense": {"method": "none"},
-    "lowrank": {"method": "lowrank", "gamma": 0.1},
-    "fedpara": {"method": "fedpara", "gamma": 0.1},
-    "fedpara, clip 1": {"method": "fedpara", "gamma": 0.1, "clip": 1.0},
-    "pfedpara": {"method": "pfedpara", "gamma": 0.1},
-    "pfedpara, clip 1": {"method": "pfedpara", "gamma": 0.1, "clip": 1.0},
+    "lowrank": LOWRANK,
+    "fedpara": FEDPARA,
+    "fedpara, clip 1": {**FEDPARA, "clip": 1.0},
+    "pfedpara": PFEDPARA,
+    "pfedpara, clip 1": {**PFEDPARA, "clip": 1.0},
 }
 Build = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, tuple[Build, tuple[float, ...]]] = {

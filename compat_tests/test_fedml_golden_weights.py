@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.fedml.project import run
 from harness.fedml.task_dataset import task_dataset, task_keys
-from harness.oracles.golden_weights import CASES, GAMMA, METHODS, TASK, check, loop, net
+from harness.oracles.golden_weights import CASES, METHODS, OPTIONS, TASK, check, loop, net
 
 
 def federated(name: str, method: str) -> Mapping[str, Tensor]:
@@ -20,7 +20,7 @@ def federated(name: str, method: str) -> Mapping[str, Tensor]:
         **task_keys(TASK),
         "fedpara_mend": True,
         "fedpara_method": method,
-        "fedpara_gamma": GAMMA,
+        **{f"fedpara_{key}": value for key, value in OPTIONS[method].items()},
     }
     return run(net=net(), data=task_dataset(TASK), **{**keys, **CASES[name].fedml}).state
 

@@ -17,7 +17,7 @@ from harness.matrix.cell_runs import plain_loop, private_names, run, section
 from harness.matrix.checks import check_cell, check_close, check_refused, check_same_weights
 from harness.matrix.results import CellResult
 from harness.oracles.cell_model import cell_model
-from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
+from harness.oracles.plain_loop import RULES, PlainResult, descend_clipped, run_plain_loop
 from harness.oracles.task import TrainingTask
 
 
@@ -63,6 +63,7 @@ def test_clients_that_are_away_most_rounds(method: str, codec: str) -> None:
         RULES["fedavg"](),
         private_names=private_names(cell),
         participants=chosen,
+        training=descend_clipped(method),
     )
     if codec == "none":
         check_same_weights(outcome, plain, cell)

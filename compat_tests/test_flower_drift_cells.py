@@ -16,7 +16,7 @@ from harness.flower.apps import Outcome, federate
 from harness.flower.drift_apps import DriftExperiment, drift_apps
 from harness.matrix.checks import distance
 from harness.matrix.results import CellResult
-from harness.oracles.cell_model import cell_model
+from harness.oracles.cell_model import SLOW, cell_model
 from harness.oracles.drift import run_published
 from harness.oracles.task import TrainingTask
 
@@ -47,6 +47,7 @@ def test_cell(cell: Cell, result: CellResult, tmp_path: Path) -> None:
         "fedpara.method": cell.method,
         "fedpara.codec": cell.codec,
         "fedpara.gamma": GAMMA,
+        **{f"fedpara.{key}": value for key, value in SLOW.items()},
         "fedpara.ledger": str(ledger),
     }
     outcome = federate(drift_apps(experiment), section)

@@ -13,7 +13,7 @@ import fedpara_plugins_flower as fedpara
 from fedpara_plugins.optimizers import trained_parameters
 from harness.flower.apps import federate
 from harness.flower.drift_apps import DriftExperiment, drift_apps
-from harness.oracles.golden_weights import CASES, GAMMA, METHODS, TASK, TruthNet, check
+from harness.oracles.golden_weights import CASES, METHODS, OPTIONS, TASK, TruthNet, check
 
 
 def federated(name: str, method: str) -> Any:
@@ -37,8 +37,8 @@ def federated(name: str, method: str) -> Any:
     kind = getattr(fedpara if case.flower == "Scaffold" else flower, case.flower)
     options = {"min_available_nodes": TASK.clients, **case.options}
     experiment = DriftExperiment(kind, options, TASK, train, factory=TruthNet)
-    section = {"fedpara.method": method, "fedpara.codec": "none", "fedpara.gamma": GAMMA}
-    return federate(drift_apps(experiment), section)
+    section = {"method": method, "codec": "none", **OPTIONS[method]}
+    return federate(drift_apps(experiment), {f"fedpara.{k}": v for k, v in section.items()})
 
 
 @pytest.mark.in_turn

@@ -150,7 +150,8 @@ def build(option: str, **more: Any) -> tuple[nn.Sequential, str]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 40))
     method = "fedpara" if option in ("decay", "feddyn") else "pfedpara"
-    options = {**LOOP_OPTIONS.get(option, {}), **more}
+    slow = {"variance": "torch", "speed": 0.25, "private_speed": 0.2, "clip": "none"}
+    options = {**slow, **LOOP_OPTIONS.get(option, {}), **more}
     return fedpara.convert(model, method=method, gamma=0.5, **options).double(), method
 
 

@@ -71,7 +71,7 @@ class FedParaConfig:
             ``he``, 2 / fan_in for all weights; or a number, such as 0.0004 for a standard deviation
             of 0.02.
         speed: K, how far a composed weight moves per step of SGD, dense = 1; None is the method's
-            default (1/2 for fedpara, 1/4 for lowrank and pfedpara's shared half).
+            default, which is 1 for all built-in ones.
         private_speed: K of pfedpara's private half.
         local: what a client trains in its round: ``factors``, or a ``dense`` model, which is never
             converted and whose update the plugin projects onto the factors afterwards
@@ -142,13 +142,13 @@ class FedParaConfig:
     overrides: Overrides = ()
     min_size: int = 1024
     tanh: bool = False
-    variance: str | float = "torch"
+    variance: str | float = "auto"
     speed: float | None = None
-    private_speed: float = 0.2
+    private_speed: float = 1.0
     local: str = "factors"
     recompute: bool | None = None
     decay: str = "composed"
-    clip: float | str | None = None
+    clip: float | str | None = "relative"
     schedule: str = "joint"
     private_steps: float = 0.2
     first_private_steps: int = 10

@@ -68,13 +68,13 @@ class Method:
         return [name for name in names if int(name[1:]) - 1 in self.private]
 
 
-LOWRANK = Method(name="lowrank", operands=1, combine=combine_lowrank, speed=0.25)
-FEDPARA = Method(name="fedpara", operands=2, combine=combine_fedpara, speed=0.5)
+LOWRANK = Method(name="lowrank", operands=1, combine=combine_lowrank, speed=1.0)
+FEDPARA = Method(name="fedpara", operands=2, combine=combine_fedpara, speed=1.0)
 PFEDPARA = Method(
     name="pfedpara",
     operands=2,
     combine=combine_pfedpara,
-    speed=0.25,
+    speed=1.0,
     clip=0.1,
     private=frozenset({1}),
     # In a product with a shared operand of zero, the private one would have no gradient.

@@ -22,13 +22,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedpara_plugins import ModelSpec, convert, report, split, to_dense
+from fedpara_plugins import FedParaConfig, ModelSpec, convert, report, split, to_dense
 from fedpara_plugins.layers import FactorisedLayer
 from fedpara_plugins.testing.brute_force import OneLayer, factorised_weights, reference_state
 
 __all__ = ["LayerContract"]
 
 METHODS = ("lowrank", "fedpara", "pfedpara")
+PRIVATE_SPEED = FedParaConfig().private_speed
 
 Case = tuple[nn.Module, Any]
 
@@ -161,7 +162,7 @@ class LayerContract:
         """Check the variance: within 5 % of the plan's, and 15 % of the dense layer's."""
         torch.manual_seed(0)
         for dense, _ in self.cases():
-            model = self._converted_copy(dense, method)
+            model = self._converted_copy(dense, method, variance="torch")
             for path, layer, weight, plan in factorised_weights(model):
                 got = layer.composed_weight(weight).double().var().item()
                 plain = OneLayer(dense).get_submodule(path)
@@ -260,7 +261,7 @@ class LayerContract:
                 for path, layer, weight, _ in factorised_weights(model):
                     slopes.setdefault(f"{path}.{weight}", []).append(_slope(layer, weight))
             for path, _, weight, plan in factorised_weights(model):
-                expected = plan.method.speed + (0.2 if plan.private_names else 0.0)
+                expected = plan.method.speed + (PRIVATE_SPEED if plan.private_names else 0.0)
                 measured = slopes[f"{path}.{weight}"]
                 mean = sum(measured) / len(measured)
                 assert mean == pytest.approx(expected, rel=0.2)

@@ -37,8 +37,8 @@ def test_settings_of_the_dense_model_are_stated_with_what_they_do(command):
         *("--lr", "0.1", "--weight-decay", "5e-4", "--mu", "0.1"),
     )
     assert (code, err) == (1, "")
-    assert re.search(r"^note +learning rate 0.1: .*0\.\d\d times as far as dense", out, re.M)
-    assert re.search(r"^note +clip: off; .*set clip = relative", out, re.M)
+    assert re.search(r"^note +learning rate 0.1: .*[01]\.\d\d times as far as dense", out, re.M)
+    assert re.search(r"^note +clip relative: bounds ", out, re.M)
     found = re.search(r"weight decay 0.0005: with SGD .* shrink (\d\.\d\d) times", out)
     assert float(found.group(1)) == pytest.approx(1, abs=0.05)
     found = re.search(
@@ -46,26 +46,24 @@ def test_settings_of_the_dense_model_are_stated_with_what_they_do(command):
     )
     held, wanted = map(float, found.groups())
     assert held * wanted == pytest.approx(0.1**2, rel=0.1)
-    assert wanted == pytest.approx(0.1 / 2, rel=0.1)  # K = 1/2 for fedpara
+    assert wanted == pytest.approx(0.1, rel=0.1)  # K = 1
 
 
 @pytest.mark.parametrize(
     ("options", "clip", "variance"),
     [
-        (("--clip", "relative"), r"relative: .* by 0\.03 of the factor's norm", None),
-        (("--clip", "relative", "--method", "pfedpara"), "relative: .* by 0.1 of", None),
-        (("--clip", "relative:0.005"), r"relative:0\.005: .* by 0\.005 of", None),
-        (
-            ("--clip", "0.5", "--variance", "auto"),
-            "0.5: bounds the gradient's norm",
-            "'norm' is a",
-        ),
+        ((), r" relative: .* by 0\.03 of the factor's norm", "'norm' is a"),
+        (("--method", "pfedpara"), " relative: .* by 0.1 of", "'norm' is a"),
+        (("--clip", "relative:0.005"), r" relative:0\.005: .* by 0\.005 of", "'norm' is a"),
+        (("--variance", "torch", "--clip", "0.5"), " 0.5: bounds the gradient's norm", None),
+        (("--variance", "he", "--clip", "none"), ": off; .*set clip = relative", None),
     ],
 )
 def test_what_options_with_words_do(command, options, clip, variance):
     _, out, _ = command("doctor", "user_models:Net", "--gamma", "0.2", "--lr", "0.1", *options)
-    assert re.search(f"^note +clip {clip}", out, re.M)
-    assert bool(re.search(f"^ok +variance: auto: {variance}", out, re.M)) == bool(variance)
+    assert re.search(f"^note +clip{clip}", out, re.M)
+    assert bool(re.search("^ok +variance: auto: ", out, re.M)) == bool(variance)
+    assert (variance or "") in out
 
 
 def test_settings_where_clients_train_dense_weights(command):

@@ -87,9 +87,7 @@ def test_a_zero_weight_stays_zero_and_trains(kind, method, tanh):
 def test_tanh_is_fitted_at_every_size_too(method):
     for std in (0.01, 2.0):
         layer, weight = fitted("linear", method, std, tanh=True)
-        assert layer.fit_speeds["weight"] == pytest.approx(
-            {"fedpara": 0.5}.get(method, 0.25), rel=1e-3
-        )
+        assert layer.fit_speeds["weight"] == pytest.approx(1.0, rel=1e-3)
         assert (layer.weight - weight).norm() < 0.95 * weight.norm()
 
 

@@ -96,7 +96,7 @@ def test_a_start_near_the_default_is_the_default(rule):
     layer = nn.Linear(64, 200)
     if rule is not None:
         rule(layer.weight)
-    layer = fedpara.convert(layer, gamma=0.2)
+    layer = fedpara.convert(layer, gamma=0.2, variance="torch")
     assert layer.own_starts == {}
     assert size(layer.weight) == pytest.approx((1 / 192) ** 0.5, rel=0.01)
 

@@ -15,7 +15,8 @@ from fedpara_plugins.training.step_hooks import round_progress, start_round
 def build(**options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 40))
-    return fedpara.convert(model, **{"method": "pfedpara", "gamma": 0.5, **options})
+    defaults = {"method": "pfedpara", "gamma": 0.5, "clip": "none"}
+    return fedpara.convert(model, **{**defaults, **options})
 
 
 def step(model, optimizer, size=1.0):

@@ -132,7 +132,8 @@ class FedMLDeployment:
         plugin = self._of_rank.get(rank, self._plugin)
         keys = None
         if plugin is not None:
-            keys = {f"fedpara_{key}": value for key, value in plugin.items()}
+            common = {"clip": "none"} if "method" in plugin else {}  # as the plain loops
+            keys = {f"fedpara_{key}": value for key, value in {**common, **plugin}.items()}
             if rank == 0:
                 keys |= {"fedpara_checkpoint": str(self.checkpoint)}
                 keys |= {"fedpara_ledger": str(self.ledger)}

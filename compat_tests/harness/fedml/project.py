@@ -52,13 +52,17 @@ DEFAULTS: Mapping[str, Any] = {
     "rank": 0,
     "run_id": "0",
 }
+UNCLIPPED: Mapping[str, Any] = {"fedpara_clip": "none"}
+"""What a project with a method has unless it says otherwise: plain loops train without a clip."""
+
 SIZES = (50, 30, 40, 20, 60)
 
 
 def arguments(**keys: Any) -> Any:
     """Return what ``fedml.init`` would make of a YAML with these keys on top of `DEFAULTS`."""
     args = Arguments.__new__(Arguments)
-    for name, value in {**DEFAULTS, **keys}.items():
+    common = UNCLIPPED if "fedpara_method" in keys else {}
+    for name, value in {**DEFAULTS, **common, **keys}.items():
         setattr(args, name, value)
     fedml.mlops.pre_setup(args)
     return args

@@ -186,7 +186,8 @@ def federate(
 
     Args:
         apps: both sides.
-        run_config: config of both sides.
+        run_config: config of both sides. If it has a method, and does not say otherwise, the
+            option ``clip`` is off: plain loops train without it.
         client_config: config of the clients, where it differs.
         engine: see `InProcessGrid`.
         tap: see `InProcessGrid`.
@@ -194,6 +195,7 @@ def federate(
         raises: whether an error of the ServerApp is raised; else it is in the outcome.
         search: whether to search what left clients for what they keep private.
     """
+    run_config, client_config = _unclipped(run_config), _unclipped(client_config)
     config = client_config if client_config is not None else run_config
     grid = InProcessGrid(
         apps.client, nodes=apps.clients, run_config=config, engine=engine, tap=tap, late=late
@@ -209,6 +211,12 @@ def federate(
     if raises and outcome.error is not None:
         raise outcome.error
     return outcome
+
+
+def _unclipped(config: RunConfig | None) -> RunConfig | None:
+    if config is None or "fedpara.method" not in config:
+        return config
+    return {"fedpara.clip": "none", **config}
 
 
 # The app -----------------------------------------------------------------------------------------

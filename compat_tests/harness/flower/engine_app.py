@@ -82,6 +82,7 @@ class EngineApp:
             "diary": str(self._diary),
             "fedpara.method": method,
             "fedpara.gamma": GAMMA,
+            "fedpara.clip": "none",  # as the plain loop
             "fedpara.codec": codec,
             "fedpara.ledger": str(self._ledger),
             **(options or {}),

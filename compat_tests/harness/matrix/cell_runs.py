@@ -14,7 +14,7 @@ from harness.cells.flower import GAMMA
 from harness.cells.strategies import RATE, STRATEGIES
 from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
 from harness.oracles.cell_model import cell_model
-from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
+from harness.oracles.plain_loop import RULES, PlainResult, descend_clipped, run_plain_loop
 from harness.oracles.task import TrainingTask
 
 __all__ = ["plain_loop", "private_names", "run", "section", "shared", "task_of"]
@@ -32,7 +32,8 @@ def task_of(cell: Cell) -> TrainingTask:
 
 def section(cell: Cell, **more: str) -> dict[str, Any]:
     """Return the cell's config as Flower flattens it, with ``more`` options."""
-    options = {"method": cell.method, "codec": cell.codec, **more}
+    # An empty text is the default.
+    options = {"method": cell.method, "codec": cell.codec, "clip": "", **more}
     if _keeps_counters(cell):
         options["private"] = f"*{COUNTERS}"
     return {"fedpara.gamma": GAMMA, **{f"fedpara.{key}": text for key, text in options.items()}}
@@ -66,6 +67,7 @@ def _plain_loop(
         RULES[spec.rule](**spec.rule_options),
         proximal_mu=spec.proximal_mu,
         private_names=private,
+        training=descend_clipped(method),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.cells.strategies import PLUGIN_STRATEGIES
-from harness.oracles.cell_model import cell_model
+from harness.oracles.cell_model import SLOW, cell_model
 from harness.oracles.task import TrainingTask
 
 __all__ = ["DriftResult", "feddyn", "run_published", "scaffold"]
@@ -259,7 +259,7 @@ def run_published(
     """Run the algorithm that a cell of `PLUGIN_STRATEGIES` must match."""
 
     def build() -> nn.Module:
-        return cell_model(method, task.model)
+        return cell_model(method, task.model, **SLOW)
 
     if strategy == "scaffold":
         return scaffold(task, build, private_names=private_names)

@@ -21,11 +21,16 @@ from fedpara_plugins import ModelSpec, convert
 from harness.oracles.fedml_rules import ALGORITHMS, PlainLoop
 from harness.oracles.task import TrainingTask
 
-__all__ = ["CASES", "FILE", "GAMMA", "METHODS", "TASK", "TOLERANCE", "TruthNet", "check", "loop"]
+__all__ = ["CASES", "FILE", "METHODS", "OPTIONS", "TASK", "TOLERANCE", "TruthNet", "check", "loop"]
 
 FILE = Path(__file__).parents[2] / "golden" / "weights.safetensors"
 METHODS = ("none", "fedpara", "pfedpara")
-GAMMA = 0.3
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "none": {},
+    "fedpara": {"gamma": 0.3, "variance": "torch", "speed": 0.5},
+    "pfedpara": {"gamma": 0.3, "variance": "torch", "speed": 0.25, "private_speed": 0.2},
+}
+"""Options of each method beside it. Slow factors keep two correct runs close, without a clip."""
 TASK = TrainingTask(rounds=4, epochs=1, lr=0.1)
 TOLERANCE = 5e-6
 """Largest difference of a weight; all compute in float32, and sum in different orders."""
@@ -113,7 +118,7 @@ def net() -> TruthNet:
 def loop(name: str, method: str) -> State:
     """Run the plain loop, and return its shared weights."""
     case = CASES[name]
-    model = convert(net(), method=method, gamma=GAMMA)
+    model = convert(net(), method=method, **OPTIONS[method])
     private = ModelSpec.of(model).initial_private()
 
     class OfTask(ALGORITHMS[case.algorithm]):  # type: ignore[misc]

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from harness.oracles.relative_clip import SHARES, clipped, usual_norms
 from harness.oracles.replies import PlainReply, Rule, State
 from harness.oracles.rules import RULES
 from harness.oracles.task import TrainingTask
 
-__all__ = ["RULES", "PlainResult", "Rule", "descend", "run_plain_loop"]
+__all__ = ["RULES", "PlainResult", "Rule", "descend", "descend_clipped", "run_plain_loop"]
 
 Training = Callable[[nn.Module, TrainingTask, int, int, float | None], float]
 
@@ -95,16 +97,47 @@ def run_plain_loop(
     return PlainResult(initial, state, losses, accuracies, kept, own_accuracy)
 
 
+def descend_clipped(method: str) -> Training:
+    """Return `descend` with the relative clip, for a model of a method with torch's variance."""
+
+    def descend_by_rule(
+        model: nn.Module, task: TrainingTask, client: int, server_round: int, mu: float | None
+    ) -> float:
+        norms = usual_norms(model, method) if method != "none" else {}
+        share = SHARES.get(method, 1.0)
+        return descend(
+            *(model, task, client, server_round, mu),
+            held=partial(clipped, rate=task.lr, share=share, norms=norms),
+        )
+
+    return descend_by_rule
+
+
 def descend(
-    model: nn.Module, task: TrainingTask, client: int, server_round: int, mu: float | None
+    model: nn.Module,
+    task: TrainingTask,
+    client: int,
+    server_round: int,
+    mu: float | None,
+    *,
+    held: Callable[[str, Tensor, Tensor], Tensor] = lambda name, weight, gradient: gradient,
 ) -> float:
     """Descend along the gradient by hand; FedProx's term enters as its gradient, mu (w - w0).
+
+    Args:
+        model: trained in place.
+        task: data and learning rate.
+        client: whose batches.
+        server_round: the round.
+        mu: FedProx's mu; None for no such term.
+        held: maps name, weight and gradient to the gradient that a step uses.
 
     Returns:
         The mean of the batches' losses, FedProx's term included.
     """
     model.train()
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = list(trained.values())
     start = [weight.detach().clone() for weight in weights]
     losses = []
     for images, labels in task.batches(client, server_round):
@@ -115,9 +148,10 @@ def descend(
             if mu is not None:
                 pairs = zip(weights, start, strict=True)
                 losses[-1] += mu / 2 * sum(float(((w - w0) ** 2).sum()) for w, w0 in pairs)
-            for weight, gradient, origin in zip(weights, gradients, start, strict=True):
+            for name, gradient, origin in zip(trained, gradients, start, strict=True):
+                weight = trained[name]
                 pull = 0.0 if mu is None else mu * (weight - origin)
-                weight.sub_(task.lr * (gradient + pull))
+                weight.sub_(task.lr * held(name, weight, gradient + pull))
     return sum(losses) / len(losses)
 
 
