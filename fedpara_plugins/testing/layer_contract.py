@@ -162,7 +162,7 @@ class LayerContract:
         """Check the variance: within 5 % of the plan's, and 15 % of the dense layer's."""
         torch.manual_seed(0)
         for dense, _ in self.cases():
-            model = self._converted_copy(dense, method)
+            model = self._converted_copy(dense, method, variance="torch")
             for path, layer, weight, plan in factorised_weights(model):
                 got = layer.composed_weight(weight).double().var().item()
                 plain = OneLayer(dense).get_submodule(path)

@@ -379,7 +379,9 @@ def test_reset_draws_the_weight_and_clears_the_correction(model):
     assert torch.equal(model[2].label_prior, prior)
     fresh = model[2].weight.detach()
     assert (fresh - weight).abs().mean() > 0.01
-    assert fresh.var().item() == pytest.approx(1 / (3 * 96), rel=0.1)
+    plan = model[2].plans.get("weight")
+    expected = plan.variance if plan else 1 / (3 * 96)
+    assert fresh.var().item() == pytest.approx(expected, rel=0.1)
 
 
 def test_text_of_the_layer_names_its_private_parts(model):
