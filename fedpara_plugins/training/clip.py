@@ -34,7 +34,8 @@ def clip_gradients(
     """Multiply the gradients of a step such that it is within the bound.
 
     A number bounds the whole model's norm: gradients that wait for another optimizer's step count,
-    and are left to that step. A text bounds each factor's step (`clip_relatively`).
+    and are left to that step. A text bounds each factor's step (`clip_relatively`), except
+    under LBFGS with a line search.
 
     Args:
         step: a step whose gradients are ready, and may be scaled.
@@ -43,12 +44,19 @@ def clip_gradients(
         left_out: ids of the parameters that this iteration does not move.
         bound: a value of the option ``clip``.
     """
+    if isinstance(bound, str) and _searches(step.optimizer):
+        return  # the search bounds the step, and compares losses with gradients as they are
     if isinstance(bound, str):
         norm = clip_relatively(step, model, share_of(bound))
     else:
         norm = _clip_norm(step, model, iteration, left_out, bound)
     if norm is not None:
         _watch(step, model.progress, norm)
+
+
+def _searches(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer searches along a line for the length of its step."""
+    return any(group.get("line_search_fn") for group in optimizer.param_groups)
 
 
 def _clip_norm(

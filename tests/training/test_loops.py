@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import logging
 
 import pytest
@@ -291,8 +292,13 @@ def in_double(count):
     return [x.double() for x in batches(count)]
 
 
-@pytest.mark.parametrize("search", [None, "strong_wolfe"])
-@pytest.mark.parametrize("bound", [None, 2.0])
+@pytest.mark.parametrize(
+    ("bound", "search"),
+    [
+        *itertools.product([None, 2.0], [None, "strong_wolfe"]),
+        ("relative:0.0001", "strong_wolfe"),  # the search bounds the step
+    ],
+)
 def test_lbfgs_with_and_without_clip(bound, search):
     def lbfgs(parameters):
         return torch.optim.LBFGS(parameters, lr=0.05, max_iter=6, line_search_fn=search)
@@ -308,7 +314,7 @@ def test_lbfgs_with_and_without_clip(bound, search):
             value = net.loss(x)
             value.backward()
             calls.append(1)
-            if bound is not None:
+            if isinstance(bound, float):
                 nn.utils.clip_grad_norm_(list(net.values.values()), bound)
             return value
 
