@@ -29,6 +29,9 @@ def start(task: Task, setting: Setting, kept: Path | None = None) -> nn.Module:
     pretrained = setting.pretrained and task.before is not None
     torch.manual_seed(0 if pretrained else setting.seed)
     model = task.build()
+    for module in model.modules() if setting.he else ():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
     if not pretrained or task.before is None:
         return model
     name = f"pretrained-{setting.task}-{setting.pretrained}.pt".replace(" ", "")

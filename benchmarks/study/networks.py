@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-__all__ = ["mlp", "small_cnn", "small_vgg"]
+__all__ = ["digits_mlp", "mlp", "motion_cnn", "normed_cnn", "small_cnn", "small_vgg"]
 
 
 def mlp() -> nn.Module:
@@ -21,16 +21,44 @@ def mlp() -> nn.Module:
     )
 
 
-def small_cnn() -> nn.Module:
-    """Build three convolutions and two linear layers for 28x28 images (320,714 values)."""
+def digits_mlp() -> nn.Module:
+    """Build an MLP with one hidden layer of 256 for 28x28 images (203,530 values)."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
 
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
+
+def small_cnn(normed: bool = False) -> nn.Module:
+    """Build three convolutions and two linear layers for 28x28 images (124,106 values).
+
+    The first convolution has a stride of 2, for the sake of time.
+
+    Args:
+        normed: with GroupNorm behind each convolution.
+    """
+
+    def block(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+        norm = [nn.GroupNorm(8, outputs)] if normed else []
         pool = nn.MaxPool2d(2, ceil_mode=True)
-        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), pool]
+        return [nn.Conv2d(inputs, outputs, 3, stride, padding=1), *norm, nn.ReLU(), pool]
 
-    layers = [*block(1, 32), *block(32, 64), *block(64, 64)]
+    layers = [*block(1, 32, stride=2), *block(32, 64), *block(64, 64)]
     return nn.Sequential(
-        *layers, nn.Flatten(), nn.Linear(64 * 16, 256), nn.ReLU(), nn.Linear(256, 10)
+        *layers, nn.Flatten(), nn.Linear(64 * 4, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
+
+
+def normed_cnn() -> nn.Module:
+    """Build `small_cnn` with GroupNorm."""
+    return small_cnn(normed=True)
+
+
+def motion_cnn() -> nn.Module:
+    """Build two convolutions over time and two linear layers for 128 samples of 9 channels."""
+
+    def block(inputs: int) -> list[nn.Module]:
+        return [nn.Conv1d(inputs, 64, 9, padding=4), nn.ReLU(), nn.MaxPool1d(4)]
+
+    return nn.Sequential(
+        *block(9), *block(64), nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 6)
     )
 
 

@@ -24,6 +24,7 @@ class Setting:
         rate: of SGD on the clients; None for the task's, which is dense's own.
         every: the server's model is evaluated in rounds that this number divides, and the last.
         steps: of SGD of a client in a round; 0 for one pass over its data.
+        he: whether a dense model starts with He's variance, as factors without norms do.
         aggregation: the server's rule, one of `aggregation.AGGREGATIONS`.
         seed: of the model, the division of the data, the sampling and the batches.
         pretrained: steps of training before the run, for tasks with such data; 0 for none.
@@ -37,6 +38,7 @@ class Setting:
     rate: float | None = None
     every: int = 1
     steps: int = 0
+    he: bool = False
     aggregation: str = "factors"
     seed: int = 0
     pretrained: int = 0

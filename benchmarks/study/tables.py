@@ -54,13 +54,23 @@ FINETUNING: Mapping[str, Any] = {
     "rounds": 12,
     "every": 3,
 }
+OLD: Mapping[str, Mapping[str, Any]] = {
+    "lowrank": {"clip": "none", "variance": "torch", "speed": 0.25},
+    "fedpara": {"clip": "none", "variance": "torch", "speed": 0.5},
+    "pfedpara": {"clip": "none", "variance": "torch", "speed": 0.25, "private_speed": 0.2},
+}
+"""Without a clip, with torch's variance and small K: the former defaults."""
+
 FROZEN = {"base": "frozen", "rank": 4, **SMALL}
 HEAD = ("head.*",)
 KINDS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full, small": (SMALL, {}),
     "lowrank (LoRA), small": ({"method": "lowrank", **FROZEN}, {}),
     "fedpara (LoHa), small": ({"method": "fedpara", **FROZEN}, {}),
-    "lowrank, one-sided, small": ({"method": "lowrank", "train": "right", **FROZEN}, {}),
+    "lowrank, one-sided, small": (
+        {"method": "lowrank", "train": "right", **FROZEN},
+        {},
+    ),
     "head alone, small": (SMALL, {"trainable": HEAD}),
 }
 """What each row trains: options, and other fields."""
@@ -85,9 +95,10 @@ def _finetuning_rates() -> Iterable[Setting]:
     for kind, rates in TRIED.items():
         for rate in rates:
             options, others = KINDS[kind]
+            old = OLD.get(options.get("method", "none"), {})
             yield Setting(
                 name=f"{kind}, rate {rate}",
-                options=options,
+                options={**options, **old},
                 rate=rate,
                 **others,
                 **{**FINETUNING, "rounds": 6},
@@ -101,7 +112,10 @@ def _finetuning() -> Iterable[Setting]:
     rows: Mapping[str, tuple[str, dict[str, Any]]] = {
         "full, float32": ("full, small", {}),
         **{kind: (kind, options) for kind, (options, _) in KINDS.items()},
-        "pfedpara, small": ("lowrank (LoRA), small", {**lora, "method": "pfedpara"}),
+        "pfedpara, small": (
+            "lowrank (LoRA), small",
+            {**lora, "method": "pfedpara"},
+        ),
         "full, small, private head": ("full, small", {**SMALL, **private}),
         "lowrank (LoRA), small, private head": ("lowrank (LoRA), small", {**lora, **private}),
     }
@@ -117,8 +131,8 @@ ROUNDS: Mapping[int, tuple[int, int]] = {1: (20, 4), 8: (12, 2), 32: (6, 1), 128
 def _aggregation() -> Iterable[Setting]:
     """Rules of aggregation for the residual form, by local steps and skew."""
     methods = {
-        "lowrank": {"method": "lowrank", "rank": 8},
-        "fedpara": {"method": "fedpara", "rank": 4},
+        "lowrank": {"method": "lowrank", "rank": 8, **OLD["lowrank"]},
+        "fedpara": {"method": "fedpara", "rank": 4, **OLD["fedpara"]},
     }
     rules: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "mean of factors": ({}, {}),
@@ -143,22 +157,50 @@ def _aggregation() -> Iterable[Setting]:
                     )
 
 
-def _settings() -> Iterable[Setting]:
-    """The README's settings beside dense, from a fresh model."""
+def _defaults() -> Iterable[Setting]:
+    """The defaults for factors beside what they were, and beside dense."""
     fedpara = {"method": "fedpara", "gamma": 0.1}
-    yield Setting(name="dense, float32", task="fashion")
-    yield Setting(name="dense, small", task="fashion", options=SMALL)
-    yield Setting(name="fedpara, no clip", task="fashion", options=fedpara)
-    yield Setting(name="fedpara, clip 1", task="fashion", options={**fedpara, "clip": 1.0})
-    yield Setting(
-        name="fedpara, clip 1, small", task="fashion", options={**fedpara, "clip": 1.0, **SMALL}
-    )
+    old = {**fedpara, **OLD["fedpara"]}
+    for task in ("har", "fashion", "fashion, GroupNorm", "fashion, Dirichlet 0.5"):
+        common: dict[str, Any] = {"task": task, "rounds": 40, "every": 2}
+        yield Setting(name="dense", **common)
+        if task != "fashion, GroupNorm":
+            yield Setting(name="dense, He's variance", he=True, **common)
+        yield Setting(name="fedpara", options=fedpara, **common)
+        for share in (0.01, 0.1) if task == "fashion" else ():
+            options = {**fedpara, "clip": f"relative:{share}"}
+            yield Setting(name=f"fedpara, share {share}", options=options, **common)
+        yield Setting(name="fedpara, small", options={**fedpara, **SMALL}, **common)
+        yield Setting(name="fedpara, no clip, K 1/2", options=old, **common)
+        yield Setting(name="fedpara, clip 1, K 1/2", options={**old, "clip": 1.0}, **common)
+
+
+def _personal() -> Iterable[Setting]:
+    """The defaults for pFedPara beside what they were, and beside FedPer."""
+    pfedpara = {"method": "pfedpara", "gamma": 0.5}
+    old = {**pfedpara, **OLD["pfedpara"]}
+    for task in ("writers", "two classes"):
+        common: dict[str, Any] = {"task": task, "rounds": 60, "every": 10}
+        yield Setting(name="FedAvg", **common)
+        yield Setting(name="FedPer", options={"private": "3.*"}, **common)
+        yield Setting(name="pfedpara", options=pfedpara, **common)
+        options: dict[str, Any] = {**pfedpara, "clip": "relative:0.03"}
+        yield Setting(name="pfedpara, share 0.03", options=options, **common)
+        options = {**pfedpara, "private_speed": 0.2}
+        yield Setting(name="pfedpara, private K 0.2", options=options, **common)
+        yield Setting(name="pfedpara, no clip, K 1/4", options=old, **common)
+        yield Setting(name="pfedpara, clip 1, K 1/4", options={**old, "clip": 1.0}, **common)
 
 
 TABLES = {
-    "settings": Table(
-        "Fashion-MNIST, 10 of 100 clients a round: the README's settings beside dense.",
-        _settings,
+    "defaults": Table(
+        "Fashion-MNIST and HAR: what is set where nothing is said, now and before, beside dense.",
+        _defaults,
+        seeds=(0,),
+    ),
+    "personal": Table(
+        "MNIST by writers and by classes: pFedPara's defaults, now and before, beside FedPer.",
+        _personal,
         seeds=(0,),
     ),
     "finetuning-rates": Table(

@@ -68,12 +68,28 @@ def load(name: str, folder: Path, seed: int) -> Task:
         ) from None
 
 
-def fashion(folder: Path, draw: np.random.Generator) -> Task:
-    """Return Fashion-MNIST: 100 clients with 256 images each, all classes alike."""
+def fashion(
+    folder: Path,
+    draw: np.random.Generator,
+    build: Callable[[], nn.Module] = networks.small_cnn,
+    alpha: float | None = None,
+) -> Task:
+    """Return Fashion-MNIST: 100 clients with 256 images each.
+
+    Args:
+        folder: with the data sets.
+        draw: the generator.
+        build: returns the model.
+        alpha: of Dirichlet's distribution over a client's classes; None for all classes alike.
+    """
     x, y, *test = fashion_mnist(folder)
-    parts = draw.permutation(len(y))[: 100 * 256].reshape(100, 256)
+    parts = (
+        list(draw.permutation(len(y))[: 100 * 256].reshape(100, 256))
+        if alpha is None
+        else divide(y, 100, 256, alpha, draw)
+    )
     return Task(
-        build=networks.small_cnn,
+        build=build,
         clients=[(grey(x[part]), classes(y[part])) for part in parts],
         test=(grey(test[0][:5000]), classes(test[1][:5000])),
         rate=0.1,
@@ -138,6 +154,69 @@ def pretrained(folder: Path, draw: np.random.Generator) -> Task:
         rate=0.03,
         batch=16,
         before=before,
+    )
+
+
+def motion(folder: Path, draw: np.random.Generator) -> Task:
+    """Return HAR: 24 people are clients, 6 others are the test."""
+    with np.load(folder / "uci_har_subjects.npz") as z:
+        x, y, subject = z["x"], z["y"], z["subject"]
+    scaled = (x - x.mean((0, 1))) / x.std((0, 1))
+    inputs = torch.from_numpy(scaled).transpose(1, 2).contiguous()
+    people = draw.permutation(np.unique(subject))
+
+    def of(some: np.ndarray) -> Share:
+        places = np.flatnonzero(np.isin(subject, some))
+        return inputs[places], classes(y[places])
+
+    return Task(
+        build=networks.motion_cnn,
+        clients=[of(person) for person in people[6:]],
+        test=of(people[:6]),
+        rate=0.05,
+    )
+
+
+def writers(folder: Path, draw: np.random.Generator) -> Task:
+    """Return MNIST by writers: the 60 with the most digits, of which a quarter is held out."""
+    with np.load(folder / "mnist_writers.npz") as z:
+        writer = z["writer_train"]
+    names, counts = np.unique(writer, return_counts=True)
+    most = names[np.argsort(-counts, kind="stable")[:60]]
+    return own_digits(folder, [draw.permutation(np.flatnonzero(writer == name)) for name in most])
+
+
+def two_classes(folder: Path, draw: np.random.Generator) -> Task:
+    """Return MNIST: 60 clients with 100 digits of each of two classes; a quarter is held out."""
+    with np.load(folder / "mnist_writers.npz") as z:
+        labels = z["y_train"]
+    left = [list(draw.permutation(np.flatnonzero(labels == k))) for k in range(10)]
+    parts = []
+    for client in range(60):
+        pair = (client % 10, (client + 1 + client // 10) % 10)
+        parts.append(draw.permutation([left[k].pop() for k in pair for _ in range(100)]))
+    return own_digits(folder, parts)
+
+
+def own_digits(folder: Path, parts: Sequence[np.ndarray]) -> Task:
+    """Return MNIST for clients that are judged by their own held-out digits.
+
+    Args:
+        folder: with the data sets.
+        parts: each client's places in the training data; the first quarter is held out.
+    """
+    with np.load(folder / "mnist_writers.npz") as z:
+        x, y, test = z["x_train"], z["y_train"], (z["x_test"], z["y_test"])
+
+    def some(places: np.ndarray) -> Share:
+        return grey(x[places]), classes(y[places])
+
+    return Task(
+        build=networks.digits_mlp,
+        clients=[some(part[len(part) // 4 :]) for part in parts],
+        own=[some(part[: len(part) // 4]) for part in parts],
+        test=(grey(test[0][:2000]), classes(test[1][:2000])),
+        rate=0.1,
     )
 
 
@@ -206,6 +285,11 @@ def cifar_part(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 TASKS: dict[str, Callable[[Path, np.random.Generator], Task]] = {
     "fashion": fashion,
+    "fashion, GroupNorm": partial(fashion, build=networks.normed_cnn),
+    "fashion, Dirichlet 0.5": partial(fashion, alpha=0.5),
+    "har": motion,
+    "writers": writers,
+    "two classes": two_classes,
     "cifar, pretrained": pretrained,
     "fashion, turned, alike": partial(turned, alpha=None),
     "fashion, turned, skewed": partial(turned, alpha=0.3),
