@@ -76,7 +76,7 @@ def test_text_and_numbers_are_the_same_option():
         config = FedParaConfig.from_mapping({"fp.variance": given}, prefix="fp.")
         assert config.variance == kept
         assert FedParaConfig.from_mapping(config.to_mapping()) == config
-    assert FedParaConfig.from_mapping({"variance": ""}).variance == "torch"
+    assert FedParaConfig.from_mapping({"variance": ""}).variance == "auto"
 
 
 def reset(module):

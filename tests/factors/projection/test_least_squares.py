@@ -277,7 +277,8 @@ def test_a_long_round_keeps_what_training_has_learned(method):
     x = torch.randn(256, 32)
     y = (x @ torch.randn(32, 6)).argmax(1)
     plain = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 6))
-    model = fedpara.convert(copy.deepcopy(plain), method=method, gamma=0.1, init="seeded")
+    options = {"method": method, "gamma": 0.1, "init": "seeded", "variance": "torch"}
+    model = fedpara.convert(copy.deepcopy(plain), **options)
     spec = fedpara.ModelSpec.of(model)
     begun = DenseRound(spec, model.state_dict())
     plain.load_state_dict(begun.dense)
