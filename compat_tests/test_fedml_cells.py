@@ -24,6 +24,7 @@ from harness.cells.strategies import RATE
 from harness.fedml.project import Outcome, run
 from harness.fedml.task_dataset import task_dataset, task_keys
 from harness.matrix.results import CellResult
+from harness.oracles.cell_model import SLOW
 from harness.oracles.fedml_rules import ALGORITHMS, PlainLoop
 from harness.oracles.task import TrainingTask, evaluate
 
@@ -79,7 +80,7 @@ def task_of(cell: Cell) -> TrainingTask:
 def built(cell: Cell) -> nn.Module:
     """Build the cell's model with the task's initial weights."""
     torch.manual_seed(task_of(cell).seed)
-    return convert(task_of(cell).net(), method=cell.method, gamma=GAMMA)
+    return convert(task_of(cell).net(), method=cell.method, gamma=GAMMA, **SLOW)
 
 
 def federated(cell: Cell, **more: Any) -> Outcome:
@@ -93,6 +94,7 @@ def federated(cell: Cell, **more: Any) -> Outcome:
         "fedpara_method": cell.method,
         "fedpara_codec": cell.codec,
         "fedpara_gamma": GAMMA,
+        **{f"fedpara_{key}": value for key, value in SLOW.items()},
         **spec.keys,
     }
     return run(net=task.net(), data=task_dataset(task), **{**keys, **more})

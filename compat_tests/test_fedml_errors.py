@@ -108,7 +108,7 @@ def test_a_model_that_cannot_be_converted_is_told() -> None:
 
 def test_keys_may_be_text_and_nothing_is_on_by_itself() -> None:
     args = arguments(
-        fedpara_method="fedpara", fedpara_gamma="0.3", fedpara_mend="yes", fedpara_clip=None
+        fedpara_method="fedpara", fedpara_gamma="0.3", fedpara_mend="yes", fedpara_clip="none"
     )
     settings = FedMLSettings.from_args(args)
     assert (settings.config.gamma, settings.mend, settings.config.clip) == (0.3, True, None)

@@ -34,14 +34,14 @@ def trained() -> torch.nn.Module:
 @pytest.mark.parametrize("method", METHODS)
 def test_trained_weights_get_an_update_by_default(method: str, train: str, tmp_path: Path) -> None:
     """Which equals a plain loop; the export is the dense model."""
-    net = convert(trained(), method=method, gamma=0.5, base="frozen", train=train)
+    net = convert(trained(), method=method, gamma=0.5, base="frozen", train=train, speed=0.25)
     spec = ModelSpec.of(net)
     loop = FedAvgLoop(net, dataset()[5], private=spec.initial_private())
     wanted = loop.run(3, 2)
     path = tmp_path / "dense.safetensors"
     outcome = run(
         net=trained(), fedpara_method=method, fedpara_gamma=0.5, fedpara_train=train,
-        fedpara_checkpoint=str(path),
+        fedpara_checkpoint=str(path), fedpara_speed=0.25,
     )  # fmt: skip
     for name, value in wanted.items():
         torch.testing.assert_close(outcome.state[name], value, rtol=1e-5, atol=1e-6)
