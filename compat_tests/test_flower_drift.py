@@ -18,6 +18,7 @@ from harness.cells.flower import GAMMA
 from harness.flower.apps import Outcome, federate
 from harness.flower.drift_apps import DriftExperiment, drift_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
+from harness.oracles.cell_model import SLOW, cell_model
 from harness.oracles.descriptions import decode_payload
 from harness.oracles.drift import DriftResult, feddyn, scaffold
 from harness.oracles.task import TrainingTask, train
@@ -33,8 +34,8 @@ METHODS = ("none", "fedpara", "pfedpara")
 
 
 def _build(method: str, model: str = "groupnorm") -> nn.Module:
-    net = TrainingTask(model=model).net()
-    return net if method == "none" else core.convert(net, method=method, gamma=GAMMA)
+    """Build a model that trains without a clip, as the papers' algorithms have none."""
+    return cell_model(method, model, **SLOW, clip="none")
 
 
 def _private(method: str, model: str = "groupnorm") -> frozenset[str]:
@@ -46,7 +47,7 @@ def _section(method: str, codec: str = "none", **more: Any) -> dict[str, Any]:
         "fedpara.method": method,
         "fedpara.codec": codec,
         "fedpara.gamma": GAMMA,
-        **{f"fedpara.{key}": value for key, value in more.items()},
+        **{f"fedpara.{key}": value for key, value in {**SLOW, **more}.items()},
     }
 
 
