@@ -18,14 +18,17 @@ from fedpara_plugins import ConfigError, LedgerEntry
 from fedpara_plugins.ledger import Evaluation, LayerSize, RunStart, read_lines
 from harness.cells.flower import GAMMA
 from harness.flower.apps import Apps, Experiment, Outcome, federate, plugin_apps
+from harness.oracles.cell_model import slow_options
 from harness.oracles.task import TrainingTask
 
 ON_AND_OFF = [("none", "none"), ("pfedpara", "int8")]
 
 
-def _section(ledger: Path | str, method: str = "fedpara", codec: str = "none") -> dict[str, Any]:
-    options = {"method": method, "codec": codec, "ledger": str(ledger), "gamma": GAMMA}
-    return {f"fedpara.{key}": value for key, value in options.items()}
+def _section(
+    ledger: Path | str, method: str = "fedpara", codec: str = "none", **more: Any
+) -> dict[str, Any]:
+    options = {"method": method, "codec": codec, "ledger": str(ledger), "gamma": GAMMA, **more}
+    return {f"fedpara.{key.replace('_', '-')}": value for key, value in options.items()}
 
 
 def _figures(path: Path, source: str, metric: str) -> dict[int, float | None]:
@@ -94,7 +97,8 @@ def test_the_papers_formula(tmp_path: Path, method: str, codec: str) -> None:
     """2 x participants x size x rounds, the size counted by hand from shapes and rank."""
     ledger = tmp_path / "ledger.jsonl"
     task = TrainingTask(rounds=3)
-    federate(plugin_apps(Experiment(task)), _section(ledger, method, codec))
+    section = _section(ledger, method, codec, **slow_options(method))
+    federate(plugin_apps(Experiment(task)), section)
     train = [e for e in read_lines(ledger) if isinstance(e, LedgerEntry) and e.kind == "train"]
     model = fedpara.convert(task.net(), method=method, gamma=GAMMA) if method != "none" else None
     size = 0

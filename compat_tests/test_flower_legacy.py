@@ -25,6 +25,7 @@ from harness.flower.legacy_apps import (
     legacy_plain_apps,
     legacy_plugin_apps,
 )
+from harness.oracles.cell_model import slow_options
 from harness.oracles.descriptions import decode_payload, peek_header
 from harness.oracles.plain_loop import RULES, PlainResult, run_plain_loop
 from harness.oracles.task import TrainingTask
@@ -167,11 +168,12 @@ def test_the_first_weights_of_a_client_are_fitted_if_the_run_says_so(init: str) 
 def test_an_app_may_send_parameters_and_keep_its_buffers(method: str, codec: str) -> None:
     """Shorter than the state of a model with BatchNorm, whose statistics then stay at home."""
     task = TrainingTask(model="batchnorm", clients=2, rounds=2, epochs=1)
+    slow = slow_options(method)
+    build = partial(fedpara.convert, method=method, gamma=GAMMA, clip="none", **slow)
     names = [name for name, _ in _build(task, method).named_parameters()]
-    outcome = _run(LegacyExperiment(task, part="parameters"), _section(method, codec))
-    by_hand = federate(
-        legacy_plain_apps(LegacyExperiment(task, part="parameters"), partial(_build, task, method)),
-    )
+    experiment = LegacyExperiment(task, part="parameters")
+    outcome = _run(experiment, _section(method, codec, **slow))
+    by_hand = federate(legacy_plain_apps(experiment, lambda: build(task.net())))
     shared = [key for key in names if key not in _private(task, method)]
     if method != "pfedpara":
         off = _distance(outcome.state, by_hand.state, shared)

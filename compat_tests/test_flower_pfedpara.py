@@ -101,7 +101,10 @@ def test_no_byte_of_a_private_factor_is_on_the_wire() -> None:
         if (sent.direction, sent.kind) == ("up", "train"):
             for key, value in diary.shared[sent.partition, sent.round].items():
                 control = Canaries([value], most=MOST)
-                assert control.found_in(sent.data) == len(control), key
+                assert control.missing_from(sent.data) == 0, key
+                # Palindromic mantissas (of a pair, 1 in 65,536) are there in the other byte order
+                # too, one byte earlier, if the value before has the same upper byte.
+                assert control.found_in(sent.data) >= len(control), key
 
 
 def test_the_search_finds_private_factors_when_the_split_is_off(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fedpara_plugins as fedpara
 from harness.cells.flower import GAMMA
 from harness.flower.apps import Experiment, Hooks, Outcome, federate, plugin_apps
+from harness.oracles.cell_model import slow_options
 from harness.oracles.plain_loop import RULES, run_plain_loop
 from harness.oracles.private_start import fix_private_start
 from harness.oracles.task import TrainingTask
@@ -21,9 +22,9 @@ FEDPER = ("groupnorm", "fc2.*")
 FEDBN = ("batchnorm", "norm*")
 
 
-def _section(method: str, private: str, codec: str = "none") -> dict[str, Any]:
-    options = {"method": method, "gamma": GAMMA, "codec": codec, "private": private}
-    return {f"fedpara.{key}": value for key, value in options.items()}
+def _section(method: str, private: str, codec: str = "none", **more: Any) -> dict[str, Any]:
+    options = {"method": method, "gamma": GAMMA, "codec": codec, "private": private, **more}
+    return {f"fedpara.{key.replace('_', '-')}": value for key, value in options.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def test_it_equals_a_plain_loop_that_keeps_those_names(
 def test_private_names_are_in_no_message(method: str, codec: str) -> None:
     """Every message names its tensors in a header; the values stay in the client's state."""
     task = TrainingTask(rounds=2, epochs=1)
-    outcome, after = _run(task, _section(method, "fc2.*", codec))
+    outcome, after = _run(task, _section(method, "fc2.*", codec, **slow_options(method)))
     # The server's own head never learns; the clients' do.
     assert outcome.client_accuracies[2] > outcome.client_accuracies[1]
     value = after[0]["fc2.weight"].numpy().tobytes()

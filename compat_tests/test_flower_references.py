@@ -16,6 +16,7 @@ from fedpara_plugins_flower.server.outbox import Outbox
 from harness.cells.flower import GAMMA
 from harness.flower.apps import Experiment, Outcome, federate, plugin_apps
 from harness.flower.inprocess_grid import InProcessGrid, Sent
+from harness.oracles.cell_model import slow_options
 from harness.oracles.descriptions import peek_header
 from harness.oracles.task import TrainingTask
 
@@ -25,7 +26,8 @@ CODECS = ("small", "balanced", "int8")
 
 def _section(codec: str, scheme: str = "client", **more: Any) -> dict[str, Any]:
     options = {"method": "fedpara", "gamma": GAMMA, "codec": codec, "references": scheme}
-    return {f"fedpara.{key}": value for key, value in {**options, "init": "seeded", **more}.items()}
+    chosen = {**options, "init": "seeded", **more}
+    return {f"fedpara.{key.replace('_', '-')}": value for key, value in chosen.items()}
 
 
 def _payload(sent: Sent) -> bytes:
@@ -106,7 +108,8 @@ def test_a_client_that_was_away_for_ten_rounds_costs_little_more(scheme: str) ->
             return [m for m in messages if here or m.metadata.dst_node_id != first]
 
     for codec, bounds in away.items():
-        outcome = _federate_with(Absent, TrainingTask(rounds=12, epochs=1), _section(codec, scheme))
+        section = _section(codec, scheme, **slow_options("fedpara"))
+        outcome = _federate_with(Absent, TrainingTask(rounds=12, epochs=1), section)
         sizes = _trained_on(outcome.sent)
         (absent,) = {p for r, p in sizes if r == 1} - {p for r, p in sizes if r == 5}
         others = [size for (r, p), size in sizes.items() if r == 12 and p != absent]

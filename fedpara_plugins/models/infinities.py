@@ -50,7 +50,7 @@ def remedy_for(config: FedParaConfig | None = None) -> str:
     Args:
         config: of the side that trained; None if it is not known.
     """
-    if config is not None and config.local == "dense":
+    if config is not None and (config.local == "dense" or config.method == "none"):
         return "Lower the learning rate, or clip gradients in your own training loop"
     if config is not None and config.clip is not None:
         return f"Lower the learning rate, or the fedpara option clip, which is {config.clip}"

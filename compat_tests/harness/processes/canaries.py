@@ -83,6 +83,11 @@ class Canaries:
         views = [_view(data, offset) for offset in range(8)]
         return self._short.count(views) + self._long.count([_joined(view) for view in views])
 
+    def missing_from(self, data: bytes) -> int:
+        """Count the pairs of float32, in this machine's byte order, that do not occur."""
+        pairs = _Index(np.concatenate([_NONE, *(_words(run.pairs()) for run in self._runs)]))
+        return len(pairs.words) - pairs.count([_view(data, offset) for offset in range(8)])
+
     def found_among(self, tensors: Mapping[str, Tensor], *, close: bool = True) -> list[str]:
         """Return the names of tensors that hold values of the canaries.
 
@@ -127,9 +132,13 @@ class _Runs:
         self._secret = ~np.isin(values, public)
         self._most = most
 
+    def pairs(self) -> NDArray[np.float32]:
+        """Return runs of two values."""
+        return self._windows(2)
+
     def short(self) -> Words:
         """Return runs of 8 bytes."""
-        pairs = self._windows(2)
+        pairs = self.pairs()
         return np.concatenate([_words(pairs), _words(pairs.byteswap())])
 
     def long(self) -> Words:
