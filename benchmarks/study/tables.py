@@ -64,28 +64,26 @@ OLD: Mapping[str, Mapping[str, Any]] = {
 FROZEN = {"base": "frozen", "rank": 4, **SMALL}
 HEAD = ("head.*",)
 KINDS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "full, small": (SMALL, {}),
-    "lowrank (LoRA), small": ({"method": "lowrank", **FROZEN}, {}),
-    "fedpara (LoHa), small": ({"method": "fedpara", **FROZEN}, {}),
-    "lowrank, one-sided, small": (
-        {"method": "lowrank", "train": "right", **FROZEN},
-        {},
-    ),
-    "head alone, small": (SMALL, {"trainable": HEAD}),
+    "full": (SMALL, {}),
+    "head alone": (SMALL, {"trainable": HEAD}),
+    "lowrank (LoRA)": ({"method": "lowrank", **FROZEN}, {}),
+    "fedpara (LoHa)": ({"method": "fedpara", **FROZEN}, {}),
+    "pfedpara": ({"method": "pfedpara", **FROZEN}, {}),
+    "one-sided lowrank": ({"method": "lowrank", "train": "right", **FROZEN}, {}),
 }
-"""What each row trains: options, and other fields."""
+"""What each kind of row trains: options, and other fields."""
 
 TRIED: Mapping[str, tuple[float, ...]] = {
-    "full, small": (0.01, 0.03, 0.1),
-    "lowrank (LoRA), small": (0.03, 0.1, 0.3),
-    "head alone, small": (0.03, 0.1, 0.3),
+    "full": (0.01, 0.03, 0.1),
+    "lowrank (LoRA)": (0.03, 0.1, 0.3),
+    "head alone": (0.03, 0.1, 0.3),
 }
 """Learning rates that were tried. All rows with factors take that of LoRA."""
 
 RATES: Mapping[str, float] = {
-    "full, small": 0.1,
-    "lowrank (LoRA), small": 0.1,
-    "head alone, small": 0.3,
+    "full": 0.1,
+    "lowrank (LoRA)": 0.1,
+    "head alone": 0.3,
 }
 """The best of those rates (table `finetuning-rates`)."""
 
@@ -107,21 +105,33 @@ def _finetuning_rates() -> Iterable[Setting]:
 
 def _finetuning() -> Iterable[Setting]:
     """Fine-tuning of a pretrained model on skewed clients, at the best rate of each kind."""
+    old = {**OLD["lowrank"]}
     private = {"private": "head.*"}
-    lora = KINDS["lowrank (LoRA), small"][0]
-    rows: Mapping[str, tuple[str, dict[str, Any]]] = {
-        "full, float32": ("full, small", {}),
-        **{kind: (kind, options) for kind, (options, _) in KINDS.items()},
-        "pfedpara, small": (
-            "lowrank (LoRA), small",
-            {**lora, "method": "pfedpara"},
-        ),
-        "full, small, private head": ("full, small", {**SMALL, **private}),
-        "lowrank (LoRA), small, private head": ("lowrank (LoRA), small", {**lora, **private}),
-    }
-    for name, (kind, options) in rows.items():
-        rate = RATES.get(kind, RATES["lowrank (LoRA), small"])
-        yield Setting(name=name, options=options, rate=rate, **KINDS[kind][1], **FINETUNING)
+    rows: Iterable[tuple[str, str, dict[str, Any]]] = (
+        ("full", "float32", {"codec": "none"}),
+        ("full", "", {}),
+        ("full", "private head", private),
+        ("head alone", "", {}),
+        ("lowrank (LoRA)", "no clip, K 1/4", old),
+        ("lowrank (LoRA)", "no clip, K 1/4, private head", {**old, **private}),
+        ("lowrank (LoRA)", "", {}),
+        ("lowrank (LoRA)", "share 0.1", {"clip": "relative:0.1"}),
+        ("lowrank (LoRA)", "private head", private),
+        ("one-sided lowrank", "no clip, K 1/4", old),
+        ("one-sided lowrank", "", {}),
+        ("fedpara (LoHa)", "no clip, K 1/2", {**OLD["fedpara"]}),
+        ("fedpara (LoHa)", "", {}),
+        ("fedpara (LoHa)", "share 0.1", {"clip": "relative:0.1"}),
+        ("pfedpara", "", {}),
+    )
+    for kind, more, options in rows:
+        yield Setting(
+            name=f"{kind}, {more}" if more else kind,
+            options={**KINDS[kind][0], **options},
+            rate=RATES.get(kind, RATES["lowrank (LoRA)"]),
+            **KINDS[kind][1],
+            **FINETUNING,
+        )
 
 
 ROUNDS: Mapping[int, tuple[int, int]] = {1: (20, 4), 8: (12, 2), 32: (6, 1), 128: (3, 1)}
