@@ -315,18 +315,23 @@ def test_a_client_that_trains_on_after_the_end_is_ended(monkeypatch: pytest.Monk
     assert "this client still trained: the server is gone" in parties.ended[0]
 
 
+def killed_and_started_again(parties: Parties) -> None:
+    """Run to the end; when client 2 has died, another process takes its place."""
+    for rank in (0, 1, 2):
+        parties.start(rank)
+    wait_until(lambda: 2 in parties.errors)
+    parties._trainers = {}
+    parties.start(2)
+    parties.wait()
+
+
 def test_a_client_that_comes_back_is_asked_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Any
 ) -> None:
     keys = {**PERSONAL, "fedpara_timeout": 30, "fedpara_state_dir": str(tmp_path / "state")}
     parties = Dies.parties = Parties(monkeypatch, keys=keys, trainers={2: Killed}, aggregator=Kept)
     with caplog.at_level(logging.WARNING, "fedpara.fedml"):
-        for rank in (0, 1, 2):
-            parties.start(rank)
-        wait_until(lambda: 2 in parties.errors)
-        parties._trainers = {}
-        parties.start(2)  # another process in its place
-        parties.wait()
+        killed_and_started_again(parties)
     assert "client 2 is back" in caplog.text
     assert "left out" not in caplog.text
     monkeypatch.undo()
@@ -353,12 +358,7 @@ def test_a_client_that_comes_back_without_anything_takes_part_in_that_round(
     models = {0: frozen(3), 1: frozen(3), 2: frozen(4)}
     parties = Dies.parties = Parties(monkeypatch, keys=keys, trainers={2: Killed}, models=models)
     with caplog.at_level(logging.INFO, "fedpara"):
-        for rank in (0, 1, 2):
-            parties.start(rank)
-        wait_until(lambda: 2 in parties.errors)
-        parties._trainers = {}
-        parties.start(2)
-        parties.wait()
+        killed_and_started_again(parties)
     assert caplog.text.count("client 1 lacks the frozen tensors") == 2
     assert "left out" not in caplog.text
 

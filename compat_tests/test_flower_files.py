@@ -142,7 +142,9 @@ def test_a_second_run_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path: Pa
     assert _run(tmp_path).accuracies
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="asks /proc, which Linux alone has"
+)
 def test_a_run_that_goes_on_keeps_the_state_between_its_messages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -588,7 +588,9 @@ else:
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="asks /proc, which Linux alone has"
+)
 @pytest.mark.parametrize("name", ["flower-supernode", "another"])
 @pytest.mark.parametrize(("words", "link"), [(("--superlink", "a:1"), "a:1"), ((), "")])
 def test_the_supernode_of_a_process(
@@ -605,7 +607,9 @@ def test_the_supernode_of_a_process(
     assert shutil.which("flower-supernode", path=str(Path(sys.executable).parent))
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="asks /proc, which Linux alone has"
+)
 def test_the_superlink_of_a_process(tmp_path: Path) -> None:
     """The process of a run is a child of it, or a child's child."""
     program = tmp_path / "flower-superlink"

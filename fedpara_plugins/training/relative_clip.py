@@ -51,12 +51,12 @@ def clip_relatively(step: Step, model: HeldModel, share: float | None) -> Tensor
     step.unscale()
     norms = {key: _norm(gradient) for key, gradient in own.items()}
     rates = _rates(step)
-    for factor, usual, least in _factors(model.layers, share):
+    for factor, own_share, least in _factors(model.layers, share):
         gradient = own.pop(id(factor), None)
         if gradient is None:
             continue
         length = rates[id(factor)] * norms[id(factor)]
-        _scale_down(gradient, length, factor, usual, least)
+        _scale_down(gradient, length, factor, own_share, least)
     every = list(norms.values())
     whole: Tensor = torch.linalg.vector_norm(torch.stack([n.to(every[0].device) for n in every]))
     return whole
@@ -95,8 +95,8 @@ def _factors(
         if known is None or len(known[0]) != len(plans) or not all(map(is_, known[0], plans)):
             known = _limits[layer] = plans, list(_limits_of(layer))
         factors = {weight: layer.factors(weight) for weight in layer.plans}
-        for weight, name, usual, least in known[1]:
-            yield factors[weight][name], share or usual, least
+        for weight, name, of_method, least in known[1]:
+            yield factors[weight][name], share or of_method, least
 
 
 def _limits_of(layer: FactorisedLayer) -> Iterator[_Limit]:

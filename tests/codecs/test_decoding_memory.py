@@ -153,7 +153,10 @@ for name, (data, limit) in cases.items():
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"),
+    reason="reads a process's peak memory from /proc, which Linux alone has",
+)
 def test_decoding_stays_below_one_and_a_half_times_the_limit():
     cases = {name: make() for name, make in CASES.items()}
     # glibc would keep what was freed, and the next case would find it for nothing.

@@ -446,12 +446,14 @@ def test_functions_above_a_step():
     assert (function, type(around)) == ("second_step", Around)
 
 
-def test_an_optimizer_s_own_hooks_are_known_and_run_after_those_of_all():
+def noting():
+    """Return a list, and what makes a hook of a step that appends its name to it."""
     called = []
+    return called, lambda name: lambda optimizer, args, kwargs: called.append(name)
 
-    def note(name):
-        return lambda optimizer, args, kwargs: called.append(name)
 
+def test_an_optimizer_s_own_hooks_are_known_and_run_after_those_of_all():
+    called, note = noting()
     optimizer = torch.optim.SGD([one_parameter()], lr=0.1)
     assert not seams.own_step_hooks(optimizer)
     handle = seams.register_optimizer_step_pre_hook(note("all"))
@@ -465,11 +467,7 @@ def test_an_optimizer_s_own_hooks_are_known_and_run_after_those_of_all():
 
 
 def test_a_hook_may_come_first_after_a_step():
-    called = []
-
-    def note(name):
-        return lambda optimizer, args, kwargs: called.append(name)
-
+    called, note = noting()
     optimizer = torch.optim.SGD([one_parameter()], lr=0.1)
     assert not seams.own_step_end_hooks(optimizer)
     handle = seams.register_optimizer_step_post_hook(note("all"))
